@@ -1,0 +1,3 @@
+"""holdfast: swap your loss, train, and get a robustness number you can defend."""
+
+__version__ = "0.1.0"
