@@ -1,0 +1,107 @@
+"""Inference information s: what it means, where it can come from, and where float32 stops seeing it.
+
+    I-SCE = logsumexp_j (z_j + s_j) - z_y,   s_y = 0,   gap_j = z_j - z_y
+
+Every function here gives an s for ``losses.isce``: guessed (a number), bounded (Lipschitz, intervals) or measured (an
+attack). For every sample and class s_attack <= s* <= s_bound, where s* is the worst rise of the gap in the threat.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+
+def gaps(logits: Tensor, y: Tensor) -> Tensor:
+    """gap_j = z_j - z_y: (N, K), 0 at y; a sample is right when all others are negative.
+
+    >>> gaps(torch.tensor([[2.0, 1.0, 0.5]]), torch.tensor([0]))
+    tensor([[ 0.0000, -1.0000, -1.5000]])
+    """
+    return logits - logits.gather(1, y[:, None])
+
+
+def measured(logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:
+    """s_attack = gap(x_adv) - gap(x): (N, K). ``isce(logits, y, s=measured(...))`` is adversarial training, SCE(x_adv).
+
+    >>> from holdfast.losses import isce, sce
+    >>> z, z_adv, y = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.5]]), torch.tensor([0])
+    >>> isce(z, y, s=measured(z, z_adv, y)) - sce(z_adv, y)
+    tensor([0.])
+    """
+    return gaps(logits_adv, y) - gaps(logits, y)
+
+
+def bounded(logits: Tensor, gap_bounds: Tensor, y: Tensor) -> Tensor:
+    """s_bound = upper bound of the gaps over the threat - gap(x): (N, K). With it I-SCE is interval-bound training.
+
+    Args: logits: (N, K) at x; gap_bounds: (N, K) upper bounds of z_j - z_y over the threat; y: (N,).
+
+    >>> bounded(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.0, 0.5]]), torch.tensor([0]))
+    tensor([[0.0000, 1.5000]])
+    """
+    return gap_bounds - gaps(logits, y)
+
+
+def lipschitz(constant: float, eps: float) -> float:
+    """s = sqrt(2) L eps: no gap of a network whose logits are L-Lipschitz rises further in an l2 ball of radius eps.
+
+    Args: constant: L, from the threat's norm to the l2 norm of the logits. For an linf threat that is the
+    linf -> l2 constant (at most sqrt(dim) times the l2 one): an l2 constant there is a false certificate.
+    For K > 2 this bounds the gaps' rise, it does not equal it.
+
+    >>> print(f"{lipschitz(1.0, 0.5):.4f}")
+    0.7071
+    """
+    if constant < 0 or eps < 0:
+        raise UserError(f"a Lipschitz constant and eps must be >= 0, got {constant} and {eps}.")
+    return math.sqrt(2.0) * constant * eps
+
+
+def lipschitz_pairwise(constant: float, eps: float, weight: Tensor, y: Tensor) -> Tensor:
+    """s_j = L eps ||w_j - w_y||_2: (N, K), for a linear head on L-Lipschitz features; tighter than sqrt(2) L ||W|| eps.
+
+    Args: constant: L of the features, from the threat's norm to l2; weight: (K, D) of the head; y: (N,).
+    margin / sqrt(2) > L eps certifies only when the rows are orthonormal; this form always does.
+
+    >>> lipschitz_pairwise(1.0, 0.5, torch.eye(2), torch.tensor([0]))
+    tensor([[0.0000, 0.7071]])
+    """
+    differences = weight[None, :, :] - weight[y][:, None, :]
+    return constant * eps * differences.norm(dim=2)
+
+
+def needed_gap(probability: float, s: float = 0.0) -> float:
+    """The expected interval of the correct class: how far z_y must stand above logsumexp_{j != y} z_j.
+
+    The training-time probability softmax(z - s onehot(y))_y reaches p exactly when
+    z_y - logsumexp_{j != y} z_j >= s + log(p / (1 - p)): the interval moves up by s.
+
+    >>> print(f"{needed_gap(0.9):.4f} {needed_gap(0.9, s=10.0):.4f}")
+    2.1972 12.1972
+    """
+    if not 0 < probability < 1:
+        raise UserError(f"probability must lie strictly between 0 and 1, got {probability}.")
+    return s + math.log(probability / (1 - probability))
+
+
+def dead_zone(dtype: torch.dtype, competitors: int = 1) -> tuple[float, float]:
+    """The margins beyond which log-softmax plus NLL, as ``F.cross_entropy`` computes it, loses gradient.
+
+    Returns (own, all): beyond ``own`` the gradient at the true logit, p_y - 1, rounds to exactly 0
+    (sum_{j != y} e^{-margin} < half the spacing of floats below 1); beyond ``all`` every p_j is 0 as well.
+
+    Args: dtype: a floating dtype; competitors: how many other classes stand at that margin.
+
+    >>> own, everything = dead_zone(torch.float32)
+    >>> print(f"{own:.2f} {everything:.1f}")
+    16.64 104.0
+    """
+    info = torch.finfo(dtype)
+    below_one = info.eps / 4  # half of the spacing just below 1
+    smallest = info.tiny * info.eps / 2  # half of the smallest denormal: what rounds to 0
+    return math.log(competitors / below_one), -math.log(smallest)

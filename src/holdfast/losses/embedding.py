@@ -1,0 +1,129 @@
+"""Losses on features: distances to the head's centers, and pairs within the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..outputs import Outputs
+from .softmax import isce, sce
+
+
+def _column(values: Tensor | None, y: Tensor) -> Tensor:
+    """distances[:, y], or the error that says which head brings them."""
+    if values is None:
+        raise UserError(
+            "this loss needs distances to centers, and the model's head has none. "
+            "Use head 'center', 'mmc' or 'gaussian' (the loss's own head is the default)."
+        )
+    return values.gather(1, y[:, None])[:, 0]
+
+
+def _features(out: Outputs) -> Tensor:
+    if not isinstance(out, Outputs) or out.features is None:
+        raise UserError(
+            "this loss compares features, and the model returned logits alone: return Outputs with features."
+        )
+    return out.features
+
+
+def center(out: Outputs, y: Tensor, *, weight: float = 0.05) -> Tensor:
+    """Center loss: SCE + weight/2 ||h - c_y||^2, with the centers c in the head.
+
+    Args: out: Outputs with distances (head "center"); y: (N,) int64; weight >= 0.  Returns (N,).
+    The centers follow the optimiser here, which for Adam equals the paper's own normalised update up to its rate.
+    Source: Wen et al. 2016.
+
+    >>> out = Outputs(torch.tensor([[0.0, 0.0]]), None, torch.tensor([[5.0, 1.0]]))
+    >>> center(out, torch.tensor([0]), weight=1.0)  # log 2 + 5 / 2
+    tensor([3.1931])
+    """
+    return sce(out, y) + weight / 2 * _column(out.distances, y)
+
+
+def lgm(out: Outputs, y: Tensor, *, ratio: float = 0.1, weight: float = 0.01) -> Tensor:
+    """Large-margin Gaussian mixture: I-SCE with s = ratio d_y on logits -d - log|L|/2, plus weight (d_y + log|L_y|/2).
+
+    d_k = (h - mu_k)' L_k^-1 (h - mu_k) / 2; the own distance counts (1 + ratio) times, at training only.
+
+    Args: out: Outputs of head "gaussian" (logits and distances); y: (N,) int64; ratio >= 0 (alpha in the paper);
+    weight >= 0 (lambda, the likelihood term).  Returns (N,).
+    Source: Wan et al. 2018.
+
+    >>> d = torch.tensor([[5.0, 8.0, 2.0]], dtype=torch.float64)  # h = (1, 2), mu = (0,0), (3,0), (0,3)
+    >>> print(f"{lgm(Outputs(-d / 2, None, d), torch.tensor([0]), ratio=0.1, weight=0.1).item():.6f}")
+    2.201765
+    """
+    if ratio < 0:
+        raise UserError(f"ratio, the share of the own distance that L-GM adds, must be >= 0, got {ratio}.")
+    d_y = _column(out.distances, y) / 2
+    return isce(out, y, s=(ratio * d_y)[:, None]) - weight * out.logits.gather(1, y[:, None])[:, 0]
+
+
+def mmc(out: Outputs, y: Tensor) -> Tensor:
+    """Max-Mahalanobis center loss: ||h - mu_y||^2 / 2, the centers mu fixed as far apart as they can be.
+
+    Args: out: Outputs with distances (head "mmc"); y: (N,) int64.  Returns (N,), >= 0.
+    Where it fails: it says nothing of the other centers, so it is no attack's score: moving away from mu_y need not
+    near any other (Tramer et al. 2020).
+    Source: Pang et al. 2020.
+
+    >>> mmc(Outputs(torch.zeros(1, 2), None, torch.tensor([[5.0, 8.0]])), torch.tensor([0]))
+    tensor([2.5000])
+    """
+    return _column(out.distances, y) / 2
+
+
+def _pairwise(h: Tensor) -> Tensor:
+    """(N, N) squared distances; exact zeros on the diagonal, never negative."""
+    sizes = h.square().sum(1)
+    square = (sizes[:, None] + sizes[None, :] - 2 * h @ h.T).clamp_min(0.0)
+    return square.masked_fill(torch.eye(len(h), dtype=torch.bool, device=h.device), 0.0)
+
+
+def contrastive(out: Outputs, y: Tensor, *, weight: float = 0.05, separation: float = 1.0) -> Tensor:
+    """Contrastive (DeepID2): SCE + weight * mean over the batch's other samples j of the pair loss with j.
+
+    pair(i, j) = ||h_i - h_j||^2 / 2 for one class, max(0, separation - ||h_i - h_j||)^2 / 2 for two.
+
+    Args: out: Outputs with features; y: (N,) int64; weight >= 0; separation > 0, in units of the features.
+    Returns (N,). Batch-coupled: a sample's loss depends on its batch mates, so its score drops the pair term.
+    Source: Sun et al. 2014.
+
+    >>> h = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    >>> pair = contrastive(Outputs(torch.zeros(2, 2), h), torch.tensor([1, 1]), weight=1.0) - torch.tensor(2.0).log()
+    >>> pair  # ||(0.2, -0.6)||^2 / 2
+    tensor([0.2000, 0.2000])
+    """
+    square = _pairwise(_features(out))
+    same = y[:, None] == y[None, :]
+    apart = (separation - square.clamp_min(1e-12).sqrt()).clamp_min(0.0).square()
+    pairs = torch.where(same, square, apart) / 2
+    itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
+    return sce(out, y) + weight * pairs.masked_fill(itself, 0.0).sum(1) / max(len(y) - 1, 1)
+
+
+def triplet(out: Outputs, y: Tensor, *, weight: float = 1.0, separation: float = 0.2) -> Tensor:
+    """Triplet (FaceNet): SCE + weight * mean over positives p of max(0, d_ap - d_an + separation), n semi-hard.
+
+    d are squared distances of features of unit size; n is the nearest sample of another class that is farther than p,
+    or the farthest of them when none is.
+
+    Args: out: Outputs with features; y: (N,) int64; weight >= 0; separation >= 0.
+    Returns (N,); an anchor without a positive or a negative in its batch has no triplet term. Batch-coupled.
+    Source: Schroff et al. 2015.
+
+    >>> h = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])  # anchor 0: 0.4 to its positive, 2 to the negative
+    >>> triplet(Outputs(torch.zeros(3, 2), h), torch.tensor([0, 0, 1]), separation=2.0) - torch.tensor(2.0).log()
+    tensor([0.4000, 1.6000, 0.0000])
+    """
+    square = _pairwise(torch.nn.functional.normalize(_features(out), dim=1))
+    same = y[:, None] == y[None, :]
+    far = square.masked_fill(same, torch.inf).sort(1).values  # each anchor's negatives, nearest first; then inf
+    count = (~same).sum(1, keepdim=True)
+    place = torch.searchsorted(far.detach(), square.detach().contiguous(), right=True)
+    negative = far.gather(1, torch.minimum(place, (count - 1).clamp_min(0)))
+    positive = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device) & (count > 0)
+    hinge = torch.where(positive, square - torch.where(positive, negative, 0.0) + separation, 0.0).clamp_min(0.0)
+    return sce(out, y) + weight * hinge.sum(1) / positive.sum(1).clamp_min(1)

@@ -1,0 +1,180 @@
+"""Softmax cross-entropy and the inference-softmax family, all through one number: the gap u.
+
+    u = logsumexp_{j != y} z_j - z_y          SCE = softplus(u)          I-SCE(s) = softplus(u + s)
+
+u is computed without subtracting nearly equal numbers, so values and gradients keep their relative precision in
+float32 at any margin, where ``F.cross_entropy`` loses the true logit's gradient beyond about 17 and all of it
+beyond 104.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+from ..outputs import Outputs, logits_of
+
+_LINEAR_FROM = 50.0  # beyond it softplus(x) = x to the last bit of float64
+
+
+class _Gap(torch.autograd.Function):
+    """u with two (N, K) buffers and a backward of one pass: as cheap as the fused cross-entropy at large K."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor) -> Tensor:
+        y = y[:, None]
+        others = z.scatter(1, y, -math.inf)
+        top = others.amax(1, keepdim=True)
+        p = torch.softmax(others, 1)  # of the competitors alone: their largest is at least 1 / (K - 1)
+        ctx.save_for_backward(z, p, y)
+        return (top - p.amax(1, keepdim=True).log() - z.gather(1, y))[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        z, p, y = ctx.saved_tensors
+        g = grads[0][:, None]
+        if torch.is_grad_enabled():  # create_graph: the gradient itself is to be differentiated
+            p = torch.softmax(z.scatter(1, y, -math.inf), 1)
+            return (p * g).scatter(1, y, -g), None
+        return (p * g).scatter_(1, y, -g), None
+
+
+def gap(out: Outputs | Tensor, y: Tensor) -> Tensor:
+    """u = logsumexp_{j != y} z_j - z_y: the score of the SCE family, > log(K-1) only at a mistake, < 0 only when right.
+
+    Args: out: Outputs or (N, K) logits; y: (N,) int64.  Returns (N,), any real number.
+    It never saturates: its gradient at the logits is (softmax of the competitors, -1 at y) whatever the margin.
+
+    >>> gap(torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([0]))  # log(2e) - 2 = log 2 - 1
+    tensor([-0.3069])
+    """
+    z = logits_of(out)
+    if z.dtype in (torch.float16, torch.bfloat16):  # as the fused cross-entropy does under autocast
+        z = z.float()
+    return _Gap.apply(z, y)
+
+
+def softplus(u: Tensor) -> Tensor:
+    """log(1 + e^u), with full relative precision on both sides.
+
+    >>> softplus(torch.tensor([-100.0, 0.0, 100.0]))
+    tensor([3.7835e-44, 6.9315e-01, 1.0000e+02])
+    """
+    return F.softplus(u, threshold=_LINEAR_FROM)
+
+
+def sce(out: Outputs | Tensor, y: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """Softmax cross-entropy, -log p_y = softplus(u); with label smoothing e, target (1-e) on y plus e/K on every class.
+
+    SCE_e = softplus(u) + e (z_y - mean_j z_j), the same number without K logarithms.
+
+    Args: out: Outputs or (N, K) logits; y: (N,) int64; smoothing: e in [0, 1).  Returns (N,), >= 0.
+    Raises UserError for a smoothing outside [0, 1).
+    Fails as a guide to robustness: it only asks the training samples to be right.
+
+    >>> z, y = torch.tensor([[2.0, 1.0, 0.1]], dtype=torch.float64), torch.tensor([0])
+    >>> print(f"{sce(z, y).item():.6f} {sce(z, y, smoothing=0.1).item():.6f}")
+    0.417030 0.513697
+    """
+    if not 0 <= smoothing < 1:
+        raise UserError(f"smoothing must lie in [0, 1), got {smoothing}.")
+    loss = softplus(gap(out, y))
+    if smoothing == 0:
+        return loss
+    z = logits_of(out)
+    return loss + smoothing * (z.gather(1, y[:, None])[:, 0] - z.mean(1))
+
+
+def isce(out: Outputs | Tensor, y: Tensor, *, s: float | Tensor = 1.0) -> Tensor:
+    """Inference-softmax cross-entropy, reading A: logsumexp_j(z_j + s_j) - z_y with s_y = 0.
+
+    For a number s it is softplus(u + s): the worst SCE over the logit box of radius s/2 around z, and SCE itself at
+    s = 0, to the last bit. The formula is derived from the paper's description, not quoted from it.
+
+    Args:
+        out: Outputs or (N, K) logits.
+        y: (N,) int64.
+        s: inference information: a number >= 0, or a tensor broadcastable to (N, K) whose column y is taken as 0:
+            (K,) per class, (N, 1) per sample, (N, K) per competitor. Tensors may be differentiated through and are not
+            checked, since that would synchronise the device.
+
+    Returns (N,), > 0.  Raises UserError for a negative or non-finite number s.
+    Where it fails: a constant s has no scale; on free logits the network pays for it by growing them.
+    Sources: Song et al. 2022 (idea); the derivation is this project's.
+
+    >>> z, y = torch.tensor([[2.0, 1.0, 0.1]], dtype=torch.float64), torch.tensor([0])
+    >>> print(f"{isce(z, y, s=1.0).item():.6f} {isce(z, y, s=5.0).item():.6f}")
+    0.878202 4.354091
+    >>> bool(isce(z, y, s=0.0) == sce(z, y))
+    True
+    """
+    if isinstance(s, Tensor):
+        z = logits_of(out)
+        z = z + s.expand(z.shape).scatter(1, y[:, None], 0.0)
+        return softplus(gap(z, y))
+    if not 0 <= s < math.inf:
+        raise UserError(f"s, the inference information, must be a finite number >= 0 (0 is plain SCE), got {s}.")
+    return softplus(gap(out, y) + s)
+
+
+def isce_b(out: Outputs | Tensor, y: Tensor, *, tau: float = 0.0) -> Tensor:
+    """I-SCE, reading B: -log e^{z_y} / (sum_j e^{z_j} + e^tau), an unclaimed class with the constant logit tau.
+
+    Args: out: Outputs or (N, K) logits; y: (N,) int64; tau: any number; -inf gives SCE.  Returns (N,), > 0.
+    Not shift-invariant: lowering all logits together raises it without nearing a mistake, so it is no attack's score.
+
+    >>> z, y = torch.tensor([[2.0, 1.0, 0.1]], dtype=torch.float64), torch.tensor([0])
+    >>> print(f"{isce_b(z, y, tau=0.0).item():.6f} {isce_b(z, y, tau=2.0).item():.6f}")
+    0.502461 0.923246
+    """
+    if math.isnan(tau) or tau == math.inf:
+        raise UserError(f"tau must be a number or -inf (which is plain SCE), got {tau}.")
+    u = gap(out, y)
+    if tau == -math.inf:
+        return softplus(u)
+    z_y = logits_of(out).to(u.dtype).gather(1, y[:, None])[:, 0]
+    return softplus(torch.logaddexp(u, tau - z_y))
+
+
+def cosface(out: Outputs | Tensor, y: Tensor, *, m: float = 0.35, scale: float = 64.0) -> Tensor:
+    """CosFace, also the outer loss of hypersphere embedding: I-SCE with s = scale * m on logits scale * cos.
+
+    -log e^{scale (cos_y - m)} / (e^{scale (cos_y - m)} + sum_{j != y} e^{scale cos_j})
+
+    Args: out: Outputs or (N, K) logits of a cosine head of the same scale; y: (N,) int64; m: cosine margin >= 0;
+    scale > 0.  Returns (N,).
+    Sources: Wang et al. 2018; Pang et al. 2020 (hypersphere embedding: scale 15, m 0.2).
+
+    >>> cos, y = torch.tensor([[0.6, 0.8, 0.28]], dtype=torch.float64), torch.tensor([0])
+    >>> print(f"{cosface(64 * cos, y).item():.4f} {cosface(15 * cos, y, m=0.2, scale=15.0).item():.6f}")
+    35.2000 6.002884
+    """
+    if scale <= 0:
+        raise UserError(f"scale must be > 0, got {scale}.")
+    return isce(out, y, s=scale * m)
+
+
+def arcface(out: Outputs | Tensor, y: Tensor, *, m: float = 0.5, scale: float = 64.0) -> Tensor:
+    """ArcFace: I-SCE with s = scale (cos t_y - cos(t_y + m)), t_y the angle to the own class; m in radians.
+
+    For t_y > pi - m, where cos(t + m) turns back, cos t_y - m sin m is used instead.
+
+    Args: out: Outputs or (N, K) logits of a cosine head of the same scale; y: (N,) int64; m in [0, pi/2]; scale > 0.
+    Returns (N,).  Source: Deng et al. 2019.
+
+    >>> cos, y = torch.tensor([[0.6, 0.8, 0.28]], dtype=torch.float64), torch.tensor([0])
+    >>> print(f"{arcface(64 * cos, y).item():.6f}")
+    42.047417
+    """
+    if scale <= 0 or not 0 <= m <= math.pi / 2:
+        raise UserError(f"ArcFace needs scale > 0 and m in [0, pi/2] radians, got scale={scale}, m={m}.")
+    cos = logits_of(out).gather(1, y[:, None]) / scale
+    sin = (1 - cos.square()).clamp_min(1e-12).sqrt()
+    turned = cos * math.cos(m) - sin * math.sin(m)
+    lowered = torch.where(cos > -math.cos(m), turned, cos - m * math.sin(m))
+    return isce(out, y, s=scale * (cos - lowered))

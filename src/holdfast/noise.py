@@ -1,0 +1,99 @@
+"""Random numbers that belong to a sample: the same for any batch size, order or number of processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15  # the golden ratio's odd 64-bit integer, the counter's stride
+
+
+def _signed(value: int) -> int:
+    """The same 64 bits, read as Python reads a signed integer: what an int64 tensor can hold."""
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+_MIX1, _MIX2, _STRIDE = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB), _signed(_GAMMA)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser, in place on int64 (multiplication wraps; the masks make >> a logical shift)."""
+    z ^= (z >> 30) & ((1 << 34) - 1)
+    z *= _MIX1
+    z ^= (z >> 27) & ((1 << 37) - 1)
+    z *= _MIX2
+    z ^= (z >> 31) & ((1 << 33) - 1)
+    return z
+
+
+def _mix_int(z: int) -> int:
+    z &= _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Counter-based noise: sample i's numbers are a hash of (seed, i, position), never of its place in a batch.
+
+    Args:
+        seed: any integer.
+        index: (N,) int64, the sample's own number (its position in the data set, not in the batch).
+
+    ``noise[rows]`` is the noise of those samples, ``noise.fold(k)`` an independent stream (restart k, step k, ...).
+    Source: SplitMix64 (Steele, Lea, Flood 2014) used as a hash of a counter.
+
+    >>> noise = Noise(0, torch.arange(4))
+    >>> bool((noise.uniform((2, 3))[1:3] == noise[1:3].uniform((2, 3))).all())
+    True
+    >>> bool((noise.uniform((3,)) == noise.fold(1).uniform((3,))).any())
+    False
+    """
+
+    seed: int
+    index: Tensor
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice) -> Noise:
+        return replace(self, index=self.index[rows])
+
+    def fold(self, *keys: int) -> Noise:
+        """An independent stream for these integer keys: ``noise.fold(restart, step)``."""
+        seed = self.seed
+        for key in keys:
+            seed = _mix_int(_mix_int(seed + _GAMMA) ^ (key + 1))
+        return replace(self, seed=seed)
+
+    def bits(self, shape: Sequence[int]) -> Tensor:
+        """(N, *shape) int64, all 64 bits uniform."""
+        count = math.prod(shape)
+        rows = _mix(self.index.to(torch.int64) * _STRIDE + _signed(_mix_int(self.seed + _GAMMA)))
+        cells = torch.arange(1, count + 1, device=self.index.device, dtype=torch.int64) * _STRIDE
+        return _mix(rows[:, None] + cells).view(len(self), *shape)
+
+    def uniform(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, *shape), uniform on the open interval (0, 1): never 0, never 1, so its logarithm is finite."""
+        digits = 23 if dtype is not torch.float64 else 52
+        whole = (self.bits(shape) >> (64 - digits)) & ((1 << digits) - 1)
+        return (whole.to(dtype) + 0.5) * 2.0**-digits
+
+    def normal(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, *shape), standard normal: the inverse distribution function of ``uniform``."""
+        return torch.special.ndtri(self.uniform(shape, dtype))
+
+    def sign(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, *shape), -1 or +1 with equal chance."""
+        return (self.bits(shape) >> 63).to(dtype) * 2 + 1  # an arithmetic shift: -1 or 0
+
+    def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
+        """(N, *shape) int64, uniform on 0 .. high-1 (high at most 2^31: the bias is then under 2^-22)."""
+        return (self.uniform(shape, torch.float64) * high).to(torch.int64)

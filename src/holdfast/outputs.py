@@ -1,0 +1,47 @@
+"""What a model returns, and the one border at which a bare logits tensor is wrapped."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Outputs(NamedTuple):
+    """A network's answer for N images.
+
+    logits: (N, K), what argmax is taken of: w.h, scale * cosine, or -distance / 2.
+    features: (N, D), what the head saw, or None.
+    distances: (N, K) squared distances of the features to the head's centers, raw, or None.
+    """
+
+    logits: Tensor
+    features: Tensor | None = None
+    distances: Tensor | None = None
+
+
+def as_outputs(answer: Any) -> Outputs:
+    """Outputs from what a model returned: Outputs, a logits tensor, a tuple that starts with one, or ``.logits``.
+
+    Raises TypeError when there are no (N, K) logits in it.
+
+    >>> import torch
+    >>> as_outputs(torch.zeros(2, 3)).logits.shape
+    torch.Size([2, 3])
+    """
+    if isinstance(answer, Outputs):
+        return answer
+    logits = answer
+    if not isinstance(answer, Tensor):
+        logits = answer[0] if isinstance(answer, (tuple, list)) and answer else getattr(answer, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(answer).__name__
+        raise TypeError(
+            f"a model must return (N, K) logits, or something that holds them as .logits; it returned {got}"
+        )
+    return Outputs(logits)
+
+
+def logits_of(out: Outputs | Tensor) -> Tensor:
+    """The (N, K) logits of a model's answer."""
+    return out.logits if isinstance(out, Outputs) else out
