@@ -93,7 +93,7 @@ def dead_zone(dtype: torch.dtype, competitors: int = 1) -> tuple[float, float]:
     """The margins beyond which log-softmax plus NLL, as ``F.cross_entropy`` computes it, loses gradient.
 
     Returns (own, all): beyond ``own`` the gradient at the true logit, p_y - 1, rounds to exactly 0
-    (sum_{j != y} e^{-margin} < half the spacing of floats below 1); beyond ``all`` every p_j is 0 as well.
+    (sum_{j != y} e^{-margin} < half the spacing of floats above 1); beyond ``all`` every p_j is 0 as well.
 
     Args: dtype: a floating dtype; competitors: how many other classes stand at that margin.
 
@@ -102,6 +102,6 @@ def dead_zone(dtype: torch.dtype, competitors: int = 1) -> tuple[float, float]:
     16.64 104.0
     """
     info = torch.finfo(dtype)
-    below_one = info.eps / 4  # half of the spacing just below 1
+    above_one = info.eps / 2  # half of the spacing above 1: the competitors' share that 1 + share loses
     smallest = info.tiny * info.eps / 2  # half of the smallest denormal: what rounds to 0
-    return math.log(competitors / below_one), -math.log(smallest)
+    return math.log(competitors / above_one), -math.log(smallest)
