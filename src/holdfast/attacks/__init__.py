@@ -1,0 +1,94 @@
+"""Attacks: each one readable function under one contract; suites: which of them are run, in which order.
+
+    attack(model, x, y, threat, *, score, noise, ...) -> x_adv
+
+An attack makes no claim: ``evaluate`` measures and judges what it returns. To add one: the function under ``@attack``
+and a line in ``ATTACKS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..losses import Loss, dlr, gap, negative_margin
+from ..outputs import Outputs, logits_of
+from .apgd import apgd
+from .blackbox import random_noise, square
+from .contract import Model, Worst, attack, fooled, frozen_eval
+from .pgd import bim, fgsm, mim, pgd
+
+__all__ = [
+    "ATTACKS", "SCORES", "SUITES", "Entry", "Model", "Stage", "Worst", "apgd", "attack", "bim", "cross_entropy", "fgsm",
+    "fooled", "frozen_eval", "mim", "pgd", "random_noise", "square",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of ATTACKS: the function, the norms it is defined for, whether it needs gradients, a word on it."""
+
+    attack: Callable[..., Tensor]
+    about: str
+    norms: tuple[str, ...] = ("linf", "l2", "l1")
+    gradients: bool = True
+
+
+ATTACKS: dict[str, Entry] = {
+    "fgsm": Entry(fgsm, "one step of eps (Goodfellow 2015)"),
+    "bim": Entry(bim, "small steps from x (Kurakin 2017)"),
+    "mim": Entry(mim, "bim with momentum (Dong 2018)"),
+    "pgd": Entry(pgd, "projected gradient ascent, random starts (Madry 2018)"),
+    "apgd": Entry(apgd, "pgd with its own step size (Croce 2020)"),
+    "square": Entry(square, "random squares, no gradients (Andriushchenko 2020)", ("linf", "l2"), gradients=False),
+    "noise": Entry(random_noise, "random points of the threat", gradients=False),
+}
+
+
+def cross_entropy(out: Outputs | Tensor, y: Tensor) -> Tensor:
+    """``F.cross_entropy`` in the logits' own precision: what papers climb, dead zone included. (N, K), (N,) -> (N,)."""
+    return F.cross_entropy(logits_of(out), y, reduction="none")
+
+
+# What a stage may climb by name; "matched" is score_of the loss that the network was trained with.
+SCORES: dict[str, Loss] = {"u": gap, "margin": negative_margin, "dlr": dlr, "cross_entropy": cross_entropy}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack of a suite.
+
+    attack: a key of ATTACKS; score: a key of SCORES, or "matched"; targets: 0 is untargeted, t > 0 runs the attack
+    towards each of the t likeliest wrong classes in turn (as many as there are); settings: the attack's keywords.
+    """
+
+    name: str
+    attack: str
+    score: str = "matched"
+    targets: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def published(eps: float) -> Stage:
+    """Robustness as papers report it: F.cross_entropy, one random start, 50 PGD steps of eps/4, the last iterate."""
+    settings = {"steps": 50, "step_size": eps / 4, "keep": "last"}
+    return Stage("published", "pgd", "cross_entropy", settings=settings)
+
+
+SUITES: dict[str, tuple[Stage, ...]] = {
+    "quick": (
+        Stage("apgd", "apgd", settings={"steps": 20}),
+        Stage("apgd-dlr-t", "apgd", "dlr", targets=3, settings={"steps": 20}),
+    ),
+    "standard": (
+        Stage("apgd", "apgd", settings={"steps": 50}),
+        Stage("apgd-dlr", "apgd", "dlr", settings={"steps": 50}),
+        Stage("apgd-dlr-t", "apgd", "dlr", targets=9, settings={"steps": 50}),
+        Stage("apgd-margin-t", "apgd", "margin", targets=3, settings={"steps": 50}),
+        Stage("square", "square", "margin", settings={"steps": 500}),
+    ),
+}

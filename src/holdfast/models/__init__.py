@@ -1,0 +1,103 @@
+"""Networks: a backbone and a head behind one normalisation. images in [0, 1] -> Outputs.
+
+A backbone is a module ``Backbone(shape, **settings)`` that maps (N, C, H, W) to (N, self.features). To add one: the
+class and a line in ``MODELS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, unknown
+from ..heads import HEADS
+from ..outputs import Outputs
+from .convnets import ConvNet, Linear, Mlp, SmallConvNet
+from .resnets import PreActResNet18
+
+__all__ = ["MODELS", "Classifier", "build", "default_model"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "linear": Linear,
+    "mlp": Mlp,
+    "smallconv": SmallConvNet,
+    "convnet": ConvNet,
+    "preactresnet18": PreActResNet18,
+}
+
+
+class Classifier(nn.Module):
+    """head(backbone((x - mean) / std)): images (N, C, H, W) in [0, 1] -> Outputs. Normalisation is layer 0.
+
+    Args: backbone, head: modules; mean, std: (C,), of the training pixels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.view(-1, 1, 1))
+        self.register_buffer("std", std.view(-1, 1, 1))
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, x: Tensor) -> Outputs:
+        out: Outputs = self.head(self.backbone((x - self.mean) / self.std))
+        return out
+
+
+def default_model(shape: Sequence[int]) -> str:
+    """The network for images of this size: small ones get the small one.
+
+    >>> default_model((1, 8, 8)), default_model((1, 28, 28)), default_model((3, 32, 32))
+    ('smallconv', 'convnet', 'preactresnet18')
+    """
+    side = min(shape[1:])
+    return "smallconv" if side <= 16 else "convnet" if shape[0] == 1 or side < 32 else "preactresnet18"
+
+
+def build(
+    name: str,
+    shape: Sequence[int],
+    classes: int,
+    *,
+    head: str = "linear",
+    head_settings: dict[str, Any] | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    seed: int = 0,
+) -> Classifier:
+    """A fresh network with weights drawn from ``seed`` alone (torch's own generator is left as it was).
+
+    Args:
+        name: a key of MODELS; shape: (C, H, W) of the images; classes: K >= 2.
+        head: a key of HEADS; head_settings: its keyword arguments, such as scale or radius.
+        mean, std: (C,), default 0 and 1: no normalisation.
+
+    Raises UserError for an unknown name or head, a setting that the head does not take, fewer than two classes, or
+    images too small for the network.
+
+    >>> build("smallconv", (1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).logits.shape
+    torch.Size([2, 10])
+    """
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    if head not in HEADS:
+        raise unknown("head", head, HEADS)
+    if classes < 2:
+        raise UserError(f"a classifier needs at least 2 classes, got {classes}.")
+    channels = shape[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = MODELS[name](tuple(shape))
+        features: int = backbone.features  # type: ignore[assignment]
+        try:
+            top = HEADS[head](features, classes, **(head_settings or {}))
+        except TypeError as error:
+            raise UserError(f"head '{head}' does not take these settings: {head_settings}. {error}") from None
+    zeros, ones = torch.zeros(channels), torch.ones(channels)
+    return Classifier(backbone, top, zeros if mean is None else mean, ones if std is None else std)
