@@ -105,15 +105,20 @@ class Cosine(nn.Module):
 
 
 class MaxMahalanobis(nn.Module):
-    """logits = -||h - mu_k||^2 / 2 to fixed centers of norm ``radius``, as far apart as they can be."""
+    """logits = -||A h + b - mu_k||^2 / 2 to fixed centers of norm ``radius``, as far apart as they can be.
+
+    The linear map is the paper's last dense layer: behind a ReLU the features could not reach centers on all sides.
+    """
 
     centers: Tensor
 
     def __init__(self, features: int, classes: int, radius: float = 10.0) -> None:
         super().__init__()
+        self.embed = nn.Linear(features, features)
         self.register_buffer("centers", max_mahalanobis_centers(classes, features, radius))
 
     def forward(self, h: Tensor) -> Outputs:
+        h = self.embed(h)
         distances = squared_distances(h, self.centers)
         return Outputs(-distances / 2, h, distances)
 

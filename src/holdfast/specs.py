@@ -1,0 +1,126 @@
+"""What a user writes on a command line, read once: ``isce:s=10``, ``cosface:m=0.2,scale=15``, ``isce:s=2@cosine``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+
+from .errors import UserError, unknown
+from .heads import HEADS
+from .losses import LOSSES, Loss
+from .outputs import Outputs
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """(name, settings) of ``name:key=value,key=value``; values are numbers (fractions too), true/false, or words.
+
+    >>> parse("pgd:steps=100,step_size=1/4,keep=last")
+    ('pgd', {'steps': 100, 'step_size': 0.25, 'keep': 'last'})
+    """
+    name, _, rest = text.strip().partition(":")
+    settings: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise UserError(f"cannot read '{part}' in '{text}': expected name:key=value,key=value, such as isce:s=10.")
+        settings[key.strip()] = _value(value.strip())
+    return name.strip().lower(), settings
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        return text
+
+
+def split(text: str) -> list[str]:
+    """Several specs in one argument: a comma begins a new one unless what follows is a setting (key=value).
+
+    >>> split("sce,isce:s=10,cosface:m=0.2,scale=15,mmc")
+    ['sce', 'isce:s=10', 'cosface:m=0.2,scale=15', 'mmc']
+    """
+    specs: list[str] = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        is_setting = "=" in part and ":" not in part.partition("=")[0] and "@" not in part.partition("=")[0]
+        if is_setting and specs:
+            specs[-1] += "," + part
+        else:
+            specs.append(part)
+    if not specs:
+        raise UserError(f"no names in '{text}': expected some, such as sce,isce:s=10.")
+    return specs
+
+
+def accepts(kind: str, name: str, function: Callable[..., Any], settings: dict[str, Any]) -> None:
+    """Raise UserError unless the function takes each setting as a keyword, with a value of the default's kind."""
+    known = {key: p for key, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+    for key, value in settings.items():
+        if key not in known:
+            raise unknown(f"setting of {kind} '{name}'", key, known or ["(none)"])
+        wanted = known[key].default
+        numbers = isinstance(wanted, (int, float)) and not isinstance(wanted, bool)
+        if numbers and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{key} of {kind} '{name}' must be a number, got '{value}'.")
+
+
+@dataclass(frozen=True)
+class LossChoice:
+    """A loss as a user chose it, and the head that it trains with.
+
+    text: as written, the row's name; loss: (out, y) -> (N,); score: what attacks climb; head, head_settings: for
+    ``models.build``.
+    """
+
+    text: str
+    loss: Loss
+    score: Loss
+    head: str
+    head_settings: dict[str, Any] = field(default_factory=dict)
+
+
+def loss(text: str) -> LossChoice:
+    """A loss from ``name:settings`` with, after @, another head than its own: ``isce:s=2@cosine:scale=10``.
+
+    Raises UserError for an unknown loss, head or setting (with the nearest name), a value the loss refuses (s < 0), or
+    a head that lacks what the loss needs.
+
+    >>> chosen = loss("cosface:m=0.2,scale=15")
+    >>> chosen.head, chosen.head_settings
+    ('cosine', {'scale': 15})
+    """
+    before, _, after = text.partition("@")
+    name, settings = parse(before)
+    if name not in LOSSES:
+        raise unknown("loss", name, LOSSES)
+    entry = LOSSES[name]
+    accepts("loss", name, entry.loss, settings)
+    chosen = partial(entry.loss, **settings) if settings else entry.loss
+    head, head_settings = parse(after) if after else (entry.head, {})
+    if head not in HEADS:
+        raise unknown("head", head, HEADS)
+    accepts("head", head, HEADS[head], head_settings)
+    parameters = inspect.signature(entry.loss).parameters
+    if head == "cosine" and "scale" in parameters:  # one scale for both: the loss divides by the head's
+        head_settings.setdefault("scale", settings.get("scale", parameters["scale"].default))
+        if head_settings["scale"] != settings.get("scale", parameters["scale"].default):
+            raise UserError(f"'{text}' gives loss and head two different scales: name it once, in the loss.")
+    if head != "cosine" and entry.head == "cosine":
+        raise UserError(f"loss '{name}' works on cosines: it needs head 'cosine', got '{head}'.")
+    probe = HEADS[head](4, 3, **head_settings)(torch.zeros(2, 4))
+    answer = chosen(Outputs(*probe), torch.tensor([0, 1]))  # refuses bad values now, not after an hour
+    if answer.shape != (2,):
+        raise UserError(f"loss '{name}' returned shape {tuple(answer.shape)} for 2 samples: a loss must return (N,).")
+    return LossChoice(text.strip(), chosen, entry.score, head, head_settings)
