@@ -317,7 +317,7 @@ def test_augment_crops_and_mirrors(shape, pad, flip, dtype, seed):
         assert any(torch.equal(result, c) for c in crops)
 
 
-def test_augment_uses_every_crop_and_only_its_generator():
+def test_augment_uses_every_crop_and_only_its_own_chance():
     x = torch.ones(4000, 1, 1, 1)
     state = torch.get_rng_state()
     out = data.augment(x, torch.Generator().manual_seed(0), pad=1, flip=True)
@@ -326,12 +326,12 @@ def test_augment_uses_every_crop_and_only_its_generator():
     x = torch.tensor([1.0, 2.0]).expand(4000, 1, 1, 2)
     mirrored = data.augment(x, torch.Generator().manual_seed(0), pad=0, flip=True)[:, 0, 0, 0] == 2
     assert float(mirrored.float().mean()) == pytest.approx(0.5, abs=0.04)
-    generator = torch.Generator().manual_seed(0)
-    assert data.augment(x, generator, pad=0, flip=False) is x
-    one, two = (data.augment(x, generator, pad=2, flip=True) for _ in range(2))
+    chance = torch.Generator().manual_seed(0)
+    assert data.augment(x, chance, pad=0, flip=False) is x
+    one, two = (data.augment(x, chance, pad=2, flip=True) for _ in range(2))
     assert not torch.equal(one, two)
     with pytest.raises(UserError, match="pad is -1: expected 0 or more"):
-        data.augment(x, generator, pad=-1, flip=False)
+        data.augment(x, chance, pad=-1, flip=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- parquet
@@ -521,7 +521,7 @@ def test_decoded_data_is_kept_and_rebuilt(tmp_path, cache, monkeypatch):
     (kept,) = cache.iterdir()  # one file, and nothing left of the writing
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_decode", None)  # a second decode would fail
+        patch.setattr(data.sources, "_decode", None)  # a second decode would fail
         for name in (root, "set"):
             second = data.load(name)
             assert all(same(getattr(first, p), getattr(second, p)) for p in ("train", "val", "test"))
@@ -531,7 +531,7 @@ def test_decoded_data_is_kept_and_rebuilt(tmp_path, cache, monkeypatch):
         kept.write_bytes(damage)
         assert same(data.load(root).train, first.train)
         with monkeypatch.context() as patch:
-            patch.setattr(data, "_decode", None)
+            patch.setattr(data.sources, "_decode", None)
             assert same(data.load(root).train, first.train)
     file = tmp_path / "set" / "test.parquet"
     pq.write_table(table([2, 1, 0] * 4, names=ODD), file)

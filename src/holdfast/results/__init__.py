@@ -1,0 +1,29 @@
+"""What an evaluation found, as pure data: intervals, paired tests, JSON and tables. No tensors below this line."""
+
+from __future__ import annotations
+
+from .schema import (
+    CLOPPER_PEARSON,
+    FILE,
+    SCHEMA,
+    Example,
+    Interval,
+    Results,
+    Run,
+    Samples,
+    Stage,
+    Verdict,
+    load,
+    save,
+    threat_text,
+    to_json,
+    write_atomic,
+)
+from .statistics import Paired, holm, mcnemar, over_seeds, paired_t, proportion
+from .tables import Row, csv, latex, markdown, percent, robust_text, rows, table
+
+__all__ = [
+    "CLOPPER_PEARSON", "FILE", "SCHEMA", "Example", "Interval", "Paired", "Results", "Row", "Run", "Samples", "Stage",
+    "Verdict", "csv", "holm", "latex", "load", "markdown", "mcnemar", "over_seeds", "paired_t", "percent", "proportion",
+    "robust_text", "rows", "save", "table", "threat_text", "to_json", "write_atomic",
+]  # fmt: skip

@@ -1,0 +1,156 @@
+"""Runs merged into rows, and the rows as a table: in the terminal, Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
+from csv import writer as csv_writer
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from .schema import Interval, Results, Run
+from .statistics import over_seeds
+
+_WORST_FIRST = ("void", "refuted", "loose", "tight")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a loss under a threat, over one or more seeds. ``runs`` are indexes into results.runs."""
+
+    label: str  # the loss, told apart by threat or name where the loss alone does not
+    loss: str
+    threat: str
+    clean: Interval
+    published: Interval
+    robust: Interval | None
+    status: str
+    verdict: str
+    n: int
+    seeds: tuple[int | None, ...]
+    interval: str
+    runs: tuple[int, ...]
+
+
+def rows(results: Results) -> list[Row]:
+    """One row per loss and threat, in order of first appearance.
+
+    Runs that differ in seed alone are merged: mean and t interval over seeds; a single run keeps its own interval. Runs
+    of one loss whose seeds repeat are different experiments: one row per run name. One void run makes the row void, and
+    the verdict shown is the worst of the merged ones.
+    """
+    out: list[Row] = []
+    for members in _groups(results.runs):
+        merged, first = [results.runs[i] for i in members], results.runs[members[0]]
+        clean, published, robust, interval = first.clean, first.published, first.robust, first.interval
+        if len(merged) > 1:
+            clean, published = over_seeds(r.clean.value for r in merged), over_seeds(r.published.value for r in merged)
+            found = [r.robust.value for r in merged if r.robust is not None]
+            robust = over_seeds(found) if len(found) == len(merged) else None
+            interval = f"mean and 95% t interval over {len(merged)} seeds"
+        status, text = _worst(merged)
+        figures = first.loss, first.loss, first.threat_text, clean, published, robust, status, text, first.n
+        out.append(Row(*figures, tuple(r.seed for r in merged), interval, tuple(members)))
+    for told in ("{0.threat}", "{1.name}", "n={0.n}", "{0.runs[0]}"):
+        taken = Counter(r.label for r in out)
+        shown = [told.format(r, results.runs[r.runs[0]]) for r in out]
+        named = [f"{r.label} ({t})" if taken[r.label] > 1 else r.label for r, t in zip(out, shown, strict=True)]
+        out = [dataclasses.replace(r, label=name) for r, name in zip(out, named, strict=True)]
+    return out
+
+
+def _groups(runs: Sequence[Run]) -> list[list[int]]:
+    keys: list[tuple[Any, ...]] = [(r.loss, r.threat_text, r.n) for r in runs]
+    for extra in ([r.name for r in runs], range(len(runs))):
+        seen = Counter((k, r.seed) for k, r in zip(keys, runs, strict=True))
+        repeated = {k for (k, _), times in seen.items() if times > 1}
+        keys = [(*k, e) if k in repeated else k for k, e in zip(keys, extra, strict=True)]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, k in enumerate(keys):
+        groups.setdefault(k, []).append(i)
+    return list(groups.values())
+
+
+def _worst(runs: Sequence[Run]) -> tuple[str, str]:
+    verdicts = [r.verdict for r in runs if r.verdict is not None]
+    if not verdicts:
+        return "", ""
+    order = {s: i for i, s in enumerate(_WORST_FIRST)}
+    v = min(verdicts, key=lambda v: order.get(v.status, -1))
+    alike = sum(w.status == v.status for w in verdicts)
+    share = f" ({alike} of {len(runs)} seeds)" if len(runs) > 1 else ""
+    return v.status, f"{v.status}: {v.why}{share}" if v.why else v.status + share
+
+
+def percent(v: float) -> str:
+    """A proportion in percent with one decimal, as text."""
+    return f"{100 * v:.1f}"
+
+
+def robust_text(row: Row) -> str:
+    """The robust figure with its interval: '43.0 [39.9, 46.1]', with '<= ' before it when loose; 'void' without one."""
+    if row.robust is None:
+        return "void"
+    r, sign = row.robust, "<= " if row.status == "loose" else ""
+    return f"{sign}{percent(r.value)} [{percent(r.low)}, {percent(r.high)}]"
+
+
+_HEAD = ("loss", "clean", "published", "robust, 95% interval", "verdict")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    label = re.sub(r"\s+", " ", row.label)
+    return label, percent(row.clean.value), percent(row.published.value), robust_text(row), row.status or "-"
+
+
+def table(results: Results) -> Table:
+    """A rich table that fits 80 columns, in percent."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    out.add_column(_HEAD[0], overflow="fold", max_width=26)
+    for name in _HEAD[1:]:
+        out.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
+    for row in rows(results):
+        out.add_row(*(Text(c) for c in _cells(row)))
+    return out
+
+
+def markdown(results: Results) -> str:
+    """The table in Markdown."""
+    lines = ["| " + " | ".join(_HEAD) + " |", "|---|---:|---:|---:|---|"]
+    for row in rows(results):
+        label, *rest = _cells(row)
+        lines.append("| " + " | ".join([re.sub(r"([\\`*_<>\[\]|&~$#])", r"\\\1", label), *rest]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def csv(results: Results) -> str:
+    """The rows as CSV, proportions unrounded, empty where there is no figure."""
+    out = StringIO()
+    write = csv_writer(out, lineterminator="\n").writerow
+    bounds = [f"{c}{suffix}" for c in ("clean", "published", "robust") for suffix in ("", "_low", "_high")]
+    write(["loss", "threat", *bounds, "verdict", "n", "seeds", "interval"])
+    for r in rows(results):
+        figures = [v for i in (r.clean, r.published, r.robust) for v in (dataclasses.astuple(i) if i else ("", "", ""))]
+        write([r.label, r.threat, *figures, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval])
+    return out.getvalue()
+
+
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+        ">": r"\textgreater{}", "|": r"\textbar{}", **{c: "\\" + c for c in "&%$#_{}"}}  # fmt: skip
+
+
+def latex(results: Results) -> str:
+    """The table as a LaTeX tabular, every special character escaped."""
+    lines = [r"\begin{tabular}{lrrrl}", r"\hline", " & ".join(_HEAD).replace("%", r"\%") + r" \\", r"\hline"]
+    for row in rows(results):
+        cells = ["".join(_TEX.get(ch, ch) for ch in c) for c in _cells(row)]
+        cells[3] = cells[3].replace(r"\textless{}=", r"$\leq$").replace("[", "{[}").replace("]", "{]}")
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\hline", r"\end{tabular}"]) + "\n"
