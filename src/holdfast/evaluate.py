@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import ATTACKS, SCORES, SUITES, Model, Stage, fooled, frozen_eval, published
+from .attacks import ATTACKS, SCORES, SUITES, Stage, published
 from .data import Data, pixels
 from .errors import UserError, unknown
 from .losses import Loss, negative_margin, score_of
 from .noise import Noise
-from .outputs import Outputs, as_outputs
+from .outputs import Model, Outputs, as_outputs, fooled, frozen_eval
 from .storage import load_tensors, save_tensors
 from .threat import Threat
 
@@ -176,7 +176,7 @@ class _Run:
         self.noise = Noise(seed, data.index)
         self.costs = [StageCost("clean"), *(StageCost(stage.name) for stage in stages)]
         self.record: Path | None = None
-        self.saved = time.perf_counter()
+        self.save_after = time.perf_counter() + 5.0
 
     def begin(self, record: Path | None, key: str) -> None:
         """The clean pass, or what a record kept of an evaluation of the same thing."""
@@ -288,10 +288,12 @@ class _Run:
         return replace(cost, seconds=cost.seconds + time.perf_counter() - began, **added)
 
     def save(self, *, force: bool = False) -> None:
-        if self.record is not None and (force or time.perf_counter() - self.saved > 5):
+        began = time.perf_counter()
+        if self.record is not None and (force or began > self.save_after):
             about = {**self.about, "costs": [vars(cost) for cost in self.costs]}
             save_tensors(self.record, RECORD, RECORD_VERSION, self.columns, about)
-            self.saved = time.perf_counter()
+            ended = time.perf_counter()
+            self.save_after = ended + max(5.0, 20 * (ended - began))  # at most a twentieth of the time goes to saving
 
     def answer(self) -> Evaluation:
         kept = {k: v.cpu() for k, v in self.columns.items() if k not in ("targets", "done")}

@@ -1,10 +1,14 @@
-"""What a model returns, and the one border at which a bare logits tensor is wrapped."""
+"""What a model returns, how it is asked, and the one border at which a bare logits tensor is wrapped."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+
+Model = Callable[[Tensor], Any]  # an nn.Module or any function from images to logits or Outputs
 
 
 class Outputs(NamedTuple):
@@ -45,3 +49,35 @@ def as_outputs(answer: Any) -> Outputs:
 def logits_of(out: Outputs | Tensor) -> Tensor:
     """The (N, K) logits of a model's answer."""
     return out.logits if isinstance(out, Outputs) else out
+
+
+@contextmanager
+def frozen_eval(model: Model) -> Iterator[None]:
+    """Every module in eval mode and no parameter with a gradient, each restored to its own state afterwards.
+
+    Per module, not by one flag: a batch norm that its owner froze comes back frozen, a dropout in train mode likewise.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    wanted = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
+    try:
+        for module in modules:
+            module.training = False
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def fooled(logits: Tensor, y: Tensor) -> Tensor:
+    """argmax != y, and no logit is NaN or infinite: broken arithmetic is never a success. (N, K), (N,) -> (N,) bool.
+
+    >>> import torch
+    >>> fooled(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), torch.tensor([0, 0]))
+    tensor([ True, False])
+    """
+    return (logits.argmax(1) != y) & logits.isfinite().all(1)

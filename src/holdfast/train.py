@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,14 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import __version__, models
-from .attacks.contract import Model, frozen_eval
 from .data import Data, augment, pixels
 from .errors import UserError
 from .noise import Noise
 from .objectives import Schedule
-from .outputs import as_outputs
+from .outputs import Model, as_outputs, frozen_eval
 from .results import write_atomic
+from .runs import claim
 from .storage import load_tensors, save_tensors
 
 CHECKPOINT, CHECKPOINT_VERSION = "checkpoint", 1
@@ -106,7 +104,7 @@ def fit(
     Args:
         model: images to Outputs; train, val: the data (test data has no way in here); objective: Schedule.
         config: FitConfig. out: the run folder; without one nothing is written and nothing can be resumed.
-        about: what else config.json shall say, such as how the model is built (``load_run`` reads it).
+        about: what else config.json shall say, such as how the model is built (``runs.load`` reads it).
         progress: called after each epoch. device: "cpu", "cuda", ...; default the best there is.
 
     Under torchrun every process takes its share of each batch; the gradient is that of the whole batch.
@@ -125,7 +123,7 @@ def fit(
     history: list[dict[str, Any]] = []
     spent = 0.0
     if out is not None:
-        _claim(out, config, about or {}, write=accelerator.is_main_process)
+        claim(out, {"fit": asdict(config), **(about or {})}, write=accelerator.is_main_process)
         if (out / "checkpoint.safetensors").exists():
             history, spent = _resume(out, plain, optimizer, averaged)
     steps = math.ceil(len(train) / config.batch_size)
@@ -259,52 +257,6 @@ def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
     return float(right) / len(data)
 
 
-# The run folder ------------------------------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, as env.json and results.json hold them."""
-    cuda = torch.cuda.is_available()
-    return {
-        "holdfast": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _claim(out: Path, config: FitConfig, about: dict[str, Any], *, write: bool) -> None:
-    """Write config.json, or refuse a folder that belongs to another configuration."""
-    wanted = {"fit": asdict(config), **about}
-    path = out / "config.json"
-    if path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): delete the folder {out} to begin again.") from None
-        differs = sorted(key for key in {*found, *wanted} if found.get(key) != json.loads(json.dumps(wanted.get(key))))
-        if differs:
-            raise UserError(
-                f"{out} holds a run with another configuration (they differ in {', '.join(differs)}). "
-                "Name another folder, or delete this one."
-            )
-    elif write:
-        write_atomic(path, json.dumps(wanted, indent=1))
-        write_atomic(out / "env.json", json.dumps(environment(), indent=1))
-
-
 def _save(
     out: Path,
     model: nn.Module,
@@ -348,24 +300,3 @@ def _resume(
         state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return about["history"], about["seconds"]
-
-
-def load_run(folder: Path, *, device: str = "cpu") -> tuple[models.Classifier, dict[str, Any]]:
-    """(model, configuration) of a finished run folder whose fit was told ``about["model"]``, what ``build`` takes.
-
-    Raises UserError when the folder is missing, unfinished, or not a run's.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is no run folder: it has no config.json.")
-    config = json.loads(path.read_text())
-    if not (folder / "model.safetensors").exists():
-        raise UserError(f"the run in {folder} is not finished: repeat the command that began it, it will resume.")
-    if "model" not in config:
-        raise UserError(
-            f"{path} does not say how its model is built ('model' is missing): build it and load the weights."
-        )
-    model = models.build(**config["model"])
-    tensors, _ = load_tensors(folder / "model.safetensors", "model", 1)
-    model.load_state_dict(tensors)
-    return model.to(device).eval(), config

@@ -87,8 +87,7 @@ SUITES: dict[str, tuple[Stage, ...]] = {
     "standard": (
         Stage("apgd", "apgd", settings={"steps": 50}),
         Stage("apgd-dlr", "apgd", "dlr", settings={"steps": 50}),
-        Stage("apgd-dlr-t", "apgd", "dlr", targets=9, settings={"steps": 50}),
-        Stage("apgd-margin-t", "apgd", "margin", targets=3, settings={"steps": 50}),
-        Stage("square", "square", "margin", settings={"steps": 500}),
+        Stage("apgd-dlr-t", "apgd", "dlr", targets=9, settings={"steps": 30}),
+        Stage("square", "square", "margin", settings={"steps": 300}),
     ),
 }

@@ -3,49 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import Loss, negative_margin, towards
-from ..outputs import Outputs, as_outputs
+from ..outputs import Model, Outputs, as_outputs, fooled, frozen_eval
 from ..threat import Threat
-
-Model = Callable[[Tensor], Any]  # an nn.Module or any function from images to logits or Outputs
-
-
-@contextmanager
-def frozen_eval(model: Model) -> Iterator[None]:
-    """Every module in eval mode and no parameter with a gradient, each restored to its own state afterwards.
-
-    Per module, not by one flag: a batch norm that its owner froze comes back frozen, a dropout in train mode likewise.
-    """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    wanted = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
-    try:
-        for module in modules:
-            module.training = False
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-def fooled(logits: Tensor, y: Tensor) -> Tensor:
-    """argmax != y, and no logit is NaN or infinite: broken arithmetic is never a success. (N, K), (N,) -> (N,) bool.
-
-    >>> fooled(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), torch.tensor([0, 0]))
-    tensor([ True, False])
-    """
-    return (logits.argmax(1) != y) & logits.isfinite().all(1)
 
 
 class Worst:

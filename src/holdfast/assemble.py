@@ -1,0 +1,165 @@
+"""What the bench found, put below the line: Evaluations become one Results, their x_adv the witnesses."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import __version__, runs
+from .data import Split, pixels
+from .evaluate import STANDS, Evaluation, StageCost
+from .results import Example, Interval, Results, Run, Samples, Stage, proportion, save
+from .storage import save_tensors
+from .verify import WITNESSES, WITNESSES_VERSION
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One network that has been trained and attacked: its folder, what was found, how it was trained, on what data."""
+
+    loss: str
+    seed: int
+    folder: Path
+    evaluation: Evaluation
+    trained: dict[str, Any]
+    split: Split
+    cut: dict[str, Any]  # how ``data.load`` made that split
+
+
+def assemble(judged: Sequence[Judged], out: Path, data: str, settings: dict[str, Any], command: str) -> Results:
+    """Write results.json and witnesses.safetensors to ``out``: a run for each loss and seed, its folds put together.
+
+    ``judged`` is in the order of the rows; the folds of one (loss, seed) follow each other.
+    """
+    groups: dict[tuple[str, int], list[Judged]] = {}
+    for one in judged:
+        groups.setdefault((one.loss, one.seed), []).append(one)
+    found = [_run(parts) for parts in groups.values()]
+    splits = [part.split for part in next(iter(groups.values()))]  # every loss and seed saw the same folds
+    results = Results(
+        runs=tuple(found),
+        data={
+            "name": data,
+            "classes": list(splits[0].classes),
+            "n": found[0].n,
+            "shape": list(splits[0].shape),
+            "fingerprint": "+".join(split.fingerprint for split in splits),
+        },
+        command=command,
+        settings=json.loads(json.dumps(settings)),
+        environment=runs.environment(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        holdfast=__version__,
+    )
+    witnesses: dict[str, Tensor] = {}
+    networks = []
+    for number, one in enumerate(judged):
+        broken = one.evaluation.broken_by >= 0
+        witnesses[f"{number}/index"] = one.evaluation.index[broken]
+        witnesses[f"{number}/x_adv"] = one.evaluation.x_adv[broken]
+        where = {"folder": os.path.relpath(one.folder, out), "cut": one.cut, "fingerprint": one.split.fingerprint}
+        networks.append({"run": _name(one), **where})
+    save_tensors(out / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION, witnesses, {"networks": networks})
+    save(results, out)
+    return results
+
+
+def _name(one: Judged) -> str:
+    return f"{one.loss} seed {one.seed}"
+
+
+def _run(parts: list[Judged]) -> Run:
+    """One row's worth: the folds' samples put together, their costs added up."""
+    evaluations, trained = [part.evaluation for part in parts], [part.trained for part in parts]
+
+    def column(which: str) -> Any:
+        return torch.cat([getattr(evaluation, which) for evaluation in evaluations])
+
+    robust, clean, published = column("robust"), column("clean"), column("published")
+    stages = [_added([e.stages[i] for e in evaluations]) for i in range(len(evaluations[0].stages))]
+    mean = {key: _mean([t[key] for t in trained]) for key in ("accuracy", "val")}
+    return Run(
+        name=_name(parts[0]),
+        loss=parts[0].loss,
+        seed=parts[0].seed,
+        threat=evaluations[0].threat.describe(),
+        n=len(clean),
+        clean=_share(clean),
+        published=_share(published),
+        robust=_share(robust),
+        cost={
+            "forwards": sum(e.forwards for e in evaluations),
+            "backwards": sum(e.backwards for e in evaluations),
+            "seconds": round(sum(e.seconds for e in evaluations), 2),
+        },
+        stages=tuple(Stage(s.name, s.attacked, s.broken, s.forwards, s.backwards, round(s.seconds, 3)) for s in stages),
+        samples=Samples(
+            **{key: column(key) for key in ("index", "y", "prediction", "clean", "published", "robust")},
+            stage=(column("broken_by") + (column("broken_by") >= 0)),  # stage 0 is the clean pass
+            margin=column("margin"),
+            margin_adv=column("margin_adv"),
+        ),
+        examples=tuple(_examples(evaluations[0], parts[0].split)),
+        train={
+            **trained[0],
+            **mean,
+            "seconds": round(sum(t["seconds"] for t in trained), 2),
+            "networks": len(trained),
+        },
+    )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _share(right: Tensor) -> Interval:
+    return proportion(int(right.sum()), len(right))
+
+
+def _added(costs: list[StageCost]) -> StageCost:
+    total = {key: sum(getattr(cost, key) for cost in costs) for key in vars(costs[0]) if key != "name"}
+    return StageCost(costs[0].name, **total)
+
+
+def _examples(evaluation: Evaluation, split: Split, most: int = 6) -> list[Example]:
+    """One broken sample a class, the first of each, as pictures; the perturbation around mid-grey, full scale = eps."""
+    broken = torch.nonzero(evaluation.broken_by > STANDS)[:, 0]
+    chosen = {int(evaluation.y[row]): int(row) for row in broken.flip(0)}  # the first of each class wins
+    x = pixels(split.test.x)
+    examples = []
+    for _, row in sorted(chosen.items())[:most]:
+        delta = evaluation.x_adv[row] - x[row]
+        full = float(delta.abs().max().clamp_min(1e-12))
+        examples.append(
+            Example(
+                index=int(evaluation.index[row]),
+                y=int(evaluation.y[row]),
+                prediction=int(evaluation.prediction[row]),
+                prediction_adv=int(evaluation.prediction_adv[row]),
+                x_png=_png(x[row]),
+                x_adv_png=_png(evaluation.x_adv[row]),
+                delta_png=_png(0.5 + delta / (2 * full)),
+            )
+        )
+    return examples
+
+
+def _png(image: Tensor) -> str:
+    """(C, H, W) in [0, 1] as PNG in base64."""
+    array = (image * 255).round().clamp(0, 255).to(torch.uint8).movedim(0, -1).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,36 @@
+"""Everything that has a name, with a line on each: what ``holdfast list`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .attacks import ATTACKS
+from .data import DATASETS
+from .heads import HEADS
+from .losses import LOSSES
+from .models import MODELS
+from .objectives import OBJECTIVES
+from .recipes import RECIPES
+
+
+def catalogue() -> dict[str, dict[str, str]]:
+    """kind -> name -> one line.
+
+    >>> sorted(catalogue())
+    ['attacks', 'checks', 'datasets', 'heads', 'losses', 'models', 'objectives', 'recipes']
+    """
+    return {
+        "losses": {name: entry.about for name, entry in LOSSES.items()},
+        "heads": _first_lines(HEADS),
+        "attacks": {name: entry.about for name, entry in ATTACKS.items()},
+        "objectives": _first_lines(OBJECTIVES),
+        "models": _first_lines(MODELS),
+        "datasets": {name: entry.about for name, entry in DATASETS.items()},
+        "checks": {},
+        "recipes": {name: recipe().about for name, recipe in RECIPES.items()},
+    }
+
+
+def _first_lines(named: dict[str, Callable[..., Any]]) -> dict[str, str]:
+    return {name: (function.__doc__ or "").strip().splitlines()[0] for name, function in named.items()}

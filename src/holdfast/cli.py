@@ -1,0 +1,385 @@
+"""The command line: parses, calls, prints. No logic lives here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import __version__
+from .errors import UserError
+
+app = typer.Typer(
+    name="holdfast",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train image classifiers with robust losses, attack them hard, and say what their robustness is worth.\n\n"
+    "Start with **holdfast compare**: two minutes, nothing to download.",
+)
+screen, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+def _option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help)
+
+
+Data = Annotated[str, _option("digits, mnist, cifar10, a hub name, a parquet file or folder, or an image folder.")]
+Losses = Annotated[str | None, _option("Losses with settings: sce,isce:s=10,mmc,cosface:m=0.2,scale=15.")]
+OneLoss = Annotated[str, _option("A loss with settings, such as isce:s=10; after @ another head: isce:s=2@cosine.")]
+Against = Annotated[str, _option("norm:eps; norm linf, l2 or l1, eps in pixels from 0 to 1: linf:0.1, linf:8/255.")]
+Suite = Annotated[str, _option("How hard to attack: quick or standard.")]
+Objective = Annotated[str, _option("How to train: standard, or adversarial:steps=10.")]
+Seeds = Annotated[int, _option("Networks per loss; with more than one the interval is over seeds.")]
+Epochs = Annotated[int | None, _option("Default: 30 for digits and photographs, 10 elsewhere.")]
+Limit = Annotated[int, _option("Attack at most so many test images, 0 for all. Cross-validated data is used whole.")]
+LimitTrain = Annotated[int, _option("Train on at most so many images, 0 for all.")]
+Folds = Annotated[int, _option("Cross-validation folds, for data without a test split. Default: 5 there.")]
+Network = Annotated[str, _option("A network of `holdfast list`. Default: by image size.")]
+BatchSize = Annotated[int | None, _option("Training batch size.")]
+Optimizer = Annotated[str | None, _option("adam or sgd.")]
+Rate = Annotated[float | None, _option("Learning rate.")]
+Decay = Annotated[float | None, _option("Weight decay, decoupled for adam.")]
+Augment = Annotated[str | None, _option("none, crop:PAD or crop:PAD+flip. Default: crop:4+flip for photographs.")]
+Jobs = Annotated[int, _option("Networks at a time. Default: one per core on a CPU, one on a GPU.")]
+Quiet = Annotated[bool, _option("No progress; the answer alone.", "--quiet", "-q")]
+AsJson = Annotated[bool, _option("Print JSON instead of tables; progress goes to stderr.", "--json")]
+Device = Annotated[str, _option("cpu, cuda, cuda:1 or mps; auto takes the best there is.")]
+Out = Annotated[Path | None, _option("Output folder. Default: out/<data>-<threat>-<hash>.", "--out", "-o")]
+RunFolder = Annotated[Path, _option("The run folder; training goes on where it was.", "--out", "-o")]
+Seed = Annotated[int, _option("Of weights, order, augmentation and noise.")]
+Fold = Annotated[int, _option("Which fold is left out, for data without a test split.")]
+Page = Annotated[Path | None, _option("The page. Default: report.html beside the first file.", "--out", "-o")]
+Figures = Annotated[Path | None, _option("Write every figure here too, as SVG and PNG.")]
+
+
+def main() -> None:
+    """The entry point: what a user can mend is one line on stderr and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _escaped(text: object) -> str:
+    return str(text).replace("[", r"\[")
+
+
+def _best(device: str) -> str:
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _workers(asked: int, device: str) -> int:
+    if asked:
+        return asked
+    return len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
+
+
+class _Display:
+    """Progress that behaves: bars on a terminal, a line per finished network elsewhere, nothing when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.live = errors.is_terminal and not quiet
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=errors,
+            transient=True,
+            disable=not self.live,
+        )
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Display:
+        self.bars.start()
+        self.whole = self.bars.add_task("networks", total=None)
+        return self
+
+    def __exit__(self, kind: type | None, *stop: object) -> None:
+        self.bars.stop()
+        if kind is KeyboardInterrupt:
+            errors.print("stopped. What was finished is kept: the same command goes on from here.")
+            sys.exit(130)
+
+    def tell(self, job: str, what: str, done: int, total: int) -> None:
+        if self.live:
+            if job not in self.tasks:
+                self.tasks[job] = self.bars.add_task(job)
+            self.bars.update(self.tasks[job], description=f"{job} · {what}", completed=done, total=total)
+
+    def finished(self, job: Any, done: int, total: int) -> None:
+        self.bars.update(self.whole, completed=done, total=total)
+        name = job.folder.name
+        if name in self.tasks:
+            self.bars.remove_task(self.tasks.pop(name))
+        if not self.live and not self.quiet:
+            errors.print(f"network {done} of {total} is trained and attacked: {name}", soft_wrap=True)
+
+
+@app.command(rich_help_panel="The main job")
+def compare(
+    data: Data = "digits",
+    losses: Losses = None,
+    threat: Against = "linf:0.1",
+    suite: Suite = "standard",
+    objective: Objective = "standard",
+    seeds: Seeds = 1,
+    epochs: Epochs = None,
+    limit: Limit = 1000,
+    limit_train: LimitTrain = 0,
+    folds: Folds = 0,
+    model: Network = "",
+    batch_size: BatchSize = None,
+    optimizer: Optimizer = None,
+    lr: Rate = None,
+    weight_decay: Decay = None,
+    augment: Augment = None,
+    jobs: Jobs = 0,
+    device: Device = "auto",
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network per loss, attack every one, and print clean, published and robust accuracy side by side.
+
+    *published* is the accuracy as papers report it: F.cross_entropy in float32, one random start, 50 PGD steps of
+    eps/4, the last iterate. *robust* is what is left after everything tried, with its 95% interval.
+
+    A stopped command goes on where it was when it is repeated.
+    """
+    from . import report as reporting
+    from .compare import Comparison, default_out
+    from .compare import compare as run
+
+    fit = _fit(data, epochs, batch_size, optimizer, lr, weight_decay, augment)
+    given = {"losses": tuple(_split(losses))} if losses else {}
+    comparison = Comparison(
+        data=data, threat=threat, suite=suite, objective=objective, model=model, seeds=seeds, folds=folds, limit=limit,
+        limit_train=limit_train, fit=fit, **given,
+    ).checked()  # fmt: skip
+    folder = out or default_out(comparison)
+    where = _best(device)
+    with _Display(quiet) as display:
+        results = run(
+            comparison,
+            folder,
+            command=shlex.join(["holdfast", *sys.argv[1:]]),
+            device=where,
+            workers=_workers(jobs, where),
+            tell=display.tell,
+            finished=display.finished,
+        )
+    page = reporting.render([results], folder / "report.html")
+    _show(results, as_json)
+    if not as_json and not quiet:
+        screen.print(f"\n{folder / 'results.json'}\n{page}\nprove it again: holdfast verify {folder}", soft_wrap=True)
+
+
+def _split(text: str) -> list[str]:
+    from . import specs
+
+    return specs.split(text)
+
+
+def _fit(
+    data: str,
+    epochs: int | None,
+    batch_size: int | None,
+    optimizer: str | None,
+    lr: float | None,
+    weight_decay: float | None,
+    augment: str | None,
+) -> Any:
+    from .recipes import fit_for, override
+
+    given = {"epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
+    return override(fit_for(data), **given, **_augment(augment))
+
+
+def _augment(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    if text == "none":
+        return {"pad": 0, "flip": False}
+    crop, _, flip = text.partition("+")
+    name, _, pad = crop.partition(":")
+    if name != "crop" or not pad.isdigit() or flip not in ("", "flip"):
+        raise UserError(f"cannot read the augmentation '{text}': expected none, crop:PAD or crop:PAD+flip.")
+    return {"pad": int(pad), "flip": flip == "flip"}
+
+
+def _show(results: Any, as_json: bool) -> None:
+    from . import report as reporting
+    from .results import table
+
+    if as_json:
+        from .results import to_json
+
+        print(to_json(results))
+        return
+    screen.print(table(results))
+    screen.print(reporting.finding(results), soft_wrap=True)
+
+
+@app.command(rich_help_panel="Step by step")
+def train(
+    out: RunFolder,
+    data: Data = "digits",
+    loss: OneLoss = "sce",
+    threat: Against = "linf:0.1",
+    objective: Objective = "standard",
+    seed: Seed = 0,
+    fold: Fold = 0,
+    epochs: Epochs = None,
+    limit_train: LimitTrain = 0,
+    model: Network = "",
+    batch_size: BatchSize = None,
+    optimizer: Optimizer = None,
+    lr: Rate = None,
+    weight_decay: Decay = None,
+    augment: Augment = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Train one network. Writes config.json, env.json, log.jsonl, a checkpoint and model.safetensors."""
+    from .compare import Comparison, Job, train_one
+
+    fit = _fit(data, epochs, batch_size, optimizer, lr, weight_decay, augment)
+    comparison = Comparison(
+        data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit
+    ).checked()
+    with _Display(quiet) as display:
+        _, trained, _ = train_one(Job(comparison, loss, seed, fold, out, _best(device)), display.tell)
+    screen.print(
+        f"{loss}: train accuracy {trained['accuracy']:.1%}, validation {_percent(trained['val'])}, "
+        f"{trained['epochs']} epochs in {trained['seconds']} s.\n"
+        f"attack it: holdfast evaluate {out} --threat {threat}",
+        soft_wrap=True,
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+@app.command(rich_help_panel="Step by step")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder that `holdfast train` or `compare` wrote.")],
+    threat: Against = "linf:0.1",
+    suite: Suite = "standard",
+    limit: Limit = 1000,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path | None, _option("Default: <run>/evaluation-<threat>-<suite>.", "--out", "-o")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Attack one trained network and write results.json, witnesses and report.html."""
+    from . import report as reporting
+    from .compare import evaluate_run
+
+    text = threat.replace(":", "").replace("/", "_")
+    folder = out or run / f"evaluation-{text}-{suite}"
+    with _Display(quiet) as display:
+        results = evaluate_run(
+            run, threat, suite, folder, limit=limit, seed=seed, device=_best(device), tell=display.tell,
+            command=shlex.join(["holdfast", *sys.argv[1:]]),
+        )  # fmt: skip
+    page = reporting.render([results], folder / "report.html")
+    _show(results, as_json)
+    if not as_json and not quiet:
+        screen.print(f"\n{folder / 'results.json'}\n{page}", soft_wrap=True)
+
+
+@app.command(rich_help_panel="Look")
+def report(
+    results: Annotated[list[Path], typer.Argument(help="results.json files, or folders that hold one.")],
+    out: Page = None,
+    figures: Figures = None,
+) -> None:
+    """Draw results as one self-contained HTML page, and as figures."""
+    from . import report as reporting
+    from .results import load
+
+    loaded = [load(path) for path in results]
+    beside = results[0] if results[0].is_dir() else results[0].parent
+    page = reporting.render(loaded, out or beside / "report.html")
+    screen.print(str(page), soft_wrap=True)
+    if figures is not None:
+        for found in loaded:
+            for path in reporting.figures(found, figures):
+                screen.print(str(path), soft_wrap=True)
+
+
+@app.command(rich_help_panel="Look")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="An output folder of compare or evaluate.")],
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Prove the upper bounds again: stored adversarial images, stored networks, one forward pass, no attack code."""
+    from dataclasses import asdict
+
+    from .verify import verify as check
+
+    proofs = check(folder, device=_best(device))
+    if as_json:
+        print(json.dumps([{**asdict(p), "bound": p.bound, "holds": p.holds} for p in proofs], indent=1))
+    else:
+        for p in proofs:
+            word = "holds" if p.holds else f"FAILS ({p.failed} witnesses do not hold, {p.claimed:.1%} was claimed)"
+            screen.print(
+                f"{p.run}: at most {p.bound:.1%} of {p.n} are robust ({p.wrong} wrong, {p.broken} broken): {word}",
+                soft_wrap=True,
+            )
+    if not all(p.holds for p in proofs):
+        raise typer.Exit(1)
+
+
+@app.command(name="list", rich_help_panel="Look")
+def list_(as_json: AsJson = False) -> None:
+    """What there is: losses, heads, attacks, objectives, models, data sets, checks, recipes."""
+    from .catalogue import catalogue
+
+    found = catalogue()
+    if as_json:
+        print(json.dumps({kind: sorted(names) for kind, names in found.items()}, indent=1))
+        return
+    for kind, names in found.items():
+        screen.print(f"[bold]{kind}[/]")
+        width = max((len(name) for name in names), default=0)
+        for name, about in names.items():
+            screen.print(f"  {name:<{width}}  {_escaped(about)}", soft_wrap=True)
+        if not names:
+            screen.print("  none yet")
+
+
+def _version(show: bool) -> None:
+    if show:
+        screen.print(f"holdfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass

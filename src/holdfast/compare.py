@@ -1,0 +1,258 @@
+"""Losses side by side: train a network per loss, seed and fold, attack each, and put the answers into one Results.
+
+Every network has its own folder, so whatever was finished when a command was killed stays finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import jobs, models, runs, specs
+from .assemble import Judged, assemble
+from .data import Split, default_folds, load, standardisation
+from .errors import UserError, unknown
+from .evaluate import evaluate
+from .jobs import Tell
+from .objectives import OBJECTIVES, Schedule
+from .results import Results, write_atomic
+from .threat import Threat
+from .train import FitConfig, accuracy, fit
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and how; equal comparisons share an output folder and resume each other.
+
+    data: a name or path for ``data.load``; losses: specs such as "isce:s=10"; threat: "linf:0.1"; suite: a key of
+    SUITES; objective: a key of OBJECTIVES with settings, such as "adversarial:steps=10"; model: a key of MODELS or ""
+    for the size's own; seeds: networks per loss; folds: 0 for the data's own number; limit, limit_train: at most so
+    many test and training images, 0 for all; fit: how each network is trained.
+    """
+
+    data: str = "digits"
+    losses: tuple[str, ...] = ("sce", "isce:s=3", "isce:s=100", "mmc", "center", "lgm", "cosface:m=0.2,scale=15")
+    threat: str = "linf:0.1"
+    suite: str = "standard"
+    objective: str = "standard"
+    model: str = ""
+    seeds: int = 1
+    folds: int = 0
+    limit: int = 1000
+    limit_train: int = 0
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    def checked(self) -> Comparison:
+        """The same with its defaults filled in. Raises UserError for whatever could only fail later."""
+        Threat.parse(self.threat)
+        chosen = [specs.loss(text).text for text in self.losses]
+        twice = sorted({text for text in chosen if chosen.count(text) > 1})
+        if twice:
+            raise UserError(f"the loss '{twice[0]}' is named twice: name each once, and use seeds for repetitions.")
+        _objective(self, specs.loss(chosen[0]))
+        if self.model and self.model not in models.MODELS:
+            raise unknown("model", self.model, models.MODELS)
+        if self.seeds < 1 or self.folds < 0 or self.limit < 0 or self.limit_train < 0:
+            raise UserError(
+                "seeds must be >= 1; folds, limit and limit_train must be >= 0 (0: the data's own, or all)."
+            )
+        return replace(self, losses=tuple(chosen), folds=self.folds or default_folds(self.data))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network, in a folder of its own: everything a worker process needs, as plain data."""
+
+    comparison: Comparison
+    loss: str
+    seed: int
+    fold: int
+    folder: Path
+    device: str
+
+
+def _objective(comparison: Comparison, loss: specs.LossChoice) -> Schedule:
+    name, settings = specs.parse(comparison.objective)
+    if name not in OBJECTIVES:
+        raise unknown("objective", name, OBJECTIVES)
+    factory = OBJECTIVES[name]
+    specs.accepts("objective", name, factory, settings)
+    if name == "standard":
+        return factory(loss.loss)
+    return factory(loss.loss, Threat.parse(comparison.threat), score=loss.score, **settings)
+
+
+def train_one(job: Job, tell: Tell) -> tuple[models.Classifier, dict[str, Any], Split]:
+    """Train a job's network, or load it if that is done. Returns (model, summary, data)."""
+    comparison, loss, cut = job.comparison, specs.loss(job.loss), _cut(job)
+    split = load(comparison.data, **cut)
+    summary = job.folder / "train.json"
+    if summary.exists():
+        return runs.load(job.folder, device=job.device)[0], json.loads(summary.read_text()), split
+    built: dict[str, Any] = {
+        "name": comparison.model or models.default_model(split.shape),
+        "shape": split.shape,
+        "classes": len(split.classes),
+        "head": loss.head,
+        "head_settings": loss.head_settings,
+        "seed": job.seed,
+    }
+    mean, std = standardisation(split.train)
+    model = models.build(**built, mean=mean, std=std)
+    fitted = fit(
+        model,
+        split.train,
+        split.val,
+        _objective(comparison, loss),
+        replace(comparison.fit, seed=job.seed),
+        out=job.folder,
+        about={
+            "model": built,
+            "loss": job.loss,
+            "objective": comparison.objective,
+            "data": comparison.data,
+            "cut": cut,
+            "threat": comparison.threat,
+        },
+        progress=lambda done, total, line: tell(job.folder.name, "training", done, total),
+        device=job.device,
+    )
+    model = model.to(job.device)
+    trained = {
+        "epochs": comparison.fit.epochs,
+        "accuracy": accuracy(model, split.train.to(job.device)),
+        "val": fitted.history[-1]["val"],
+        "seconds": round(fitted.seconds, 2),
+        "model": built["name"],
+    }
+    write_atomic(summary, json.dumps(trained))
+    return model, trained, split
+
+
+def _cut(job: Job) -> dict[str, Any]:
+    """How the job's data is cut, as JSON keeps it: cross-validated data is attacked whole."""
+    comparison = job.comparison
+    cut: dict[str, Any] = {"limit_train": comparison.limit_train or None}
+    if comparison.folds > 1:
+        return {**cut, "fold": [job.fold, comparison.folds]}
+    return {**cut, "limit": comparison.limit or None}
+
+
+def train_and_attack(job: Job, tell: Tell) -> Judged:
+    """Do a job, or what is left of it."""
+    model, trained, split = train_one(job, tell)
+    comparison = job.comparison
+    evaluation = evaluate(
+        model,
+        split.test,
+        Threat.parse(comparison.threat),
+        comparison.suite,
+        trained_with=specs.loss(job.loss).loss,
+        seed=job.seed,
+        record=job.folder / "evaluation.safetensors",
+        key=split.fingerprint,
+        progress=_teller(job.folder.name, tell),
+    )
+    return Judged(job.loss, job.seed, job.folder, evaluation, trained, split, _cut(job))
+
+
+def _teller(name: str, tell: Tell) -> Any:
+    return lambda stage, done, total, standing: tell(name, f"{stage}, {standing} stand", done, total)
+
+
+def _do(job: Job, tell: Tell) -> None:
+    train_and_attack(job, tell)
+
+
+def _quiet(job: str, what: str, done: int, total: int) -> None:
+    pass
+
+
+def compare(
+    comparison: Comparison,
+    out: Path,
+    *,
+    command: str = "",
+    device: str = "cpu",
+    workers: int = 1,
+    tell: Tell = _quiet,
+    finished: Callable[[Job, int, int], None] = lambda job, done, total: None,
+) -> Results:
+    """Train and attack every network of the comparison, and write results.json and witnesses.safetensors to ``out``.
+
+    Raises UserError when ``out`` belongs to another comparison, or for anything ``Comparison.checked`` refuses. Stopped
+    at any moment, the same call goes on where it was.
+    """
+    comparison = comparison.checked()
+    runs.claim(out, json.loads(json.dumps(asdict(comparison))))
+    todo = [
+        Job(comparison, loss, seed, fold, out / "runs" / runs.folder_name(loss, seed, fold), device)
+        for fold in range(comparison.folds)
+        for seed in range(comparison.seeds)
+        for loss in comparison.losses
+    ]
+    ended: list[Job] = []
+
+    def end(job: Job) -> None:
+        ended.append(job)
+        finished(job, len(ended), len(todo))
+
+    jobs.run(_do, todo, workers=workers, tell=tell, finished=end)
+    # What each job left on disk is read back, not sent back: the same way whether it was done now or a week ago.
+    judged = [train_and_attack(job, _quiet) for job in todo]
+    judged.sort(key=lambda one: (comparison.losses.index(one.loss), one.seed))
+    return assemble(judged, out, comparison.data, asdict(comparison), command)
+
+
+def evaluate_run(
+    run: Path,
+    threat: str,
+    suite: str,
+    out: Path,
+    *,
+    limit: int = 1000,
+    seed: int = 0,
+    device: str = "cpu",
+    tell: Tell = _quiet,
+    command: str = "",
+) -> Results:
+    """Attack the network in a run folder and write results.json and witnesses.safetensors to ``out``.
+
+    Args: limit: at most so many test images, 0 for all; the rest as for ``evaluate``.
+    Raises UserError when the folder holds no finished run, or one that was not trained by ``train_one``.
+    """
+    model, config = runs.load(run, device=device)
+    if not {"data", "cut", "loss"} <= config.keys():
+        raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
+    cut = config["cut"] if config["cut"].get("fold") else {**config["cut"], "limit": limit or None}
+    split = load(config["data"], **cut)
+    settings = {"run": str(run), "threat": threat, "suite": suite, "seed": seed, "cut": cut}
+    runs.claim(out, settings)
+    evaluation = evaluate(
+        model,
+        split.test,
+        Threat.parse(threat),
+        suite,
+        trained_with=specs.loss(config["loss"]).loss,
+        seed=seed,
+        record=out / "evaluation.safetensors",
+        key=split.fingerprint,
+        progress=_teller(run.name, tell),
+    )
+    summary = run / "train.json"
+    trained = json.loads(summary.read_text()) if summary.exists() else {"accuracy": None, "val": None, "seconds": 0.0}
+    judged = Judged(config["loss"], config["fit"]["seed"], run, evaluation, trained, split, cut)
+    return assemble([judged], out, config["data"], settings, command)
+
+
+def default_out(comparison: Comparison) -> Path:
+    """out/<data>-<threat>-<hash of the whole comparison>: the same command finds its own work again."""
+    whole = json.dumps(asdict(comparison.checked()), sort_keys=True)
+    mark = hashlib.blake2b(whole.encode(), digest_size=3).hexdigest()
+    data = Path(comparison.data).name or "data"
+    threat = comparison.threat.replace(":", "").replace("/", "_")
+    return Path("out") / f"{data}-{threat}-{mark}"

@@ -1,0 +1,88 @@
+"""The run folder: config.json, env.json, log.jsonl, checkpoint.safetensors, and model.safetensors once it is done."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, models
+from .errors import UserError
+from .results import write_atomic
+from .storage import load_tensors
+
+
+def folder_name(loss: str, seed: int, fold: int) -> str:
+    """The folder of one network, in characters that every file system takes.
+
+    >>> folder_name("isce:s=10@cosine", 0, 2)
+    'isce_s=10_cosine-seed0-fold2'
+    """
+    plain = "".join(c if c.isalnum() or c in "._-=" else "_" for c in loss)
+    return f"{plain}-seed{seed}-fold{fold}"
+
+
+def claim(out: Path, wanted: dict[str, Any], *, write: bool = True) -> None:
+    """Write config.json, or refuse a folder that belongs to another configuration."""
+    path = out / "config.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} cannot be read ({error}): delete the folder {out} to begin again.") from None
+        differs = sorted(key for key in {*found, *wanted} if found.get(key) != json.loads(json.dumps(wanted.get(key))))
+        if differs:
+            raise UserError(
+                f"{out} holds a run with another configuration (they differ in {', '.join(differs)}). "
+                "Name another folder, or delete this one."
+            )
+    elif write:
+        write_atomic(path, json.dumps(wanted, indent=1))
+        write_atomic(out / "env.json", json.dumps(environment(), indent=1))
+
+
+def load(folder: Path, *, device: str = "cpu") -> tuple[models.Classifier, dict[str, Any]]:
+    """(model, configuration) of a finished run folder whose fit was told ``about["model"]``, what ``build`` takes.
+
+    Raises UserError when the folder is missing, unfinished, or not a run's.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.json.")
+    config = json.loads(path.read_text())
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"the run in {folder} is not finished: repeat the command that began it, it will resume.")
+    if "model" not in config:
+        raise UserError(
+            f"{path} does not say how its model is built ('model' is missing): build it and load the weights."
+        )
+    model = models.build(**config["model"])
+    tensors, _ = load_tensors(folder / "model.safetensors", "model", 1)
+    model.load_state_dict(tensors)
+    return model.to(device).eval(), config
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as env.json and results.json hold them."""
+    cuda = torch.cuda.is_available()
+    return {
+        "holdfast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

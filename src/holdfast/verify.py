@@ -1,0 +1,90 @@
+"""Prove an upper bound again: stored adversarial images against stored networks, one forward pass, no attack."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import results, runs
+from .data import load, pixels
+from .errors import UserError
+from .outputs import as_outputs, fooled, frozen_eval
+from .storage import load_tensors
+from .threat import Threat
+
+WITNESSES, WITNESSES_VERSION = "witnesses", 1
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One network set of a results file: of n samples, ``wrong`` are wrong as they are and ``broken`` by a witness.
+
+    failed: witnesses that do not hold (out of the threat, or classified correctly).
+    """
+
+    run: str
+    n: int
+    wrong: int
+    broken: int
+    failed: int
+    claimed: float
+
+    @property
+    def bound(self) -> float:
+        """The upper bound on robust accuracy that this pass proves."""
+        return 1 - (self.wrong + self.broken) / self.n
+
+    @property
+    def holds(self) -> bool:
+        """No witness failed, and the bound is the robust accuracy that results.json claims."""
+        return self.failed == 0 and abs(self.bound - self.claimed) < 0.5 / self.n
+
+
+def verify(folder: Path, *, device: str = "cpu", batch_size: int = 1024) -> list[Proof]:
+    """Check every witness in ``folder`` and say what upper bound it proves, run by run.
+
+    Raises UserError when files are missing or damaged, or the data is not what the witnesses were made from.
+    """
+    found = results.load(folder)
+    witnesses, about = load_tensors(folder / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION)
+    proofs = []
+    for run in found.runs:
+        threat, counts = Threat(**run.threat), Counter[str]()
+        for number, network in enumerate(about["networks"]):
+            if network["run"] == run.name:
+                index, x_adv = witnesses[f"{number}/index"], witnesses[f"{number}/x_adv"]
+                counts += _network(folder / network["folder"], network, threat, index, x_adv, device, batch_size)
+        claimed = run.robust.value if run.robust else 0.0
+        proofs.append(Proof(run.name, run.n, counts["wrong"], counts["broken"], counts["failed"], claimed))
+    return proofs
+
+
+def _network(
+    run: Path, network: dict[str, Any], threat: Threat, index: Tensor, x_adv: Tensor, device: str, batch_size: int
+) -> Counter[str]:
+    """One network's clean pass and witness pass."""
+    model, config = runs.load(run, device=device)
+    split = load(config["data"], **network["cut"])
+    if split.fingerprint != network["fingerprint"]:
+        raise UserError(f"the data '{config['data']}' is not what the witnesses were made from (fingerprint).")
+    place = {int(number): row for row, number in enumerate(split.test.index)}
+    rows = torch.tensor([place[int(number)] for number in index], dtype=torch.int64)
+    x, y = pixels(split.test.x), split.test.y
+    with frozen_eval(model), torch.no_grad():
+        wrong = _misses(model, x, y, device, batch_size)
+        hit = _misses(model, x_adv, y[rows], device, batch_size)
+    hit &= threat.violation(x_adv, x[rows]) == 0
+    return Counter(wrong=int(wrong.sum()), broken=int((hit & ~wrong[rows]).sum()), failed=int((~hit).sum()))
+
+
+def _misses(model: Any, x: Tensor, y: Tensor, device: str, batch_size: int) -> Tensor:
+    parts = [
+        fooled(as_outputs(model(xs.to(device))).logits, ys.to(device)).cpu()
+        for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True)
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
