@@ -232,7 +232,7 @@ class _Run:
             "targets": ranked[:, : min(9, z.shape[1] - 1)].contiguous(),
             "done": torch.zeros_like(y),  # stages that this sample has been through
         }
-        self.costs[0] = self._cost(self.costs[0], began, attacked=len(y), broken=int((~right).sum()))
+        self.costs[0] = self._cost(self.costs[0], began)
 
     def stage(self, number: int) -> None:
         """Run one stage on the samples due: the published protocol on all that are right, every other on survivors."""

@@ -57,7 +57,7 @@ def lipschitz(constant: float, eps: float) -> float:
     >>> print(f"{lipschitz(1.0, 0.5):.4f}")
     0.7071
     """
-    if constant < 0 or eps < 0:
+    if not (constant >= 0 and eps >= 0):
         raise UserError(f"a Lipschitz constant and eps must be >= 0, got {constant} and {eps}.")
     return math.sqrt(2.0) * constant * eps
 
@@ -103,5 +103,4 @@ def dead_zone(dtype: torch.dtype, competitors: int = 1) -> tuple[float, float]:
     """
     info = torch.finfo(dtype)
     above_one = info.eps / 2  # half of the spacing above 1: the competitors' share that 1 + share loses
-    smallest = info.tiny * info.eps / 2  # half of the smallest denormal: what rounds to 0
-    return math.log(competitors / above_one), -math.log(smallest)
+    return math.log(competitors / above_one), math.log(2) - math.log(info.tiny) - math.log(info.eps)

@@ -82,7 +82,7 @@ class Noise:
 
     def uniform(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, *shape), uniform on the open interval (0, 1): never 0, never 1, so its logarithm is finite."""
-        digits = 23 if dtype is not torch.float64 else 52
+        digits = {torch.float64: 52, torch.float16: 10, torch.bfloat16: 7}.get(dtype, 23)
         whole = (self.bits(shape) >> (64 - digits)) & ((1 << digits) - 1)
         return (whole.to(dtype) + 0.5) * 2.0**-digits
 

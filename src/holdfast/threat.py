@@ -50,7 +50,7 @@ class Threat:
             raise unknown("norm", str(self.norm), NORMS)
         if not (isinstance(self.eps, (int, float)) and 0 < self.eps < math.inf):
             raise UserError(f"eps must be a positive finite number, got {self.eps!r}. Clean accuracy needs no threat.")
-        if not self.lo < self.hi:
+        if not -math.inf < self.lo < self.hi < math.inf:
             raise UserError(f"the box of pixels is empty: lo={self.lo} is not below hi={self.hi}.")
 
     @staticmethod
@@ -63,7 +63,7 @@ class Threat:
         norm, _, eps = text.partition(":")
         try:
             value = float(Fraction(eps.strip()))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             raise UserError(
                 f"cannot read the threat '{text}': expected norm:eps, such as linf:0.1, linf:8/255 or l2:0.5."
             ) from None
@@ -98,18 +98,25 @@ class Threat:
         return torch.where(_column(far, x), shrunk, clipped)
 
     def _shrink_l2(self, v: Tensor, x: Tensor) -> Tensor:
-        # The minimiser is clip(t v) for one t in (0, 1]. Fixing the clipped set and solving for t gives a sequence
-        # that rises to the answer and never passes it, so every iterate is feasible and a few rounds suffice.
+        # The minimiser is clip(t v) for one t in (0, 1]. Fixing the clipped set and solving for t gives a sequence that
+        # rises to the answer and never passes it: a few rounds suffice, unless the box stops coordinates one by one.
+        # Halving the interval as well bounds those cases. On the CPU it ends where t stopped moving.
         low, high, eps2 = self.lo - x, self.hi - x, self.eps**2
         v2 = v.square()
         t = (self.eps / self.size(v).clamp_min(1e-30)).clamp_max(1.0)
-        for _ in range(12):
+        below = torch.ones_like(t)  # t <= answer <= below
+        for _ in range(16):
             delta = torch.minimum(torch.maximum(_column(t, v) * v, low), high)
             free = delta == _column(t, v) * v
             held = torch.where(free, 0.0, delta.square()).flatten(1).sum(1)
             loose = torch.where(free, v2, 0.0).flatten(1).sum(1)
             root = ((eps2 - held).clamp_min(0.0) / loose.clamp_min(1e-30)).sqrt()
-            t = torch.maximum(t, torch.minimum(root, torch.ones_like(t)))
+            before, t = t, torch.maximum(t, torch.minimum(root, below))
+            if v.device.type == "cpu" and bool((t <= before).all()):
+                break
+            middle = (t + below) / 2
+            fits = self.size(torch.minimum(torch.maximum(_column(middle, v) * v, low), high)) <= self.eps
+            t, below = torch.where(fits, middle, t), torch.where(fits, below, middle)
         delta = torch.minimum(torch.maximum(_column(t, v) * v, low), high)
         return delta * _column((self.eps / self.size(delta).clamp_min(1e-30)).clamp_max(1.0), v)
 

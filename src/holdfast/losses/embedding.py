@@ -10,14 +10,14 @@ from ..outputs import Outputs
 from .softmax import isce, sce
 
 
-def _column(values: Tensor | None, y: Tensor) -> Tensor:
+def _own_distance(out: Outputs | Tensor, y: Tensor) -> Tensor:
     """distances[:, y], or the error that says which head brings them."""
-    if values is None:
+    if not isinstance(out, Outputs) or out.distances is None:
         raise UserError(
             "this loss needs distances to centers, and the model's head has none. "
             "Use head 'center', 'mmc' or 'gaussian' (the loss's own head is the default)."
         )
-    return values.gather(1, y[:, None])[:, 0]
+    return out.distances.gather(1, y[:, None])[:, 0]
 
 
 def _features(out: Outputs) -> Tensor:
@@ -39,7 +39,7 @@ def center(out: Outputs, y: Tensor, *, weight: float = 0.05) -> Tensor:
     >>> center(out, torch.tensor([0]), weight=1.0)  # log 2 + 5 / 2
     tensor([3.1931])
     """
-    return sce(out, y) + weight / 2 * _column(out.distances, y)
+    return sce(out, y) + weight / 2 * _own_distance(out, y)
 
 
 def lgm(out: Outputs, y: Tensor, *, ratio: float = 0.1, weight: float = 0.01) -> Tensor:
@@ -55,9 +55,9 @@ def lgm(out: Outputs, y: Tensor, *, ratio: float = 0.1, weight: float = 0.01) ->
     >>> print(f"{lgm(Outputs(-d / 2, None, d), torch.tensor([0]), ratio=0.1, weight=0.1).item():.6f}")
     2.201765
     """
-    if ratio < 0:
+    if not ratio >= 0:
         raise UserError(f"ratio, the share of the own distance that L-GM adds, must be >= 0, got {ratio}.")
-    d_y = _column(out.distances, y) / 2
+    d_y = _own_distance(out, y) / 2
     return isce(out, y, s=(ratio * d_y)[:, None]) - weight * out.logits.gather(1, y[:, None])[:, 0]
 
 
@@ -72,7 +72,7 @@ def mmc(out: Outputs, y: Tensor) -> Tensor:
     >>> mmc(Outputs(torch.zeros(1, 2), None, torch.tensor([[5.0, 8.0]])), torch.tensor([0]))
     tensor([2.5000])
     """
-    return _column(out.distances, y) / 2
+    return _own_distance(out, y) / 2
 
 
 def _pairwise(h: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def negative_margin(out: Outputs | Tensor, y: Tensor) -> Tensor:
 def dlr(out: Outputs | Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio: -(z_y - max_{j != y} z_j) / (z_(1) - z_(3)), the margin freed from shift and scale.
 
-    Args: out: Outputs or (N, K) logits; y: (N,) int64.  Returns (N,) in [-1, 1].
+    Args: out: Outputs or (N, K) logits; y: (N,) int64.  Returns (N,), at least -1; a mistake may exceed 1.
     With K < 3 there is no third logit and no ratio to take: the negative margin is returned.
     Source: Croce and Hein 2020.
 

@@ -32,7 +32,7 @@ class _Gap(torch.autograd.Function):
         top = others.amax(1, keepdim=True)
         p = torch.softmax(others, 1)  # of the competitors alone: their largest is at least 1 / (K - 1)
         ctx.save_for_backward(z, p, y)
-        return (top - p.amax(1, keepdim=True).log() - z.gather(1, y))[:, 0]
+        return ((top - z.gather(1, y)) - p.amax(1, keepdim=True).log())[:, 0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -44,6 +44,11 @@ class _Gap(torch.autograd.Function):
         return (p * g).scatter_(1, y, -g), None
 
 
+def _full(z: Tensor) -> Tensor:
+    """Half-precision logits in float32, as the fused cross-entropy takes them under autocast."""
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
 def gap(out: Outputs | Tensor, y: Tensor) -> Tensor:
     """u = logsumexp_{j != y} z_j - z_y: the score of the SCE family, > log(K-1) only at a mistake, < 0 only when right.
 
@@ -53,10 +58,7 @@ def gap(out: Outputs | Tensor, y: Tensor) -> Tensor:
     >>> gap(torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([0]))  # log(2e) - 2 = log 2 - 1
     tensor([-0.3069])
     """
-    z = logits_of(out)
-    if z.dtype in (torch.float16, torch.bfloat16):  # as the fused cross-entropy does under autocast
-        z = z.float()
-    return _Gap.apply(z, y)
+    return _Gap.apply(_full(logits_of(out)), y)
 
 
 def softplus(u: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def sce(out: Outputs | Tensor, y: Tensor, *, smoothing: float = 0.0) -> Tensor:
     loss = softplus(gap(out, y))
     if smoothing == 0:
         return loss
-    z = logits_of(out)
+    z = logits_of(out).to(loss.dtype)
     return loss + smoothing * (z.gather(1, y[:, None])[:, 0] - z.mean(1))
 
 
@@ -171,10 +173,11 @@ def arcface(out: Outputs | Tensor, y: Tensor, *, m: float = 0.5, scale: float = 
     >>> print(f"{arcface(64 * cos, y).item():.6f}")
     42.047417
     """
-    if scale <= 0 or not 0 <= m <= math.pi / 2:
+    if not 0 < scale < math.inf or not 0 <= m <= math.pi / 2:
         raise UserError(f"ArcFace needs scale > 0 and m in [0, pi/2] radians, got scale={scale}, m={m}.")
-    cos = logits_of(out).gather(1, y[:, None]) / scale
+    z = _full(logits_of(out))
+    cos = z.gather(1, y[:, None]) / scale
     sin = (1 - cos.square()).clamp_min(1e-12).sqrt()
     turned = cos * math.cos(m) - sin * math.sin(m)
     lowered = torch.where(cos > -math.cos(m), turned, cos - m * math.sin(m))
-    return isce(out, y, s=scale * (cos - lowered))
+    return isce(z, y, s=scale * (cos - lowered))

@@ -110,22 +110,30 @@ def _cells(row: Row) -> tuple[str, ...]:
     return label, percent(row.clean.value), percent(row.published.value), robust_text(row), row.status or "-"
 
 
+def _lines(results: Results) -> list[tuple[str, ...]]:
+    """Head and rows as text; the verdict's column only where something was judged."""
+    found = rows(results)
+    width = len(_HEAD) if any(row.status for row in found) else len(_HEAD) - 1
+    return [_HEAD[:width], *(_cells(row)[:width] for row in found)]
+
+
 def table(results: Results) -> Table:
     """A rich table that fits 80 columns, in percent."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     out.add_column(_HEAD[0], overflow="fold", max_width=26)
-    for name in _HEAD[1:]:
+    lines = _lines(results)
+    for name in lines[0][1:]:
         out.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
-    for row in rows(results):
-        out.add_row(*(Text(c) for c in _cells(row)))
+    for line in lines[1:]:
+        out.add_row(*(Text(c) for c in line))
     return out
 
 
 def markdown(results: Results) -> str:
     """The table in Markdown."""
-    lines = ["| " + " | ".join(_HEAD) + " |", "|---|---:|---:|---:|---|"]
-    for row in rows(results):
-        label, *rest = _cells(row)
+    head, *cells = _lines(results)
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---", *["---:"] * 3, "---"][: len(head)]) + "|"]
+    for label, *rest in cells:
         lines.append("| " + " | ".join([re.sub(r"([\\`*_<>\[\]|&~$#])", r"\\\1", label), *rest]) + " |")
     return "\n".join(lines) + "\n"
 
