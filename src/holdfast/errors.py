@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -23,3 +24,15 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return UserError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}.")
+
+
+def at_least(name: str, value: float, low: float = 0.0, *, above: bool = False) -> None:
+    """Raise UserError unless ``value`` is a finite number >= low (> low with ``above``); NaN is refused too.
+
+    >>> at_least("weight", 0.5)
+    >>> at_least("scale", 0.0, above=True)
+    Traceback (most recent call last):
+    holdfast.errors.UserError: scale must be a finite number > 0, got 0.0.
+    """
+    if not (low < value < math.inf or (value == low and not above)):
+        raise UserError(f"{name} must be a finite number {'>' if above else '>='} {low:g}, got {value}.")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import UserError, at_least
 from .outputs import Outputs
 
 
@@ -41,7 +41,7 @@ def max_mahalanobis_centers(classes: int, features: int, radius: float = 10.0) -
     >>> print(f"{mu[0] @ mu[1]:.4f} {(mu[2] - mu[7]).square().sum():.4f}")
     -11.1111 222.2222
     """
-    if classes < 2 or features < min(2, classes - 1) or radius <= 0:
+    if classes < 2 or features < min(2, classes - 1) or not 0 < radius < math.inf:
         raise UserError(
             "max-Mahalanobis centers need classes >= 2, features >= 2 and radius > 0, "
             f"got {classes}, {features}, {radius}."
@@ -94,8 +94,7 @@ class Cosine(nn.Module):
 
     def __init__(self, features: int, classes: int, scale: float = 64.0) -> None:
         super().__init__()
-        if scale <= 0:
-            raise UserError(f"a cosine head needs scale > 0, got {scale}.")
+        at_least("scale of a cosine head", scale, above=True)
         self.weight = nn.Parameter(torch.empty(classes, features))
         nn.init.kaiming_normal_(self.weight)
         self.scale = scale

@@ -29,10 +29,7 @@ def claim(out: Path, wanted: dict[str, Any], *, write: bool = True) -> None:
     """Write config.json, or refuse a folder that belongs to another configuration."""
     path = out / "config.json"
     if path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): delete the folder {out} to begin again.") from None
+        found = _read(path)
         differs = sorted(key for key in {*found, *wanted} if found.get(key) != json.loads(json.dumps(wanted.get(key))))
         if differs:
             raise UserError(
@@ -40,8 +37,9 @@ def claim(out: Path, wanted: dict[str, Any], *, write: bool = True) -> None:
                 "Name another folder, or delete this one."
             )
     elif write:
-        write_atomic(path, json.dumps(wanted, indent=1))
+        # config.json last: it is what makes the folder this run's.
         write_atomic(out / "env.json", json.dumps(environment(), indent=1))
+        write_atomic(path, json.dumps(wanted, indent=1))
 
 
 def load(folder: Path, *, device: str = "cpu") -> tuple[models.Classifier, dict[str, Any]]:
@@ -52,7 +50,7 @@ def load(folder: Path, *, device: str = "cpu") -> tuple[models.Classifier, dict[
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.json.")
-    config = json.loads(path.read_text())
+    config = _read(path)
     if not (folder / "model.safetensors").exists():
         raise UserError(f"the run in {folder} is not finished: repeat the command that began it, it will resume.")
     if "model" not in config:
@@ -61,8 +59,19 @@ def load(folder: Path, *, device: str = "cpu") -> tuple[models.Classifier, dict[
         )
     model = models.build(**config["model"])
     tensors, _ = load_tensors(folder / "model.safetensors", "model", 1)
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {folder} are not of the network that {path} describes: {error}") from None
     return model.to(device).eval(), config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete the folder {path.parent} to begin again.") from None
+    return found
 
 
 def environment() -> dict[str, Any]:

@@ -71,6 +71,8 @@ def accepts(kind: str, name: str, function: Callable[..., Any], settings: dict[s
         if key not in known:
             raise unknown(f"setting of {kind} '{name}'", key, known or ["(none)"])
         wanted = known[key].default
+        if isinstance(wanted, bool) and not isinstance(value, bool):
+            raise UserError(f"{key} of {kind} '{name}' must be true or false, got '{value}'.")
         numbers = isinstance(wanted, (int, float)) and not isinstance(wanted, bool)
         if numbers and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UserError(f"{key} of {kind} '{name}' must be a number, got '{value}'.")
@@ -119,7 +121,8 @@ def loss(text: str) -> LossChoice:
             raise UserError(f"'{text}' gives loss and head two different scales: name it once, in the loss.")
     if head != "cosine" and entry.head == "cosine":
         raise UserError(f"loss '{name}' works on cosines: it needs head 'cosine', got '{head}'.")
-    probe = HEADS[head](4, 3, **head_settings)(torch.zeros(2, 4))
+    with torch.random.fork_rng(devices=[]):
+        probe = HEADS[head](4, 3, **head_settings)(torch.zeros(2, 4))
     answer = chosen(Outputs(*probe), torch.tensor([0, 1]))  # refuses bad values now, not after an hour
     if answer.shape != (2,):
         raise UserError(f"loss '{name}' returned shape {tuple(answer.shape)} for 2 samples: a loss must return (N,).")

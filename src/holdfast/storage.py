@@ -17,7 +17,7 @@ from .results import write_atomic
 def save_tensors(path: Path, kind: str, version: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write tensors and a JSON-able ``about`` atomically: a kill or a full disk leaves the old file as it was."""
     header = {"holdfast": kind, "version": str(version), "about": json.dumps(about)}
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomic(path, safetensors.torch.save(plain, header))
 
 
@@ -29,17 +29,22 @@ def load_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
     if not path.is_file():
         raise UserError(f"there is no {kind} at {path}.")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("holdfast") != kind:
-                raise UserError(f"{path} is not a holdfast {kind} (it says {header.get('holdfast')!r}).")
-            if header.get("version") != str(version):
-                raise UserError(
-                    f"{path} is a {kind} of version {header.get('version')}; this holdfast reads version {version}. "
-                    "Use the holdfast that wrote it, or begin in a new folder."
-                )
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["about"])  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
+        whole = path.read_bytes()  # read once: a writer may put a new file in its place at any moment
+        tensors = safetensors.torch.load(whole)
+        length = int.from_bytes(whole[:8], "little")
+        header = json.loads(whole[8 : 8 + length]).get("__metadata__", {})
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}). It is cut short or damaged: delete it to begin again."
         ) from None
+    if header.get("holdfast") != kind:
+        raise UserError(f"{path} is not a holdfast {kind} (it says {header.get('holdfast')!r}).")
+    if header.get("version") != str(version):
+        raise UserError(
+            f"{path} is a {kind} of version {header.get('version')}; this holdfast reads version {version}. "
+            "Use the holdfast that wrote it, or begin in a new folder."
+        )
+    try:
+        return tensors, json.loads(header["about"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}). It is damaged: delete it to begin again.") from None

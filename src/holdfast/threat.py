@@ -112,11 +112,12 @@ class Threat:
             loose = torch.where(free, v2, 0.0).flatten(1).sum(1)
             root = ((eps2 - held).clamp_min(0.0) / loose.clamp_min(1e-30)).sqrt()
             before, t = t, torch.maximum(t, torch.minimum(root, below))
-            if v.device.type == "cpu" and bool((t <= before).all()):
+            moved = t > before  # a sample that has settled stays as it is, whatever its batch mates do
+            if v.device.type == "cpu" and not bool(moved.any()):
                 break
             middle = (t + below) / 2
             fits = self.size(torch.minimum(torch.maximum(_column(middle, v) * v, low), high)) <= self.eps
-            t, below = torch.where(fits, middle, t), torch.where(fits, below, middle)
+            t, below = torch.where(moved & fits, middle, t), torch.where(fits, below, middle)
         delta = torch.minimum(torch.maximum(_column(t, v) * v, low), high)
         return delta * _column((self.eps / self.size(delta).clamp_min(1e-30)).clamp_max(1.0), v)
 

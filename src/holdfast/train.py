@@ -34,8 +34,8 @@ class FitConfig:
     epochs >= 1; batch_size: over all processes; optimizer: "adam" or "sgd" (Nesterov momentum); lr > 0; schedule:
     "cosine" to zero, "onecycle" (up for a third, then cosine), "step" (a tenth at 1/2 and 3/4), "constant";
     weight_decay: decoupled for adam, on weights alone (not on biases, norms and centers); ema in [0, 1): decay of the
-    averaged weights that are kept and judged, 0 is off; pad, flip: augmentation; precision: "no" (float32), "bf16" or
-    "fp16" for the forward pass of training; seed: of order, augmentation and noise; checkpoint_seconds: how much work a
+    averaged weights that are kept and judged, 0 is off; pad, flip: augmentation; precision: "no" (float32) or
+    "bf16" for the forward pass of training; seed: of order, augmentation and noise; checkpoint_seconds: how much work a
     kill may cost, at most.
     """
 
@@ -63,7 +63,9 @@ class FitConfig:
             "weight_decay": (self.weight_decay >= 0, ">= 0"),
             "ema": (0 <= self.ema < 1, "in [0, 1)"),
             "pad": (self.pad >= 0, ">= 0"),
-            "precision": (self.precision in ("no", "bf16", "fp16"), "'no', 'bf16' or 'fp16'"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "checkpoint_seconds": (self.checkpoint_seconds >= 0, ">= 0"),
+            "precision": (self.precision in ("no", "bf16"), "'no' or 'bf16'"),
         }
         for name, (good, wanted) in checks.items():
             if not good:
@@ -114,10 +116,11 @@ def fit(
     """
     started = time.perf_counter()
     _check(model, train)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
+    accelerator = Accelerator(cpu=device == "cpu")
     train, val = train.to(accelerator.device), val.to(accelerator.device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster so
     optimizer = _optimizer(model, config)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
+    wrapped = accelerator.prepare(model)
     plain: nn.Module = accelerator.unwrap_model(wrapped)
     averaged = {k: v.detach().clone() for k, v in plain.state_dict().items()} if config.ema else {}
     history: list[dict[str, Any]] = []
@@ -126,17 +129,19 @@ def fit(
         claim(out, {"fit": asdict(config), **(about or {})}, write=accelerator.is_main_process)
         if (out / "checkpoint.safetensors").exists():
             history, spent = _resume(out, plain, optimizer, averaged)
+            if accelerator.is_main_process:
+                _write_log(out, history)
     steps = math.ceil(len(train) / config.batch_size)
     saved = time.perf_counter()
     for epoch in range(len(history), config.epochs):
         began = time.perf_counter()
-        losses = _epoch(epoch, steps, wrapped, plain, prepared, accelerator, train, objective, config, averaged)
-        _finite(losses, epoch, out)
+        losses = _epoch(epoch, steps, wrapped, plain, optimizer, accelerator, train, objective, config, averaged)
+        _finite(losses, plain, epoch, out)
         line = {
             "epoch": epoch + 1,
             "loss": float(losses.mean()),
             "lr": config.lr * SCHEDULES[config.schedule](epoch / config.epochs),
-            "val": accuracy(plain, val) if len(val) else None,
+            "val": _validated(plain, averaged, val),
             "seconds": round(time.perf_counter() - began, 3),
         }
         history.append(line)
@@ -149,6 +154,7 @@ def fit(
             progress(epoch + 1, config.epochs, line)
     if averaged:
         plain.load_state_dict(averaged)
+    plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as a loaded model is
     seconds = spent + time.perf_counter() - started
     if out is not None and accelerator.is_main_process:
         save_tensors(out / "model.safetensors", "model", 1, plain.state_dict(), {"seconds": seconds})
@@ -161,7 +167,7 @@ def _epoch(
     steps: int,
     model: nn.Module,
     plain: nn.Module,
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     train: Data,
     objective: Schedule,
@@ -179,7 +185,7 @@ def _epoch(
         progress = (epoch + step / steps) / config.epochs
         for group in optimizer.param_groups:
             group["lr"] = config.lr * SCHEDULES[config.schedule](progress)
-        x, y = pixels(train.x[batch]), train.y[batch]
+        x, y = pixels(train.x.index_select(0, batch)), train.y[batch]
         if config.pad or config.flip:
             x = augment(x, chance, pad=config.pad, flip=config.flip)
         mine = slice(rank, None, world)
@@ -187,16 +193,29 @@ def _epoch(
         now = objective(progress)
         x_adv = now.perturb(plain, x, y, noise)
         with now.around(plain):
-            with accelerator.autocast():
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 each = now.loss(model, x, x_adv, y)
             mean = each.sum() * world / len(batch)  # the processes' gradients are averaged: this makes it the batch's
             optimizer.zero_grad()
-            accelerator.backward(mean)
+            mean.backward()  # bf16 needs no loss scaling, so the plain calls are all there is
         optimizer.step()
         if averaged:
             _average(averaged, plain, config.ema)
         losses[step] = mean.detach()
     return losses
+
+
+def _validated(model: nn.Module, averaged: dict[str, Tensor], val: Data) -> float | None:
+    """Validation accuracy of the weights that will be kept: the averaged ones, where there are some."""
+    if not len(val):
+        return None
+    if not averaged:
+        return accuracy(model, val)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(averaged)
+    judged = accuracy(model, val)
+    model.load_state_dict(own)
+    return judged
 
 
 def _average(averaged: dict[str, Tensor], model: nn.Module, decay: float) -> None:
@@ -217,8 +236,8 @@ def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adam":
-        return torch.optim.AdamW(groups, lr=config.lr)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
 
 
 def _check(model: nn.Module, train: Data) -> None:
@@ -227,20 +246,25 @@ def _check(model: nn.Module, train: Data) -> None:
     device = next(iter(model.parameters()), train.x).device
     with frozen_eval(model), torch.no_grad():
         classes = as_outputs(model(pixels(train.x[:1]).to(device))).logits.shape[1]
-    highest = int(train.y.max())
+    lowest, highest = int(train.y.min()), int(train.y.max())
+    if lowest < 0:
+        raise UserError(f"labels must be 0 .. K-1, the lowest is {lowest}.")
     if highest >= classes:
         raise UserError(
             f"the model's head has {classes} logits, labels go up to {highest}: build it with {highest + 1} classes."
         )
 
 
-def _finite(losses: Tensor, epoch: int, out: Path | None) -> None:
+def _finite(losses: Tensor, model: nn.Module, epoch: int, out: Path | None) -> None:
     bad = torch.nonzero(~losses.isfinite())
     if len(bad):
-        kept = f" The last good checkpoint is in {out}." if out is not None else ""
-        raise UserError(
-            f"the loss is not finite in epoch {epoch + 1}, step {int(bad[0]) + 1}. Lower the learning rate.{kept}"
-        )
+        where = f"the loss is not finite in epoch {epoch + 1}, step {int(bad[0]) + 1}"
+    elif not bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
+        where = f"the weights are not finite after epoch {epoch + 1}, step {len(losses)}"
+    else:
+        return
+    kept = out is not None and (out / "checkpoint.safetensors").exists()
+    raise UserError(f"{where}. Lower the learning rate.{f' The last good checkpoint is in {out}.' if kept else ''}")
 
 
 def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
@@ -276,7 +300,11 @@ def _save(
         tensors,
         {"history": history, "seconds": seconds},
     )
-    # The log follows the checkpoint, so after a kill it never tells of epochs that are lost.
+    _write_log(out, history)
+
+
+def _write_log(out: Path, history: list[dict[str, Any]]) -> None:
+    # It follows the checkpoint, at a save as at a resume, so it never tells of epochs that are lost.
     write_atomic(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
 
@@ -294,9 +322,13 @@ def _resume(
         raise UserError(f"the checkpoint in {out} belongs to another network: {error}") from None
     for name, tensor in under("ema.").items():
         averaged[name].copy_(tensor)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in under("optimizer.").items():
         number, _, key = name.partition(".")
+        p = parameters[int(number)]
+        if tensor.shape == p.shape:  # in the memory order of its parameter: fused optimisers walk both side by side
+            tensor = torch.empty_like(p, requires_grad=False).copy_(tensor)
         state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return about["history"], about["seconds"]

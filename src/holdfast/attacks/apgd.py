@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat
@@ -52,8 +51,6 @@ def apgd(
     Args: as for ``pgd``; step_size: the first one, default 2 eps (eps for l1).
     Returns x_adv, (N, C, H, W): each sample's worst point; fooled samples leave the batch.
     """
-    if steps < 1 or restarts < 1:
-        raise UserError(f"apgd needs steps >= 1 and restarts >= 1, got {steps} and {restarts}.")
     first = step_size if step_size is not None else threat.eps * (1 if threat.norm == "l1" else 2)
     climb, goal = aim(score, y, target)
     periods = _periods(steps)
@@ -77,7 +74,7 @@ def apgd(
             "best_grad": grad,
             "best_value": value,
             "judged_value": value,
-            "size": torch.full_like(value, first),
+            "size": torch.full_like(value, first, dtype=x.dtype),
             "rose": torch.zeros_like(value),
             "halved": torch.ones_like(value, dtype=torch.bool),
         }

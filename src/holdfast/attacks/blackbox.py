@@ -68,6 +68,8 @@ def square(
         raise UserError(
             f"square is defined for linf and l2 on (N, C, H, W) images, got {threat.norm}, {tuple(x.shape)}."
         )
+    if not 0 < first <= 1:
+        raise UserError(f"first, the first square's share of the image, must lie in (0, 1], got {first}.")
     climb, goal = aim(score, y, target)
     propose = _propose_linf if threat.norm == "linf" else _propose_l2
     worst = Worst(x, y)

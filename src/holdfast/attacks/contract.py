@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..losses import Loss, negative_margin, towards
 from ..outputs import Model, Outputs, as_outputs, fooled, frozen_eval
 from ..threat import Threat
@@ -51,6 +52,12 @@ def attack(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(function)
     def run(model: Model, x: Tensor, y: Tensor, threat: Threat, **settings: Any) -> Tensor:
+        if settings.get("steps", 1) < 1 or settings.get("restarts", 1) < 1:
+            raise UserError(f"{function.__name__} needs steps >= 1 and restarts >= 1, got {settings}.")
+        if torch.is_inference_mode_enabled():
+            raise UserError(
+                "attacks need gradients, which inference mode forbids: call them outside it (no_grad is fine)."
+            )
         x = x.detach()
         if len(x) == 0:
             return x.clone()

@@ -52,10 +52,8 @@ def pgd(
     >>> pgd(model, x, y, Threat("linf", 0.5, -1, 1), score=negative_margin, noise=noise, steps=3, random_start=False)
     tensor([[[[-0.1667]]]])
     """
-    if steps < 1 or restarts < 1 or keep not in ("worst", "last"):
-        raise UserError(
-            f"pgd needs steps >= 1, restarts >= 1 and keep 'worst' or 'last', got {steps}, {restarts}, {keep!r}."
-        )
+    if keep not in ("worst", "last"):
+        raise UserError(f"keep must be 'worst' or 'last', got {keep!r}.")
     if keep == "last" and restarts > 1:
         raise UserError("keep='last' judges nothing, so it cannot choose between restarts: use keep='worst'.")
     size = 2.5 * threat.eps / steps if step_size is None else step_size
@@ -111,7 +109,7 @@ def bim(
     **settings: object,
 ) -> Tensor:
     """Basic iterative method (Kurakin et al. 2017): small steps from x itself, by default 1.25 eps / steps each."""
-    settings = {"step_size": 1.25 * threat.eps / steps, **settings}
+    settings = {"step_size": 1.25 * threat.eps / max(steps, 1), **settings}
     return pgd(model, x, y, threat, score=score, noise=noise, steps=steps, random_start=False, **settings)
 
 
@@ -127,5 +125,5 @@ def mim(
     **settings: object,
 ) -> Tensor:
     """Momentum iterative method (Dong et al. 2018): bim with summed l1-normalised gradients, decay 1 by default."""
-    settings = {"step_size": 1.25 * threat.eps / steps, "momentum": 1.0, **settings}
+    settings = {"step_size": 1.25 * threat.eps / max(steps, 1), "momentum": 1.0, **settings}
     return pgd(model, x, y, threat, score=score, noise=noise, steps=steps, random_start=False, **settings)

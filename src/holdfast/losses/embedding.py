@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, at_least
 from ..outputs import Outputs
 from .softmax import isce, sce
 
@@ -39,6 +39,7 @@ def center(out: Outputs, y: Tensor, *, weight: float = 0.05) -> Tensor:
     >>> center(out, torch.tensor([0]), weight=1.0)  # log 2 + 5 / 2
     tensor([3.1931])
     """
+    at_least("weight", weight)
     return sce(out, y) + weight / 2 * _own_distance(out, y)
 
 
@@ -55,8 +56,8 @@ def lgm(out: Outputs, y: Tensor, *, ratio: float = 0.1, weight: float = 0.01) ->
     >>> print(f"{lgm(Outputs(-d / 2, None, d), torch.tensor([0]), ratio=0.1, weight=0.1).item():.6f}")
     2.201765
     """
-    if not ratio >= 0:
-        raise UserError(f"ratio, the share of the own distance that L-GM adds, must be >= 0, got {ratio}.")
+    at_least("ratio, the share of the own distance that L-GM adds,", ratio)
+    at_least("weight", weight)
     d_y = _own_distance(out, y) / 2
     return isce(out, y, s=(ratio * d_y)[:, None]) - weight * out.logits.gather(1, y[:, None])[:, 0]
 
@@ -96,6 +97,8 @@ def contrastive(out: Outputs, y: Tensor, *, weight: float = 0.05, separation: fl
     >>> pair  # ||(0.2, -0.6)||^2 / 2
     tensor([0.2000, 0.2000])
     """
+    at_least("weight", weight)
+    at_least("separation", separation, above=True)
     square = _pairwise(_features(out))
     same = y[:, None] == y[None, :]
     apart = (separation - square.clamp_min(1e-12).sqrt()).clamp_min(0.0).square()
@@ -118,6 +121,8 @@ def triplet(out: Outputs, y: Tensor, *, weight: float = 1.0, separation: float =
     >>> triplet(Outputs(torch.zeros(3, 2), h), torch.tensor([0, 0, 1]), separation=2.0) - torch.tensor(2.0).log()
     tensor([0.4000, 1.6000, 0.0000])
     """
+    at_least("weight", weight)
+    at_least("separation", separation)
     square = _pairwise(torch.nn.functional.normalize(_features(out), dim=1))
     same = y[:, None] == y[None, :]
     far = square.masked_fill(same, torch.inf).sort(1).values  # each anchor's negatives, nearest first; then inf

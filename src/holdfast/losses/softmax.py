@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, at_least
 from ..outputs import Outputs, logits_of
 
 _LINEAR_FROM = 50.0  # beyond it softplus(x) = x to the last bit of float64
@@ -156,8 +156,7 @@ def cosface(out: Outputs | Tensor, y: Tensor, *, m: float = 0.35, scale: float =
     >>> print(f"{cosface(64 * cos, y).item():.4f} {cosface(15 * cos, y, m=0.2, scale=15.0).item():.6f}")
     35.2000 6.002884
     """
-    if scale <= 0:
-        raise UserError(f"scale must be > 0, got {scale}.")
+    at_least("scale", scale, above=True)
     return isce(out, y, s=scale * m)
 
 
