@@ -83,6 +83,8 @@ def _best(device: str) -> str:
 
 
 def _workers(asked: int, device: str) -> int:
+    if asked < 0:
+        raise UserError(f"jobs must be >= 0 (0: as many as fit), got {asked}.")
     if asked:
         return asked
     return len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
@@ -91,8 +93,8 @@ def _workers(asked: int, device: str) -> int:
 class _Display:
     """Progress that behaves: bars on a terminal, a line per finished network elsewhere, nothing when quiet."""
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool, networks: int = 1) -> None:
+        self.quiet, self.networks = quiet, networks
         self.live = errors.is_terminal and not quiet
         self.bars = Progress(
             TextColumn("{task.description}"),
@@ -108,7 +110,7 @@ class _Display:
 
     def __enter__(self) -> _Display:
         self.bars.start()
-        self.whole = self.bars.add_task("networks", total=None)
+        self.whole = self.bars.add_task("networks", total=self.networks)
         return self
 
     def __exit__(self, kind: type | None, *stop: object) -> None:
@@ -175,7 +177,7 @@ def compare(
     ).checked()  # fmt: skip
     folder = out or default_out(comparison)
     where = _best(device)
-    with _Display(quiet) as display:
+    with _Display(quiet, comparison.networks) as display:
         results = run(
             comparison,
             folder,

@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import jobs, models, runs, specs
 from .assemble import Judged, assemble
+from .attacks import SUITES
 from .data import Split, default_folds, load, standardisation
 from .errors import UserError, unknown
 from .evaluate import evaluate
@@ -46,6 +49,11 @@ class Comparison:
     limit_train: int = 0
     fit: FitConfig = field(default_factory=FitConfig)
 
+    @property
+    def networks(self) -> int:
+        """How many networks are trained and attacked."""
+        return len(self.losses) * self.seeds * max(self.folds, 1)
+
     def checked(self) -> Comparison:
         """The same with its defaults filled in. Raises UserError for whatever could only fail later."""
         Threat.parse(self.threat)
@@ -54,6 +62,8 @@ class Comparison:
         if twice:
             raise UserError(f"the loss '{twice[0]}' is named twice: name each once, and use seeds for repetitions.")
         _objective(self, specs.loss(chosen[0]))
+        if self.suite not in SUITES:
+            raise unknown("suite", self.suite, SUITES)
         if self.model and self.model not in models.MODELS:
             raise unknown("model", self.model, models.MODELS)
         if self.seeds < 1 or self.folds < 0 or self.limit < 0 or self.limit_train < 0:
@@ -88,7 +98,7 @@ def _objective(comparison: Comparison, loss: specs.LossChoice) -> Schedule:
 
 def train_one(job: Job, tell: Tell) -> tuple[models.Classifier, dict[str, Any], Split]:
     """Train a job's network, or load it if that is done. Returns (model, summary, data)."""
-    comparison, loss, cut = job.comparison, specs.loss(job.loss), _cut(job)
+    comparison, loss, cut = job.comparison, specs.loss(job.loss), _cut(job.comparison, job.fold)
     split = load(comparison.data, **cut)
     summary = job.folder / "train.json"
     if summary.exists():
@@ -133,12 +143,11 @@ def train_one(job: Job, tell: Tell) -> tuple[models.Classifier, dict[str, Any], 
     return model, trained, split
 
 
-def _cut(job: Job) -> dict[str, Any]:
-    """How the job's data is cut, as JSON keeps it: cross-validated data is attacked whole."""
-    comparison = job.comparison
+def _cut(comparison: Comparison, fold: int) -> dict[str, Any]:
+    """How a network's data is cut, as JSON keeps it: cross-validated data is attacked whole."""
     cut: dict[str, Any] = {"limit_train": comparison.limit_train or None}
     if comparison.folds > 1:
-        return {**cut, "fold": [job.fold, comparison.folds]}
+        return {**cut, "fold": [fold, comparison.folds]}
     return {**cut, "limit": comparison.limit or None}
 
 
@@ -157,11 +166,19 @@ def train_and_attack(job: Job, tell: Tell) -> Judged:
         key=split.fingerprint,
         progress=_teller(job.folder.name, tell),
     )
-    return Judged(job.loss, job.seed, job.folder, evaluation, trained, split, _cut(job))
+    return Judged(job.loss, job.seed, job.folder, evaluation, trained, split, _cut(comparison, job.fold))
 
 
 def _teller(name: str, tell: Tell) -> Any:
     return lambda stage, done, total, standing: tell(name, f"{stage}, {standing} stand", done, total)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the device '{device}' cannot be used here: {reason} Try --device cpu.") from None
 
 
 def _do(job: Job, tell: Tell) -> None:
@@ -188,6 +205,8 @@ def compare(
     at any moment, the same call goes on where it was.
     """
     comparison = comparison.checked()
+    _check_device(device)
+    load(comparison.data, **_cut(comparison, 0))  # a bad data set must not leave a folder behind
     runs.claim(out, json.loads(json.dumps(asdict(comparison))))
     todo = [
         Job(comparison, loss, seed, fold, out / "runs" / runs.folder_name(loss, seed, fold), device)
@@ -225,6 +244,7 @@ def evaluate_run(
     Args: limit: at most so many test images, 0 for all; the rest as for ``evaluate``.
     Raises UserError when the folder holds no finished run, or one that was not trained by ``train_one``.
     """
+    _check_device(device)
     model, config = runs.load(run, device=device)
     if not {"data", "cut", "loss"} <= config.keys():
         raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
