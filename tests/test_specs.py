@@ -1,4 +1,4 @@
-"""Contracts of specs: what a user writes is read once, exactly, and every mistake names the nearest thing that exists."""
+"""Contracts of specs: what a user writes is read once and exactly; every mistake names the nearest thing there is."""
 
 from __future__ import annotations
 
@@ -149,8 +149,8 @@ def test_one_choice_does_not_change_the_next():
 
 @pytest.mark.parametrize(
     ("text", "near"),
-    [("icse", "isce"), ("isce_c", "isce_b"), ("cosfaec", "cosface"), ("arc_face", "arcface"), ("margin", "negative_margin"),
-     ("centre", "center"), ("tripet", "triplet"), ("mcm", "mmc")],
+    [("icse", "isce"), ("isce_c", "isce_b"), ("cosfaec", "cosface"), ("arc_face", "arcface"), ("centre", "center"),
+     ("margin", "negative_margin"), ("tripet", "triplet"), ("mcm", "mmc")],
 )  # fmt: skip
 def test_an_unknown_loss_names_the_nearest(text, near):
     with pytest.raises(UserError, match=rf"unknown loss '{text}'\. Did you mean '{near}'\?") as error:
@@ -167,8 +167,8 @@ def test_a_loss_like_no_other_lists_what_there_is(text):
 
 @pytest.mark.parametrize(
     ("text", "key", "near"),
-    [("sce:smoothign=0.1", "smoothign", "smoothing"), ("cosface:scael=3", "scael", "scale"), ("lgm:ration=1", "ration", "ratio"),
-     ("center:wieght=1", "wieght", "weight")],
+    [("sce:smoothign=0.1", "smoothign", "smoothing"), ("cosface:scael=3", "scael", "scale"),
+     ("lgm:ration=1", "ration", "ratio"), ("center:wieght=1", "wieght", "weight")],
 )  # fmt: skip
 def test_an_unknown_setting_names_the_nearest(text, key, near):
     with pytest.raises(UserError, match=rf"unknown setting of loss '\w+' '{key}'\. Did you mean '{near}'\?"):
@@ -200,7 +200,8 @@ def test_s_must_be_a_finite_number_from_zero(s):
     ("text", "key", "value"),
     [
         ("isce:s=ten", "s", "ten"), ("isce:s=true", "s", "True"), ("sce:smoothing=a/b", "smoothing", "a/b"),
-        ("cosface:m=wide", "m", "wide"), ("isce@cosine:scale=big", "scale", "big"), ("mmc@mmc:radius=true", "radius", "True"),
+        ("cosface:m=wide", "m", "wide"), ("isce@cosine:scale=big", "scale", "big"),
+        ("mmc@mmc:radius=true", "radius", "True"),
     ],
 )  # fmt: skip
 def test_text_is_no_number(text, key, value):
@@ -217,11 +218,12 @@ def test_a_switch_is_true_or_false(value):
 @pytest.mark.parametrize(
     "text",
     [
-        "sce:smoothing=1", "sce:smoothing=-0.1", "sce:smoothing=nan", "cosface:scale=0", "cosface:scale=-3", "cosface:m=-1",
-        "arcface:m=-0.1", "arcface:m=3", "arcface:m=nan", "isce_b:tau=nan", "isce_b:tau=inf", "lgm:ratio=-1", "center:weight=-1",
-        "lgm:weight=-1", "contrastive:weight=-1", "triplet:weight=-1", "contrastive:separation=-1", "triplet:separation=-1",
-        "isce@cosine:scale=0", "isce@cosine:scale=nan", "mmc@mmc:radius=0", "mmc@mmc:radius=-1", "mmc@mmc:radius=nan",
-        "cosface:m=nan", "cosface:scale=nan", "cosface:scale=inf", "lgm:ratio=nan", "center:weight=nan",
+        "sce:smoothing=1", "sce:smoothing=-0.1", "sce:smoothing=nan", "cosface:scale=0", "cosface:scale=-3",
+        "cosface:m=-1", "arcface:m=-0.1", "arcface:m=3", "arcface:m=nan", "isce_b:tau=nan", "isce_b:tau=inf",
+        "lgm:ratio=-1", "center:weight=-1", "lgm:weight=-1", "contrastive:weight=-1", "triplet:weight=-1",
+        "contrastive:separation=-1", "triplet:separation=-1", "isce@cosine:scale=0", "isce@cosine:scale=nan",
+        "mmc@mmc:radius=0", "mmc@mmc:radius=-1", "mmc@mmc:radius=nan", "cosface:m=nan", "cosface:scale=nan",
+        "cosface:scale=inf", "lgm:ratio=nan", "center:weight=nan",
     ],
 )  # fmt: skip
 def test_a_value_out_of_its_range_is_refused_before_training(text):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from . import __version__
 from .errors import UserError
@@ -25,7 +26,11 @@ app = typer.Typer(
     help="Train image classifiers with robust losses, attack them hard, and say what their robustness is worth.\n\n"
     "Start with **holdfast compare**: two minutes, nothing to download.",
 )
-screen, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+# No markup: what is printed holds users' paths and names, brackets included.
+screen, errors = (
+    Console(highlight=False, markup=False, emoji=False),
+    Console(stderr=True, highlight=False, markup=False, emoji=False),
+)
 
 
 def _option(help: str, *names: str) -> Any:
@@ -66,12 +71,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        errors.print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
+        errors.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(2)
-
-
-def _escaped(text: object) -> str:
-    return str(text).replace("[", r"\[")
 
 
 def _best(device: str) -> str:
@@ -97,7 +98,7 @@ class _Display:
         self.quiet, self.networks = quiet, networks
         self.live = errors.is_terminal and not quiet
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -190,7 +191,10 @@ def compare(
     page = reporting.render([results], folder / "report.html")
     _show(results, as_json)
     if not as_json and not quiet:
-        screen.print(f"\n{folder / 'results.json'}\n{page}\nprove it again: holdfast verify {folder}", soft_wrap=True)
+        screen.print(
+            f"\n{folder / 'results.json'}\n{page}\nprove it again: holdfast verify {shlex.quote(str(folder))}",
+            soft_wrap=True,
+        )
 
 
 def _split(text: str) -> list[str]:
@@ -271,7 +275,7 @@ def train(
     screen.print(
         f"{loss}: train accuracy {trained['accuracy']:.1%}, validation {_percent(trained['val'])}, "
         f"{trained['epochs']} epochs in {trained['seconds']} s.\n"
-        f"attack it: holdfast evaluate {out} --threat {threat}",
+        f"attack it: holdfast evaluate {shlex.quote(str(out))} --threat {threat}",
         soft_wrap=True,
     )
 
@@ -364,10 +368,10 @@ def list_(as_json: AsJson = False) -> None:
         print(json.dumps({kind: sorted(names) for kind, names in found.items()}, indent=1))
         return
     for kind, names in found.items():
-        screen.print(f"[bold]{kind}[/]")
+        screen.print(kind, style="bold")
         width = max((len(name) for name in names), default=0)
         for name, about in names.items():
-            screen.print(f"  {name:<{width}}  {_escaped(about)}", soft_wrap=True)
+            screen.print(f"  {name:<{width}}  {about}", soft_wrap=True)
         if not names:
             screen.print("  none yet")
 

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import jobs, models, runs, specs
 from .assemble import Judged, assemble
 from .attacks import SUITES
@@ -58,6 +56,8 @@ class Comparison:
         """The same with its defaults filled in. Raises UserError for whatever could only fail later."""
         Threat.parse(self.threat)
         chosen = [specs.loss(text).text for text in self.losses]
+        if not chosen:
+            raise UserError("there is no loss to compare: name at least one, such as sce.")
         twice = sorted({text for text in chosen if chosen.count(text) > 1})
         if twice:
             raise UserError(f"the loss '{twice[0]}' is named twice: name each once, and use seeds for repetitions.")
@@ -98,11 +98,9 @@ def _objective(comparison: Comparison, loss: specs.LossChoice) -> Schedule:
 
 def train_one(job: Job, tell: Tell) -> tuple[models.Classifier, dict[str, Any], Split]:
     """Train a job's network, or load it if that is done. Returns (model, summary, data)."""
+    runs.check_device(job.device)
     comparison, loss, cut = job.comparison, specs.loss(job.loss), _cut(job.comparison, job.fold)
     split = load(comparison.data, **cut)
-    summary = job.folder / "train.json"
-    if summary.exists():
-        return runs.load(job.folder, device=job.device)[0], json.loads(summary.read_text()), split
     built: dict[str, Any] = {
         "name": comparison.model or models.default_model(split.shape),
         "shape": split.shape,
@@ -111,6 +109,19 @@ def train_one(job: Job, tell: Tell) -> tuple[models.Classifier, dict[str, Any], 
         "head_settings": loss.head_settings,
         "seed": job.seed,
     }
+    about = {
+        "model": built,
+        "loss": job.loss,
+        "objective": comparison.objective,
+        "data": comparison.data,
+        "cut": cut,
+        "threat": comparison.threat,
+    }
+    config = replace(comparison.fit, seed=job.seed)
+    summary = job.folder / "train.json"
+    if summary.exists():
+        runs.claim(job.folder, {"fit": asdict(config), **about})
+        return runs.load(job.folder, device=job.device)[0], runs.read_json(summary), split
     mean, std = standardisation(split.train)
     model = models.build(**built, mean=mean, std=std)
     fitted = fit(
@@ -118,16 +129,9 @@ def train_one(job: Job, tell: Tell) -> tuple[models.Classifier, dict[str, Any], 
         split.train,
         split.val,
         _objective(comparison, loss),
-        replace(comparison.fit, seed=job.seed),
+        config,
         out=job.folder,
-        about={
-            "model": built,
-            "loss": job.loss,
-            "objective": comparison.objective,
-            "data": comparison.data,
-            "cut": cut,
-            "threat": comparison.threat,
-        },
+        about=about,
         progress=lambda done, total, line: tell(job.folder.name, "training", done, total),
         device=job.device,
     )
@@ -163,7 +167,7 @@ def train_and_attack(job: Job, tell: Tell) -> Judged:
         trained_with=specs.loss(job.loss).loss,
         seed=job.seed,
         record=job.folder / "evaluation.safetensors",
-        key=split.fingerprint,
+        key=f"{split.fingerprint} {runs.weights_mark(model)}",
         progress=_teller(job.folder.name, tell),
     )
     return Judged(job.loss, job.seed, job.folder, evaluation, trained, split, _cut(comparison, job.fold))
@@ -171,14 +175,6 @@ def train_and_attack(job: Job, tell: Tell) -> Judged:
 
 def _teller(name: str, tell: Tell) -> Any:
     return lambda stage, done, total, standing: tell(name, f"{stage}, {standing} stand", done, total)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the device '{device}' cannot be used here: {reason} Try --device cpu.") from None
 
 
 def _do(job: Job, tell: Tell) -> None:
@@ -205,8 +201,10 @@ def compare(
     at any moment, the same call goes on where it was.
     """
     comparison = comparison.checked()
-    _check_device(device)
-    load(comparison.data, **_cut(comparison, 0))  # a bad data set must not leave a folder behind
+    runs.check_device(device)
+    # What cannot work must not leave a folder behind: data and network are tried before the folder is claimed.
+    split = load(comparison.data, **_cut(comparison, 0))
+    models.build(comparison.model or models.default_model(split.shape), split.shape, len(split.classes))
     runs.claim(out, json.loads(json.dumps(asdict(comparison))))
     todo = [
         Job(comparison, loss, seed, fold, out / "runs" / runs.folder_name(loss, seed, fold), device)
@@ -244,7 +242,6 @@ def evaluate_run(
     Args: limit: at most so many test images, 0 for all; the rest as for ``evaluate``.
     Raises UserError when the folder holds no finished run, or one that was not trained by ``train_one``.
     """
-    _check_device(device)
     model, config = runs.load(run, device=device)
     if not {"data", "cut", "loss"} <= config.keys():
         raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
@@ -260,11 +257,11 @@ def evaluate_run(
         trained_with=specs.loss(config["loss"]).loss,
         seed=seed,
         record=out / "evaluation.safetensors",
-        key=split.fingerprint,
+        key=f"{split.fingerprint} {runs.weights_mark(model)}",
         progress=_teller(run.name, tell),
     )
     summary = run / "train.json"
-    trained = json.loads(summary.read_text()) if summary.exists() else {"accuracy": None, "val": None, "seconds": 0.0}
+    trained = runs.read_json(summary) if summary.exists() else {"accuracy": None, "val": None, "seconds": 0.0}
     judged = Judged(config["loss"], config["fit"]["seed"], run, evaluation, trained, split, cut)
     return assemble([judged], out, config["data"], settings, command)
 

@@ -34,5 +34,5 @@ def at_least(name: str, value: float, low: float = 0.0, *, above: bool = False) 
     Traceback (most recent call last):
     holdfast.errors.UserError: scale must be a finite number > 0, got 0.0.
     """
-    if not (low < value < math.inf or (value == low and not above)):
+    if not isinstance(value, (int, float)) or not (low < value < math.inf or (value == low and not above)):
         raise UserError(f"{name} must be a finite number {'>' if above else '>='} {low:g}, got {value}.")

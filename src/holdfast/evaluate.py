@@ -5,10 +5,11 @@ robust accuracy = share of samples that are right and that nothing tried has bro
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,8 @@ def evaluate(
     if stages is None:
         raise unknown("suite", str(suite), SUITES)
     stages = tuple(s for s in (published(threat.eps), *stages) if threat.norm in _attack(s.attack).norms)
+    for stage in stages:  # a name that does not exist is found before any work is done
+        _score(stage.score)
     matched = SCORES["u"] if trained_with is None else score_of(trained_with)
     device = _device(model, data)
     with exact_arithmetic(), frozen_eval(model):
@@ -181,9 +184,14 @@ class _Run:
     def begin(self, record: Path | None, key: str) -> None:
         """The clean pass, or what a record kept of an evaluation of the same thing."""
         self.record = record
-        names = [stage.name for stage in self.stages]
-        self.about = {"key": key, "threat": self.threat.describe(), "stages": names, "seed": self.noise.seed}
-        self.about["n"] = len(self.data)
+        self.about = {
+            "key": key,
+            "threat": self.threat.describe(),
+            "stages": json.loads(json.dumps([asdict(stage) for stage in self.stages])),
+            "matched": getattr(self.matched, "__name__", repr(self.matched)),
+            "seed": self.noise.seed,
+            "n": len(self.data),
+        }
         if record is not None and record.exists():
             tensors, about = load_tensors(record, RECORD, RECORD_VERSION)
             costs = about.pop("costs")
@@ -237,11 +245,13 @@ class _Run:
     def stage(self, number: int) -> None:
         """Run one stage on the samples due: the published protocol on all that are right, every other on survivors."""
         stage, c = self.stages[number], self.columns
-        score = self.matched if stage.score == "matched" else _score(stage.score)
+        score = _score(stage.score) or self.matched
         for rank in range(max(1, min(stage.targets, c["targets"].shape[1]))):
             due = c["clean"] if stage.name == "published" else c["broken_by"] == STANDS
             step = number * 16 + rank  # a place in the order of stages and targets
             rows = torch.nonzero(due & (c["done"] <= step))[:, 0]
+            if len(rows) == 0:
+                continue
             done = 0
             for batch in rows.split(self.batch_size):
                 began = time.perf_counter()
@@ -274,7 +284,7 @@ class _Run:
         margin = -negative_margin(logits, y)
         if self.stages[number].name == "published":
             c["published"][rows] = ~broken
-        lower = inside & (broken | (margin < c["margin_adv"][rows]))
+        lower = inside & logits.isfinite().all(1) & (broken | (margin < c["margin_adv"][rows]))
         c["x_adv"][rows] = torch.where(lower.view(-1, *[1] * (x.ndim - 1)), x_adv, c["x_adv"][rows])
         c["margin_adv"][rows] = torch.where(lower, margin, c["margin_adv"][rows])
         c["prediction_adv"][rows] = torch.where(lower, logits.argmax(1), c["prediction_adv"][rows])
@@ -308,7 +318,10 @@ def _attack(name: str) -> Any:
     return ATTACKS[name]
 
 
-def _score(name: str) -> Loss:
+def _score(name: str) -> Loss | None:
+    """The score of that name; None for "matched", which depends on the network."""
+    if name == "matched":
+        return None
     if name not in SCORES:
         raise unknown("score", name, [*SCORES, "matched"])
     return SCORES[name]

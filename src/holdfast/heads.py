@@ -47,7 +47,8 @@ def max_mahalanobis_centers(classes: int, features: int, radius: float = 10.0) -
             f"got {classes}, {features}, {radius}."
         )
     if features < classes - 1:
-        return radius * _spread(classes, features)
+        with torch.inference_mode(False), torch.enable_grad():
+            return radius * _spread(classes, features)
     mu = torch.zeros(classes, features, dtype=torch.float64)
     mu[0, 0] = 1.0
     for k in range(1, classes):

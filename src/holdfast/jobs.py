@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any
@@ -14,20 +16,25 @@ import torch
 
 Tell = Callable[[str, str, int, int], None]  # (job, what it does, units done, units)
 _outbox: Any = None
-_parent = 0
 
 
 def _enter(outbox: Any, parent: int, threads: int) -> None:
     """Once in each worker: few threads, no say in Ctrl-C (the parent decides), and the way to report."""
-    global _outbox, _parent
+    global _outbox
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    _outbox, _parent = outbox, parent
+    _outbox = outbox
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    """End with the parent, also when it was killed: what is on disk is whole, the next start goes on from it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _tell(job: str, what: str, done: int, total: int) -> None:
-    if os.getppid() != _parent:  # the parent was killed: what is on disk is whole, the next start goes on from it
-        os._exit(1)
     _outbox.put((job, what, done, total))
 
 

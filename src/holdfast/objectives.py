@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .attacks import Model, pgd
+from .errors import UserError, at_least
 from .losses import Loss, score_of
 from .noise import Noise
 from .threat import Threat
@@ -75,6 +76,10 @@ def adversarial(
 
     The inner attack sees the network in eval mode (batch statistics frozen), the outer loss in train mode.
     """
+    if not steps >= 1:
+        raise UserError(f"adversarial training needs steps >= 1, got {steps}.")
+    if step_size is not None:
+        at_least("step_size", step_size, above=True)
     climb = score_of(loss) if score is None else score
 
     def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:

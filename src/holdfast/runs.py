@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import __version__, models
 from .errors import UserError
 from .results import write_atomic
 from .storage import load_tensors
+
+
+def check_device(device: str) -> None:
+    """Raise UserError unless a tensor can be made on this device."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the device '{device}' cannot be used here: {reason} Try --device cpu.") from None
 
 
 def folder_name(loss: str, seed: int, fold: int) -> str:
@@ -29,7 +40,7 @@ def claim(out: Path, wanted: dict[str, Any], *, write: bool = True) -> None:
     """Write config.json, or refuse a folder that belongs to another configuration."""
     path = out / "config.json"
     if path.exists():
-        found = _read(path)
+        found = read_json(path)
         differs = sorted(key for key in {*found, *wanted} if found.get(key) != json.loads(json.dumps(wanted.get(key))))
         if differs:
             raise UserError(
@@ -47,10 +58,11 @@ def load(folder: Path, *, device: str = "cpu") -> tuple[models.Classifier, dict[
 
     Raises UserError when the folder is missing, unfinished, or not a run's.
     """
+    check_device(device)
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.json.")
-    config = _read(path)
+    config = read_json(path)
     if not (folder / "model.safetensors").exists():
         raise UserError(f"the run in {folder} is not finished: repeat the command that began it, it will resume.")
     if "model" not in config:
@@ -66,12 +78,22 @@ def load(folder: Path, *, device: str = "cpu") -> tuple[models.Classifier, dict[
     return model.to(device).eval(), config
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run folder. Raises UserError when it cannot be read."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete the folder {path.parent} to begin again.") from None
     return found
+
+
+def weights_mark(model: nn.Module) -> str:
+    """A short hash of all weights and buffers: which network a record belongs to."""
+    mark = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        mark.update(name.encode())
+        mark.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return mark.hexdigest()
 
 
 def environment() -> dict[str, Any]:

@@ -66,7 +66,7 @@ def split(text: str) -> list[str]:
 
 def accepts(kind: str, name: str, function: Callable[..., Any], settings: dict[str, Any]) -> None:
     """Raise UserError unless the function takes each setting as a keyword, with a value of the default's kind."""
-    known = {key: p for key, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+    known = {key: p for key, p in inspect.signature(function).parameters.items() if _writable(p)}
     for key, value in settings.items():
         if key not in known:
             raise unknown(f"setting of {kind} '{name}'", key, known or ["(none)"])
@@ -76,6 +76,13 @@ def accepts(kind: str, name: str, function: Callable[..., Any], settings: dict[s
         numbers = isinstance(wanted, (int, float)) and not isinstance(wanted, bool)
         if numbers and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UserError(f"{key} of {kind} '{name}' must be a number, got '{value}'.")
+        if isinstance(wanted, int) and not isinstance(wanted, bool) and not isinstance(value, int):
+            raise UserError(f"{key} of {kind} '{name}' must be a whole number, got {value}.")
+
+
+def _writable(parameter: inspect.Parameter) -> bool:
+    """Whether a user can write it as key=value: it has a default, and is no function."""
+    return parameter.default is not parameter.empty and "Loss" not in str(parameter.annotation)
 
 
 @dataclass(frozen=True)

@@ -73,13 +73,18 @@ def _network(
     if split.fingerprint != network["fingerprint"]:
         raise UserError(f"the data '{config['data']}' is not what the witnesses were made from (fingerprint).")
     place = {int(number): row for row, number in enumerate(split.test.index)}
+    strangers = [int(number) for number in index if int(number) not in place]
+    if strangers:
+        raise UserError(f"the witnesses name the sample {strangers[0]}, not in the test set of '{config['data']}'.")
     rows = torch.tensor([place[int(number)] for number in index], dtype=torch.int64)
     x, y = pixels(split.test.x), split.test.y
     with frozen_eval(model), torch.no_grad():
         wrong = _misses(model, x, y, device, batch_size)
         hit = _misses(model, x_adv, y[rows], device, batch_size)
     hit &= threat.violation(x_adv, x[rows]) == 0
-    return Counter(wrong=int(wrong.sum()), broken=int((hit & ~wrong[rows]).sum()), failed=int((~hit).sum()))
+    broken = torch.zeros_like(wrong)
+    broken[rows[hit]] = True  # each sample counts once, however many witnesses name it
+    return Counter(wrong=int(wrong.sum()), broken=int((broken & ~wrong).sum()), failed=int((~hit).sum()))
 
 
 def _misses(model: Any, x: Tensor, y: Tensor, device: str, batch_size: int) -> Tensor:

@@ -153,6 +153,7 @@ def _cached(root: str | Path, files: Sequence[Path], build: Callable[[], Source]
 
 
 def digits() -> Source:
+    """scikit-learn\'s 1,797 handwritten digits, 0..16 mapped to 0..255."""
     from sklearn.datasets import load_digits
 
     found = load_digits()

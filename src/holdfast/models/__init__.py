@@ -91,6 +91,9 @@ def build(
     if classes < 2:
         raise UserError(f"a classifier needs at least 2 classes, got {classes}.")
     channels = shape[0]
+    for key, value in (("mean", mean), ("std", std)):
+        if value is not None and value.numel() != channels:
+            raise UserError(f"{key} must hold one number a channel ({channels}), got {value.numel()}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = MODELS[name](tuple(shape))

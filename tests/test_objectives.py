@@ -1,0 +1,229 @@
+"""Contracts over every entry of OBJECTIVES, and what the min-max problem promises."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.attacks import pgd
+from holdfast.errors import UserError
+from holdfast.losses import LOSSES, gap, isce, mmc, negative_margin, sce
+from holdfast.models import build
+from holdfast.noise import Noise
+from holdfast.objectives import OBJECTIVES, Objective, adversarial, standard
+from holdfast.threat import Threat
+
+SHAPE, N = (1, 6, 6), 8
+EPS = {"linf": 0.1, "l2": 0.6, "l1": 2.0}
+PROGRESS = (0.0, 0.37, 1.0)
+
+
+class Normed(nn.Module):
+    """A classifier with a frozen batch norm, a live one and a dropout before the head of the loss."""
+
+    def __init__(self, head="linear"):
+        super().__init__()
+        self.net = build("mlp", SHAPE, 4, head=head)
+        self.frozen, self.live, self.drop = nn.BatchNorm2d(1), nn.BatchNorm2d(1), nn.Dropout(0.3)
+        self.train()
+        self.frozen.eval()
+        self.net.backbone.layers[1].bias.requires_grad_(False)
+
+    def forward(self, x):
+        return self.net(self.drop(self.live(self.frozen(x))))
+
+
+def batch(dtype=torch.float32):
+    x = torch.rand(N, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    return x, torch.arange(N) % 4, Noise(3, torch.arange(N))
+
+
+def schedule(name, loss=sce, threat=None):
+    """The objective with what its signature asks for: a new one is found here by itself."""
+    wanted = inspect.signature(OBJECTIVES[name]).parameters
+    given = {"loss": loss, "threat": threat or Threat("linf", 0.1)}
+    if "steps" in wanted:
+        given["steps"] = 3
+    return OBJECTIVES[name](**{key: value for key, value in given.items() if key in wanted})
+
+
+def state(model):
+    modes = [(name, m.training) for name, m in model.named_modules()]
+    wants = [(name, p.requires_grad, p.grad is None) for name, p in model.named_parameters()]
+    return modes, wants, {name: t.clone() for name, t in model.state_dict().items()}
+
+
+every = pytest.mark.parametrize("name", list(OBJECTIVES))
+
+
+@every
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("progress", PROGRESS)
+def test_perturb_stays_in_the_threat_and_leaves_the_model_as_it_was(name, norm, progress):
+    model, (x, y, noise), threat = Normed(), batch(), Threat(norm, EPS[norm])
+    objective = schedule(name, threat=threat)(progress)
+    assert isinstance(objective, Objective)
+    before, kept = state(model), x.clone()
+    x_adv = objective.perturb(model, x, y, noise)
+    after = state(model)
+    assert before[:2] == after[:2]
+    assert all(torch.equal(before[2][key], after[2][key]) for key in before[2]), "batch statistics moved"
+    assert torch.equal(x, kept)
+    assert x_adv.shape == x.shape
+    assert x_adv.dtype == x.dtype
+    assert not x_adv.requires_grad
+    assert x_adv.isfinite().all()
+    assert (threat.violation(x_adv, x) == 0).all()
+
+
+@every
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_every_loss_pays_per_sample_with_a_graph_to_every_weight(name, loss):
+    entry = LOSSES[loss]
+    model, (x, y, noise) = Normed(entry.head), batch()
+    objective = schedule(name, loss=entry.loss)(0.5)
+    x_adv = objective.perturb(model, x, y, noise)
+    with objective.around(model):
+        each = objective.loss(model, x, x_adv, y)
+        assert each.shape == (N,)
+        assert each.isfinite().all()
+        each.mean().backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.isfinite().all()) == parameter.requires_grad, key
+
+
+@every
+def test_perturb_depends_on_the_noise_alone(name):
+    model, (x, y, noise) = Normed(), batch()
+    objective = schedule(name)(0.0)
+    first = objective.perturb(model, x, y, noise)
+    torch.manual_seed(1)
+    assert torch.equal(first, objective.perturb(model, x, y, noise))
+    half = slice(0, N // 2)
+    part = objective.perturb(model, x[half], y[half], noise[half])
+    assert torch.allclose(part, first[half], atol=1e-6)
+
+
+@every
+def test_the_model_comes_back_when_perturb_fails(name):
+    model, (x, y, noise) = Normed(), batch()
+    before = state(model)
+    model.net.backbone.register_forward_hook(lambda *_: 1 / 0)
+    try:
+        schedule(name)(0.0).perturb(model, x, y, noise)
+    except ZeroDivisionError:
+        pass
+    else:
+        assert name == "standard"
+    assert before[:2] == state(model)[:2]
+
+
+@every
+def test_the_outer_loss_sees_the_network_in_train_mode(name):
+    model, (x, y, noise) = Normed(), batch()
+    modes = []
+    model.live.register_forward_hook(lambda module, *_: modes.append((module.training, torch.is_grad_enabled())))
+    objective = schedule(name)(0.0)
+    x_adv = objective.perturb(model, x, y, noise)
+    inner = len(modes)
+    assert all(not training for training, _ in modes)
+    objective.loss(model, x, x_adv, y)
+    assert all(training and grad for training, grad in modes[inner:])
+    assert len(modes) > inner
+    assert model.live.num_batches_tracked == len(modes) - inner
+    assert model.frozen.num_batches_tracked == 0
+
+
+def test_standard_is_the_loss_on_the_images_as_they_are():
+    model, (x, y, noise) = build("mlp", SHAPE, 4), batch()
+    objective = standard(partial(isce, s=2.0))(0.0)
+    assert torch.equal(objective.perturb(model, x, y, noise), x)
+    assert torch.equal(objective.loss(model, x, x, y), isce(model(x), y, s=2.0))
+
+
+def test_adversarial_is_the_loss_on_the_last_iterate_of_pgd():
+    model, (x, y, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("linf", 0.1)
+    objective = adversarial(sce, threat, steps=4, step_size=0.03)(0.0)
+    x_adv = objective.perturb(model, x, y, noise)
+    expected = pgd(model, x, y, threat, score=gap, noise=noise, steps=4, step_size=0.03, keep="last")
+    assert torch.equal(x_adv, expected)
+    assert torch.equal(objective.loss(model, x, x_adv, y), sce(model(x_adv), y))
+    assert (objective.loss(model, x, x_adv, y) > sce(model(x), y)).all()
+    other = objective.perturb(model, x, y, noise.fold(1))
+    assert not torch.equal(other, x_adv), "no random start"
+
+
+def test_ten_steps_unless_told_otherwise():
+    model, (x, y, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("l2", 0.5)
+    expected = pgd(model, x, y, threat, score=gap, noise=noise, steps=10, step_size=0.125, keep="last")
+    assert torch.equal(adversarial(sce, threat)(0.0).perturb(model, x, y, noise), expected)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("s", [0.5, 5.0, 100.0])
+def test_inference_information_in_the_inner_problem_makes_no_difference(norm, s):
+    """Exactly, in float64: the score of I-SCE is SCE's, and its own gradient has SCE's direction."""
+    model, (x, y, noise), threat = build("mlp", SHAPE, 4).double(), batch(torch.float64), Threat(norm, EPS[norm])
+    plain = adversarial(sce, threat, steps=5)(0.0).perturb(model, x, y, noise)
+    assert torch.equal(plain, adversarial(partial(isce, s=s), threat, steps=5)(0.0).perturb(model, x, y, noise))
+    climbed = adversarial(sce, threat, steps=5, score=partial(isce, s=s))(0.0).perturb(model, x, y, noise)
+    if norm == "linf":
+        assert torch.equal(plain, climbed)
+    assert torch.allclose(plain, climbed, rtol=0, atol=1e-9)
+
+
+def test_the_inner_score_is_the_losss_own_unless_it_is_named():
+    (x, y, noise), threat = batch(), Threat("linf", 0.1)
+    model = build("mlp", SHAPE, 4, head="mmc")
+    run = partial(pgd, model, x, y, threat, noise=noise, steps=10, keep="last")
+    assert torch.equal(adversarial(mmc, threat)(0.0).perturb(model, x, y, noise), run(score=negative_margin))
+    named = adversarial(mmc, threat, score=mmc)(0.0).perturb(model, x, y, noise)
+    assert torch.equal(named, run(score=mmc))
+
+
+def test_a_loss_without_a_score_needs_one_named():
+    def mine(out, y):
+        return sce(out, y) * 2
+
+    with pytest.raises(UserError, match="no score is known for the loss 'mine'"):
+        adversarial(mine, Threat("linf", 0.1))
+    model, (x, y, noise) = build("mlp", SHAPE, 4), batch()
+    objective = adversarial(mine, Threat("linf", 0.1), score=gap)(0.0)
+    x_adv = objective.perturb(model, x, y, noise)
+    assert torch.equal(objective.loss(model, x, x_adv, y), 2 * sce(model(x_adv), y))
+    assert standard(mine)(0.0).loss(model, x, x, y).shape == (N,)
+
+
+def test_no_steps_are_refused():
+    x, y, noise = batch()
+    with pytest.raises(UserError, match="steps >= 1"):
+        adversarial(sce, Threat("linf", 0.1), steps=0)(0.0).perturb(build("mlp", SHAPE, 4), x, y, noise)
+
+
+def test_a_few_rounds_of_it_make_a_network_more_robust():
+    """What it is all for: on two classes that differ in many weak pixels and in one strong one."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(200) % 2
+    sign = (2 * y - 1).float()[:, None]
+    strong, weak = 0.5 + 0.3 * sign, 0.5 + 0.05 * sign + 0.05 * torch.randn(200, 35, generator=generator)
+    x, threat = torch.cat([strong, weak], 1).clamp(0, 1).view(200, *SHAPE), Threat("linf", 0.15)
+    noise, robust = Noise(0, torch.arange(200)), {}
+    start = build("linear", SHAPE, 2)
+    for name, train in {"standard": standard(sce), "adversarial": adversarial(sce, threat, steps=5)}.items():
+        model, objective = copy.deepcopy(start), train(0.0)
+        optimizer = torch.optim.Adam(model.parameters(), 0.05)
+        for step in range(60):
+            x_adv = objective.perturb(model, x, y, noise.fold(step))
+            optimizer.zero_grad()
+            objective.loss(model, x, x_adv, y).mean().backward()
+            optimizer.step()
+        worst = pgd(model, x, y, threat, score=gap, noise=noise, steps=20)
+        with torch.no_grad():
+            robust[name] = float((model(worst).logits.argmax(1) == y).float().mean())
+    assert robust["adversarial"] > 0.95
+    assert robust["standard"] < 0.6
