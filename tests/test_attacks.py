@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from holdfast import data
-from holdfast.attacks import ATTACKS, SCORES, Worst, apgd, bim, cross_entropy, fgsm, fooled, mim, pgd, square
+from holdfast.attacks import ATTACKS, SCORES, Worst, apgd, attack, bim, cross_entropy, fgsm, fooled, mim, pgd, square
 from holdfast.attacks import random_noise as noise_attack
 from holdfast.errors import UserError
 from holdfast.losses import dlr, gap, isce, negative_margin, sce
@@ -369,6 +369,18 @@ def test_square_says_what_it_is_defined_for():
         square(Net(), images(2).flatten(1), y, Threat("linf", 0.1), score=gap, noise=draw(2))
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_whatever_a_new_attack_returns_the_contract_has_the_last_word(norm):
+    x, threat = images(4), Threat(norm, EPS[norm])
+    x = x.clamp(0.01, 0.99)
+    y = torch.zeros(4, dtype=torch.int64)
+    for value in (math.nan, math.inf, -math.inf):
+        assert torch.equal(attack(lambda *_, value=value: torch.full_like(x, value))(Net(), x, y, threat), x)
+    x_adv = attack(lambda *_: x + 5.0)(Net(), x, y, threat)
+    assert (threat.violation(x_adv, x) == 0).all()
+    assert not torch.equal(x_adv, x)
+
+
 def test_every_entry_says_what_it_is():
     for name, entry in ATTACKS.items():
         assert entry.about
@@ -689,7 +701,7 @@ def literal_apgd(model, x, y, threat, noise, steps, score):
     while end + length <= steps:
         end += length
         ends.append(end)
-        length = max(length - int(0.03 * steps), int(0.06 * steps))
+        length = max(length - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
 
     def ask(point):
         point = point.detach().requires_grad_()
@@ -738,6 +750,37 @@ def test_apgd_is_the_published_loop(norm):
         start = noise.fold(0)[one]
         expected = literal_apgd(lead, x[one], y[one], threat, start, 50, negative_margin)
         assert reached[row].item() == pytest.approx(expected, abs=1e-9)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10_000), st.floats(0.3, 0.95), st.sampled_from([20, 50]))
+def test_apgd_walks_the_published_path_whatever_the_score_does(seed, rises, steps):
+    """A scripted score: falls first, then rises without a new best, and all else that halves a step or does not."""
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.rand(steps + 1, generator=generator, dtype=torch.float64) < rises
+    script = (torch.rand(steps + 1, generator=generator, dtype=torch.float64) * torch.where(up, 1.0, -3.0)).cumsum(0)
+    pull = torch.randn(steps + 1, 1, 2, 2, generator=generator, dtype=torch.float64)
+    threat, noise = Threat("l2", 1.0, **FAR), draw(1)
+    x, y = torch.zeros(1, 1, 2, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+
+    def walk(attack):
+        points, turn = [], iter(range(steps + 1))
+
+        def model(x):
+            points.append(x.detach().clone())
+            return Outputs(torch.tensor([[1.0, 0.0]], dtype=x.dtype).expand(len(x), 2), x)
+
+        def score(out, y):
+            k = next(turn)
+            pulled = (out.features * pull[k]).flatten(1).sum(1)
+            return script[k] + pulled - pulled.detach()
+
+        attack(model, score)
+        return torch.cat(points)
+
+    ours = walk(lambda model, score: apgd(model, x, y, threat, score=score, noise=noise, steps=steps))
+    theirs = walk(lambda model, score: literal_apgd(model, x, y, threat, noise.fold(0), steps, score))
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-9)
 
 
 def test_apgd_judges_progress_where_the_reference_does():

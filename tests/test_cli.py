@@ -580,13 +580,6 @@ def test_the_installed_command_answers_at_once():
     assert time.perf_counter() - began < 5
 
 
-def test_the_installed_command_ends_a_mistake_with_status_2():
-    process = real("compare", "--losses", "icse")
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "")
-    assert "Did you mean 'isce'?" in one_line(err)
-
-
 def alive(group):
     try:
         os.killpg(group, 0)

@@ -196,7 +196,7 @@ def test_another_comparison_in_the_same_folder_is_refused(change, copied):
 
 def test_two_workers_find_what_one_finds(parquet, tmp_path):
     """In processes of their own, which a patched suite does not reach: so with "quick"."""
-    small = dataclasses.replace(TINY, data=parquet, suite="quick", folds=0, seeds=2)
+    small = dataclasses.replace(TINY, data=parquet, suite="quick", folds=0)
     told, ended = [], []
 
     def tell(*said):
@@ -214,8 +214,8 @@ def test_two_workers_find_what_one_finds(parquet, tmp_path):
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-4)
             else:
                 assert (mine != theirs).float().mean() <= 0.005, column
-    assert [done for _, done, _ in ended] == [1, 2, 3, 4]
-    assert {total for _, _, total in ended} == {4}
+    assert [done for _, done, _ in ended] == [1, 2]
+    assert {total for _, _, total in ended} == {2}
     assert {name for name, *_ in ended} == {path.name for path in (tmp_path / "two" / "runs").iterdir()}
     assert {job for job, *_ in told} <= {name for name, *_ in ended}
     assert all(0 < done <= total for _, _, done, total in told)
@@ -500,11 +500,8 @@ def test_evaluating_a_run_of_the_comparison_repeats_its_numbers(original, tmp_pa
 
 def test_a_larger_eps_leaves_less(original, tmp_path):
     run = original[1] / "runs" / runs.folder_name("sce", 0, 0)
-    robust = [
-        evaluate_run(run, f"linf:{eps}", "tiny", tmp_path / eps).runs[0].robust.value for eps in ("0.02", "0.1", "0.3")
-    ]
-    assert robust == sorted(robust, reverse=True)
-    assert robust[0] > robust[2]
+    robust = [evaluate_run(run, f"linf:{eps}", "tiny", tmp_path / eps).runs[0].robust.value for eps in ("0.02", "0.3")]
+    assert robust[0] > original[0].runs[0].robust.value > robust[1]
 
 
 def test_a_folder_that_is_no_run_is_refused(original, tmp_path):

@@ -200,7 +200,7 @@ def test_a_kill_at_any_write_of_a_comparison(tmp_path, monkeypatch):
     monkeypatch.setitem(SUITES, "tiny", (Stage("apgd", "apgd", settings={"steps": 3}),))
     data = str(write_parquet(tmp_path / "data", 60, 20))
     comparison = Comparison(
-        data=data, losses=("sce", "mmc"), suite="tiny", fit=FitConfig(epochs=2, batch_size=32, checkpoint_seconds=0)
+        data=data, losses=("sce",), suite="tiny", fit=FitConfig(epochs=2, batch_size=32, checkpoint_seconds=0)
     )
     compare(comparison, tmp_path / "whole")
     wanted = sorted(str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*"))
@@ -230,7 +230,7 @@ def test_a_kill_at_any_write_of_a_comparison(tmp_path, monkeypatch):
         if not died:
             break
         shutil.rmtree(out)
-    assert k > 15
+    assert k > 10
 
 
 @pytest.mark.slow

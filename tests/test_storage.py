@@ -198,7 +198,7 @@ def test_a_reader_and_a_kill_never_see_half_a_file(tmp_path):
     try:
         assert writer.stdout is not None
         writer.stdout.readline()
-        seen, until = set(), time.monotonic() + 1.5
+        seen, until = set(), time.monotonic() + 0.7
         while time.monotonic() < until:
             tensors, about = load_tensors(path, "thing", 1)
             assert torch.equal(tensors["x"], torch.full((200_000,), float(about["number"])))

@@ -32,7 +32,7 @@ def at_least(name: str, value: float, low: float = 0.0, *, above: bool = False) 
     >>> at_least("weight", 0.5)
     >>> at_least("scale", 0.0, above=True)
     Traceback (most recent call last):
-    holdfast.errors.UserError: scale must be a finite number > 0, got 0.0.
+    holdfast.errors.UserError: scale must be > 0, got 0.0.
     """
     if not isinstance(value, (int, float)) or not (low < value < math.inf or (value == low and not above)):
-        raise UserError(f"{name} must be a finite number {'>' if above else '>='} {low:g}, got {value}.")
+        raise UserError(f"{name} must be {'>' if above else '>='} {low:g}, got {value}.")
