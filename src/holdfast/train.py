@@ -136,6 +136,7 @@ def fit(
     for epoch in range(len(history), config.epochs):
         began = time.perf_counter()
         losses = _epoch(epoch, steps, wrapped, plain, optimizer, accelerator, train, objective, config, averaged)
+        losses = accelerator.reduce(losses, reduction="mean")  # every process logs, and fails for, the whole batch
         _finite(losses, plain, epoch, out)
         line = {
             "epoch": epoch + 1,
