@@ -234,7 +234,7 @@ def test_a_kill_at_any_write_of_a_comparison(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_moments(tmp_path):
+def test_fifty_kills_at_random_moments(tmp_path, monkeypatch):
     """Each kill falls on a live command, at a moment drawn from its whole length; a finished one begins anew."""
     write_parquet(tmp_path / "data", 600, 400)
     settings = {"epochs": 12, "losses": "sce,isce:s=10,mmc"}
@@ -256,6 +256,8 @@ def test_fifty_kills_at_random_moments(tmp_path):
             shutil.rmtree(tmp_path / "broken")
     whole(tmp_path, words)
     assert_equal(tmp_path / "unbroken", tmp_path / "broken")
+    monkeypatch.chdir(tmp_path)  # where the comparison's own --data leads
+    monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
     assert all(proof.holds for proof in verify(tmp_path / "broken"))
     litter = [path.name for path in (tmp_path / "broken").rglob(".*tmp")]
     print(
