@@ -21,6 +21,7 @@ from .data import Split, pixels
 from .evaluate import STANDS, Evaluation, StageCost
 from .results import Example, Interval, Results, Run, Samples, Stage, proportion, save
 from .storage import save_tensors
+from .threat import Threat
 from .verify import WITNESSES, WITNESSES_VERSION
 
 
@@ -38,13 +39,13 @@ class Judged:
 
 
 def assemble(judged: Sequence[Judged], out: Path, data: str, settings: dict[str, Any], command: str) -> Results:
-    """Write results.json and witnesses.safetensors to ``out``: a run for each loss and seed, its folds put together.
+    """Write results.json and witnesses.safetensors to ``out``: a run per loss, seed and threat, its folds put together.
 
-    ``judged`` is in the order of the rows; the folds of one (loss, seed) follow each other.
+    ``judged`` is in the order of the rows.
     """
-    groups: dict[tuple[str, int], list[Judged]] = {}
+    groups: dict[tuple[str, int, Threat], list[Judged]] = {}
     for one in judged:
-        groups.setdefault((one.loss, one.seed), []).append(one)
+        groups.setdefault((one.loss, one.seed, one.evaluation.threat), []).append(one)
     found = [_run(parts) for parts in groups.values()]
     splits = [part.split for part in next(iter(groups.values()))]  # every loss and seed saw the same folds
     results = Results(
@@ -69,7 +70,7 @@ def assemble(judged: Sequence[Judged], out: Path, data: str, settings: dict[str,
         witnesses[f"{number}/index"] = one.evaluation.index[broken]
         witnesses[f"{number}/x_adv"] = one.evaluation.x_adv[broken]
         where = {"folder": os.path.relpath(one.folder, out), "cut": one.cut, "fingerprint": one.split.fingerprint}
-        networks.append({"run": _name(one), **where})
+        networks.append({"run": _name(one), "threat": one.evaluation.threat.describe(), **where})
     save_tensors(out / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION, witnesses, {"networks": networks})
     save(results, out)
     return results

@@ -41,6 +41,7 @@ Data = Annotated[str, _option("digits, mnist, cifar10, a hub name, a parquet fil
 Losses = Annotated[str | None, _option("Losses with settings: sce,isce:s=10,mmc,cosface:m=0.2,scale=15.")]
 OneLoss = Annotated[str, _option("A loss with settings, such as isce:s=10; after @ another head: isce:s=2@cosine.")]
 Against = Annotated[str, _option("norm:eps; norm linf, l2 or l1, eps in pixels from 0 to 1: linf:0.1, linf:8/255.")]
+Several = Annotated[str, _option("norm:eps, or several: linf:0.1,l2:1.5; norm linf, l2 or l1, eps in pixels, 0 to 1.")]
 Suite = Annotated[str, _option("How hard to attack: quick or standard.")]
 Objective = Annotated[str, _option("How to train: standard, or adversarial:steps=10.")]
 Seeds = Annotated[int, _option("Networks per loss; with more than one the interval is over seeds.")]
@@ -139,7 +140,7 @@ class _Display:
 def compare(
     data: Data = "digits",
     losses: Losses = None,
-    threat: Against = "linf:0.1",
+    threat: Several = "linf:0.1",
     suite: Suite = "standard",
     objective: Objective = "standard",
     seeds: Seeds = 1,

@@ -29,7 +29,8 @@ from .train import FitConfig, accuracy, fit
 class Comparison:
     """What is compared, and how; equal comparisons share an output folder and resume each other.
 
-    data: a name or path for ``data.load``; losses: specs such as "isce:s=10"; threat: "linf:0.1"; suite: a key of
+    data: a name or path for ``data.load``; losses: specs such as "isce:s=10"; threat: "linf:0.1", or several
+    with commas between, of which adversarial training takes the first; suite: a key of
     SUITES; objective: a key of OBJECTIVES with settings, such as "adversarial:steps=10"; model: a key of MODELS or ""
     for the size's own; seeds: networks per loss; folds: 0 for the data's own number; limit, limit_train: at most so
     many test and training images, 0 for all; fit: how each network is trained.
@@ -48,13 +49,19 @@ class Comparison:
     fit: FitConfig = field(default_factory=FitConfig)
 
     @property
+    def threats(self) -> tuple[Threat, ...]:
+        """What the networks are attacked under."""
+        return tuple(Threat.parse(text) for text in self.threat.split(","))
+
+    @property
     def networks(self) -> int:
         """How many networks are trained and attacked."""
         return len(self.losses) * self.seeds * max(self.folds, 1)
 
     def checked(self) -> Comparison:
         """The same with its defaults filled in. Raises UserError for whatever could only fail later."""
-        Threat.parse(self.threat)
+        if len(set(self.threats)) < len(self.threats):
+            raise UserError(f"the threats '{self.threat}' name one twice: name each once.")
         chosen = [specs.loss(text).text for text in self.losses]
         if not chosen:
             raise UserError("there is no loss to compare: name at least one, such as sce.")
@@ -93,7 +100,7 @@ def _objective(comparison: Comparison, loss: specs.LossChoice) -> Schedule:
     specs.accepts("objective", name, factory, settings)
     if name == "standard":
         return factory(loss.loss)
-    return factory(loss.loss, Threat.parse(comparison.threat), score=loss.score, **settings)
+    return factory(loss.loss, comparison.threats[0], score=loss.score, **settings)
 
 
 def train_one(job: Job, tell: Tell) -> tuple[models.Classifier, dict[str, Any], Split]:
@@ -115,7 +122,8 @@ def train_one(job: Job, tell: Tell) -> tuple[models.Classifier, dict[str, Any], 
         "objective": comparison.objective,
         "data": comparison.data,
         "cut": cut,
-        "threat": comparison.threat,
+        **({} if comparison.objective == "standard" else {"threat": comparison.threat}),
+        **({} if loss.logit_scale == 1 else {"logit_scale": loss.logit_scale}),
     }
     config = replace(comparison.fit, seed=job.seed)
     summary = job.folder / "train.json"
@@ -136,6 +144,7 @@ def train_one(job: Job, tell: Tell) -> tuple[models.Classifier, dict[str, Any], 
         device=job.device,
     )
     model = model.to(job.device)
+    model.logit_scale = loss.logit_scale
     trained = {
         "epochs": comparison.fit.epochs,
         "accuracy": accuracy(model, split.train.to(job.device)),
@@ -155,26 +164,28 @@ def _cut(comparison: Comparison, fold: int) -> dict[str, Any]:
     return {**cut, "limit": comparison.limit or None}
 
 
-def train_and_attack(job: Job, tell: Tell) -> Judged:
-    """Do a job, or what is left of it."""
+def train_and_attack(job: Job, tell: Tell) -> list[Judged]:
+    """Do a job, or what is left of it: one answer a threat."""
     model, trained, split = train_one(job, tell)
-    comparison = job.comparison
-    evaluation = evaluate(
-        model,
-        split.test,
-        Threat.parse(comparison.threat),
-        comparison.suite,
-        trained_with=specs.loss(job.loss).loss,
-        seed=job.seed,
-        record=job.folder / "evaluation.safetensors",
-        key=f"{split.fingerprint} {runs.weights_mark(model)}",
-        progress=_teller(job.folder.name, tell),
-    )
-    return Judged(job.loss, job.seed, job.folder, evaluation, trained, split, _cut(comparison, job.fold))
+    comparison, answers = job.comparison, []
+    for threat in comparison.threats:
+        evaluation = evaluate(
+            model,
+            split.test,
+            threat,
+            comparison.suite,
+            trained_with=specs.loss(job.loss).loss,
+            seed=job.seed,
+            record=job.folder / f"evaluation-{threat.norm}{threat.eps:.6g}.safetensors",
+            key=f"{split.fingerprint} {runs.weights_mark(model)}",
+            progress=_teller(job.folder.name, tell, str(threat)),
+        )
+        answers.append(Judged(job.loss, job.seed, job.folder, evaluation, trained, split, _cut(comparison, job.fold)))
+    return answers
 
 
-def _teller(name: str, tell: Tell) -> Any:
-    return lambda stage, done, total, standing: tell(name, f"{stage}, {standing} stand", done, total)
+def _teller(name: str, tell: Tell, threat: str) -> Any:
+    return lambda stage, done, total, standing: tell(name, f"{threat}, {stage}, {standing} stand", done, total)
 
 
 def _do(job: Job, tell: Tell) -> None:
@@ -220,8 +231,9 @@ def compare(
 
     jobs.run(_do, todo, workers=workers, tell=tell, finished=end)
     # What each job left on disk is read back, not sent back: the same way whether it was done now or a week ago.
-    judged = [train_and_attack(job, _quiet) for job in todo]
-    judged.sort(key=lambda one: (comparison.losses.index(one.loss), one.seed))
+    judged = [one for job in todo for one in train_and_attack(job, _quiet)]
+    order = comparison.threats.index
+    judged.sort(key=lambda one: (order(one.evaluation.threat), comparison.losses.index(one.loss), one.seed))
     return assemble(judged, out, comparison.data, asdict(comparison), command)
 
 
@@ -258,7 +270,7 @@ def evaluate_run(
         seed=seed,
         record=out / "evaluation.safetensors",
         key=f"{split.fingerprint} {runs.weights_mark(model)}",
-        progress=_teller(run.name, tell),
+        progress=_teller(run.name, tell, threat),
     )
     summary = run / "train.json"
     trained = runs.read_json(summary) if summary.exists() else {"accuracy": None, "val": None, "seconds": 0.0}
@@ -271,5 +283,5 @@ def default_out(comparison: Comparison) -> Path:
     whole = json.dumps(asdict(comparison.checked()), sort_keys=True)
     mark = hashlib.blake2b(whole.encode(), digest_size=3).hexdigest()
     data = Path(comparison.data).name or "data"
-    threat = comparison.threat.replace(":", "").replace("/", "_")
+    threat = comparison.threat.replace(":", "").replace("/", "_").replace(",", "-")
     return Path("out") / f"{data}-{threat}-{mark}"

@@ -75,6 +75,7 @@ def load(folder: Path, *, device: str = "cpu") -> tuple[models.Classifier, dict[
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"the weights in {folder} are not of the network that {path} describes: {error}") from None
+    model.logit_scale = config.get("logit_scale", 1.0)
     return model.to(device).eval(), config
 
 
@@ -89,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def weights_mark(model: nn.Module) -> str:
     """A short hash of all weights and buffers: which network a record belongs to."""
-    mark = hashlib.blake2b(digest_size=8)
+    mark = hashlib.blake2b(str(getattr(model, "logit_scale", 1.0)).encode(), digest_size=8)
     for name, tensor in model.state_dict().items():
         mark.update(name.encode())
         mark.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -1,8 +1,9 @@
-"""What a user writes on a command line, read once: ``isce:s=10``, ``cosface:m=0.2,scale=15``, ``isce:s=2@cosine``."""
+"""What a user writes on a command line, read once: ``isce:s=10``, ``isce:s=2@cosine:scale=10``, ``sce*100``."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -90,7 +91,7 @@ class LossChoice:
     """A loss as a user chose it, and the head that it trains with.
 
     text: as written, the row's name; loss: (out, y) -> (N,); score: what attacks climb; head, head_settings: for
-    ``models.build``.
+    ``models.build``; logit_scale: what the logits are multiplied by after training.
     """
 
     text: str
@@ -98,19 +99,31 @@ class LossChoice:
     score: Loss
     head: str
     head_settings: dict[str, Any] = field(default_factory=dict)
+    logit_scale: float = 1.0
 
 
 def loss(text: str) -> LossChoice:
     """A loss from ``name:settings`` with, after @, another head than its own: ``isce:s=2@cosine:scale=10``.
 
-    Raises UserError for an unknown loss, head or setting (with the nearest name), a value the loss refuses (s < 0), or
-    a head that lacks what the loss needs.
+    ``sce*100`` trains with sce and multiplies the logits by 100 afterwards. No prediction changes, so no robustness
+    does: the honest control for whatever is said of a loss that makes logits large.
+    Raises UserError for an unknown loss, head or setting (with the nearest name), a value the loss refuses (s < 0), a
+    head that lacks what the loss needs, or a factor that is not a positive number.
 
     >>> chosen = loss("cosface:m=0.2,scale=15")
     >>> chosen.head, chosen.head_settings
     ('cosine', {'scale': 15})
     """
-    before, _, after = text.partition("@")
+    text, scale = text.strip(), 1.0
+    trained, times, factor = text.rpartition("*")
+    if times:
+        value = _value(factor.strip())
+        if isinstance(value, (str, bool)) or not 0 < value < math.inf:
+            raise UserError(
+                f"'{text}' multiplies its logits by '{factor}': expected a positive number, such as sce*100."
+            )
+        scale = float(value)
+    before, _, after = (trained if times else text).partition("@")
     name, settings = parse(before)
     if name not in LOSSES:
         raise unknown("loss", name, LOSSES)
@@ -133,4 +146,4 @@ def loss(text: str) -> LossChoice:
     answer = chosen(Outputs(*probe), torch.tensor([0, 1]))  # refuses bad values now, not after an hour
     if answer.shape != (2,):
         raise UserError(f"loss '{name}' returned shape {tuple(answer.shape)} for 2 samples: a loss must return (N,).")
-    return LossChoice(text.strip(), chosen, entry.score, head, head_settings)
+    return LossChoice(text, chosen, entry.score, head, head_settings, scale)

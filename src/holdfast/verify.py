@@ -56,11 +56,13 @@ def verify(folder: Path, *, device: str = "cpu", batch_size: int = 1024) -> list
     for run in found.runs:
         threat, counts = Threat(**run.threat), Counter[str]()
         for number, network in enumerate(about["networks"]):
-            if network["run"] == run.name:
+            if (network["run"], network["threat"]) == (run.name, run.threat):
                 index, x_adv = witnesses[f"{number}/index"], witnesses[f"{number}/x_adv"]
                 counts += _network(folder / network["folder"], network, threat, index, x_adv, device, batch_size)
         claimed = run.robust.value if run.robust else 0.0
-        proofs.append(Proof(run.name, run.n, counts["wrong"], counts["broken"], counts["failed"], claimed))
+        proofs.append(
+            Proof(f"{run.name}, {run.threat_text}", run.n, counts["wrong"], counts["broken"], counts["failed"], claimed)
+        )
     return proofs
 
 

@@ -33,6 +33,7 @@ class Classifier(nn.Module):
     """head(backbone((x - mean) / std)): images (N, C, H, W) in [0, 1] -> Outputs. Normalisation is layer 0.
 
     Args: backbone, head: modules; mean, std: (C,), of the training pixels.
+    ``logit_scale`` multiplies the logits; set after training it changes no prediction, and many an attack.
     """
 
     mean: Tensor
@@ -44,10 +45,11 @@ class Classifier(nn.Module):
         self.register_buffer("std", std.view(-1, 1, 1))
         self.backbone = backbone
         self.head = head
+        self.logit_scale = 1.0
 
     def forward(self, x: Tensor) -> Outputs:
         out: Outputs = self.head(self.backbone((x - self.mean) / self.std))
-        return out
+        return out if self.logit_scale == 1 else out._replace(logits=out.logits * self.logit_scale)
 
 
 def default_model(shape: Sequence[int]) -> str:
