@@ -309,7 +309,7 @@ def test_equal_comparisons_share_a_folder_and_others_do_not():
 def test_verify_proves_what_was_claimed(original):
     found, out = original
     proofs = verify(out)
-    assert [proof.run for proof in proofs] == [f"{run.name}, linf 0.1" for run in results.load(done).runs]
+    assert [proof.run for proof in proofs] == [f"{run.name}, linf 0.1" for run in found.runs]
     for proof, run in zip(proofs, found.runs, strict=True):
         assert proof.holds
         assert proof.failed == 0
