@@ -192,7 +192,7 @@ def compared(done_once, tmp_path):
 def test_compare_prints_a_table_and_says_where_things_are(compared, holdfast_):
     words, (status, out, err), folder = compared
     assert status == 0
-    assert re.search(r"sce +[\d.]+ +[\d.]+ +[\d.]+ \[[\d.]+, [\d.]+\]", out)
+    assert re.search(r"sce +[\d.]+ +[\d.]+ +\w+ +(<= )?[\d.]+ \[[\d.]+, [\d.]+\] +\w+", out)
     assert "isce:s=10" in out
     for name in ("out/results.json", "out/report.html", "holdfast verify out"):
         assert name in out
@@ -336,7 +336,7 @@ def test_train_evaluate_report_verify(parquet, holdfast_, tmp_path):
 
     status, out, _ = holdfast_("verify", "run/evaluation-linf8_255-tiny", "--device", "cpu")
     assert status == 0
-    assert re.search(r"isce:s=10 seed 0: at most [\d.]+% of 40 are robust \(\d+ wrong, \d+ broken\): holds", out)
+    assert re.search(r"isce:s=10 seed 0, linf 8/255: at most [\d.]+% of 40 are robust \(\d+ wrong, \d+ broken\): holds", out)
     status, out, _ = holdfast_("verify", "run/evaluation-linf8_255-tiny", "--json")
     assert status == 0
     assert json.loads(out)[0]["holds"] is True
@@ -350,7 +350,7 @@ def test_a_proof_that_fails_says_so_and_returns_1(compared, holdfast_):
     (folder / "results.json").write_text(json.dumps(raw))
     status, out, err = holdfast_("verify", "out")
     assert (status, err) == (1, "")
-    assert re.search(r"sce seed 0: .*: FAILS \(", out)
+    assert re.search(r"sce seed 0, linf 0.1: .*: FAILS \(", out)
     status, out, _ = holdfast_("verify", "out", "--json")
     assert status == 1
     assert [proof["holds"] for proof in json.loads(out)] == [False, True]

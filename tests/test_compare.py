@@ -120,7 +120,7 @@ def test_the_columns_tell_one_story(original):
         assert bool((margin_adv[robust == 1] >= 0).all())
         # stages: 0 is the clean pass; each later one broke as many as its number stands beside
         assert run.stages[0].name == "clean"
-        assert [st.name for st in run.stages[1:]] == ["published", "apgd", "apgd-dlr-t"]
+        assert [st.name for st in run.stages[1:]] == ["published", "apgd", "apgd-dlr-t", "audit"]
         for number, st in enumerate(run.stages[1:], 1):
             assert st.broken == int((stage == number).sum()), st.name
         assert run.cost["forwards"] == sum(st.forwards for st in run.stages)

@@ -24,7 +24,7 @@ LAYERS = (
     ("heads", "attacks", "data"),
     ("models", "objectives", "specs"),
     ("runs", "evaluate"),
-    ("train", "verify", "jobs"),
+    ("train", "verify", "jobs", "checks"),
     ("assemble",),
     ("compare",),
     ("recipes", "report"),

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from . import __version__, runs
+from .checks import PUBLISHED, ROBUST, Audit, Claim, judge, merge
 from .data import Split, pixels
 from .evaluate import STANDS, Evaluation, StageCost
-from .results import Example, Interval, Results, Run, Samples, Stage, proportion, save
+from .results import Example, Interval, Results, Run, Samples, Stage, proportion, remainder, save
 from .storage import save_tensors
 from .threat import Threat
 from .verify import WITNESSES, WITNESSES_VERSION
@@ -36,6 +37,7 @@ class Judged:
     trained: dict[str, Any]
     split: Split
     cut: dict[str, Any]  # how ``data.load`` made that split
+    audit: Audit | None = None  # its evaluation is the one above
 
 
 def assemble(judged: Sequence[Judged], out: Path, data: str, settings: dict[str, Any], command: str) -> Results:
@@ -90,6 +92,8 @@ def _run(parts: list[Judged]) -> Run:
     robust, clean, published = column("robust"), column("clean"), column("published")
     stages = [_added([e.stages[i] for e in evaluations]) for i in range(len(evaluations[0].stages))]
     mean = {key: _mean([t[key] for t in trained]) for key in ("accuracy", "val")}
+    judged = _verdicts(parts, published, robust)
+    void = judged.get("verdict") is not None and judged["verdict"].status == "void"
     return Run(
         name=_name(parts[0]),
         loss=parts[0].loss,
@@ -98,7 +102,9 @@ def _run(parts: list[Judged]) -> Run:
         n=len(clean),
         clean=_share(clean),
         published=_share(published),
-        robust=_share(robust),
+        robust=None if void else _share(robust),
+        own=None if evaluations[0].own is None else _share(column("own")),
+        **judged,
         cost={
             "forwards": sum(e.forwards for e in evaluations),
             "backwards": sum(e.backwards for e in evaluations),
@@ -119,6 +125,30 @@ def _run(parts: list[Judged]) -> Run:
             "networks": len(trained),
         },
     )
+
+
+def _verdicts(parts: list[Judged], published: Tensor, robust: Tensor) -> dict[str, Any]:
+    """What the checks say of this row's two claims, the folds' samples counted together; nothing without an audit."""
+    audits = [part.audit for part in parts if part.audit is not None]
+    if len(audits) < len(parts):
+        return {}
+    findings = merge([audit.findings for audit in audits])
+    runs = [audit.remainder for audit in audits]
+    left = remainder(
+        sum(run.first for run in runs),
+        sum(run.second for run in runs),
+        sum(run.both for run in runs),
+        sum(run.tested for run in runs),
+        sum(run.stood for run in runs),
+    )
+    told = asdict(left)
+    return {
+        "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, told),
+        "published_verdict": judge(Claim(PUBLISHED, published.tolist()), robust.tolist(), findings, told),
+        "checks": [finding.to_dict() for finding in findings],
+        "remainder": told,
+        "measures": {key: _mean([audit.measures.get(key) for audit in audits]) for key in audits[0].measures},
+    }
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -122,7 +122,9 @@ class _Display:
             sys.exit(130)
 
     def tell(self, job: str, what: str, done: int, total: int) -> None:
-        if self.live:
+        if what == "checked":
+            self.bars.remove_task(self.tasks.pop(job)) if job in self.tasks else None
+        elif self.live:
             if job not in self.tasks:
                 self.tasks[job] = self.bars.add_task(job)
             self.bars.update(self.tasks[job], description=f"{job} · {what}", completed=done, total=total)
@@ -233,7 +235,7 @@ def _augment(text: str | None) -> dict[str, Any]:
 
 def _show(results: Any, as_json: bool) -> None:
     from . import report as reporting
-    from .results import table
+    from .results import doubts, table
 
     if as_json:
         from .results import to_json
@@ -241,6 +243,8 @@ def _show(results: Any, as_json: bool) -> None:
         print(to_json(results))
         return
     screen.print(table(results))
+    for line in doubts(results):
+        screen.print(line, soft_wrap=True)
     screen.print(reporting.finding(results), soft_wrap=True)
 
 

@@ -15,14 +15,21 @@ from typing import Any
 from . import jobs, models, runs, specs
 from .assemble import Judged, assemble
 from .attacks import SUITES
+from .checks import CHECKS, audit
+from .checks.record import load_audit, save_audit
 from .data import Split, default_folds, load, standardisation
 from .errors import UserError, unknown
+from .evaluate import RECORD as EVALUATION
+from .evaluate import RECORD_VERSION as EVALUATION_VERSION
 from .evaluate import evaluate
 from .jobs import Tell
 from .objectives import OBJECTIVES, Schedule
 from .results import Results, write_atomic
+from .storage import load_tensors
 from .threat import Threat
 from .train import FitConfig, accuracy, fit
+
+TWIN = "sce"  # the loss whose adversarial images are tried on every other network
 
 
 @dataclass(frozen=True)
@@ -176,12 +183,63 @@ def train_and_attack(job: Job, tell: Tell) -> list[Judged]:
             comparison.suite,
             trained_with=specs.loss(job.loss).loss,
             seed=job.seed,
-            record=job.folder / f"evaluation-{threat.norm}{threat.eps:.6g}.safetensors",
+            record=job.folder / f"evaluation-{_record(threat)}",
             key=f"{split.fingerprint} {runs.weights_mark(model)}",
             progress=_teller(job.folder.name, tell, str(threat)),
         )
         answers.append(Judged(job.loss, job.seed, job.folder, evaluation, trained, split, _cut(comparison, job.fold)))
     return answers
+
+
+def check(job: Job, tell: Tell) -> list[Judged]:
+    """Audit what ``train_and_attack`` left, threat by threat; the SCE network of the same seed and fold is the twin."""
+    judged = train_and_attack(job, tell)
+    model, _ = runs.load(job.folder, device=job.device)
+    sce = job.folder.parent / runs.folder_name(TWIN, job.seed, job.fold)
+    answers = []
+    for one in judged:
+        name = _record(one.evaluation.threat)
+        beside = sce / name if TWIN in job.comparison.losses and sce != job.folder else None
+        answers.append(_audited(one, model, job.folder / f"audit-{name}", beside, tell))
+    return answers
+
+
+def _record(threat: Threat) -> str:
+    return f"{threat.norm}{threat.eps:.6g}.safetensors"
+
+
+def _audited(one: Judged, model: models.Classifier, record: Path, twin: Path | None, tell: Tell) -> Judged:
+    """The same with its audit: read from the record, or made and written there."""
+    x_adv = None
+    if twin is not None:
+        twin = twin.with_name(f"evaluation-{twin.name}")
+        x_adv = load_tensors(twin, EVALUATION, EVALUATION_VERSION)[0]["x_adv"]
+    stages = [asdict(cost) for cost in one.evaluation.stages]
+    asked = [
+        one.split.fingerprint,
+        runs.weights_mark(model),
+        stages,
+        len(CHECKS),
+        None if twin is None else _mark(x_adv),
+    ]
+    key = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8).hexdigest()
+    found = load_audit(record, key, one.evaluation)
+    if found is None:
+        found = audit(
+            model,
+            one.split.test,
+            one.evaluation,
+            trained_with=specs.loss(one.loss).loss,
+            twin=x_adv,
+            seed=one.seed,
+            progress=lambda name, done, total: tell(one.folder.name, f"checking: {name}", done, total),
+        )
+        save_audit(record, key, found)
+    return replace(one, evaluation=found.evaluation, audit=found)
+
+
+def _mark(x: Any) -> str:
+    return hashlib.blake2b(x.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def _teller(name: str, tell: Tell, threat: str) -> Any:
@@ -190,6 +248,10 @@ def _teller(name: str, tell: Tell, threat: str) -> Any:
 
 def _do(job: Job, tell: Tell) -> None:
     train_and_attack(job, tell)
+
+
+def _check(job: Job, tell: Tell) -> None:
+    check(job, tell)
 
 
 def _quiet(job: str, what: str, done: int, total: int) -> None:
@@ -206,7 +268,7 @@ def compare(
     tell: Tell = _quiet,
     finished: Callable[[Job, int, int], None] = lambda job, done, total: None,
 ) -> Results:
-    """Train and attack every network of the comparison, and write results.json and witnesses.safetensors to ``out``.
+    """Train, attack and audit every network of the comparison; write results.json and witnesses.safetensors to ``out``.
 
     Raises UserError when ``out`` belongs to another comparison, or for anything ``Comparison.checked`` refuses. Stopped
     at any moment, the same call goes on where it was.
@@ -230,8 +292,10 @@ def compare(
         finished(job, len(ended), len(todo))
 
     jobs.run(_do, todo, workers=workers, tell=tell, finished=end)
+    # Checks come when all networks are there: one of them asks for the SCE network's adversarial images.
+    jobs.run(_check, todo, workers=workers, tell=tell, finished=lambda job: tell(job.folder.name, "checked", 1, 1))
     # What each job left on disk is read back, not sent back: the same way whether it was done now or a week ago.
-    judged = [one for job in todo for one in train_and_attack(job, _quiet)]
+    judged = [one for job in todo for one in check(job, _quiet)]
     order = comparison.threats.index
     judged.sort(key=lambda one: (order(one.evaluation.threat), comparison.losses.index(one.loss), one.seed))
     return assemble(judged, out, comparison.data, asdict(comparison), command)
@@ -275,6 +339,7 @@ def evaluate_run(
     summary = run / "train.json"
     trained = runs.read_json(summary) if summary.exists() else {"accuracy": None, "val": None, "seconds": 0.0}
     judged = Judged(config["loss"], config["fit"]["seed"], run, evaluation, trained, split, cut)
+    judged = _audited(judged, model, out / "audit.safetensors", None, tell)
     return assemble([judged], out, config["data"], settings, command)
 
 

@@ -9,14 +9,14 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attacks import ATTACKS, SCORES, SUITES, Stage, published
+from .attacks import ATTACKS, PUBLISHED, SCORES, SUITES, Stage, cross_entropy
 from .data import Data, pixels
 from .errors import UserError, unknown
 from .losses import Loss, negative_margin, score_of
@@ -32,7 +32,8 @@ STANDS, WRONG = -1, -2  # what ``broken_by`` says of a sample that no stage brok
 
 @dataclass(frozen=True)
 class StageCost:
-    """What one stage did: samples attacked and broken, passes over samples, seconds, points outside the threat."""
+    """What one stage did: samples attacked and broken, passes over samples, seconds, points outside the threat
+    and points whose logits were NaN or infinite."""
 
     name: str
     attacked: int = 0
@@ -41,6 +42,7 @@ class StageCost:
     backwards: int = 0
     seconds: float = 0.0
     outside: int = 0
+    nonfinite: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Evaluation:
     index, y; prediction and margin (logit_y - largest other) of the clean image; clean: right; published: right on the
     last iterate of the published protocol, one attack alone; broken_by: the number of the stage that broke the sample,
     -1 none, -2 wrong already; margin_adv: the smallest margin seen among judged candidates; prediction_adv; x_adv:
-    (N, C, H, W), the candidate with that margin, x itself where there is none.
+    (N, C, H, W), the candidate with that margin, x itself where there is none; own: right on the last iterate of the
+    published protocol on the trained loss itself, where the suite has that stage.
     ``robust`` is what stands at the end.
     """
 
@@ -66,6 +69,7 @@ class Evaluation:
     prediction_adv: Tensor
     x_adv: Tensor
     stages: tuple[StageCost, ...]
+    own: Tensor | None = None
 
     @property
     def robust(self) -> Tensor:
@@ -86,20 +90,40 @@ class Evaluation:
 
 
 class Counted:
-    """A model that counts the samples that go forward and the gradients that come back, without reading the device."""
+    """A model that counts, without reading the device: samples forward, gradients back, logits that are no numbers.
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.forwards, self.backwards = model, 0, 0
+    ``into``: another one that keeps the counts. Raises UserError, with the model's own words, where it cannot answer.
+    """
+
+    def __init__(self, model: Model, into: Counted | None = None) -> None:
+        self.model, self.counts = model, into or self
+        self.forwards, self.backwards = 0, 0
+        self.nonfinite: Tensor | int = 0
 
     def __call__(self, x: Tensor) -> Outputs:
-        self.forwards += len(x)
+        self.counts.forwards += len(x)
         if x.requires_grad:
             x = x.view_as(x)  # a node of the graph: its gradient is seen once, however many outputs lead to it
             x.register_hook(self._returned)
-        return as_outputs(self.model(x))
+        try:
+            out = as_outputs(self.model(x))
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            shape = tuple(x.shape)
+            raise UserError(
+                f"the model cannot answer a batch of shape {shape} on {x.device}: {type(error).__name__}: {error} "
+                "An evaluation asks for batches of any size from 1 up, on one device."
+            ) from error
+        if len(out.logits) != len(x) or out.logits.device != x.device:
+            got = f"logits of shape {tuple(out.logits.shape)} on {out.logits.device}"
+            raise UserError(f"the model answers a batch of shape {tuple(x.shape)} on {x.device} with {got}.")
+        bad = out.logits.detach().sum(1).isfinite().logical_not()  # one NaN or infinity is enough
+        self.counts.nonfinite = self.counts.nonfinite + bad.sum()
+        return out
 
     def _returned(self, grad: Tensor) -> None:
-        self.backwards += len(grad)
+        self.counts.backwards += len(grad)
 
 
 @contextmanager
@@ -132,7 +156,7 @@ def evaluate(
     Args:
         model: images in the threat's box to logits or Outputs. data: the samples, uint8 or float in [0, 1].
         threat: what the adversary may do. suite: a key of SUITES, or stages; the published protocol always comes first.
-        trained_with: the loss the network was trained with; its score is what "matched" stages climb, default u.
+        trained_with: the loss the network was trained with, default SCE; "matched" stages climb its score.
         seed: of the samples' noise; the answer does not depend on batch_size, but for the rounding of batched kernels.
         record: a file that the work is kept in: a killed evaluation goes on from there.
         key: what the record belongs to (weights, data); another key in the file is an error.
@@ -144,13 +168,18 @@ def evaluate(
     stages = SUITES.get(suite) if isinstance(suite, str) else suite
     if stages is None:
         raise unknown("suite", str(suite), SUITES)
-    stages = tuple(s for s in (published(threat.eps), *stages) if threat.norm in _attack(s.attack).norms)
+    stages = tuple(s for s in (PUBLISHED, *stages) if threat.norm in _attack(s.attack).norms)
     for stage in stages:  # a name that does not exist is found before any work is done
-        _score(stage.score)
-    matched = SCORES["u"] if trained_with is None else score_of(trained_with)
+        if stage.score not in ("matched", "loss", *SCORES):
+            raise unknown("score", stage.score, [*SCORES, "matched", "loss"])
+    scores = {
+        **SCORES,
+        "matched": SCORES["u"] if trained_with is None else score_of(trained_with),
+        "loss": trained_with or cross_entropy,
+    }
     device = _device(model, data)
     with exact_arithmetic(), frozen_eval(model):
-        run = _Run(Counted(model), data.to(device), threat, stages, matched, seed, batch_size, progress)
+        run = _Run(Counted(model), data.to(device), threat, stages, scores, seed, batch_size, progress)
         run.begin(record, key)
         for number in range(len(stages)):
             run.stage(number)
@@ -167,14 +196,14 @@ class _Run:
         data: Data,
         threat: Threat,
         stages: tuple[Stage, ...],
-        matched: Loss,
+        scores: dict[str, Loss],
         seed: int,
         batch_size: int,
         progress: Progress | None,
     ) -> None:
         if len(data) == 0:
             raise UserError("there is nothing to evaluate: the set is empty.")
-        self.model, self.data, self.threat, self.matched = model, data, threat, matched
+        self.model, self.data, self.threat, self.scores = model, data, threat, scores
         self.stages, self.batch_size, self.progress = stages, batch_size, progress
         self.noise = Noise(seed, data.index)
         self.costs = [StageCost("clean"), *(StageCost(stage.name) for stage in stages)]
@@ -188,7 +217,7 @@ class _Run:
             "key": key,
             "threat": self.threat.describe(),
             "stages": json.loads(json.dumps([asdict(stage) for stage in self.stages])),
-            "matched": getattr(self.matched, "__name__", repr(self.matched)),
+            "matched": getattr(self.scores["matched"], "__name__", repr(self.scores["matched"])),
             "seed": self.noise.seed,
             "n": len(self.data),
         }
@@ -232,7 +261,7 @@ class _Run:
             "prediction": prediction,
             "margin": margin,
             "clean": right,
-            "published": right.clone(),
+            **{_column(stage): right.clone() for stage in self.stages if stage.alone},
             "broken_by": torch.where(right, STANDS, WRONG),
             "margin_adv": margin.clone(),
             "prediction_adv": prediction.clone(),
@@ -243,11 +272,11 @@ class _Run:
         self.costs[0] = self._cost(self.costs[0], began)
 
     def stage(self, number: int) -> None:
-        """Run one stage on the samples due: the published protocol on all that are right, every other on survivors."""
+        """Run one stage on the samples due: all that are right if it stands alone, else the survivors."""
         stage, c = self.stages[number], self.columns
-        score = _score(stage.score) or self.matched
+        score, keywords = self.scores[stage.score], stage.keywords(self.threat.eps)
         for rank in range(max(1, min(stage.targets, c["targets"].shape[1]))):
-            due = c["clean"] if stage.name == "published" else c["broken_by"] == STANDS
+            due = c["clean"] if stage.alone else c["broken_by"] == STANDS
             step = number * 16 + rank  # a place in the order of stages and targets
             rows = torch.nonzero(due & (c["done"] <= step))[:, 0]
             if len(rows) == 0:
@@ -259,9 +288,8 @@ class _Run:
                 x, y = pixels(self.data.x[batch]), self.data.y[batch]
                 aimed = {"target": c["targets"][batch, rank]} if stage.targets else {}
                 noise = self.noise[batch].fold(number, rank)
-                settings = {**stage.settings, **aimed}
                 x_adv = _attack(stage.attack).attack(
-                    self.model, x, y, self.threat, score=score, noise=noise, **settings
+                    self.model, x, y, self.threat, score=score, noise=noise, **keywords, **aimed
                 )
                 broken, outside = self._judge(number, batch, x, y, x_adv)
                 c["done"][batch] = step + 1
@@ -282,18 +310,20 @@ class _Run:
         inside = self.threat.violation(x_adv, x) == 0
         broken = fooled(logits, y) & inside
         margin = -negative_margin(logits, y)
-        if self.stages[number].name == "published":
-            c["published"][rows] = ~broken
+        if self.stages[number].alone:
+            c[_column(self.stages[number])][rows] = ~broken
         lower = inside & logits.isfinite().all(1) & (broken | (margin < c["margin_adv"][rows]))
         c["x_adv"][rows] = torch.where(lower.view(-1, *[1] * (x.ndim - 1)), x_adv, c["x_adv"][rows])
         c["margin_adv"][rows] = torch.where(lower, margin, c["margin_adv"][rows])
         c["prediction_adv"][rows] = torch.where(lower, logits.argmax(1), c["prediction_adv"][rows])
-        c["broken_by"][rows] = torch.where(broken, number, c["broken_by"][rows])
-        return int(broken.sum()), int((~inside).sum())
+        newly = broken & (c["broken_by"][rows] == STANDS)
+        c["broken_by"][rows] = torch.where(newly, number, c["broken_by"][rows])
+        return int(newly.sum()), int((~inside).sum())
 
     def _cost(self, cost: StageCost, began: float, **counts: int) -> StageCost:
-        counts |= {"forwards": self.model.forwards, "backwards": self.model.backwards}
-        self.model.forwards = self.model.backwards = 0
+        model = self.model
+        counts |= {"forwards": model.forwards, "backwards": model.backwards, "nonfinite": int(model.nonfinite)}
+        model.forwards = model.backwards = model.nonfinite = 0
         added = {name: getattr(cost, name) + count for name, count in counts.items()}
         return replace(cost, seconds=cost.seconds + time.perf_counter() - began, **added)
 
@@ -306,10 +336,9 @@ class _Run:
             self.save_after = ended + max(5.0, 20 * (ended - began))  # at most a twentieth of the time goes to saving
 
     def answer(self) -> Evaluation:
-        kept = {k: v.cpu() for k, v in self.columns.items() if k not in ("targets", "done")}
-        return Evaluation(
-            self.threat, index=self.data.index.cpu(), y=self.data.y.cpu(), stages=tuple(self.costs), **kept
-        )
+        kept = {f.name: self.columns[f.name].cpu() for f in fields(Evaluation) if f.name in self.columns}
+        kept |= {"index": self.data.index.cpu(), "y": self.data.y.cpu()}
+        return Evaluation(self.threat, stages=tuple(self.costs), **kept)
 
 
 def _attack(name: str) -> Any:
@@ -318,13 +347,9 @@ def _attack(name: str) -> Any:
     return ATTACKS[name]
 
 
-def _score(name: str) -> Loss | None:
-    """The score of that name; None for "matched", which depends on the network."""
-    if name == "matched":
-        return None
-    if name not in SCORES:
-        raise unknown("score", name, [*SCORES, "matched"])
-    return SCORES[name]
+def _column(stage: Stage) -> str:
+    """Where an Evaluation keeps what a stage that stands alone has found: "published" or "own"."""
+    return stage.name.split()[0]
 
 
 def _device(model: Model, data: Data) -> torch.device:

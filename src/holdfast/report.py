@@ -406,7 +406,14 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "examples": _examples(results, shown),
         "comparisons": compare(results),
         "runs": [
-            {"run": r, "checks": [_check(c) for c in r.checks], "cost": _flat(r.cost), "train": _flat(r.train)}
+            {
+                "run": r,
+                "checks": [_check(c) for c in r.checks],
+                "remainder": _remainder(r),
+                "measures": _flat(r.measures),
+                "cost": _flat(r.cost),
+                "train": _flat(r.train),
+            }
             for r in results.runs
         ],
     }
@@ -433,12 +440,27 @@ def _examples(results: Results, shown: Sequence[Row]) -> dict[str, Any]:
     return {"groups": groups, "skipped": skipped}
 
 
-def _check(check: Any) -> tuple[str, str, str]:
-    if not isinstance(check, dict):
-        return str(check), "", ""
-    rest = _flat({k: v for k, v in check.items() if k not in ("name", "status", "why")})
-    why = " · ".join([*filter(None, [str(check.get("why") or "")]), *(f"{k}: {v}" for k, v in rest)])
-    return str(check.get("name", "")), str(check.get("status", "")), why
+def _check(check: Any) -> dict[str, str]:
+    """A check's line, whatever of it there is."""
+    found = check if isinstance(check, dict) else {"name": check}
+    line = {key: str(found.get(key) or "") for key in ("name", "status", "why", "source")}
+    line["claims"] = ", ".join(map(str, found.get("claims") or []))
+    ran = found.get("value") is not None
+    line["share"] = f"{100 * found['value']:.1f}%" if ran else "–"
+    line["threshold"] = f"{100 * found['threshold']:.0f}%" if ran else "–"
+    return line
+
+
+def _remainder(run: Run) -> str:
+    """What may still be breakable, in a sentence."""
+    left = run.remainder
+    if not left:
+        return ""
+    return (
+        f"Two independent runs on {left['tested']:,} of {left['stood']:,} survivors broke {left['first']} and "
+        f"{left['second']}, {left['both']} of them alike: {left['expected']:.1f} more of {run.n:,} are expected to be "
+        f"breakable (95% interval {left['low']:.0f} to {left['high']:.0f})."
+    )
 
 
 def _source(r: Results) -> dict[str, Any]:

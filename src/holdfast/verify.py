@@ -54,12 +54,14 @@ def verify(folder: Path, *, device: str = "cpu", batch_size: int = 1024) -> list
     witnesses, about = load_tensors(folder / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION)
     proofs = []
     for run in found.runs:
+        if run.robust is None:  # void: no number was claimed
+            continue
         threat, counts = Threat(**run.threat), Counter[str]()
         for number, network in enumerate(about["networks"]):
             if (network["run"], network["threat"]) == (run.name, run.threat):
                 index, x_adv = witnesses[f"{number}/index"], witnesses[f"{number}/x_adv"]
                 counts += _network(folder / network["folder"], network, threat, index, x_adv, device, batch_size)
-        claimed = run.robust.value if run.robust else 0.0
+        claimed = run.robust.value
         proofs.append(
             Proof(f"{run.name}, {run.threat_text}", run.n, counts["wrong"], counts["broken"], counts["failed"], claimed)
         )

@@ -9,7 +9,7 @@ and a line in ``ATTACKS``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ from .contract import Model, Worst, attack, fooled, frozen_eval
 from .pgd import bim, fgsm, mim, pgd
 
 __all__ = [
-    "ATTACKS", "SCORES", "SUITES", "Entry", "Model", "Stage", "Worst", "apgd", "attack", "bim", "cross_entropy", "fgsm",
-    "fooled", "frozen_eval", "mim", "pgd", "random_noise", "square",
+    "ATTACKS", "OWN_LOSS", "PUBLISHED", "SCORES", "SUITES", "Entry", "Model", "Stage", "Worst", "apgd", "attack",
+    "bim", "cross_entropy", "fgsm", "fooled", "frozen_eval", "mim", "pgd", "random_noise", "square",
 ]  # fmt: skip
 
 
@@ -62,8 +62,10 @@ SCORES: dict[str, Loss] = {"u": gap, "margin": negative_margin, "dlr": dlr, "cro
 class Stage:
     """One attack of a suite.
 
-    attack: a key of ATTACKS; score: a key of SCORES, or "matched"; targets: 0 is untargeted, t > 0 runs the attack
-    towards each of the t likeliest wrong classes in turn (as many as there are); settings: the attack's keywords.
+    attack: a key of ATTACKS; score: a key of SCORES, or "matched" (the trained loss's score), or "loss" (the trained
+    loss itself, links and all); targets: 0 is untargeted, t > 0 runs the attack towards each of the t likeliest wrong
+    classes in turn (as many as there are); settings: the attack's keywords; step: step_size over eps; alone: run on
+    every sample that is right, not on survivors only, so that its own accuracy is known.
     """
 
     name: str
@@ -71,12 +73,18 @@ class Stage:
     score: str = "matched"
     targets: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    step: float | None = None
+    alone: bool = False
+
+    def keywords(self, eps: float) -> dict[str, Any]:
+        """What the attack is called with."""
+        return self.settings if self.step is None else {**self.settings, "step_size": self.step * eps}
 
 
-def published(eps: float) -> Stage:
-    """Robustness as papers report it: F.cross_entropy, one random start, 50 PGD steps of eps/4, the last iterate."""
-    settings = {"steps": 50, "step_size": eps / 4, "keep": "last"}
-    return Stage("published", "pgd", "cross_entropy", settings=settings)
+# Robustness as papers report it: F.cross_entropy, one random start, 50 PGD steps of eps/4, the last iterate.
+PUBLISHED = Stage("published", "pgd", "cross_entropy", settings={"steps": 50, "keep": "last"}, step=0.25, alone=True)
+# The usual adaptive attack: the same on the loss that the network was trained with.
+OWN_LOSS = replace(PUBLISHED, name="own loss", score="loss")
 
 
 SUITES: dict[str, tuple[Stage, ...]] = {
@@ -91,3 +99,4 @@ SUITES: dict[str, tuple[Stage, ...]] = {
         Stage("square", "square", "margin", settings={"steps": 300}),
     ),
 }
+SUITES["claims"] = (OWN_LOSS, *SUITES["standard"])

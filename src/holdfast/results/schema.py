@@ -108,7 +108,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Run:
-    """One trained model, one threat, one evaluation. ``robust`` is None when the verdict is void."""
+    """One trained model, one threat, one evaluation. ``robust`` is None when the verdict is void.
+
+    verdict: on the robust accuracy; published_verdict: on the published one; own: accuracy under the published protocol
+    on the trained loss itself, where it was run; checks: what each trust check found; remainder: what may still be
+    breakable (expected, low, high, in samples); measures: input_margin, zero_gradient, zero_gradient_own.
+    """
 
     name: str
     loss: str
@@ -119,7 +124,11 @@ class Run:
     published: Interval
     robust: Interval | None
     verdict: Verdict | None = None
-    checks: list[Any] = field(default_factory=list)  # dicts: name, status ("holds", "fires", "not run"), why
+    published_verdict: Verdict | None = None
+    own: Interval | None = None
+    checks: list[Any] = field(default_factory=list)  # dicts: name, status ("holds", "fires", "not run"), why, ...
+    remainder: dict[str, Any] = field(default_factory=dict)
+    measures: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)  # forwards, backwards (summed over samples), seconds
     stages: tuple[Stage, ...] = ()
     samples: Samples | None = None

@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from .schema import Interval, Results, Run
+from .schema import Interval, Results, Run, Verdict
 from .statistics import over_seeds
 
 _WORST_FIRST = ("void", "refuted", "loose", "tight")
@@ -37,6 +37,9 @@ class Row:
     seeds: tuple[int | None, ...]
     interval: str
     runs: tuple[int, ...]
+    published_status: str = ""  # status and verdict are of the robust figure, these two of the published one
+    published_verdict: str = ""
+    own: Interval | None = None
 
 
 def rows(results: Results) -> list[Row]:
@@ -55,9 +58,12 @@ def rows(results: Results) -> list[Row]:
             found = [r.robust.value for r in merged if r.robust is not None]
             robust = over_seeds(found) if len(found) == len(merged) else None
             interval = f"mean and 95% t interval over {len(merged)} seeds"
-        status, text = _worst(merged)
+        status, text = _worst([r.verdict for r in merged])
+        claimed, why = _worst([r.published_verdict for r in merged])
+        own = None if any(r.own is None for r in merged) else over_seeds(r.own.value for r in merged if r.own)
+        own = first.own if len(merged) == 1 else own
         figures = first.loss, first.loss, first.threat_text, clean, published, robust, status, text, first.n
-        out.append(Row(*figures, tuple(r.seed for r in merged), interval, tuple(members)))
+        out.append(Row(*figures, tuple(r.seed for r in merged), interval, tuple(members), claimed, why, own))
     for told in ("{0.threat}", "{1.name}", "n={0.n}", "{0.runs[0]}"):
         taken = Counter(r.label for r in out)
         shown = [told.format(r, results.runs[r.runs[0]]) for r in out]
@@ -78,14 +84,14 @@ def _groups(runs: Sequence[Run]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _worst(runs: Sequence[Run]) -> tuple[str, str]:
-    verdicts = [r.verdict for r in runs if r.verdict is not None]
+def _worst(given: Sequence[Verdict | None]) -> tuple[str, str]:
+    verdicts = [v for v in given if v is not None]
     if not verdicts:
         return "", ""
     order = {s: i for i, s in enumerate(_WORST_FIRST)}
     v = min(verdicts, key=lambda v: order.get(v.status, -1))
     alike = sum(w.status == v.status for w in verdicts)
-    share = f" ({alike} of {len(runs)} seeds)" if len(runs) > 1 else ""
+    share = f" ({alike} of {len(given)} seeds)" if len(given) > 1 else ""
     return v.status, f"{v.status}: {v.why}{share}" if v.why else v.status + share
 
 
@@ -102,19 +108,20 @@ def robust_text(row: Row) -> str:
     return f"{sign}{percent(r.value)} [{percent(r.low)}, {percent(r.high)}]"
 
 
-_HEAD = ("loss", "clean", "published", "robust, 95% interval", "verdict")
+_HEAD = ("loss", "clean", "published", "verdict", "own loss", "robust, 95% interval", "verdict")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    label = re.sub(r"\s+", " ", row.label)
-    return label, percent(row.clean.value), percent(row.published.value), robust_text(row), row.status or "-"
+    label, own = re.sub(r"\s+", " ", row.label), percent(row.own.value) if row.own else "-"
+    published = percent(row.published.value), row.published_status or "-"
+    return label, percent(row.clean.value), *published, own, robust_text(row), row.status or "-"
 
 
 def _lines(results: Results) -> list[tuple[str, ...]]:
-    """Head and rows as text; the verdict's column only where something was judged."""
+    """Head and rows as text; a verdict's column only where something was judged, the own loss's where it was run."""
     found = rows(results)
-    width = len(_HEAD) if any(row.status for row in found) else len(_HEAD) - 1
-    return [_HEAD[:width], *(_cells(row)[:width] for row in found)]
+    seen = {3: any(r.published_status for r in found), 4: any(r.own for r in found), 6: any(r.status for r in found)}
+    return [tuple(c for i, c in enumerate(line) if seen.get(i, True)) for line in (_HEAD, *map(_cells, found))]
 
 
 def table(results: Results) -> Table:
@@ -129,10 +136,24 @@ def table(results: Results) -> Table:
     return out
 
 
+def doubts(results: Results) -> list[str]:
+    """A line for each figure whose verdict is not tight: what it is worth, and why."""
+    judged = [
+        (row.label, name, status, why)
+        for row in rows(results)
+        for name, status, why in (
+            ("published", row.published_status, row.published_verdict),
+            ("robust", row.status, row.verdict),
+        )
+    ]
+    return [f"{label}: {name} {why}" for label, name, status, why in judged if status not in ("", "tight")]
+
+
 def markdown(results: Results) -> str:
     """The table in Markdown."""
     head, *cells = _lines(results)
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---", *["---:"] * 3, "---"][: len(head)]) + "|"]
+    rules = ["---" if name in ("loss", "verdict") else "---:" for name in head]
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(rules) + "|"]
     for label, *rest in cells:
         lines.append("| " + " | ".join([re.sub(r"([\\`*_<>\[\]|&~$#])", r"\\\1", label), *rest]) + " |")
     return "\n".join(lines) + "\n"
@@ -143,10 +164,12 @@ def csv(results: Results) -> str:
     out = StringIO()
     write = csv_writer(out, lineterminator="\n").writerow
     bounds = [f"{c}{suffix}" for c in ("clean", "published", "robust") for suffix in ("", "_low", "_high")]
-    write(["loss", "threat", *bounds, "verdict", "n", "seeds", "interval"])
+    write(["loss", "threat", *bounds, "published_verdict", "verdict", "n", "seeds", "interval"])
     for r in rows(results):
         figures = [v for i in (r.clean, r.published, r.robust) for v in (dataclasses.astuple(i) if i else ("", "", ""))]
-        write([r.label, r.threat, *figures, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval])
+        write(
+            [r.label, r.threat, *figures, r.published_verdict, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval]
+        )
     return out.getvalue()
 
 
@@ -156,9 +179,12 @@ _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciic
 
 def latex(results: Results) -> str:
     """The table as a LaTeX tabular, every special character escaped."""
-    lines = [r"\begin{tabular}{lrrrl}", r"\hline", " & ".join(_HEAD).replace("%", r"\%") + r" \\", r"\hline"]
-    for row in rows(results):
-        cells = ["".join(_TEX.get(ch, ch) for ch in c) for c in _cells(row)]
-        cells[3] = cells[3].replace(r"\textless{}=", r"$\leq$").replace("[", "{[}").replace("]", "{]}")
+    head, *found = _lines(results)
+    columns = "".join("l" if name in ("loss", "verdict") else "r" for name in head)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", " & ".join(head).replace("%", r"\%") + r" \\", r"\hline"]
+    at = next(i for i, name in enumerate(head) if name.startswith("robust"))
+    for line in found:
+        cells = ["".join(_TEX.get(ch, ch) for ch in c) for c in line]
+        cells[at] = cells[at].replace(r"\textless{}=", r"$\leq$").replace("[", "{[}").replace("]", "{]}")
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\hline", r"\end{tabular}"]) + "\n"

@@ -1,0 +1,179 @@
+"""Trust checks: what a robustness number is worth. Each check is a function; ``audit`` asks them all, ``judge`` weighs.
+
+To add one: a function ``(Probe) -> Measured``, or a text that says what it lacks; its docstring's first line says what
+holds of a healthy claim. Then a line in ``CHECKS``, a liar with a dose, and a look at honest networks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attacks.contract import frozen_eval
+from ..data import Data
+from ..errors import UserError
+from ..evaluate import Evaluation, StageCost, exact_arithmetic
+from ..losses import Loss
+from ..outputs import Model
+from ..results import Remainder, remainder
+from . import gradients, soundness, strength
+from .finding import PUBLISHED, ROBUST, TOLERANCE, Claim, Finding, Measured, judge, merge, surely
+from .probe import Probe
+
+__all__ = [
+    "CHECKS", "PUBLISHED", "ROBUST", "TOLERANCE", "Audit", "Check", "Claim", "Finding", "Measured", "Probe", "audit",
+    "judge", "merge", "name_of", "surely",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of CHECKS: the function, which claims it speaks of, who proposed it, whether firing makes them void."""
+
+    function: Callable[[Probe], Measured | str]
+    claims: tuple[str, ...]
+    source: str
+    void: bool = False
+
+
+_BOTH = (PUBLISHED, ROBUST)
+_IOAF = "Pintor et al. 2022, indicators of attack failure"
+_ATHALYE = "Athalye, Carlini and Wagner 2018"
+_CARLINI = "Carlini et al. 2019, on evaluating robustness"
+
+CHECKS: tuple[Check, ...] = (
+    Check(soundness.outputs_are_finite, _BOTH, _CARLINI, void=True),
+    Check(soundness.outputs_are_repeatable, _BOTH, "Croce et al. 2020, RobustBench", void=True),
+    Check(soundness.outputs_do_not_depend_on_batch_mates, _BOTH, "Carlini 2019, on TRADES", void=True),
+    Check(soundness.the_model_is_left_as_it_was, _BOTH, "this project", void=True),
+    Check(soundness.candidates_lie_in_the_threat, _BOTH, _CARLINI, void=True),
+    Check(soundness.eps_zero_is_clean, _BOTH, _CARLINI, void=True),
+    Check(soundness.outputs_are_logits, _BOTH, "Carlini and Wagner 2017"),
+    Check(soundness.arithmetic_is_float32, _BOTH, "this project"),
+    Check(gradients.gradients_of_cross_entropy_are_not_zero, (PUBLISHED,), _IOAF),
+    Check(gradients.gradients_of_the_trained_loss_are_not_zero, (PUBLISHED,), _IOAF),
+    Check(gradients.gradients_of_the_score_are_not_zero, _BOTH, _IOAF),
+    Check(gradients.gradients_predict_slopes, _BOTH, _IOAF),
+    Check(gradients.gradients_of_the_logits_are_balanced, _BOTH, "Ma et al. 2020, imbalanced gradients"),
+    Check(strength.a_huge_eps_leaves_nothing, _BOTH, _ATHALYE),
+    Check(strength.robust_accuracy_falls_with_eps, _BOTH, _ATHALYE),
+    Check(strength.the_best_iterate_is_kept, (PUBLISHED,), _IOAF),
+    Check(strength.the_choice_of_score_agrees, (PUBLISHED,), "Croce and Hein 2020"),
+    Check(strength.a_temperature_changes_nothing, (PUBLISHED,), "Carlini and Wagner 2017, on distillation"),
+    Check(strength.float64_changes_nothing, (PUBLISHED,), "this project"),
+    Check(strength.float64_scores_break_no_survivor, (ROBUST,), "this project"),
+    Check(strength.a_black_box_is_not_stronger, (ROBUST,), _ATHALYE),
+    Check(strength.noise_is_not_stronger, (ROBUST,), _ATHALYE),
+    Check(strength.transfer_is_not_stronger, (ROBUST,), _IOAF),
+    Check(strength.the_climb_has_ended, (ROBUST,), _IOAF),
+    Check(strength.hidden_adversarial_examples_are_found, (ROBUST,), "Zimmermann et al. 2022, the binarisation test"),
+)
+
+
+def name_of(check: Check) -> str:
+    """The sentence that a check stands for, its function's name in words.
+
+    >>> name_of(CHECKS[0])
+    'outputs are finite'
+    """
+    return check.function.__name__.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit leaves behind.
+
+    evaluation: with whatever the audit itself broke; findings: one per check; remainder: what may still be breakable;
+    measures: see ``gradients.measures``; cost: passes and seconds of the audit.
+    """
+
+    evaluation: Evaluation
+    findings: tuple[Finding, ...]
+    remainder: Remainder
+    measures: dict[str, float]
+    cost: StageCost
+
+
+def audit(
+    model: Model,
+    data: Data,
+    evaluation: Evaluation,
+    *,
+    trained_with: Loss | None = None,
+    twin: Tensor | None = None,
+    seed: int = 0,
+    size: int = 64,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Audit:
+    """Ask every check about an evaluation of this model on these samples, and estimate what may still be breakable.
+
+    Args:
+        model, data, trained_with: as ``evaluate`` was given them, the samples in the same order.
+        twin: (N, C, H, W), adversarial images of an SCE network for the same samples, for the transfer check.
+        seed: of the audit's own noise; size: samples that a check looks at, twice as many survivors.
+        progress: called with (check, its number from 1, how many) before each.
+
+    Returns an Audit. Its evaluation has one more stage, "audit": an adversarial example that a check comes across is
+    kept like any other. Raises UserError for data that the evaluation is not of.
+    """
+    if len(data) != len(evaluation.y) or not torch.equal(data.index.cpu(), evaluation.index):
+        raise UserError("the evaluation is of other samples than these: audit what was evaluated, in the same order.")
+    began = time.perf_counter()
+    device = (
+        next((p.device for p in model.parameters()), data.x.device) if hasattr(model, "parameters") else data.x.device
+    )
+    with exact_arithmetic(), frozen_eval(model):
+        probe = Probe(model, data.to(device), evaluation, trained_with, seed, size, twin)
+        findings = []
+        for number, check in enumerate(CHECKS):
+            if progress is not None:
+                progress(name_of(check), number + 1, len(CHECKS))
+            findings.append(_ask(check, probe))
+        stood = int((evaluation.broken_by == -1).sum())
+        caught = strength.recapture(probe)
+        left = remainder(*caught, stood)
+        measured = gradients.measures(probe)
+        # Whatever came back as no number since the first check asked counts too.
+        findings[0] = _ask(CHECKS[0], probe)
+    cost = StageCost(
+        "audit",
+        attacked=len(probe.standing),
+        broken=sum(len(rows) for rows, *_ in probe.found),
+        forwards=probe.model.forwards,
+        backwards=probe.model.backwards,
+        seconds=time.perf_counter() - began,
+        nonfinite=int(probe.model.nonfinite),
+    )
+    return Audit(absorb(evaluation, probe.found, cost), tuple(findings), left, measured, cost)
+
+
+def _ask(check: Check, probe: Probe) -> Finding:
+    empty = "no sample is right" if len(probe.rows) == 0 else ""
+    found = empty or check.function(probe)
+    if isinstance(found, str):
+        found, status = Measured(0, 0, 0.0, found), "not run"
+    else:
+        status = "fires" if surely(found.k, found.n) > found.threshold else "holds"
+    return Finding(
+        name_of(check), status, found.k, found.n, found.threshold, found.why, check.void, check.claims, check.source
+    )
+
+
+def absorb(evaluation: Evaluation, found: list[tuple[Tensor, Tensor, Tensor, Tensor]], cost: StageCost) -> Evaluation:
+    """The evaluation with one more stage, and with what that stage broke. found: (rows, x_adv, margin, prediction)."""
+    columns: dict[str, Any] = {
+        name: getattr(evaluation, name).clone() for name in ("x_adv", "margin_adv", "prediction_adv", "broken_by")
+    }
+    number = len(evaluation.stages) - 1  # stages[0] is the clean pass
+    for rows, x_adv, margin, prediction in found:
+        rows = rows.cpu()
+        columns["x_adv"][rows] = x_adv.cpu()
+        columns["margin_adv"][rows] = margin.cpu()
+        columns["prediction_adv"][rows] = prediction.cpu()
+        columns["broken_by"][rows] = number
+    return replace(evaluation, stages=(*evaluation.stages, cost), **columns)

@@ -1,0 +1,49 @@
+"""An audit on disk, so that a stopped comparison asks no check twice."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..evaluate import Evaluation, StageCost
+from ..results import Remainder
+from ..storage import load_tensors, save_tensors
+from . import Audit, absorb
+from .finding import Finding
+
+RECORD, RECORD_VERSION = "audit record", 1
+COLUMNS = ("x_adv", "margin_adv", "prediction_adv")
+
+
+def save_audit(path: Path, key: str, audit: Audit) -> None:
+    """Write what an audit found; key: what it belongs to."""
+    rows = torch.nonzero(audit.evaluation.broken_by == len(audit.evaluation.stages) - 2)[:, 0]
+    tensors = {"rows": rows, **{name: getattr(audit.evaluation, name)[rows] for name in COLUMNS}}
+    about = {
+        "key": key,
+        "findings": [finding.to_dict() for finding in audit.findings],
+        "remainder": asdict(audit.remainder),
+        "measures": audit.measures,
+        "cost": asdict(audit.cost),
+    }
+    save_tensors(path, RECORD, RECORD_VERSION, tensors, about)
+
+
+def load_audit(path: Path, key: str, evaluation: Evaluation) -> Audit | None:
+    """The audit of this evaluation, or None where the file is missing or of something else."""
+    if not path.exists():
+        return None
+    tensors, about = load_tensors(path, RECORD, RECORD_VERSION)
+    if about["key"] != key:
+        return None
+    cost = StageCost(**about["cost"])
+    found = tensors["rows"], tensors["x_adv"], tensors["margin_adv"], tensors["prediction_adv"]
+    return Audit(
+        absorb(evaluation, [found], cost),
+        tuple(Finding.from_dict(finding) for finding in about["findings"]),
+        Remainder(**about["remainder"]),
+        about["measures"],
+        cost,
+    )

@@ -1,0 +1,94 @@
+"""Is it a measurement at all? A check here that fires makes every number void, or says that arithmetic is short."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import cross_entropy
+from ..threat import Threat
+from .finding import Measured
+from .probe import Probe
+
+SAME = 1e-3  # two answers are the same if they differ by less than this share of the logits' spread
+
+
+def _moved(a: Tensor, b: Tensor) -> Tensor:
+    """(n,) bool: whether two answers to the same image differ by more than rounding."""
+    spread = (a.amax(1) - a.amin(1)).clamp_min(torch.finfo(a.dtype).tiny)
+    return ~((a - b).abs().amax(1) <= SAME * spread)  # NaN counts as moved
+
+
+def outputs_are_finite(probe: Probe) -> Measured:
+    """No logit is NaN or infinite at any point that was looked at, in the evaluation or here."""
+    costs = probe.evaluation.stages
+    k = sum(cost.nonfinite for cost in costs) + int(probe.model.nonfinite)
+    n = sum(cost.forwards for cost in costs) + probe.model.forwards
+    return Measured(k, max(n, 1), 0.0, f"the logits are NaN or infinite at {k} of {n} points that were looked at")
+
+
+def outputs_are_repeatable(probe: Probe) -> Measured:
+    """The same image gives the same logits: now, again, and as when the evaluation began."""
+    again = probe.logits(probe.x(probe.rows))
+    top = again.scatter(1, probe.y(probe.rows)[:, None], -torch.inf).amax(1)
+    margin = again.gather(1, probe.y(probe.rows)[:, None])[:, 0] - top
+    before = probe.evaluation.margin.to(again)[probe.rows]
+    spread = (again.amax(1) - again.amin(1)).clamp_min(torch.finfo(again.dtype).tiny)
+    k = int((_moved(probe.clean, again) | ~((margin - before).abs() <= SAME * spread)).sum())
+    return Measured(k, len(again), 0.0, f"the same image gives other logits on {k} of {len(again)} samples")
+
+
+def outputs_do_not_depend_on_batch_mates(probe: Probe) -> Measured:
+    """An image gives the same logits alone, in a small batch, and among other images."""
+    x = probe.x(probe.rows)
+    order = probe.noise[probe.rows].fold(90).uniform(()).argsort()
+    parts = [*order[:4].split(1), *order[4:].split(max(2, len(order) // 3))]
+    mixed = torch.cat([probe.logits(x[part]) for part in parts])
+    k = int(_moved(probe.clean[torch.cat(parts)], mixed).sum())
+    return Measured(k, len(x), 0.0, f"the logits of {k} of {len(x)} images depend on which images share their batch")
+
+
+def the_model_is_left_as_it_was(probe: Probe) -> Measured | str:
+    """Being asked changes neither weights nor buffers."""
+    if not isinstance(probe.plain, nn.Module):
+        return "the model is a function: its state cannot be seen"
+    before = {name: tensor.clone() for name, tensor in probe.plain.state_dict().items()}
+    probe.logits(probe.x(probe.rows[:8]))
+    after = probe.plain.state_dict()
+    k = sum(not torch.equal(before[name], after[name]) for name in before)
+    return Measured(k, max(len(before), 1), 0.0, f"a forward pass in eval mode changes {k} of its tensors")
+
+
+def candidates_lie_in_the_threat(probe: Probe) -> Measured:
+    """Images lie in the box of pixels, and no attack left the threat."""
+    costs = probe.evaluation.stages
+    outside, n = sum(cost.outside for cost in costs), sum(cost.attacked for cost in costs)
+    x = probe.x(probe.rows)
+    k = outside + int(((x < probe.threat.lo - 1e-6) | (x > probe.threat.hi + 1e-6)).flatten(1).any(1).sum())
+    return Measured(k, max(n, 1), 0.0, f"{k} candidates lie outside the threat")
+
+
+def eps_zero_is_clean(probe: Probe) -> Measured:
+    """An attack that may do nothing changes nothing."""
+    still = Threat(probe.threat.norm, 1e-9, probe.threat.lo, probe.threat.hi)
+    broken = probe.attack("pgd", probe.rows, cross_entropy, 2, threat=still, steps=2)
+    k = int(broken.sum())
+    return Measured(k, len(broken), 0.02, f"an attack of size zero breaks {k} of {len(broken)} samples")
+
+
+def outputs_are_logits(probe: Probe) -> Measured:
+    """The model returns logits, not probabilities: a softmax of a softmax has hardly any gradient."""
+    z = probe.clean
+    k = int(((z >= 0).all(1) & ((z.sum(1) - 1).abs() < 1e-3)).sum())
+    return Measured(k, len(z), 0.5, f"the outputs are probabilities on {k} of {len(z)} samples")
+
+
+def arithmetic_is_float32(probe: Probe) -> Measured:
+    """Logits carry float32: not the bits of half precision or bfloat16, and TF32 is off."""
+    z = probe.clean
+    half = (z.half().to(z.dtype) == z).all(1) | (z.bfloat16().to(z.dtype) == z).all(1)
+    short = z.dtype in (torch.float16, torch.bfloat16)
+    if torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32 or short:
+        half = torch.ones_like(half)
+    k = int(half.sum())
+    return Measured(k, len(z), 0.5, f"the logits carry no more than half precision on {k} of {len(z)} samples")
