@@ -336,7 +336,7 @@ def test_train_evaluate_report_verify(parquet, holdfast_, tmp_path):
 
     status, out, _ = holdfast_("verify", "run/evaluation-linf8_255-tiny", "--device", "cpu")
     assert status == 0
-    assert re.search(r"isce:s=10 seed 0, linf 8/255: at most [\d.]+% of 40 are robust \(\d+ wrong, \d+ broken\): holds", out)
+    assert re.search(r"isce:s=10 seed 0, linf 8/255: at most [\d.]+% of 40 are robust \(.*\): holds", out)
     status, out, _ = holdfast_("verify", "run/evaluation-linf8_255-tiny", "--json")
     assert status == 0
     assert json.loads(out)[0]["holds"] is True
