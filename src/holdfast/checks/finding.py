@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from scipy import stats
@@ -49,14 +52,33 @@ class Finding:
         return self.status == "fires"
 
     def to_dict(self) -> dict[str, Any]:
-        """As results.json holds it, with the share found and its lower bound."""
+        """As results.json holds it, with the share found, its lower bound, and the check's own record."""
         value, low = (self.k / self.n, surely(self.k, self.n)) if self.n else (None, None)
-        return {**asdict(self), "claims": list(self.claims), "value": value, "low": low}
+        return {**asdict(self), "claims": list(self.claims), "value": value, "low": low, "record": record(self.name)}
 
     @staticmethod
     def from_dict(found: dict[str, Any]) -> Finding:
         kept = {key: found[key] for key in Finding.__dataclass_fields__}
         return Finding(**{**kept, "claims": tuple(found["claims"])})
+
+
+@cache
+def _calibration() -> dict[str, Any]:
+    path = Path(__file__).with_name("calibration.json")
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def record(name: str) -> str:
+    """What is known of a check: false alarms on honest networks that set no threshold, and the liars it fires on.
+
+    Measured by benchmarks/calibrate_checks.py; empty for a check that was never calibrated.
+    """
+    known = _calibration().get(name)
+    if known is None:
+        return ""
+    caught = f"; fires on {', '.join(known['caught'])}" if known["caught"] else "; has fired on no liar yet"
+    return f"{known['false_alarms']} false alarms on {known['honest']} honest networks{caught}"
 
 
 def surely(k: int, n: int) -> float:
@@ -82,7 +104,8 @@ def merge(parts: Sequence[Sequence[Finding]]) -> tuple[Finding, ...]:
         k, n = sum(finding.k for finding in ran), sum(finding.n for finding in ran)
         status = "fires" if surely(k, n) > ran[0].threshold else "holds"
         worst = max(ran, key=lambda finding: finding.k / max(finding.n, 1))
-        merged.append(replace(worst, k=k, n=n, status=status))
+        why = worst.why if len(ran) == 1 else f"{worst.why}; over {len(ran)} networks {k} of {n}"
+        merged.append(replace(worst, k=k, n=n, status=status, why=why))
     return tuple(merged)
 
 
