@@ -93,14 +93,17 @@ def digits() -> list[Plan]:
 
 
 def mnist() -> list[Plan]:
-    """5 networks at 2 seeds. The honest ones are all held out: thresholds are set on the digits alone."""
+    """5 networks at 2 seeds. The honest ones are all held out: thresholds are set on the digits alone.
+
+    Adversarial training from scratch at eps 0.2 stays at chance for as long as this.
+    """
     return [
         plan
         for seed in (0, 1)
         for plan in (
             Plan(f"sce-seed{seed}", "heldout", seed),
             Plan(f"at0.1-seed{seed}", "heldout", seed, at=True),
-            Plan(f"at0.2-seed{seed}", "heldout", seed, threat="linf:0.2", at=True),
+            Plan(f"at0.15-seed{seed}", "heldout", seed, threat="linf:0.15", at=True),
             Plan(f"isce-s10-seed{seed}", "liar", seed, loss="isce:s=10"),
             Plan(f"isce-s100-seed{seed}", "liar", seed, loss="isce:s=100"),
         )

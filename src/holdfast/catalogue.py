@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .attacks import ATTACKS
-from .checks import CHECKS, name_of
+from .checks import CHECKS
 from .data import DATASETS
 from .heads import HEADS
 from .losses import LOSSES
@@ -28,7 +28,7 @@ def catalogue() -> dict[str, dict[str, str]]:
         "objectives": _first_lines(OBJECTIVES),
         "models": _first_lines(MODELS),
         "datasets": {name: entry.about for name, entry in DATASETS.items()},
-        "checks": {name_of(check): (check.function.__doc__ or "").splitlines()[0] for check in CHECKS},
+        "checks": {check.function.__name__: (check.function.__doc__ or "").splitlines()[0] for check in CHECKS},
         "recipes": {name: recipe().about for name, recipe in RECIPES.items()},
     }
 
