@@ -118,8 +118,7 @@ class Counted:
         if len(out.logits) != len(x) or out.logits.device != x.device:
             got = f"logits of shape {tuple(out.logits.shape)} on {out.logits.device}"
             raise UserError(f"the model answers a batch of shape {tuple(x.shape)} on {x.device} with {got}.")
-        bad = out.logits.detach().sum(1).isfinite().logical_not()  # one NaN or infinity is enough
-        self.counts.nonfinite = self.counts.nonfinite + bad.sum()
+        self.counts.nonfinite = self.counts.nonfinite + (~out.logits.detach().isfinite().all(1)).sum()
         return out
 
     def _returned(self, grad: Tensor) -> None:
@@ -311,12 +310,12 @@ class _Run:
         broken = fooled(logits, y) & inside
         margin = -negative_margin(logits, y)
         if self.stages[number].alone:
-            c[_column(self.stages[number])][rows] = ~broken
-        lower = inside & logits.isfinite().all(1) & (broken | (margin < c["margin_adv"][rows]))
+            c[_column(self.stages[number])][rows] &= ~broken
+        newly = broken & (c["broken_by"][rows] == STANDS)
+        lower = inside & logits.isfinite().all(1) & (newly | (margin < c["margin_adv"][rows]))
         c["x_adv"][rows] = torch.where(lower.view(-1, *[1] * (x.ndim - 1)), x_adv, c["x_adv"][rows])
         c["margin_adv"][rows] = torch.where(lower, margin, c["margin_adv"][rows])
         c["prediction_adv"][rows] = torch.where(lower, logits.argmax(1), c["prediction_adv"][rows])
-        newly = broken & (c["broken_by"][rows] == STANDS)
         c["broken_by"][rows] = torch.where(newly, number, c["broken_by"][rows])
         return int(newly.sum()), int((~inside).sum())
 

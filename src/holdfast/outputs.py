@@ -36,8 +36,10 @@ def as_outputs(answer: Any) -> Outputs:
     if isinstance(answer, Outputs):
         return answer
     logits = answer
-    if not isinstance(answer, Tensor):
-        logits = answer[0] if isinstance(answer, (tuple, list)) and answer else getattr(answer, "logits", None)
+    if not isinstance(answer, Tensor):  # a name says more than a place
+        logits = getattr(answer, "logits", None)
+        if logits is None and isinstance(answer, (tuple, list)) and answer:
+            logits = answer[0]
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(answer).__name__
         raise TypeError(

@@ -278,7 +278,8 @@ def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
     right = torch.zeros((), dtype=torch.int64, device=data.y.device)
     with frozen_eval(model), torch.no_grad():
         for x, y in zip(data.x.split(batch_size), data.y.split(batch_size), strict=True):
-            right += (as_outputs(model(pixels(x))).logits.argmax(1) == y).sum()
+            logits = as_outputs(model(pixels(x))).logits
+            right += ((logits.argmax(1) == y) & logits.isfinite().all(1)).sum()  # NaN is never right
     return float(right) / len(data)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..errors import UserError
 
+ROUNDING = 1e-6  # what float pixels may lie outside [0, 1] by: someone's normalisation undone
+
 
 @dataclass(frozen=True)
 class Data:
@@ -153,9 +155,10 @@ def check_arrays(x: Any, y: Any, *, classes: Sequence[str] | None = None, what: 
         x = x.to(torch.float32)
         if not x.isfinite().all():
             raise UserError(f"x of {what} holds NaN or infinity: float must lie in [0, 1]. Clean the array first.")
-        if x.min() < 0 or x.max() > 1:
+        if x.min() < -ROUNDING or x.max() > 1 + ROUNDING:
             span = f"{float(x.min()):g} to {float(x.max()):g}"
             raise UserError(f"x of {what} runs from {span}: float must lie in [0, 1]. Divide by 255, or pass uint8.")
+        x = x.clamp(0, 1)
     elif x.dtype != torch.uint8:
         raise UserError(f"x of {what} is {x.dtype}: expected uint8 in 0..255 or float in [0, 1]. Convert it first.")
     if y.shape != x.shape[:1]:

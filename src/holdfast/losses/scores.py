@@ -48,7 +48,8 @@ def dlr(out: Outputs | Tensor, y: Tensor) -> Tensor:
 
 
 def targeted_dlr(out: Outputs | Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
-    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4))/2) towards class t; with K = 3 the mean is z_(3), with K = 2 no ratio.
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4))/2) towards class t; with K = 3 the mean is z_(3) and
+    the ratio a constant for the gradient, with K = 2 there is no ratio.
 
     Args: out: Outputs or (N, K) logits; target: (y, t), both (N,) int64.  Returns (N,).
     Source: Croce and Hein 2020.
@@ -64,6 +65,8 @@ def targeted_dlr(out: Outputs | Tensor, target: tuple[Tensor, Tensor]) -> Tensor
     if z.shape[1] < 3:
         return rise
     top = z.topk(min(4, z.shape[1]), dim=1).values
+    if z.shape[1] == 3:  # towards the lowest of three the ratio is -1 whatever the logits are: it must not be climbed
+        top = top.detach()
     return rise / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
 
