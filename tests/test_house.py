@@ -28,6 +28,7 @@ LAYERS = (
     ("assemble",),
     ("compare",),
     ("recipes", "report"),
+    ("waterfall",),
     ("catalogue",),
     ("cli", "__main__"),
 )

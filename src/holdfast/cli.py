@@ -42,7 +42,7 @@ Losses = Annotated[str | None, _option("Losses with settings: sce,isce:s=10,mmc,
 OneLoss = Annotated[str, _option("A loss with settings, such as isce:s=10; after @ another head: isce:s=2@cosine.")]
 Against = Annotated[str, _option("norm:eps; norm linf, l2 or l1, eps in pixels from 0 to 1: linf:0.1, linf:8/255.")]
 Several = Annotated[str, _option("norm:eps, or several: linf:0.1,l2:1.5; norm linf, l2 or l1, eps in pixels, 0 to 1.")]
-Suite = Annotated[str, _option("How hard to attack: quick or standard.")]
+Suite = Annotated[str, _option("How hard to attack: quick, standard, claims or explain.")]
 Objective = Annotated[str, _option("How to train: standard, or adversarial:steps=10.")]
 Seeds = Annotated[int, _option("Networks per loss; with more than one the interval is over seeds.")]
 Epochs = Annotated[int | None, _option("Default: 30 for digits and photographs, 10 elsewhere.")]
@@ -316,6 +316,44 @@ def evaluate(
     _show(results, as_json)
     if not as_json and not quiet:
         screen.print(f"\n{folder / 'results.json'}\n{page}", soft_wrap=True)
+
+
+@app.command(rich_help_panel="Look")
+def explain(
+    run: Annotated[Path, typer.Argument(help="A run folder that `holdfast train` or `compare` wrote.")],
+    threat: Against = "linf:0.1",
+    limit: Limit = 500,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path | None, _option("Default: <run>/explain-<threat>.", "--out", "-o")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """From the published number to what is left: a waterfall of the attack, one change at a time.
+
+    Stable arithmetic, best iterate, steps, restarts, targets, other scores, a black box. Each change attacks what the
+    ones before it left standing. Writes waterfall.svg and .png beside results.json and report.html.
+    """
+    from . import report as reporting
+    from . import waterfall
+    from .compare import evaluate_run
+
+    folder = out or run / f"explain-{threat.replace(':', '').replace('/', '_')}"
+    with _Display(quiet) as display:
+        results = evaluate_run(
+            run, threat, "explain", folder, limit=limit, seed=seed, device=_best(device), tell=display.tell,
+            command=shlex.join(["holdfast", *sys.argv[1:]]),
+        )  # fmt: skip
+    page, pictures = reporting.render([results], folder / "report.html"), waterfall.save(results.runs[0], folder)
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps([{**asdict(step), "accuracy": step.accuracy} for step in waterfall.steps(results.runs[0])]))
+        return
+    screen.print(waterfall.table(results.runs[0]))
+    screen.print(waterfall.sentence(results.runs[0]), soft_wrap=True)
+    if not quiet:
+        screen.print("\n" + "\n".join(map(str, [*pictures, page])), soft_wrap=True)
 
 
 @app.command(rich_help_panel="Look")

@@ -27,7 +27,7 @@ from holdfast.results import Results, Row, Run, holm, load, mcnemar, paired_t, p
 
 # Colours that stay apart for colour-blind eyes (Okabe and Ito). In HTML each becomes a CSS variable, for dark mode.
 INK, MUTED, RULE, PAPER = "#1b1f24", "#5b6570", "#d9dee3", "#fefefe"
-CLEAN, PUBLISHED, ROBUST = "#6b7684", "#d98200", "#0072b2"
+CLEAN, PUBLISHED, ROBUST, LOST = "#6b7684", "#d98200", "#0072b2", "#f0b27a"
 _VARIABLES = {
     INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper", CLEAN: "clean", PUBLISHED: "published", ROBUST: "robust",
 }  # fmt: skip
@@ -132,7 +132,8 @@ def _class(results: Results, y: int) -> str:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """The look of every figure."""
     settings: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "holdfast", "text.parse_math": False, "font.family": "sans-serif",
         "font.size": 8, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": INK,
@@ -143,7 +144,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _axes(lines: int, each: float, top: float) -> tuple[Figure, Axes]:
+def axes(lines: int, each: float, top: float) -> tuple[Figure, Axes]:
     """One band per row, its label above it: long names fit a phone."""
     height = lines * each + top + 0.45
     figure = Figure(figsize=(WIDTH, height))
@@ -155,8 +156,10 @@ def _axes(lines: int, each: float, top: float) -> tuple[Figure, Axes]:
     return figure, ax
 
 
-def _percent_axis(ax: Axes, what: str) -> None:
-    ax.set_xlim(0, 100)
+def percent_axis(ax: Axes, what: str, most: float = 100) -> None:
+    """An axis from 0 to 100%, with room for words up to ``most``."""
+    ax.set_xlim(0, most)
+    ax.set_xticks(range(0, 101, 20))
     ax.set_xlabel(what)
     ax.set_axisbelow(True)
     ax.grid(axis="x", color=RULE, linewidth=0.6)
@@ -169,7 +172,7 @@ def _short(text: str, most: int = 44) -> str:
 
 def _accuracy(results: Results) -> Figure | None:
     shown = rows(results)
-    figure, ax = _axes(len(shown), 0.46, 0.3)
+    figure, ax = axes(len(shown), 0.46, 0.3)
     looks = (("clean", CLEAN, "o", "none"), ("published", PUBLISHED, "D", PUBLISHED), ("robust", ROBUST, "o", ROBUST))
     for i, row in enumerate(shown):
         at = i + 0.68
@@ -183,7 +186,7 @@ def _accuracy(results: Results) -> Figure | None:
             ax.plot([100 * value.low, 100 * value.high], [at, at], color=colour, linewidth=1.4, zorder=2)
             ax.plot([100 * value.value], [at], marker, color=colour, markerfacecolor=PAPER if face == "none" else face,
                     markersize=5.5, linestyle="none", zorder=3, label=name if i == 0 else None)  # fmt: skip
-    _percent_axis(ax, "accuracy, %")
+    percent_axis(ax, "accuracy, %")
     handles = [Line2D([], [], color=c, marker=m, linewidth=1.4, markersize=5, label=n,
                                 markerfacecolor=PAPER if f == "none" else f) for n, c, m, f in looks]  # fmt: skip
     _legend(ax, handles, 3)
@@ -214,7 +217,7 @@ def _stages(results: Results) -> Figure | None:
     names = list(dict.fromkeys(name for _, totals in shown for name in totals))
     ramp = mpl.colormaps["YlOrRd"](np.linspace(0.25, 0.95, max(2, len(names))))
     colours = {"wrong already": CLEAN, **{n: to_hex(c) for n, c in zip(names, ramp, strict=False)}, "holds": ROBUST}
-    figure, ax = _axes(len(shown), 0.5, 0.1 + 0.17 * math.ceil((len(names) + 2) / 3))
+    figure, ax = axes(len(shown), 0.5, 0.1 + 0.17 * math.ceil((len(names) + 2) / 3))
     for i, (row, totals) in enumerate(shown):
         n = row.n * len(row.runs)
         wrong = round((1 - row.clean.value) * n)
@@ -232,7 +235,7 @@ def _stages(results: Results) -> Figure | None:
                 ink = "#111111" if light else "#ffffff"
                 ax.text(left + share / 2, i + 0.71, f"{share:.0f}", ha="center", va="center", color=ink)
             left += share
-    _percent_axis(ax, "samples, %")
+    percent_axis(ax, "samples, %")
     _legend(ax, [Patch(color=c, label=_short(n, 24)) for n, c in colours.items()], 3)
     return figure
 
@@ -254,7 +257,7 @@ def _margins(results: Results) -> Figure | None:
     low = min(-1.0, *(c[1].min() for c in columns))
     high = max(2 * DEAD_ALL, *(c[1].max() for c in columns))
     edges = np.linspace(_log(low), _log(high), 81)
-    figure, ax = _axes(len(columns), 0.62, 0.2)
+    figure, ax = axes(len(columns), 0.62, 0.2)
     for i, (row, margins, missing) in enumerate(columns):
         heights, _ = np.histogram(_log(margins), edges)
         base, scale = i + 1.0, 0.62 / max(1, heights.max())
@@ -301,20 +304,29 @@ _FIGURES: dict[str, Callable[[Results], Figure | None]] = {
 def figures(results: Results, dir: str | Path) -> list[Path]:
     """Writes each figure the data allow as SVG (text stays text) and PNG into ``dir``; returns the paths."""
     written = []
-    with _style():
-        for name, draw in _FIGURES.items():
-            if results.runs and (figure := draw(results)) is not None:
-                for form in ("svg", "png"):
-                    buffer = BytesIO()
-                    meta = {"Date": None} if form == "svg" else {"Software": None}
-                    figure.savefig(buffer, format=form, dpi=200, facecolor="white", metadata=meta)
-                    written.append(write_atomic(Path(dir) / f"{name}.{form}", buffer.getvalue()))
+    for name, draw in _FIGURES.items():
+        with style():
+            figure = draw(results) if results.runs else None
+        if figure is not None:
+            written += write_figure(figure, dir, name)
+    return written
+
+
+def write_figure(figure: Figure, dir: str | Path, name: str) -> list[Path]:
+    """Writes ``name.svg`` and ``name.png`` into ``dir``, and returns the paths."""
+    written = []
+    with style():
+        for form in ("svg", "png"):
+            buffer = BytesIO()
+            meta = {"Date": None} if form == "svg" else {"Software": None}
+            figure.savefig(buffer, format=form, dpi=200, facecolor="white", metadata=meta)
+            written.append(write_atomic(Path(dir) / f"{name}.{form}", buffer.getvalue()))
     return written
 
 
 def _inline(draw: Callable[[Results], Figure | None], results: Results, prefix: str) -> Markup | None:
     """The figure as SVG that belongs in HTML: no header, no namespace, its own ids, colours from the page."""
-    with _style():
+    with style():
         figure = draw(results)
         if figure is None:
             return None

@@ -99,4 +99,15 @@ SUITES: dict[str, tuple[Stage, ...]] = {
         Stage("square", "square", "margin", settings={"steps": 300}),
     ),
 }
+# What `holdfast explain` runs: from the published protocol on, one change at a time.
+_PGD = {"steps": 50, "keep": "worst"}
+SUITES["explain"] = (
+    replace(PUBLISHED, name="stable arithmetic", score="u", alone=False),
+    Stage("best iterate", "pgd", "u", settings=_PGD, step=0.25),
+    Stage("more steps", "pgd", "u", settings={"steps": 200}, step=0.1),
+    Stage("restarts", "pgd", "u", settings={**_PGD, "restarts": 5}, step=0.1),
+    Stage("targets", "pgd", "u", targets=9, settings=_PGD, step=0.1),
+    Stage("other scores", "apgd", "dlr", settings={"steps": 100}),
+    Stage("black box", "square", "margin", settings={"steps": 1000}),
+)
 SUITES["claims"] = (OWN_LOSS, *SUITES["standard"])

@@ -1,0 +1,117 @@
+"""holdfast explain: the waterfall counts what the stages broke, says so, and draws it."""
+
+import copy
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from holdfast import data, models, waterfall
+from holdfast.assemble import Judged, assemble
+from holdfast.attacks import SUITES
+from holdfast.cli import app
+from holdfast.errors import UserError
+from holdfast.evaluate import evaluate
+from holdfast.losses import sce
+from holdfast.objectives import standard
+from holdfast.threat import Threat
+from holdfast.train import FitConfig, fit
+from liars import LIARS
+
+
+@pytest.fixture(scope="module")
+def split():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def honest(split):
+    model = models.build("smallconv", split.shape, 10)
+    fit(model, split.train, split.val, standard(sce), FitConfig(epochs=8, batch_size=64, lr=3e-3), device="cpu")
+    return model.eval()
+
+
+def explained(model, split, folder):
+    """The run of an evaluation with the suite "explain", on 60 samples."""
+    some = split.test.take(slice(0, 60))
+    found = evaluate(model, some, Threat("linf", 0.1), "explain")
+    trained = {"accuracy": 1.0, "val": 1.0, "seconds": 0.0}
+    few = type(split)(split.name, split.train, split.val, some, split.classes, split.fingerprint)
+    results = assemble([Judged("sce", 0, folder, found, trained, few, {})], folder, "digits", {}, "")
+    return results.runs[0], found
+
+
+@pytest.fixture(scope="module")
+def liar(honest, split, tmp_path_factory):
+    return explained(LIARS["logit_scale"].make(copy.deepcopy(honest), 1e4), split, tmp_path_factory.mktemp("liar"))
+
+
+def test_each_step_is_one_change_and_none_gives_samples_back(liar):
+    run, found = liar
+    steps = waterfall.steps(run)
+    assert [step.name for step in steps] == ["clean", "published", *(stage.name for stage in SUITES["explain"])]
+    assert {step.name for step in steps} <= set(waterfall.CHANGES)
+    stands = [step.stands for step in steps]
+    assert stands == sorted(stands, reverse=True)
+    assert stands[0] == int(found.clean.sum())
+    assert stands[1] == int(found.published.sum())
+    assert stands[-1] == int(found.robust.sum())
+
+
+def test_stable_arithmetic_takes_the_illusion_away(liar):
+    points = {step.name: step.accuracy for step in waterfall.steps(liar[0])}
+    assert points["published"] > 0.9
+    assert points["stable arithmetic"] < points["published"] - 0.2
+    assert points["stable arithmetic"] - points["black box"] < 0.1
+    assert "'stable arithmetic' took the most" in waterfall.sentence(liar[0])
+    assert "upper bound" not in waterfall.sentence(liar[0])
+
+
+def test_an_honest_network_loses_little(honest, split, tmp_path):
+    run, _ = explained(honest, split, tmp_path)
+    points = {step.name: step.accuracy for step in waterfall.steps(run)}
+    assert points["published"] - points["black box"] <= 0.1
+
+
+def test_the_table_fits_a_terminal(liar):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(waterfall.table(liar[0]))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "stable arithmetic" in text
+
+
+def test_the_figure_shows_every_step_with_its_number(liar, tmp_path):
+    paths = waterfall.save(liar[0], tmp_path)
+    assert [path.name for path in paths] == ["waterfall.svg", "waterfall.png"]
+    svg = paths[0].read_text()
+    for step in waterfall.steps(liar[0]):
+        assert step.name in svg
+        assert f"{100 * step.accuracy:.1f}" in svg
+    texts = [text for text in waterfall.figure(liar[0]).axes[0].texts if text.get_text()]
+    assert len(texts) == 3 * len(waterfall.steps(liar[0]))
+
+
+def test_a_run_without_samples_cannot_be_explained(liar):
+    with pytest.raises(UserError, match="nothing to explain"):
+        waterfall.steps(dataclasses.replace(liar[0], samples=None))
+
+
+def test_the_command_line_explains_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke
+    made = run(app, ["train", "-o", "run", "--loss", "isce:s=100", "--epochs", "2", "--device", "cpu", "--quiet"])
+    assert made.exit_code == 0, made.output
+    told = run(app, ["explain", "run", "--limit", "20", "--device", "cpu", "--quiet", "--json"])
+    assert told.exit_code == 0, told.output
+    steps = json.loads(told.stdout)
+    assert [step["name"] for step in steps][:3] == ["clean", "published", "stable arithmetic"]
+    folder = tmp_path / "run" / "explain-linf0.1"
+    assert {"waterfall.svg", "waterfall.png", "report.html", "results.json"} <= {path.name for path in folder.iterdir()}
+    missing = run(app, ["explain", "nowhere", "--device", "cpu"])
+    assert isinstance(missing.exception, UserError)
+    assert torch.is_grad_enabled()
