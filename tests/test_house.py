@@ -23,7 +23,7 @@ LAYERS = (
     ("losses", "storage"),
     ("heads", "attacks", "data"),
     ("models", "objectives", "specs"),
-    ("runs", "evaluate"),
+    ("runs", "evaluate", "exact"),
     ("train", "verify", "jobs", "checks"),
     ("assemble",),
     ("compare",),

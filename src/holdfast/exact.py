@@ -1,14 +1,14 @@
 """Exact robustness of small ReLU networks under linf, by mixed-integer programming: a truth to measure attacks by.
 
-A sample is robust iff, for no class t, some x_adv of the threat has logit_t >= logit_y. Bounds settle most of it, a linear
-program some, and a mixed-integer program over the unstable ReLUs the rest (Tjeng, Xiao and Tedrake 2019). No gradient is
-used: what hides from gradient attacks does not hide from this.
+A sample is robust iff no x_adv of the threat has logit_t >= logit_y for a class t != y. Bounds settle much of it,
+linear programs some, mixed-integer programs over the unstable ReLUs the rest (Tjeng, Xiao and Tedrake 2019). It uses no
+gradient: what hides from gradient attacks does not hide from this.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from .models.convnets import Mlp
 from .threat import TOLERANCE, Threat
 
 TIE = 1e-6  # of the logits' scale: a gap within +- this of zero is called neither robust nor broken
+FAR = 1e-4  # a gap that neither projection nor float32 can turn
 GAP = 1e9  # relative, to the optimum: the first run that is found ends the search
 Array = NDArray[np.float64]
 Affine = tuple[Array, Array]  # weight (out, in), bias (out,)
@@ -36,8 +37,8 @@ Affine = tuple[Array, Array]  # weight (out, in), bias (out,)
 class Exact:
     """Per-sample columns, on the CPU.
 
-    status: N times "robust" (proved), "broken" (x_adv shows it) or "unknown" (a tie, or out of time); x_adv: float32, of
-    x's shape, x itself where nothing is broken; seconds: (N,) float64, what each sample took.
+    status: N times "robust" (proved), "broken" (x_adv shows it) or "unknown" (a tie, or out of time); x_adv: float32,
+    of x's shape, x itself where nothing is broken; seconds: (N,) float64, what each sample took.
     ``robust``, ``broken``, ``unknown``: (N,) bool.
     """
 
@@ -79,7 +80,7 @@ def exact(
     each point it offers is measured by a forward pass.
 
     Args:
-        layers: (weight (out, in), bias (out,)) in order, a ReLU between each two (``layers_of`` reads them from a model).
+        layers: (weight (out, in), bias (out,)) in order, a ReLU between each two; ``layers_of`` reads them off a model.
         x: (N, ...) float in the threat's box, flattened to (N, in); read as float32. y: (N,) int64 in 0 .. K-1.
         threat: linf. seconds: at most so many a sample, > 0; a program just begun ends a little later.
 
@@ -117,33 +118,30 @@ def layers_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     >>> [tuple(weight.shape) for weight, bias in layers_of(model)]
     [(3, 4), (2, 3)]
     """
-    modules = list(_modules(model))
-    scale = 1.0
+    parts = [model.backbone, model.head] if isinstance(model, Classifier) else [model]
     layers: list[tuple[Tensor, Tensor]] = []
     apart = True  # whether a ReLU stands between the last layer and the next one
-    if isinstance(model, Classifier):
-        scale = model.logit_scale
-    for module in modules:
-        if isinstance(module, nn.Linear):
+    for module in (module for part in parts for module in _modules(part)):
+        if type(module) is nn.Linear:  # a subclass may do anything
             weight = module.weight.detach().cpu().double()
-            bias = torch.zeros(len(weight)).double() if module.bias is None else module.bias.detach().cpu().double()
+            bias = torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.detach().cpu().double()
             if not apart:
                 before, offset = layers.pop()
                 weight, bias = weight @ before, weight @ offset + bias
             layers.append((weight, bias))
             apart = False
-        elif isinstance(module, nn.ReLU):
-            if not layers:
-                raise UserError("a network for exact begins with a Linear layer, this one with a ReLU.")
+        elif type(module) is nn.ReLU and layers:
             apart = True
-        elif not (isinstance(module, nn.Flatten) and not layers and module.start_dim == 1 and module.end_dim == -1):
+        elif layers or type(module) is not nn.Flatten or (module.start_dim, module.end_dim) != (1, -1):
             raise UserError(
-                f"exact knows fully connected ReLU networks: Flatten() first, then Linear and ReLU; this one has {module}."
+                "exact knows fully connected ReLU networks, Flatten() and then Linear and ReLU in turn: "
+                f"it cannot read {module} as layer {len(layers)}."
             )
     if not layers or apart:
         raise UserError("a network for exact ends with a Linear layer, whose outputs are the logits.")
-    layers[-1] = (layers[-1][0] * scale, layers[-1][1] * scale)
     if isinstance(model, Classifier):
+        weight, bias = layers[-1]
+        layers[-1] = (weight * model.logit_scale, bias * model.logit_scale)
         weight, bias = layers[0]
         mean, std = (t.detach().cpu().double().flatten() for t in (model.mean, model.std))
         mean, std = (t.repeat_interleave(weight.shape[1] // len(t)) for t in (mean, std))
@@ -153,12 +151,9 @@ def layers_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
     """The leaves in the order in which they are applied, as far as the kinds known here go."""
-    if isinstance(model, nn.Sequential):
+    if type(model) is nn.Sequential:
         for child in model:
             yield from _modules(child)
-    elif isinstance(model, Classifier):
-        yield from _modules(model.backbone)
-        yield from _modules(model.head)
     elif isinstance(model, Mlp):
         yield from _modules(model.layers)
     elif isinstance(model, LinearHead):
@@ -187,7 +182,7 @@ def _checked(layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, thre
             raise UserError(f"layer {number} has weights that are NaN or infinite.")
     if width < 2:
         raise UserError("exact needs at least two logits.")
-    if y.shape != x.shape[:1] or (len(y) and not (0 <= int(y.min()) and int(y.max()) < width)):
+    if y.shape != x.shape[:1] or (len(y) and not (int(y.min()) >= 0 and int(y.max()) < width)):
         raise UserError(f"y must be (N,) = ({len(x)},) labels in 0 .. {width - 1}, got shape {tuple(y.shape)}.")
     if not bool(((x >= threat.lo) & (x <= threat.hi)).all()):
         raise UserError(f"x must lie in the threat's box [{threat.lo}, {threat.hi}].")
@@ -200,14 +195,15 @@ def _one(net: list[Affine], x: Tensor, y: int, threat: Threat, deadline: float) 
     rounding = 2 * torch.finfo(torch.float32).eps * max(abs(threat.lo), abs(threat.hi))
     reach = threat.eps * (1 + TOLERANCE) + rounding  # all that ``violation`` forgives
     box = np.maximum(middle - reach, threat.lo), np.minimum(middle + reach, threat.hi)
-    net = _scaled(net, box)
+    whole, (net, unit) = net, _scaled(net, box)
     last, offset = net[-1]
     net = [*net[:-1], (np.delete(last, y, 0) - last[y], np.delete(offset, y) - offset[y])]  # outputs are gaps now
 
     def witness(point: Array) -> Tensor | None:
         x_adv = threat.project(torch.from_numpy(point).to(torch.float32).view_as(x), x)
-        gap = _forward(net, x_adv.flatten().double().numpy()).max()
-        return x_adv if gap > TIE and float(threat.violation(x_adv, x)) == 0 else None
+        logits = _forward(whole, x_adv.flatten().double().numpy())  # of the network as it was given
+        gap = np.delete(logits, y).max() - logits[y]
+        return x_adv if gap > TIE * unit and float(threat.violation(x_adv, x)) == 0 else None
 
     found = witness(middle)
     bounds = _bounds(net, box)
@@ -223,17 +219,34 @@ def _one(net: list[Affine], x: Tensor, y: int, threat: Threat, deadline: float) 
         if height >= -TIE:
             heights[int(t)] = height
             found = witness(point)
-    unsure = False
-    for left, t in enumerate(sorted(heights, key=lambda t: -heights[t])):
-        if found is not None:
-            break
-        share = (deadline - time.perf_counter()) / (len(heights) - left)
-        state, points = program.search(net[-1][0][t], net[-1][1][t], share)
-        found = next((w for w in map(witness, points) if w is not None), None)
-        unsure |= state != "none"
+    todo, tied = sorted(heights, key=lambda t: -heights[t]), False
+    while todo and found is None and time.perf_counter() < deadline:
+        late = []
+        for left, t in enumerate(todo):
+            share = (deadline - time.perf_counter()) / (len(todo) - left)
+            state, found = _settle(program, (net[-1][0][t], net[-1][1][t]), witness, time.perf_counter() + share)
+            if found is not None:
+                break
+            tied |= state == "some"
+            late += [t] * (state == "late")
+        todo = late
     if found is not None:
         return "broken", found
-    return "unknown" if unsure else "robust", None
+    return "unknown" if todo or tied else "robust", None
+
+
+def _settle(
+    program: _Program, gap: tuple[Array, float], witness: Callable[[Array], Tensor | None], until: float
+) -> tuple[str, Tensor | None]:
+    """("none", None) if no run reaches the gap, ("some", x_adv or None for a tie), ("late", None) out of time."""
+    state = "none"
+    for least in (-TIE, FAR):  # a run that cannot be shown to be wrong may hide one that can
+        answer, points = program.search(*gap, least, until)
+        found = next((w for w in map(witness, points) if w is not None), None)
+        if found is not None or answer != "some":
+            return state if answer == "none" else answer, found
+        state = "some"
+    return state, None
 
 
 def _forward(net: list[Affine], a: Array) -> Array:
@@ -249,23 +262,25 @@ def _interval(layer: Affine, low: Array, high: Array) -> tuple[Array, Array]:
     return plus @ low + minus @ high + bias, plus @ high + minus @ low + bias
 
 
-def _scaled(net: list[Affine], box: tuple[Array, Array]) -> list[Affine]:
-    """The same network in other units: every pre-activation within [-1, 1] by interval bounds, every logit's sum of
-    absolute terms too. ReLU is homogeneous, so each layer's unit is free; argmax stays."""
+def _scaled(net: list[Affine], box: tuple[Array, Array]) -> tuple[list[Affine], float]:
+    """The same network in other units, and the unit of its logits.
+
+    Every pre-activation lies within [-1, 1] by interval bounds, every logit's sum of absolute terms in [0, 1]. ReLU is
+    homogeneous, so each layer's unit is free; argmax stays.
+    """
     scaled = []
+    unit = 1.0
     low, high = box
     for number, (weight, bias) in enumerate(net):
-        before = _interval((weight, bias), low, high)
-        size = float(max(np.abs(before[0]).max(), np.abs(before[1]).max()))
-        if number == len(net) - 1:
-            size = float((np.abs(weight) @ np.maximum(np.abs(low), np.abs(high)) + np.abs(bias)).max())
-        size = size or 1.0
-        scaled.append((weight / size, bias / size))
-        low, high = (np.maximum(side / size, 0) for side in before)
-        if number + 1 < len(net):
-            after, shift = net[number + 1]
-            net = [*net[: number + 1], (after * size, shift), *net[number + 2 :]]
-    return scaled
+        weight = weight * unit  # what comes in is in units of the layer before
+        if number < len(net) - 1:
+            size = np.abs(_interval((weight, bias), low, high)).max()
+        else:
+            size = (np.abs(weight) @ np.maximum(np.abs(low), np.abs(high)) + np.abs(bias)).max()
+        unit = float(size) or 1.0
+        scaled.append((weight / unit, bias / unit))
+        low, high = (np.maximum(side, 0) for side in _interval(scaled[-1], low, high))
+    return scaled, unit
 
 
 def _bounds(net: list[Affine], box: tuple[Array, Array]) -> list[tuple[Array, Array]]:
@@ -322,8 +337,8 @@ def _tightened(
 class _Program:
     """A mixed-integer program whose points are the runs of a ReLU network over a box.
 
-    Variables: x, then for each hidden layer its activations a and a binary d for each unstable ReLU, with z = W a_before
-    + b in [l, u]:  a >= 0,  a >= z,  a <= z - l (1 - d),  a <= u d  (an active ReLU: a = z, an inactive one: a = 0).
+    Variables: x, then for each hidden layer its activations a and a binary d for each unstable ReLU. With z = W a + b
+    of the layer before, in [l, u]:  a >= 0,  a >= z,  a <= z - l (1 - d),  a <= u d;  always on: a = z, always off: 0.
     """
 
     rows: csr_array
@@ -373,15 +388,16 @@ class _Program:
             return np.inf, (self.lower + self.upper)[: self.width] / 2
         return bias - float(answer.fun), answer.x[: self.width]
 
-    def search(self, weight: Array, bias: float, seconds: float) -> tuple[str, list[Array]]:
-        """("none", []) if no run has w a + b >= -TIE, else ("some" or "unknown", candidates x, the best last)."""
+    def search(self, weight: Array, bias: float, least: float, until: float) -> tuple[str, list[Array]]:
+        """("none", []) if no run has w a + b >= least, ("some", such x, the best first), or ("late", [])."""
+        seconds = until - time.perf_counter()
         if seconds <= 0:
-            return "unknown", []
-        answer = self._solve(weight, least=-TIE - bias, seconds=seconds)
+            return "late", []
+        answer = self._solve(weight, least=least - bias, seconds=seconds)
         if answer.status == 2:
             return "none", []
         if answer.x is None:
-            return "unknown", []
+            return "late", []
         points = [answer.x[: self.width]]
         fixed = self._solve(weight, integers=False, pattern=np.round(answer.x))  # the best of its linear region
         if fixed.status == 0:
