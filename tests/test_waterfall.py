@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 
 from holdfast import data, models, waterfall
 from holdfast.assemble import Judged, assemble
-from holdfast.attacks import SUITES
+from holdfast.attacks import PUBLISHED, SUITES
 from holdfast.cli import app
 from holdfast.errors import UserError
 from holdfast.evaluate import evaluate
 from holdfast.losses import sce
 from holdfast.objectives import standard
+from holdfast.results import Verdict
 from holdfast.threat import Threat
 from holdfast.train import FitConfig, fit
 from liars import LIARS
@@ -71,6 +72,46 @@ def test_stable_arithmetic_takes_the_illusion_away(liar):
     assert "upper bound" not in waterfall.sentence(liar[0])
 
 
+def test_until_starts_are_what_changes_the_start_is_the_published_one(honest, split):
+    """From the same start the worst iterate breaks all that the last one does."""
+    some = split.test.take(slice(0, 60))
+    broken = {}
+    for stage in SUITES["explain"][:2]:
+        found = evaluate(honest, some, Threat("linf", 0.1), (dataclasses.replace(stage, name="own loss", alone=True),))
+        broken[stage.name] = found.clean & ~found.own
+    assert not bool((broken["stable arithmetic"] & ~broken["best iterate"]).any())
+    assert [stage.name for stage in SUITES["explain"] if stage.stream is None] == [
+        "restarts", "other scores", "black box",
+    ]  # fmt: skip
+
+
+def test_a_stage_of_the_published_stream_is_the_published_attack_again(honest, split):
+    """The same steps on the same score from the same start break nothing that "published" did not break."""
+    some = split.test.take(slice(0, 60))
+    again = dataclasses.replace(PUBLISHED, name="again", alone=False, stream=0)
+    found = evaluate(honest, some, Threat("linf", 0.1), (again,))
+    assert found.stages[2].attacked == int(found.published.sum()) > 0
+    assert found.stages[2].broken == 0
+
+
+def test_a_stage_without_a_stream_is_recorded_as_before():
+    assert "stream" not in PUBLISHED.describe()
+    assert SUITES["explain"][0].describe()["stream"] == 0
+
+
+def test_the_accuracy_under_its_own_loss_is_told_beside(liar):
+    run, found = liar
+    assert run.own.value == found.own.sum().item() / run.n
+    assert f"alone, leaves {100 * run.own.value:.1f}%" in waterfall.sentence(run)
+
+
+def test_a_void_measurement_has_no_figures(liar):
+    void = dataclasses.replace(liar[0], robust=None, verdict=Verdict("void", "the same image gives other logits"))
+    for told in (waterfall.steps, waterfall.table, waterfall.sentence, waterfall.figure):
+        with pytest.raises(UserError, match="void, so there is no figure to explain: the same image"):
+            told(void)
+
+
 def test_an_honest_network_loses_little(honest, split, tmp_path):
     run, _ = explained(honest, split, tmp_path)
     points = {step.name: step.accuracy for step in waterfall.steps(run)}
@@ -114,4 +155,7 @@ def test_the_command_line_explains_a_run(tmp_path, monkeypatch):
     assert {"waterfall.svg", "waterfall.png", "report.html", "results.json"} <= {path.name for path in folder.iterdir()}
     missing = run(app, ["explain", "nowhere", "--device", "cpu"])
     assert isinstance(missing.exception, UserError)
+    unread = run(app, ["explain", "run", "--threat", "nonsense", "--device", "cpu"])
+    assert isinstance(unread.exception, UserError)
+    assert not (tmp_path / "run" / "explain-nonsense").exists()
     assert torch.is_grad_enabled()

@@ -318,6 +318,7 @@ def evaluate_run(
     Args: limit: at most so many test images, 0 for all; the rest as for ``evaluate``.
     Raises UserError when the folder holds no finished run, or one that was not trained by ``train_one``.
     """
+    against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
     model, config = runs.load(run, device=device)
     if not {"data", "cut", "loss"} <= config.keys():
         raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
@@ -328,7 +329,7 @@ def evaluate_run(
     evaluation = evaluate(
         model,
         split.test,
-        Threat.parse(threat),
+        against,
         suite,
         trained_with=specs.loss(config["loss"]).loss,
         seed=seed,

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ class _Run:
         self.about = {
             "key": key,
             "threat": self.threat.describe(),
-            "stages": json.loads(json.dumps([asdict(stage) for stage in self.stages])),
+            "stages": json.loads(json.dumps([stage.describe() for stage in self.stages])),
             "matched": getattr(self.scores["matched"], "__name__", repr(self.scores["matched"])),
             "seed": self.noise.seed,
             "n": len(self.data),
@@ -286,7 +286,7 @@ class _Run:
                 attacked = len(batch) if rank == 0 else 0
                 x, y = pixels(self.data.x[batch]), self.data.y[batch]
                 aimed = {"target": c["targets"][batch, rank]} if stage.targets else {}
-                noise = self.noise[batch].fold(number, rank)
+                noise = self.noise[batch].fold(number if stage.stream is None else stage.stream, rank)
                 x_adv = _attack(stage.attack).attack(
                     self.model, x, y, self.threat, score=score, noise=noise, **keywords, **aimed
                 )

@@ -13,17 +13,19 @@ from . import report
 from .errors import UserError
 from .results import Run, percent, proportion
 
-# What each stage of the suite "explain" changes. Every stage attacks what the ones before it left standing.
+# What each stage of the suite "explain" changes. Every stage attacks what the ones before it left standing; "own loss"
+# attacks all that are right, so that its accuracy alone is known too.
 CHANGES = {
     "clean": "no attack",
     "published": "F.cross_entropy in float32, 50 PGD steps of eps/4, one start, the last iterate",
     "stable arithmetic": "the same steps climb u, the loss without its link, which never saturates",
     "best iterate": "the worst point on the way counts, not the last",
-    "more steps": "200 steps of eps/10",
-    "restarts": "5 random starts of 50 steps of eps/10",
-    "targets": "towards each of the 9 likeliest wrong classes, 50 steps",
+    "more steps": "200 steps of eps/10, not 50 of eps/4",
+    "restarts": "5 random starts instead of 1",
+    "targets": "towards each of the likeliest wrong classes, 9 at most",
     "other scores": "APGD on DLR, 100 steps",
     "black box": "Square, 1,000 queries: no gradient is asked for",
+    "own loss": "the published steps on the loss that it was trained with",
     "audit": "whatever a trust check came across",
 }
 
@@ -45,8 +47,11 @@ class Step:
 def steps(run: Run) -> list[Step]:
     """The waterfall of one run: what stands after each stage, from the clean images to the last one.
 
-    Raises UserError for a run that keeps no samples.
+    Raises UserError for a run that keeps no samples, and for a void one: no figure of it stands.
     """
+    if run.robust is None:
+        why = f": {run.verdict.why}" if run.verdict else ""
+        raise UserError(f"the measurement of '{run.name}' is void, so there is no figure to explain{why}.")
     if run.samples is None:
         raise UserError(f"'{run.name}' keeps no per-sample columns: there is nothing to explain.")
     stands = sum(run.samples.clean)
@@ -62,7 +67,7 @@ def table(run: Run, bar: int = 24) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in (("change", "left"), ("stands", "right"), ("points", "right"), ("", "left")):
         out.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    out.add_column("passes per sample", justify="right")
+    out.add_column("passes each", justify="right")
     before = None
     for step in steps(run):
         lost = "" if before is None or before == step.stands else f"-{percent((before - step.stands) / step.n)}"
@@ -81,14 +86,16 @@ def sentence(run: Run) -> str:
     left = proportion(last.stands, last.n)
     interval = f"95% interval {percent(left.low)} to {percent(left.high)}"
     gap = published.stands - last.stands
+    own = "" if run.own is None else f" PGD on the loss it was trained with, alone, leaves {percent(run.own.value)}%."
     if gap == 0:
-        return f"Nothing took a point from the published {percent(published.accuracy)}%, an upper bound ({interval})."
+        told = f"Nothing took a point from the published {percent(published.accuracy)}%, an upper bound ({interval})."
+        return told + own
     pairs = list(zip(list(found.values())[1:], list(found.values())[2:], strict=False))
     most = max(pairs, key=lambda pair: pair[0].stands - pair[1].stands)
     took = percent((most[0].stands - most[1].stands) / last.n)
     return (
         f"Of the published {percent(published.accuracy)}% at most {percent(last.accuracy)}% is true ({interval}). "
-        f"'{most[1].name}' took the most, {took} points: {CHANGES.get(most[1].name, 'a stage of the suite')}."
+        f"'{most[1].name}' took the most, {took} points: {CHANGES.get(most[1].name, 'a stage of the suite')}." + own
     )
 
 
