@@ -435,7 +435,8 @@ def test_noise_belongs_to_the_sample_not_to_its_place_in_the_batch(name):
     assert torch.equal(run(x[3:], y[3:], noise=draw(6)[3:]), whole[3:])
     order = torch.tensor([5, 2, 0, 4, 1, 3])
     assert torch.equal(run(x[order], y[order], noise=draw(6)[order]), whole[order])
-    assert name in ("fgsm", "bim", "mim") or not torch.equal(whole[0], whole[1])
+    from_x = ("fgsm", "bim", "mim", "deepfool", "cw", "lbfgs", "fmn", "fab", "jsma", "least_likely")
+    assert name in from_x or not torch.equal(whole[0], whole[1])
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -20,11 +20,14 @@ from ..outputs import Outputs, logits_of
 from .apgd import apgd
 from .blackbox import random_noise, square
 from .contract import Model, Worst, attack, fooled, frozen_eval
+from .minimal import cw, deepfool, distances, fab, fmn, lbfgs
+from .others import jsma, least_likely, md, spsa
 from .pgd import bim, fgsm, mim, pgd
 
 __all__ = [
     "ATTACKS", "OWN_LOSS", "PUBLISHED", "SCORES", "SUITES", "Entry", "Model", "Stage", "Worst", "apgd", "attack",
-    "bim", "cross_entropy", "fgsm", "fooled", "frozen_eval", "mim", "pgd", "random_noise", "square",
+    "bim", "cross_entropy", "cw", "deepfool", "distances", "fab", "fgsm", "fmn", "fooled", "frozen_eval", "jsma",
+    "lbfgs", "least_likely", "md", "mim", "pgd", "random_noise", "spsa", "square",
 ]  # fmt: skip
 
 
@@ -44,6 +47,15 @@ ATTACKS: dict[str, Entry] = {
     "mim": Entry(mim, "bim with momentum (Dong 2018)"),
     "pgd": Entry(pgd, "projected gradient ascent, random starts (Madry 2018)"),
     "apgd": Entry(apgd, "pgd with its own step size (Croce 2020)"),
+    "md": Entry(md, "one term of the margin first, then both (Ma 2020)"),
+    "least_likely": Entry(least_likely, "bim towards the least likely class (Kurakin 2017)"),
+    "deepfool": Entry(deepfool, "steps to the nearest linearised boundary (Moosavi-Dezfooli 2016)"),
+    "cw": Entry(cw, "smallest perturbation by Adam and a search of the constant (Carlini 2017)", ("linf", "l2")),
+    "lbfgs": Entry(lbfgs, "smallest l2 perturbation by quasi-Newton steps (Szegedy 2014)"),
+    "fmn": Entry(fmn, "smallest perturbation in a ball that shrinks and grows (Pintor 2021)"),
+    "fab": Entry(fab, "smallest perturbation by steps to linearised boundaries, targeted (Croce 2020)"),
+    "jsma": Entry(jsma, "the most salient pixels, one by one (Papernot 2016)"),
+    "spsa": Entry(spsa, "ascent on a gradient guessed from answers (Uesato 2018)", gradients=False),
     "square": Entry(square, "random squares, no gradients (Andriushchenko 2020)", ("linf", "l2"), gradients=False),
     "noise": Entry(random_noise, "random points of the threat", gradients=False),
 }

@@ -198,7 +198,7 @@ def deepfool(
     target: the one class to compare. Steps stay in the box, which the paper's do not.
 
     Returns x_adv, (N, C, H, W), in the threat. Greedy: it crosses the first boundary that it meets and never turns
-    back, so on curved networks fmn and fab find nearer points. Raises UserError where classes < 1.
+    back, so on curved networks fab finds nearer points. Raises UserError where classes < 1.
 
     >>> model = lambda x: torch.cat([x.flatten(1), -x.flatten(1)], 1)  # right while x > 0
     >>> x, y, wide = torch.full((1, 1, 1, 1), 0.25), torch.tensor([0]), Threat("linf", 0.5, -1, 1)

@@ -106,7 +106,7 @@ def spsa(
     """SPSA (Uesato et al. 2018): Adam on a gradient that is guessed from answers alone.
 
     g = mean of v (score(x_adv + width v) - score(x_adv - width v)) / (2 width) over random signs v;
-    x_adv <- project(x_adv + step_size * Adam(g) / its size in the threat's norm)
+    x_adv <- project(x_adv + step_size * Adam(g)); l2: * ascent(Adam(g)); l1: * ascent(Adam's mean of g)
 
     Args: as for ``pgd``; pairs: of answers for each step and sample; together: how many of them go to the model at
     once, in batches of 2 * together * N; width: of the differences, in pixels; step_size: default 2.5 eps / steps.
@@ -138,7 +138,8 @@ def spsa(
             slope = ((value[0] - value[1]) / (2 * width)).nan_to_num(0.0, 0.0, 0.0)
             grad = grad + (v * slope.view(*slope.shape, *[1] * (x.ndim - 1))).sum(1) / pairs
         way = adam(grad)
-        way = way / threat.size(way).clamp_min(1e-12).view(-1, *[1] * (x.ndim - 1))
+        if threat.norm != "linf":  # under l1 Adam would make all pixels alike, where the few that matter are wanted
+            way = threat.ascent(way if threat.norm == "l2" else adam.mean, x_adv)
         x_adv = threat.project(x_adv + size * way, base)
     worst.see(rows, x_adv, look(model, x_adv).logits)
     return worst.x
@@ -174,11 +175,11 @@ def md(
     with imbalanced gradients) the first half climbs -z_y alone, or in every second restart max z_j alone.
 
     Args: as for ``pgd``; the score is not used. step_size: the first step of each half, falling by a cosine; default
-    2 eps; restarts: two of them take one term each; target: z_t takes the place of max z_j.
+    2 eps (eps for l1); restarts: two of them take one term each; target: z_t takes the place of max z_j.
 
     Returns x_adv, (N, C, H, W), in the threat.
     """
-    first = 2 * threat.eps if step_size is None else step_size
+    first = step_size if step_size is not None else threat.eps * (1 if threat.norm == "l1" else 2)
     climb, goal = aim(negative_margin, y, target)
     worst, half = Worst(x, y), steps // 2
     for restart in range(restarts):
