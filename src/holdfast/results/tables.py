@@ -108,7 +108,7 @@ def robust_text(row: Row) -> str:
     return f"{sign}{percent(r.value)} [{percent(r.low)}, {percent(r.high)}]"
 
 
-_HEAD = ("loss", "clean", "published", "verdict", "own loss", "robust, 95% interval", "verdict")
+_HEAD = ("loss", "clean", "published", "verdict", "own loss", "robust, 95%", "verdict")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -125,14 +125,22 @@ def _lines(results: Results) -> list[tuple[str, ...]]:
 
 
 def table(results: Results) -> Table:
-    """A rich table that fits 80 columns, in percent."""
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    """A rich table that fits 80 columns, in percent; with several threats, a part for each."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
     out.add_column(_HEAD[0], overflow="fold", max_width=26)
-    lines = _lines(results)
+    lines, found = _lines(results), rows(results)
     for name in lines[0][1:]:
         out.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
-    for line in lines[1:]:
-        out.add_row(*(Text(c) for c in line))
+    threats = {row.threat for row in found}
+    before = ""
+    for row, (label, *cells) in zip(found, lines[1:], strict=True):
+        if len(threats) > 1:
+            label = label.removesuffix(f" ({row.threat})")
+            if row.threat != before:
+                out.add_section()
+                out.add_row(Text(row.threat, style="bold"))
+            before = row.threat
+        out.add_row(Text(label), *map(Text, cells))
     return out
 
 
