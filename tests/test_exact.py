@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -353,6 +354,21 @@ def test_no_attack_breaks_what_is_proved_robust(plan, score, truths, split):
         x_adv = ATTACKS[name].attack(
             truth.model, x, y, threat, score=climb, noise=noise, **few.get(name, {"steps": 20})
         )
+        broken = fooled(truth.model(x_adv).logits, y) & (threat.violation(x_adv, x) == 0)
+        assert not (broken & truth.robust).any(), name
+
+
+@every
+def test_no_other_attack_breaks_it_either(plan, truths, split):
+    truth = truths[plan]
+    _, x, y, threat = samples(truth, split)
+    few = {"fab": {"steps": 5, "targets": 3}, "cw": {"steps": 10, "searches": 2}, "least_likely": {}}
+    for name in sorted(set(ATTACKS) - {"fgsm", "pgd", "apgd", "square"}):
+        settings = {
+            k: v for k, v in few.get(name, {"steps": 10}).items() if k in signature(ATTACKS[name].attack).parameters
+        }
+        noise = Noise(2, torch.arange(len(y)))
+        x_adv = ATTACKS[name].attack(truth.model, x, y, threat, score=score_of(plan.loss), noise=noise, **settings)
         broken = fooled(truth.model(x_adv).logits, y) & (threat.violation(x_adv, x) == 0)
         assert not (broken & truth.robust).any(), name
 

@@ -67,6 +67,7 @@ CHECKS: tuple[Check, ...] = (
     Check(strength.a_temperature_changes_nothing, (PUBLISHED,), "Carlini and Wagner 2017, on distillation"),
     Check(strength.float64_changes_nothing, (PUBLISHED,), "this project"),
     Check(strength.float64_scores_break_no_survivor, (ROBUST,), "this project"),
+    Check(strength.more_steps_and_restarts_do_not_help, (ROBUST,), _CARLINI),
     Check(strength.a_black_box_is_not_stronger, (ROBUST,), _ATHALYE),
     Check(strength.noise_is_not_stronger, (ROBUST,), _ATHALYE),
     Check(strength.transfer_is_not_stronger, (ROBUST,), _IOAF),

@@ -51,6 +51,7 @@ class Probe:
         self.standing = order[stands[order]][: 3 * size // 2]
         self.found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # rows, x_adv, margin, prediction
         self.broken = ~stands
+        self.recaptured: tuple[int, int, int, int] | None = None
 
     def x(self, rows: Tensor) -> Tensor:
         return pixels(self.data.x[rows])
