@@ -166,7 +166,7 @@ def compare(
 
     *published* is the accuracy as papers report it: F.cross_entropy in float32, one random start, 50 PGD steps of
     eps/4, the last iterate. *robust* is what is left after everything tried, with its 95% interval. Each carries a
-    verdict: *refuted* (other attacks broke more), *loose* (a check says that attacks may be failing), *tight* or *void*.
+    verdict: *refuted* (other attacks broke more), *loose* (a check says that attacks may be failing), *tight*, *void*.
 
     A stopped command goes on where it was when it is repeated.
     """
