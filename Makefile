@@ -15,7 +15,7 @@ test: .venv/ready-test
 slow: .venv/ready-test
 	$(BIN)/pytest -m slow
 
-bench: .venv/ready
+bench: .venv/ready-test
 	for f in benchmarks/bench_*.py; do $(BIN)/python $$f || exit 1; done
 
 .venv/bin/python:

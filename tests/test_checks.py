@@ -131,8 +131,8 @@ def test_the_remainder_is_an_interval(first, second, both, more, untested):
     both = min(first, second, both)
     tested = first + second - both + more
     left = remainder(first, second, both, tested, tested + untested)
-    assert 0 <= left.low <= left.expected + 1e-9 or left.low <= left.high
-    assert left.low <= left.high <= more + untested
+    assert 0 <= left.low <= left.high <= more + untested
+    assert left.low <= left.expected <= more + untested
     assert remainder(second, first, both, tested, tested + untested).expected == pytest.approx(left.expected)
 
 

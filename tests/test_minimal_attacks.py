@@ -6,14 +6,12 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from holdfast import data
 from holdfast.attacks import fgsm, fooled
-from holdfast.attacks.minimal import Nearest, cw, deepfool, distances, fab, fmn, lbfgs, slopes, to_plane
+from holdfast.attacks.minimal import Nearest, cw, deepfool, distances, fab, fmn, lbfgs, slopes
 from holdfast.errors import UserError
 from holdfast.losses import gap, negative_margin
 from holdfast.noise import Noise
@@ -77,6 +75,8 @@ TOLERANCE = {
     ("fmn", 2): (1.0001, 1.0001), ("fmn", 4): (1.0001, 1.8),
     ("cw", 2): (1.01, 1.02), ("cw", 4): (1.02, 1.5),
     ("lbfgs", 2): (1.03, 1.03), ("lbfgs", 4): (1.03, 1.5),
+    ("lbfgs", 2, "linf"): (1.8, 1.8), ("lbfgs", 4, "linf"): (1.7, 1.9),
+    ("lbfgs", 2, "l1"): (1.8, 1.8), ("lbfgs", 4, "l1"): (1.7, 2.0),
 }  # fmt: skip
 LOOSE = {("lbfgs", "linf"), ("lbfgs", "l1"), ("cw", "linf")}
 FULL = {"lbfgs": {"searches": 8, "steps": 10}, "fab": {"steps": 10}, "deepfool": {"steps": 5}}
@@ -85,27 +85,14 @@ FULL = {"lbfgs": {"searches": 8, "steps": 10}, "fab": {"steps": 10}, "deepfool":
 @every
 @pytest.mark.parametrize("classes", [2, 4])
 def test_the_least_perturbation_of_a_linear_model_is_found(name, norm, classes):
-    if (name, norm) in LOOSE:
-        pytest.skip("held to its own, looser figure below")
     model, x, y, needed = linear_case(classes, norm)
     x_adv = strike(name, model, x, y, Threat(norm, WIDE[norm], **FAR), **FULL.get(name, {}))
     assert fooled(model(x_adv), y).all()
     ratio = distances(x_adv, x, norm) / needed
-    median, worst = TOLERANCE[name, classes]
+    median, worst = TOLERANCE.get((name, classes, norm), TOLERANCE[name, classes])
     assert ratio.min() > 1 - 1e-9, "nearer than the boundary"
     assert ratio.median() < median
     assert ratio.max() < worst
-
-
-def test_cw_linf_comes_near():
-    """Its penalty counts what sticks out over tau: the share found depends on five halvings of tau."""
-    model, x, y, needed = linear_case(2, "linf")
-    x_adv = strike("cw", model, x, y, Threat("linf", 16.0, **FAR))
-    assert fooled(model(x_adv), y).all()
-    ratio = distances(x_adv, x, "linf") / needed
-    assert ratio.min() > 1 - 1e-9
-    assert ratio.median() < 1.1
-    assert ratio.max() < 2.5
 
 
 @every
@@ -147,7 +134,7 @@ def test_the_step_to_a_plane_is_the_smallest_one_in_the_box(seed, norm, share):
     threat = Threat(norm, 1.0)
     most = (slope.abs() * torch.where(slope * share > 0, 1 - x, x)).sum(1)
     need = share * most
-    r = to_plane(x, slope, need, threat)
+    r = threat.to_plane(x, slope, need)
     assert (x + r >= -1e-12).all()
     assert (x + r <= 1 + 1e-12).all()
     gained = (slope * r).sum(1)
@@ -169,7 +156,7 @@ def test_the_step_to_a_plane_is_the_smallest_one_in_the_box(seed, norm, share):
 def test_the_step_to_a_plane_survives_any_scale_and_no_slope(norm, scale):
     x, threat = torch.zeros(2, 3), Threat(norm, 1.0, -9, 9)
     slope = torch.tensor([[1.0, -2.0, 2.0], [0.0, 0.0, 0.0]])
-    r = to_plane(x, slope * scale, torch.tensor([2.0, 2.0]) * scale, threat)
+    r = threat.to_plane(x, slope * scale, torch.tensor([2.0, 2.0]) * scale)
     assert torch.allclose((r * slope).sum(1), torch.tensor([2.0, 0.0]))
     assert (r[1] == 0).all()
 
@@ -306,31 +293,10 @@ def test_settings_that_mean_nothing_are_refused(name, norm, wrong, message):
 # ------------------------------------------------------------------------------------------ a small trained network
 
 
-@pytest.fixture(scope="module")
-def digits():
-    """(net, x, y): a tiny convolutional network and 40 test digits that it gets right."""
-    split = data.load("digits", val=0.0)
-    x, y = data.pixels(split.train.x), split.train.y
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10),
-        )  # fmt: skip
-        optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-        for _ in range(6):
-            for rows in torch.randperm(len(y)).split(64):
-                optimizer.zero_grad()
-                F.cross_entropy(net(x[rows]), y[rows]).backward()
-                optimizer.step()
-    net.eval().requires_grad_(False)
-    x, y = data.pixels(split.test.x), split.test.y
-    right = torch.nonzero(net(x).argmax(1) == y)[:40, 0]
-    return net, x[right], y[right]
-
+# ``digits`` is conftest's: a tiny network and 40 digits that it gets right.
 
 # What they may leave of what fgsm breaks, in samples: the penalty of lbfgs is l2's, cw's tanh is flat at the walls.
-SLACK = {("fmn", "linf"): 2, ("lbfgs", "linf"): 40, ("lbfgs", "l1"): 40, ("cw", "linf"): 12}
+SLACK = {("fmn", "linf"): 2, ("lbfgs", "linf"): 16, ("lbfgs", "l1"): 12, ("cw", "linf"): 6}
 
 
 @every
@@ -342,7 +308,7 @@ def test_it_breaks_what_fgsm_breaks(digits, name, norm):
     few = {"fab": {"steps": 10, "targets": 3}, "deepfool": {"steps": 10}}.get(name, {})
     x_adv = strike(name, net, x, y, threat, score=gap, **few)
     assert (threat.violation(x_adv, x) == 0).all()
-    assert int(fooled(net(x_adv), y).sum()) >= by_fgsm - SLACK.get((name, norm), 0)
+    assert int(fooled(net(x_adv), y).sum()) >= by_fgsm - SLACK.get((name, norm), 0) > 0
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])

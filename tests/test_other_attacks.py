@@ -6,10 +6,8 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from holdfast import data
 from holdfast.attacks import bim, fgsm, fooled, pgd
 from holdfast.attacks.others import jsma, least_likely, md, spsa
 from holdfast.errors import UserError
@@ -244,31 +242,13 @@ def test_least_likely_goes_for_the_least_likely_class():
 # ------------------------------------------------------------------------------------------ a small trained network
 
 
-@pytest.fixture(scope="module")
-def digits():
-    """(net, x, y): a tiny convolutional network and 40 test digits that it gets right."""
-    split = data.load("digits", val=0.0)
-    x, y = data.pixels(split.train.x), split.train.y
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10),
-        )  # fmt: skip
-        optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-        for _ in range(6):
-            for rows in torch.randperm(len(y)).split(64):
-                optimizer.zero_grad()
-                F.cross_entropy(net(x[rows]), y[rows]).backward()
-                optimizer.step()
-    net.eval().requires_grad_(False)
-    x, y = data.pixels(split.test.x), split.test.y
-    right = torch.nonzero(net(x).argmax(1) == y)[:40, 0]
-    return net, x[right], y[right]
-
+# ``digits`` is conftest's: a tiny network and 40 digits that it gets right.
 
 # What it may leave of what fgsm breaks, in samples of 40: a few pixels, guessed gradients and the longest way cost.
-SLACK = {"md": 0, "spsa": 8, "jsma": 20, "least_likely": 25}
+SLACK = {
+    "md": {"linf": 0, "l2": 0, "l1": 0}, "spsa": {"linf": 6, "l2": 1, "l1": 0},
+    "jsma": {"linf": 10, "l2": 17, "l1": 11}, "least_likely": {"linf": 11, "l2": 8, "l1": 8},
+}  # fmt: skip
 
 
 @every
@@ -280,4 +260,4 @@ def test_it_breaks_what_fgsm_breaks(digits, name, norm):
     few = {"spsa": {"steps": 15, "pairs": 24, "together": 24}, "jsma": {"steps": 40}, "md": {"steps": 20}}.get(name, {})
     x_adv = strike(name, net, x, y, threat, **few)
     assert (threat.violation(x_adv, x) == 0).all()
-    assert int(fooled(net(x_adv), y).sum()) >= by_fgsm - SLACK[name]
+    assert int(fooled(net(x_adv), y).sum()) >= by_fgsm - SLACK[name][norm] > 0

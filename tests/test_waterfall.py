@@ -6,7 +6,6 @@ import io
 import json
 
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -158,4 +157,3 @@ def test_the_command_line_explains_a_run(tmp_path, monkeypatch):
     unread = run(app, ["explain", "run", "--threat", "nonsense", "--device", "cpu"])
     assert isinstance(unread.exception, UserError)
     assert not (tmp_path / "run" / "explain-nonsense").exists()
-    assert torch.is_grad_enabled()

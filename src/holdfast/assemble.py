@@ -93,7 +93,7 @@ def _run(parts: list[Judged]) -> Run:
     stages = [_added([e.stages[i] for e in evaluations]) for i in range(len(evaluations[0].stages))]
     mean = {key: _mean([t[key] for t in trained]) for key in ("accuracy", "val")}
     judged = _verdicts(parts, published, robust)
-    void = judged.get("verdict") is not None and judged["verdict"].status == "void"
+    void = bool(judged) and judged["verdict"].status == "void"
     return Run(
         name=_name(parts[0]),
         loss=parts[0].loss,

@@ -122,18 +122,22 @@ class _Display:
             sys.exit(130)
 
     def tell(self, job: str, what: str, done: int, total: int) -> None:
-        if what == "checked":
-            self.bars.remove_task(self.tasks.pop(job)) if job in self.tasks else None
-        elif self.live:
+        if self.live:
             if job not in self.tasks:
                 self.tasks[job] = self.bars.add_task(job)
             self.bars.update(self.tasks[job], description=f"{job} · {what}", completed=done, total=total)
 
+    def clear(self, job: str) -> None:
+        if job in self.tasks:
+            self.bars.remove_task(self.tasks.pop(job))
+
+    def checked(self, job: Any) -> None:
+        self.clear(job.folder.name)
+
     def finished(self, job: Any, done: int, total: int) -> None:
         self.bars.update(self.whole, completed=done, total=total)
         name = job.folder.name
-        if name in self.tasks:
-            self.bars.remove_task(self.tasks.pop(name))
+        self.clear(name)
         if not self.live and not self.quiet:
             errors.print(f"network {done} of {total} is trained and attacked: {name}", soft_wrap=True)
 
@@ -191,6 +195,7 @@ def compare(
             workers=_workers(jobs, where),
             tell=display.tell,
             finished=display.finished,
+            checked=display.checked,
         )
     page = reporting.render([results], folder / "report.html")
     _show(results, as_json)
@@ -303,20 +308,28 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Attack one trained network and write results.json, witnesses and report.html."""
+    from .compare import file_text
+
+    folder = out or run / f"evaluation-{file_text(threat)}-{suite}"
+    results, page = _attack(run, threat, suite, folder, limit, seed, device, quiet)
+    _show(results, as_json)
+    if not as_json and not quiet:
+        screen.print(f"\n{folder / 'results.json'}\n{page}", soft_wrap=True)
+
+
+def _attack(
+    run: Path, threat: str, suite: str, folder: Path, limit: int, seed: int, device: str, quiet: bool
+) -> tuple[Any, Path]:
+    """Attack one network with its progress shown; (results, page)."""
     from . import report as reporting
     from .compare import evaluate_run
 
-    text = threat.replace(":", "").replace("/", "_")
-    folder = out or run / f"evaluation-{text}-{suite}"
     with _Display(quiet) as display:
         results = evaluate_run(
             run, threat, suite, folder, limit=limit, seed=seed, device=_best(device), tell=display.tell,
             command=shlex.join(["holdfast", *sys.argv[1:]]),
         )  # fmt: skip
-    page = reporting.render([results], folder / "report.html")
-    _show(results, as_json)
-    if not as_json and not quiet:
-        screen.print(f"\n{folder / 'results.json'}\n{page}", soft_wrap=True)
+    return results, reporting.render([results], folder / "report.html")
 
 
 @app.command(rich_help_panel="Look")
@@ -335,24 +348,20 @@ def explain(
     Stable arithmetic, best iterate, steps, restarts, targets, other scores, a black box. Each change attacks what the
     ones before it left standing. Writes waterfall.svg and .png beside results.json and report.html.
     """
-    from . import report as reporting
     from . import waterfall
-    from .compare import evaluate_run
+    from .compare import file_text
 
-    folder = out or run / f"explain-{threat.replace(':', '').replace('/', '_')}"
-    with _Display(quiet) as display:
-        results = evaluate_run(
-            run, threat, "explain", folder, limit=limit, seed=seed, device=_best(device), tell=display.tell,
-            command=shlex.join(["holdfast", *sys.argv[1:]]),
-        )  # fmt: skip
-    page, pictures = reporting.render([results], folder / "report.html"), waterfall.save(results.runs[0], folder)
+    folder = out or run / f"explain-{file_text(threat)}"
+    results, page = _attack(run, threat, "explain", folder, limit, seed, device, quiet)
+    explained = results.runs[0]
+    pictures = waterfall.save(explained, folder)
     if as_json:
         from dataclasses import asdict
 
-        print(json.dumps([{**asdict(step), "accuracy": step.accuracy} for step in waterfall.steps(results.runs[0])]))
+        print(json.dumps([{**asdict(step), "accuracy": step.accuracy} for step in waterfall.steps(explained)]))
         return
-    screen.print(waterfall.table(results.runs[0]))
-    screen.print(waterfall.sentence(results.runs[0]), soft_wrap=True)
+    screen.print(waterfall.table(explained))
+    screen.print(waterfall.sentence(explained), soft_wrap=True)
     if not quiet:
         screen.print("\n" + "\n".join(map(str, [*pictures, page])), soft_wrap=True)
 

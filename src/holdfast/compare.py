@@ -12,20 +12,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from . import jobs, models, runs, specs
 from .assemble import Judged, assemble
 from .attacks import SUITES
-from .checks import CHECKS, audit
+from .checks import CHECKS, audit, name_of
 from .checks.record import load_audit, save_audit
 from .data import Split, default_folds, load, standardisation
 from .errors import UserError, unknown
-from .evaluate import RECORD as EVALUATION
-from .evaluate import RECORD_VERSION as EVALUATION_VERSION
-from .evaluate import evaluate
+from .evaluate import evaluate, stored_x_adv
 from .jobs import Tell
 from .objectives import OBJECTIVES, Schedule
 from .results import Results, write_atomic
-from .storage import load_tensors
 from .threat import Threat
 from .train import FitConfig, accuracy, fit
 
@@ -171,8 +170,8 @@ def _cut(comparison: Comparison, fold: int) -> dict[str, Any]:
     return {**cut, "limit": comparison.limit or None}
 
 
-def train_and_attack(job: Job, tell: Tell) -> list[Judged]:
-    """Do a job, or what is left of it: one answer a threat."""
+def train_and_attack(job: Job, tell: Tell) -> tuple[models.Classifier, list[Judged]]:
+    """Do a job, or what is left of it: the network, and one answer a threat."""
     model, trained, split = train_one(job, tell)
     comparison, answers = job.comparison, []
     for threat in comparison.threats:
@@ -183,45 +182,40 @@ def train_and_attack(job: Job, tell: Tell) -> list[Judged]:
             comparison.suite,
             trained_with=specs.loss(job.loss).loss,
             seed=job.seed,
-            record=job.folder / f"evaluation-{_record(threat)}",
+            record=_record(job.folder, "evaluation", threat),
             key=f"{split.fingerprint} {runs.weights_mark(model)}",
-            progress=_teller(job.folder.name, tell, str(threat)),
+            progress=_teller(job.folder.name, tell, threat),
         )
         answers.append(Judged(job.loss, job.seed, job.folder, evaluation, trained, split, _cut(comparison, job.fold)))
-    return answers
+    return model, answers
 
 
 def check(job: Job, tell: Tell) -> list[Judged]:
     """Audit what ``train_and_attack`` left, threat by threat; the SCE network of the same seed and fold is the twin."""
-    judged = train_and_attack(job, tell)
-    model, _ = runs.load(job.folder, device=job.device)
+    model, judged = train_and_attack(job, tell)
     sce = job.folder.parent / runs.folder_name(TWIN, job.seed, job.fold)
+    beside = sce if TWIN in job.comparison.losses and sce != job.folder else None
     answers = []
     for one in judged:
-        name = _record(one.evaluation.threat)
-        beside = sce / name if TWIN in job.comparison.losses and sce != job.folder else None
-        answers.append(_audited(one, model, job.folder / f"audit-{name}", beside, tell))
+        threat = one.evaluation.threat
+        twin = None if beside is None else stored_x_adv(_record(beside, "evaluation", threat))
+        answers.append(_audited(one, model, _record(job.folder, "audit", threat), twin, tell))
     return answers
 
 
-def _record(threat: Threat) -> str:
-    return f"{threat.norm}{threat.eps:.6g}.safetensors"
+def _record(folder: Path, what: str, threat: Threat) -> Path:
+    return folder / f"{what}-{threat.norm}{threat.eps:.6g}.safetensors"
 
 
-def _audited(one: Judged, model: models.Classifier, record: Path, twin: Path | None, tell: Tell) -> Judged:
+def _audited(one: Judged, model: models.Classifier, record: Path, twin: Tensor | None, tell: Tell) -> Judged:
     """The same with its audit: read from the record, or made and written there."""
-    x_adv = None
-    if twin is not None:
-        twin = twin.with_name(f"evaluation-{twin.name}")
-        x_adv = load_tensors(twin, EVALUATION, EVALUATION_VERSION)[0]["x_adv"]
-    stages = [asdict(cost) for cost in one.evaluation.stages]
-    asked = [
-        one.split.fingerprint,
-        runs.weights_mark(model),
-        stages,
-        len(CHECKS),
-        None if twin is None else _mark(x_adv),
-    ]
+    asked = {
+        "data": one.split.fingerprint,
+        "weights": runs.weights_mark(model),
+        "stages": [asdict(cost) for cost in one.evaluation.stages],
+        "checks": [name_of(check) for check in CHECKS],
+        "twin": None if twin is None else hashlib.blake2b(twin.numpy().tobytes()).hexdigest(),
+    }
     key = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8).hexdigest()
     found = load_audit(record, key, one.evaluation)
     if found is None:
@@ -230,7 +224,7 @@ def _audited(one: Judged, model: models.Classifier, record: Path, twin: Path | N
             one.split.test,
             one.evaluation,
             trained_with=specs.loss(one.loss).loss,
-            twin=x_adv,
+            twin=twin,
             seed=one.seed,
             progress=lambda name, done, total: tell(one.folder.name, f"checking: {name}", done, total),
         )
@@ -238,14 +232,11 @@ def _audited(one: Judged, model: models.Classifier, record: Path, twin: Path | N
     return replace(one, evaluation=found.evaluation, audit=found)
 
 
-def _mark(x: Any) -> str:
-    return hashlib.blake2b(x.numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def _teller(name: str, tell: Tell, threat: str) -> Any:
+def _teller(name: str, tell: Tell, threat: Threat) -> Any:
     return lambda stage, done, total, standing: tell(name, f"{threat}, {stage}, {standing} stand", done, total)
 
 
+# What runs in a worker sends nothing back: what it did is on disk.
 def _do(job: Job, tell: Tell) -> None:
     train_and_attack(job, tell)
 
@@ -267,6 +258,7 @@ def compare(
     workers: int = 1,
     tell: Tell = _quiet,
     finished: Callable[[Job, int, int], None] = lambda job, done, total: None,
+    checked: Callable[[Job], None] = lambda job: None,
 ) -> Results:
     """Train, attack and audit every network of the comparison; write results.json and witnesses.safetensors to ``out``.
 
@@ -293,7 +285,7 @@ def compare(
 
     jobs.run(_do, todo, workers=workers, tell=tell, finished=end)
     # Checks come when all networks are there: one of them asks for the SCE network's adversarial images.
-    jobs.run(_check, todo, workers=workers, tell=tell, finished=lambda job: tell(job.folder.name, "checked", 1, 1))
+    jobs.run(_check, todo, workers=workers, tell=tell, finished=checked)
     # What each job left on disk is read back, not sent back: the same way whether it was done now or a week ago.
     judged = [one for job in todo for one in check(job, _quiet)]
     order = comparison.threats.index
@@ -319,6 +311,8 @@ def evaluate_run(
     Raises UserError when the folder holds no finished run, or one that was not trained by ``train_one``.
     """
     against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
+    if limit < 0:
+        raise UserError(f"limit must be >= 0 (0: all), got {limit}.")
     model, config = runs.load(run, device=device)
     if not {"data", "cut", "loss"} <= config.keys():
         raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
@@ -335,7 +329,7 @@ def evaluate_run(
         seed=seed,
         record=out / "evaluation.safetensors",
         key=f"{split.fingerprint} {runs.weights_mark(model)}",
-        progress=_teller(run.name, tell, threat),
+        progress=_teller(run.name, tell, against),
     )
     summary = run / "train.json"
     trained = runs.read_json(summary) if summary.exists() else {"accuracy": None, "val": None, "seconds": 0.0}
@@ -349,5 +343,13 @@ def default_out(comparison: Comparison) -> Path:
     whole = json.dumps(asdict(comparison.checked()), sort_keys=True)
     mark = hashlib.blake2b(whole.encode(), digest_size=3).hexdigest()
     data = Path(comparison.data).name or "data"
-    threat = comparison.threat.replace(":", "").replace("/", "_").replace(",", "-")
-    return Path("out") / f"{data}-{threat}-{mark}"
+    return Path("out") / f"{data}-{file_text(comparison.threat)}-{mark}"
+
+
+def file_text(threat: str) -> str:
+    """A threat as part of a file's name.
+
+    >>> file_text("linf:8/255,l2:1")
+    'linf8_255-l21'
+    """
+    return threat.replace(":", "").replace("/", "_").replace(",", "-")

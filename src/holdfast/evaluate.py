@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import ATTACKS, PUBLISHED, SCORES, SUITES, Stage, cross_entropy
+from .attacks import ATTACKS, OWN_LOSS, PUBLISHED, SCORES, SUITES, Stage, cross_entropy
 from .data import Data, pixels
 from .errors import UserError, unknown
 from .losses import Loss, negative_margin, score_of
 from .noise import Noise
 from .outputs import Model, Outputs, as_outputs, fooled, frozen_eval
 from .storage import load_tensors, save_tensors
-from .threat import Threat
+from .threat import Threat, column
 
 Progress = Callable[[str, int, int, int], None]  # (stage, samples done, samples of the stage, samples standing)
 RECORD, RECORD_VERSION = "evaluation record", 1
+ALONE = {PUBLISHED.name: "published", OWN_LOSS.name: "own"}  # the stages with a column of their own in an Evaluation
 STANDS, WRONG = -1, -2  # what ``broken_by`` says of a sample that no stage broke, and of one that was wrong already
 
 
@@ -171,12 +172,14 @@ def evaluate(
     for stage in stages:  # a name that does not exist is found before any work is done
         if stage.score not in ("matched", "loss", *SCORES):
             raise unknown("score", stage.score, [*SCORES, "matched", "loss"])
+        if stage.alone and stage.name not in ALONE:
+            raise unknown("stage that stands alone", stage.name, ALONE)
     scores = {
         **SCORES,
         "matched": SCORES["u"] if trained_with is None else score_of(trained_with),
         "loss": trained_with or cross_entropy,
     }
-    device = _device(model, data)
+    device = device_of(model, data)
     with exact_arithmetic(), frozen_eval(model):
         run = _Run(Counted(model), data.to(device), threat, stages, scores, seed, batch_size, progress)
         run.begin(record, key)
@@ -260,7 +263,7 @@ class _Run:
             "prediction": prediction,
             "margin": margin,
             "clean": right,
-            **{_column(stage): right.clone() for stage in self.stages if stage.alone},
+            **{ALONE[stage.name]: right.clone() for stage in self.stages if stage.alone},
             "broken_by": torch.where(right, STANDS, WRONG),
             "margin_adv": margin.clone(),
             "prediction_adv": prediction.clone(),
@@ -310,10 +313,10 @@ class _Run:
         broken = fooled(logits, y) & inside
         margin = -negative_margin(logits, y)
         if self.stages[number].alone:
-            c[_column(self.stages[number])][rows] &= ~broken
+            c[ALONE[self.stages[number].name]][rows] &= ~broken
         newly = broken & (c["broken_by"][rows] == STANDS)
         lower = inside & logits.isfinite().all(1) & (newly | (margin < c["margin_adv"][rows]))
-        c["x_adv"][rows] = torch.where(lower.view(-1, *[1] * (x.ndim - 1)), x_adv, c["x_adv"][rows])
+        c["x_adv"][rows] = torch.where(column(lower, x), x_adv, c["x_adv"][rows])
         c["margin_adv"][rows] = torch.where(lower, margin, c["margin_adv"][rows])
         c["prediction_adv"][rows] = torch.where(lower, logits.argmax(1), c["prediction_adv"][rows])
         c["broken_by"][rows] = torch.where(newly, number, c["broken_by"][rows])
@@ -346,11 +349,12 @@ def _attack(name: str) -> Any:
     return ATTACKS[name]
 
 
-def _column(stage: Stage) -> str:
-    """Where an Evaluation keeps what a stage that stands alone has found: "published" or "own"."""
-    return stage.name.split()[0]
+def stored_x_adv(record: Path) -> Tensor:
+    """x_adv of the evaluation that a record keeps, (N, C, H, W)."""
+    return load_tensors(record, RECORD, RECORD_VERSION)[0]["x_adv"]
 
 
-def _device(model: Model, data: Data) -> torch.device:
+def device_of(model: Model, data: Data) -> torch.device:
+    """Where the model's parameters are; the data's own device for a model without any."""
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     return next(parameters, data.x).device

@@ -17,7 +17,7 @@ TOLERANCE = 1e-5  # relative to eps, plus the rounding of a pixel in float32: wh
 SPARSITY = 0.02  # the share of pixels that one l1 step moves
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
+def column(values: Tensor, like: Tensor) -> Tensor:
     """(N,) as (N, 1, ..., 1), to broadcast against ``like``."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
@@ -95,7 +95,7 @@ class Threat:
         far = self.size(clipped - x) > self.eps
         shrink = self._shrink_l2 if self.norm == "l2" else self._shrink_l1
         shrunk = (x + shrink(x_adv - x, x)).clamp(self.lo, self.hi)
-        return torch.where(_column(far, x), shrunk, clipped)
+        return torch.where(column(far, x), shrunk, clipped)
 
     def _shrink_l2(self, v: Tensor, x: Tensor) -> Tensor:
         # The minimiser is clip(t v) for one t in (0, 1]. Fixing the clipped set and solving for t gives a sequence that
@@ -106,8 +106,8 @@ class Threat:
         t = (self.eps / self.size(v).clamp_min(1e-30)).clamp_max(1.0)
         below = torch.ones_like(t)  # t <= answer <= below
         for _ in range(16):
-            delta = torch.minimum(torch.maximum(_column(t, v) * v, low), high)
-            free = delta == _column(t, v) * v
+            delta = torch.minimum(torch.maximum(column(t, v) * v, low), high)
+            free = delta == column(t, v) * v
             held = torch.where(free, 0.0, delta.square()).flatten(1).sum(1)
             loose = torch.where(free, v2, 0.0).flatten(1).sum(1)
             root = ((eps2 - held).clamp_min(0.0) / loose.clamp_min(1e-30)).sqrt()
@@ -116,10 +116,10 @@ class Threat:
             if v.device.type == "cpu" and not bool(moved.any()):
                 break
             middle = (t + below) / 2
-            fits = self.size(torch.minimum(torch.maximum(_column(middle, v) * v, low), high)) <= self.eps
+            fits = self.size(torch.minimum(torch.maximum(column(middle, v) * v, low), high)) <= self.eps
             t, below = torch.where(moved & fits, middle, t), torch.where(fits, below, middle)
-        delta = torch.minimum(torch.maximum(_column(t, v) * v, low), high)
-        return delta * _column((self.eps / self.size(delta).clamp_min(1e-30)).clamp_max(1.0), v)
+        delta = torch.minimum(torch.maximum(column(t, v) * v, low), high)
+        return delta * column((self.eps / self.size(delta).clamp_min(1e-30)).clamp_max(1.0), v)
 
     def _shrink_l1(self, v: Tensor, x: Tensor) -> Tensor:
         # The minimiser is sign(v) min(max(|v| - t, 0), room) for one t >= 0; bisection, ending on the feasible side.
@@ -129,10 +129,10 @@ class Threat:
         high = size.flatten(1).amax(1)
         for _ in range(40):
             middle = (low + high) / 2
-            kept = torch.minimum((size - _column(middle, v)).clamp_min(0.0), room).flatten(1).sum(1)
+            kept = torch.minimum((size - column(middle, v)).clamp_min(0.0), room).flatten(1).sum(1)
             too_big = kept > self.eps
             low, high = torch.where(too_big, middle, low), torch.where(too_big, high, middle)
-        delta = torch.minimum((size - _column(high, v)).clamp_min(0.0), room)
+        delta = torch.minimum((size - column(high, v)).clamp_min(0.0), room)
         return v.sign() * delta
 
     def ascent(self, grad: Tensor, x_adv: Tensor | None = None) -> Tensor:
@@ -150,8 +150,8 @@ class Threat:
             return grad.sign()
         if self.norm == "l2":
             # Divided by the largest entry first: the square of a gradient of 1e-30 would vanish.
-            scaled = grad / _column(grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny), grad)
-            return scaled / _column(self.size(scaled).clamp_min(1e-12), grad)
+            scaled = grad / column(grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny), grad)
+            return scaled / column(self.size(scaled).clamp_min(1e-12), grad)
         if x_adv is not None:
             stopped = ((grad > 0) & (x_adv >= self.hi)) | ((grad < 0) & (x_adv <= self.lo))
             grad = grad.masked_fill(stopped, 0.0)
@@ -160,6 +160,56 @@ class Threat:
         top = flat.abs().topk(count, dim=1).indices
         step = torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign())
         return (step / step.abs().sum(1, keepdim=True).clamp_min(1.0)).view_as(grad)
+
+    def dual_size(self, grad: Tensor) -> Tensor:
+        """||grad|| of each sample in the dual norm, how far a linear score rises in a step of size 1: (N, ...) -> (N,).
+
+        >>> Threat("linf", 1.0).dual_size(torch.tensor([[3.0, -4.0]]))
+        tensor([7.])
+        """
+        return Threat({"linf": "l1", "l2": "l2", "l1": "linf"}[self.norm], 1.0).size(grad)
+
+    def to_plane(self, x: Tensor, slope: Tensor, need: Tensor) -> Tensor:
+        """The smallest r, in the threat's norm, with slope . r = need and x + r in the box; (N, ...), (N, ...), (N,).
+
+        linf: r = sign min(t, room).  l2: r = sign min(t |slope|, room), room being the way to the wall. What t gains is
+        piecewise linear and rising, so t is exact after one sort.  l1: the steepest pixels first, each to its wall.
+        Where the box holds no such r it goes as far as the box lets it. Source: Croce and Hein 2020, section 3.1.
+
+        >>> r = Threat("l2", 1.0, -9, 9).to_plane(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.tensor([5.0]))
+        >>> [round(float(value), 4) for value in r[0]]
+        [0.6, 0.8]
+        >>> Threat("linf", 1.0, -9, 0.5).to_plane(torch.zeros(1, 2), torch.tensor([[1.0, 4.0]]), torch.tensor([3.0]))
+        tensor([[0.5000, 0.5000]])
+        """
+        flat, need_sign = slope.flatten(1), torch.where(need < 0, -1.0, 1.0).to(slope.dtype)
+        sign = flat.sign() * need_sign[:, None]
+        top = flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+        steep, need = flat.abs() / top, (need.abs() / top[:, 0]).clamp_max(1e30)
+        room = torch.where(sign > 0, self.hi - x.flatten(1), x.flatten(1) - self.lo).clamp_min(0.0)
+        if self.norm == "l1":
+            order = steep.sort(dim=1, descending=True, stable=True).indices
+            steep, wall = steep.gather(1, order), room.gather(1, order)
+            gain = steep * wall
+            before = gain.cumsum(1) - gain
+            move = ((need[:, None] - before).clamp_min(0.0) / steep).nan_to_num(0.0).minimum(wall)
+            size = torch.zeros_like(move).scatter(1, order, move)
+        else:
+            speed = torch.ones_like(steep) if self.norm == "linf" else steep
+            ends = torch.where(speed > 0, room / speed, math.inf).sort(
+                dim=1, stable=True
+            )  # the t that stops each pixel
+            gain, rate = (steep * room).gather(1, ends.indices), (steep * speed).gather(1, ends.indices)
+            held = gain.cumsum(1)
+            loose = rate.flip(1).cumsum(1).flip(1)  # of this pixel and all that stop later
+            # Gained by the time that each pixel stops; what lies below the need has stopped at the answer.
+            stopped = ((held - gain + loose * ends.values) < need[:, None]).sum(1, keepdim=True)
+            nothing = torch.zeros_like(need)[:, None]
+            held = torch.cat([nothing, held], 1).gather(1, stopped)
+            loose = torch.cat([loose, nothing], 1).gather(1, stopped)
+            t = ((need[:, None] - held).clamp_min(0.0) / loose.clamp_min(1e-30)).clamp_max(1e30)
+            size = (t * speed).minimum(room)
+        return (sign * size).nan_to_num(0.0, 0.0, 0.0).view_as(x)
 
     def random_start(self, x: Tensor, noise: Noise) -> Tensor:
         """A point drawn uniformly from the ball, then put into the box: (N, ...) -> (N, ...).
@@ -175,7 +225,7 @@ class Threat:
             else:
                 direction = noise.sign(shape, x.dtype) * -noise.fold(1).uniform(shape, x.dtype).log()
             radius = self.eps * noise.fold(2).uniform((), x.dtype) ** (1 / math.prod(shape))
-            delta = direction * _column(radius / self.size(direction).clamp_min(1e-30), x)
+            delta = direction * column(radius / self.size(direction).clamp_min(1e-30), x)
         return (x + delta).clamp(self.lo, self.hi)
 
     def violation(self, x_adv: Tensor, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ CHANGES = {
 
 @dataclass(frozen=True)
 class Step:
-    """A change of the attack: how many samples stand after it, of n, and how many points it took."""
+    """A change of the attack: how many samples stand after it, of n, and the passes that it took in all."""
 
     name: str
     stands: int
@@ -65,8 +65,10 @@ def steps(run: Run) -> list[Step]:
 def table(run: Run, bar: int = 24) -> Table:
     """The waterfall for a terminal of 80 columns."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in (("change", "left"), ("stands", "right"), ("points", "right"), ("", "left")):
-        out.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    out.add_column("change", no_wrap=True)
+    out.add_column("stands", justify="right", no_wrap=True)
+    out.add_column("points", justify="right", no_wrap=True)
+    out.add_column("", no_wrap=True)
     out.add_column("passes each", justify="right")
     before = None
     for step in steps(run):
@@ -109,7 +111,7 @@ def figure(run: Run) -> Figure:
             ends = i == 0 or step.name == "published" or i == len(found) - 1
             at, now = i + 0.66, 100 * step.accuracy
             colour = report.CLEAN if i == 0 else report.PUBLISHED if step.name == "published" else report.ROBUST
-            ax.text(0, i + 0.3, f"{step.name}", va="center", fontweight="bold")
+            ax.text(0, i + 0.3, step.name, va="center", fontweight="bold")
             told = ax.text(118, i + 0.3, CHANGES.get(step.name, ""), va="center", ha="right", color=report.MUTED)
             told.set(fontsize=6.5, zorder=5, bbox={"facecolor": report.PAPER, "edgecolor": "none", "pad": 0.5})
             if ends:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..losses import Loss, negative_margin, towards
 from ..outputs import Model, Outputs, as_outputs, fooled, frozen_eval
-from ..threat import Threat
+from ..threat import Threat, column
 
 
 class Worst:
@@ -33,7 +33,7 @@ class Worst:
         height = negative_margin(logits, y).to(self.height.dtype)
         now, before = fooled(logits, y), self.fooled[rows]
         better = (now & ~before) | ((now == before) & (height > self.height[rows]))  # NaN compares as False
-        self.x[rows] = torch.where(better.view(-1, *[1] * (x_adv.ndim - 1)), x_adv, self.x[rows])
+        self.x[rows] = torch.where(column(better, x_adv), x_adv, self.x[rows])
         self.height[rows] = torch.where(better, height, self.height[rows])
         self.fooled[rows] = now | before
         return ~(now | before)

@@ -18,10 +18,9 @@ from ..errors import UserError
 from ..losses import Loss, negative_margin
 from ..noise import Noise
 from ..outputs import as_outputs
-from ..threat import Threat
+from ..threat import Threat, column
 from .contract import Model, Worst, aim, attack, fooled, look, rise
 
-DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 SQUASH = 1 - 1e-4  # cw: how far into tanh's range the walls of the box are put, so that its slope there is not zero
 ROOM = 1.05  # cw, linf: a point this much larger than tau still counts as one that tau allowed
 
@@ -50,20 +49,20 @@ class Nearest:
         fools = fooled(logits.detach(), self.y)
         fools = fools if sure is None else fools & sure
         nearer = fools & (size < self.size)  # NaN compares as False
-        self.x = torch.where(_wide(nearer, x_adv), x_adv, self.x)
+        self.x = torch.where(column(nearer, x_adv), x_adv, self.x)
         self.size = torch.where(nearer, size, self.size)
         return fools
 
     def answer(self, model: Model, last: Tensor) -> Tensor:
         """The nearest point where the threat holds it; else the worse of x and it, or ``last``, put into the threat."""
         found = self.size.isfinite()
-        point = torch.where(_wide(found, self.x), self.x, last)
+        point = torch.where(column(found, self.x), self.x, last)
         inside = self.threat.project(point, self.base)
         worst, rows = Worst(self.base, self.y), _rows(self.y)
         for candidate in (self.base, inside):
             worst.see(rows, candidate, look(model, candidate).logits)
         reached = found & (inside == point).flatten(1).all(1)
-        return torch.where(_wide(reached, point), point, worst.x)
+        return torch.where(column(reached, point), point, worst.x)
 
 
 def slopes(model: Model, x_adv: Tensor, heights: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,47 +83,6 @@ def slopes(model: Model, x_adv: Tensor, heights: Callable[[Tensor], Tensor]) -> 
     return logits.detach(), values.detach().to(x_adv.dtype), torch.stack(grads, 1).nan_to_num(0.0)
 
 
-def to_plane(x: Tensor, slope: Tensor, need: Tensor, threat: Threat) -> Tensor:
-    """The smallest r, in the threat's norm, with slope . r = need and x + r in the box; (N, ...), (N, ...), (N,).
-
-    linf: r = sign min(t, room).  l2: r = sign min(t |slope|, room), room being the way to the wall. What t gains is
-    piecewise linear and rising, so t is exact after one sort.  l1: the steepest pixels first, each to its wall.
-    Where the box holds no such r it goes as far as the box lets it. Source: Croce and Hein 2020, section 3.1.
-
-    >>> r = to_plane(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.tensor([5.0]), Threat("l2", 1.0, -9, 9))
-    >>> [round(float(value), 4) for value in r[0]]
-    [0.6, 0.8]
-    >>> to_plane(torch.zeros(1, 2), torch.tensor([[1.0, 4.0]]), torch.tensor([3.0]), Threat("linf", 1.0, -9, 0.5))
-    tensor([[0.5000, 0.5000]])
-    """
-    flat, need_sign = slope.flatten(1), torch.where(need < 0, -1.0, 1.0).to(slope.dtype)
-    sign = flat.sign() * need_sign[:, None]
-    top = flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
-    steep, need = flat.abs() / top, (need.abs() / top[:, 0]).clamp_max(1e30)
-    room = torch.where(sign > 0, threat.hi - x.flatten(1), x.flatten(1) - threat.lo).clamp_min(0.0)
-    if threat.norm == "l1":
-        order = steep.sort(dim=1, descending=True, stable=True).indices
-        steep, wall = steep.gather(1, order), room.gather(1, order)
-        gain = steep * wall
-        before = gain.cumsum(1) - gain
-        move = ((need[:, None] - before).clamp_min(0.0) / steep).nan_to_num(0.0).minimum(wall)
-        size = torch.zeros_like(move).scatter(1, order, move)
-    else:
-        speed = torch.ones_like(steep) if threat.norm == "linf" else steep
-        ends = torch.where(speed > 0, room / speed, math.inf).sort(dim=1, stable=True)  # the t that stops each pixel
-        gain, rate = (steep * room).gather(1, ends.indices), (steep * speed).gather(1, ends.indices)
-        held = gain.cumsum(1)
-        loose = rate.flip(1).cumsum(1).flip(1)  # of this pixel and all that stop later
-        # Gained by the time that each pixel stops; what lies below the need has stopped at the answer.
-        stopped = ((held - gain + loose * ends.values) < need[:, None]).sum(1, keepdim=True)
-        nothing = torch.zeros_like(need)[:, None]
-        held = torch.cat([nothing, held], 1).gather(1, stopped)
-        loose = torch.cat([loose, nothing], 1).gather(1, stopped)
-        t = ((need[:, None] - held).clamp_min(0.0) / loose.clamp_min(1e-30)).clamp_max(1e30)
-        size = (t * speed).minimum(room)
-    return (sign * size).nan_to_num(0.0, 0.0, 0.0).view_as(x)
-
-
 class Adam:
     """Adam's direction (Kingma and Ba 2015), pixel by pixel, so that no sample knows of the others."""
 
@@ -138,10 +96,6 @@ class Adam:
         return (self.mean / (1 - 0.9**self.count)) / ((self.square / (1 - 0.999**self.count)).sqrt() + 1e-12)
 
 
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
-
-
 def _rows(y: Tensor) -> Tensor:
     return torch.arange(len(y), device=y.device)
 
@@ -150,9 +104,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).flatten(1).sum(1)
 
 
-def _away(value: Tensor, grad: Tensor, norm: str) -> Tensor:
+def _away(value: Tensor, grad: Tensor, threat: Threat) -> Tensor:
     """How far the boundary is if the score is linear: |value| / ||gradient||, in the dual norm; at most 1e6."""
-    steep = Threat(DUAL[norm], 1.0).size(grad)
+    steep = threat.dual_size(grad)
     return (value.abs() / steep.clamp_min(torch.finfo(grad.dtype).tiny)).to(grad.dtype).clamp(1e-12, 1e6)
 
 
@@ -211,11 +165,11 @@ def deepfool(
     for _ in range(steps):
         logits, above, grads = slopes(model, x_adv, heights)
         fools = near.see(x_adv, logits)
-        away = _away(above.flatten(), grads.flatten(0, 1), threat.norm).view_as(above)
+        away = _away(above.flatten(), grads.flatten(0, 1), threat).view_as(above)
         best = away.argmin(1)
         # `walked` is where the boundary was, `x_adv` a little beyond: the next step starts from there.
-        step = to_plane(x_adv, grads[rows, best], -above[rows, best], threat)
-        step = torch.where(_wide(fools, step), 0.0, step)
+        step = threat.to_plane(x_adv, grads[rows, best], -above[rows, best])
+        step = torch.where(column(fools, step), 0.0, step)
         walked = (walked + step).clamp(threat.lo, threat.hi)
         x_adv = (x + (1 + overshoot) * (walked - x)).clamp(threat.lo, threat.hi)
     near.see(x_adv, look(model, x_adv).logits)
@@ -258,9 +212,9 @@ def cw(
     near, start = Nearest(x, y, threat), torch.atanh((x - middle) / half * SQUASH)
     out, value, grad = rise(model, x, climb, goals)
     near.see(x, out.logits, value >= confidence)
-    away = _away(value - confidence, grad, threat.norm)
+    away = _away(value - confidence, grad, threat)
     steep = grad.flatten(1).abs()
-    reach = _wide(away, x) / 2 / (1 if threat.norm == "linf" else x[0].numel() ** 0.5)
+    reach = column(away, x) / 2 / (1 if threat.norm == "linf" else x[0].numel() ** 0.5)
     if threat.norm == "l2":  # twice the constant at which pull and push meet at the linear boundary
         c, tau = 4 * away / steep.norm(dim=1).clamp_min(1e-30), torch.zeros_like(away)
     else:  # beyond tau the pull of 1 wins over the push on any pixel, below it nothing pulls
@@ -274,8 +228,8 @@ def cw(
             out, value, grad = rise(model, x_adv, climb, goals)
             hit |= near.see(x_adv, out.logits, value >= confidence)
             delta = x_adv - x
-            pull = 2 * delta if threat.norm == "l2" else delta.sign() * (delta.abs() > _wide(tau, delta))
-            push = torch.where(_wide(value < confidence, grad), _wide(c, grad) * grad, 0.0)
+            pull = 2 * delta if threat.norm == "l2" else delta.sign() * (delta.abs() > column(tau, delta))
+            push = torch.where(column(value < confidence, grad), column(c, grad) * grad, 0.0)
             stretch = half * (1 - bent.square())  # dx / dw
             size = (reach / stretch).clamp_max(step_size)
             w = w - _cosine(1.0, 0.01, step / steps) * size * adam((pull - push) * stretch)
@@ -319,7 +273,7 @@ def lbfgs(
     near, x_adv = Nearest(x, y, threat), x
     out, value, grad = rise(model, x, margin, aimed(rows))
     near.see(x, out.logits)
-    away = _away(value, grad, "l2")
+    away = _away(value, grad, Threat("l2", 1.0))
     grad = rise(model, x, climb, goal(rows))[2]
     c = (grad.flatten(1).norm(dim=1) / (2 * away)).clamp(1e-12, 1e12)
     lower, upper = torch.zeros_like(c), torch.full_like(c, math.inf)
@@ -340,16 +294,16 @@ def _quasi_newton(
     def objective(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out, value, grad = rise(model, point, climb, goals)
         delta = point - x
-        return c * _dot(delta, delta) - value.to(x.dtype), 2 * _wide(c, x) * delta - grad, near.see(point, out.logits)
+        return c * _dot(delta, delta) - value.to(x.dtype), 2 * column(c, x) * delta - grad, near.see(point, out.logits)
 
     def descent(slope: Tensor) -> Tensor:  # the two loops of Nocedal 1980
         shares = []
         for s, d, inverse in reversed(pairs):
             shares.append(inverse * _dot(s, slope))
-            slope = slope - _wide(shares[-1], x) * d
-        slope = _wide(scale, x) * slope
+            slope = slope - column(shares[-1], x) * d
+        slope = column(scale, x) * slope
         for (s, d, inverse), share in zip(pairs, reversed(shares), strict=True):
-            slope = slope + _wide(share - inverse * _dot(d, slope), x) * s
+            slope = slope + column(share - inverse * _dot(d, slope), x) * s
         return -slope
 
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -360,19 +314,19 @@ def _quasi_newton(
         free = ~(((slope > 0) & (now <= lo)) | ((slope < 0) & (now >= hi)))
         loose = slope * free
         way = descent(loose) * free
-        way = torch.where(_wide(_dot(way, loose) < 0, x), way, -_wide(scale, x) * loose)
-        tried = (now + _wide(length, x) * way).nan_to_num(0.0).clamp(lo, hi)
+        way = torch.where(column(_dot(way, loose) < 0, x), way, -column(scale, x) * loose)
+        tried = (now + column(length, x) * way).nan_to_num(0.0).clamp(lo, hi)
         new_value, new_slope, fools = objective(tried)
         hit = hit | fools
         taken = new_value <= value + 1e-4 * _dot(slope, tried - now)
-        s, d = ((b - a) * _wide(taken, x) for a, b in ((now, tried), (slope, new_slope)))
+        s, d = ((b - a) * column(taken, x) for a, b in ((now, tried), (slope, new_slope)))
         curvature, square = _dot(s, d), _dot(d, d)
         bends = curvature > 1e-8 * square.clamp_min(1e-30)  # a pair that does not counts as none
         pairs = [*pairs, (s, d, torch.where(bends, 1 / curvature, 0.0))][-memory:]
         scale = torch.where(bends, curvature / square, scale)
         length = torch.where(taken, 1.0, length / 4)
         value = torch.where(taken, new_value, value)
-        now, slope = (torch.where(_wide(taken, x), b, a) for a, b in ((now, tried), (slope, new_slope)))
+        now, slope = (torch.where(column(taken, x), b, a) for a, b in ((now, tried), (slope, new_slope)))
     return now, hit
 
 
@@ -413,14 +367,14 @@ def fmn(
         stopped = ((grad > 0) & (x_adv >= threat.hi)) | ((grad < 0) & (x_adv <= threat.lo))  # by the box
         grad = grad.masked_fill(stopped, 0.0)
         gamma = _cosine(shrink, shrink / 50, step / steps)
-        guess = threat.size(x_adv - x) + _away(value, grad, threat.norm)
+        guess = threat.size(x_adv - x) + _away(value, grad, threat)
         outside = torch.where(near.size.isfinite(), radius * (1 + gamma), guess)
         radius = torch.where(fools, torch.minimum(radius * (1 - gamma), near.size), outside)
         radius = torch.minimum(radius.clamp_min(1e-12), widest)
         # The step's l2 length is that of the norm's own steepest step: sqrt(dim) for linf, 1 for l2, less for l1.
         length = radius * _cosine(step_size, step_size / 1000, step / steps) * round_ball.size(threat.ascent(grad))
-        delta = x_adv + _wide(length, x) * round_ball.ascent(grad) - x
-        delta = ball.project(delta / _wide(radius, x), torch.zeros_like(x)) * _wide(radius, x)
+        delta = x_adv + column(length, x) * round_ball.ascent(grad) - x
+        delta = ball.project(delta / column(radius, x), torch.zeros_like(x)) * column(radius, x)
         x_adv = (x + delta).clamp(threat.lo, threat.hi)
     near.see(x_adv, look(model, x_adv).logits)
     return near.answer(model, x_adv)
@@ -461,17 +415,17 @@ def fab(
             for _ in range(steps):
                 _, above, grads = slopes(model, x_adv, heights)
                 need, slope = -above[:, 0], grads[:, 0]
-                here = to_plane(x_adv, slope, need, threat)
-                there = to_plane(x, slope, need + _dot(slope, x_adv - x), threat)
+                here = threat.to_plane(x_adv, slope, need)
+                there = threat.to_plane(x, slope, need + _dot(slope, x_adv - x))
                 mine, its = threat.size(here), threat.size(there)
-                alpha = _wide((mine / (mine + its).clamp_min(1e-12)).clamp(0.0, 0.1), x)
+                alpha = column((mine / (mine + its).clamp_min(1e-12)).clamp(0.0, 0.1), x)
                 x_adv = (1 - alpha) * (x_adv + 1.05 * here) + alpha * (x + 1.05 * there)
                 x_adv = x_adv.clamp(threat.lo, threat.hi)
                 fools = near.see(x_adv, look(model, x_adv).logits)
-                x_adv = torch.where(_wide(fools, x), x + 0.9 * (x_adv - x), x_adv)
+                x_adv = torch.where(column(fools, x), x + 0.9 * (x_adv - x), x_adv)
     inner, outer = x, near.x
     for _ in range(5):
         half = (inner + outer) / 2
-        fools = _wide(near.see(half, look(model, half).logits), x)
+        fools = column(near.see(half, look(model, half).logits), x)
         inner, outer = torch.where(fools, inner, half), torch.where(fools, half, outer)
     return near.answer(model, x_adv)

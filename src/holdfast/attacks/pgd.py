@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..losses import Loss
 from ..noise import Noise
-from ..threat import Threat
+from ..threat import Threat, column
 from .contract import Model, Worst, aim, attack, drop_due, look, rise
 
 
@@ -76,7 +76,7 @@ def pgd(
                         break
             if momentum:
                 mean = grad.abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
-                velocity = momentum * velocity + grad / mean.view(-1, *[1] * (grad.ndim - 1))
+                velocity = momentum * velocity + grad / column(mean, grad)
                 grad = velocity
             x_adv = threat.project(x_adv + size * threat.ascent(grad, x_adv), base)
         if keep == "last":

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..attacks.contract import frozen_eval
 from ..data import Data
 from ..errors import UserError
-from ..evaluate import Evaluation, StageCost, exact_arithmetic
+from ..evaluate import Evaluation, StageCost, device_of, exact_arithmetic
 from ..losses import Loss
 from ..outputs import Model
 from ..results import Remainder, remainder
@@ -116,7 +116,8 @@ def audit(
     Args:
         model, data, trained_with: as ``evaluate`` was given them, the samples in the same order.
         twin: (N, C, H, W), adversarial images of an SCE network for the same samples, for the transfer check.
-        seed: of the audit's own noise; size: samples that a check looks at, twice as many survivors.
+        seed: of the audit's own noise; size: samples that a check looks at; up to half as many
+            again of the survivors.
         progress: called with (check, its number from 1, how many) before each.
 
     Returns an Audit. Its evaluation has one more stage, "audit": an adversarial example that a check comes across is
@@ -125,19 +126,14 @@ def audit(
     if len(data) != len(evaluation.y) or not torch.equal(data.index.cpu(), evaluation.index):
         raise UserError("the evaluation is of other samples than these: audit what was evaluated, in the same order.")
     began = time.perf_counter()
-    device = (
-        next((p.device for p in model.parameters()), data.x.device) if hasattr(model, "parameters") else data.x.device
-    )
     with exact_arithmetic(), frozen_eval(model):
-        probe = Probe(model, data.to(device), evaluation, trained_with, seed, size, twin)
+        probe = Probe(model, data.to(device_of(model, data)), evaluation, trained_with, seed, size, twin)
         findings = []
         for number, check in enumerate(CHECKS):
             if progress is not None:
                 progress(name_of(check), number + 1, len(CHECKS))
             findings.append(_ask(check, probe))
-        stood = int((evaluation.broken_by == -1).sum())
-        caught = strength.recapture(probe)
-        left = remainder(*caught, stood)
+        left = remainder(*strength.recapture(probe), int(evaluation.robust.sum()))
         measured = gradients.measures(probe)
         # Whatever came back as no number since the first check asked counts too.
         findings[0] = _ask(CHECKS[0], probe)
@@ -165,16 +161,16 @@ def _ask(check: Check, probe: Probe) -> Finding:
     )
 
 
+FOUND = ("x_adv", "margin_adv", "prediction_adv")  # what is kept of a sample that the audit breaks
+
+
 def absorb(evaluation: Evaluation, found: list[tuple[Tensor, Tensor, Tensor, Tensor]], cost: StageCost) -> Evaluation:
     """The evaluation with one more stage, and with what that stage broke. found: (rows, x_adv, margin, prediction)."""
-    columns: dict[str, Any] = {
-        name: getattr(evaluation, name).clone() for name in ("x_adv", "margin_adv", "prediction_adv", "broken_by")
-    }
+    columns: dict[str, Any] = {name: getattr(evaluation, name).clone() for name in (*FOUND, "broken_by")}
     number = len(evaluation.stages) - 1  # stages[0] is the clean pass
-    for rows, x_adv, margin, prediction in found:
+    for rows, *values in found:
         rows = rows.cpu()
-        columns["x_adv"][rows] = x_adv.cpu()
-        columns["margin_adv"][rows] = margin.cpu()
-        columns["prediction_adv"][rows] = prediction.cpu()
+        for name, value in zip(FOUND, values, strict=True):
+            columns[name][rows] = value.cpu()
         columns["broken_by"][rows] = number
     return replace(evaluation, stages=(*evaluation.stages, cost), **columns)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..attacks import cross_entropy
 from ..attacks.contract import rise
 from ..losses import Loss, gap
+from ..threat import column
 from .finding import Measured
 from .probe import Probe
 
@@ -15,27 +16,32 @@ DIRECTIONS = 4  # random directions per sample in which the slope is measured
 IMBALANCE = 10.0  # one logit's gradient is so many times the other's
 
 
-def _zero(probe: Probe, climbed: Loss, score: Loss, key: int, named: str) -> Measured:
-    """Samples with a gradient of exactly zero at half or more of the points that climbing ``climbed`` leads through."""
-    points = probe.path(climbed, probe.rows, 3, key)
-    dead = torch.stack([(probe.gradient(score, x, probe.rows) == 0).flatten(1).all(1) for x in points])
-    k, n = int((dead.float().mean(0) >= 0.5).sum()), len(probe.rows)
+def _zero(probe: Probe, score: Loss, named: str) -> Measured:
+    """Samples with a gradient of exactly zero at half or more of four points: a random start, and steps of eps/2."""
+    threat, rows, dead = probe.threat, probe.rows, []
+    x = probe.x(rows)
+    now = threat.random_start(x, probe.noise[rows].fold(3))
+    for _ in range(4):
+        grad = probe.gradient(score, now, rows)
+        dead.append((grad == 0).flatten(1).all(1))
+        now = threat.project(now + threat.eps / 2 * threat.ascent(grad, now), x)
+    k, n = int((torch.stack(dead).float().mean(0) >= 0.5).sum()), len(rows)
     return Measured(k, n, 0.05, f"the gradient of {named} is exactly zero on {k} of {n} samples")
 
 
 def gradients_of_cross_entropy_are_not_zero(probe: Probe) -> Measured:
     """F.cross_entropy in float32, which published attacks climb, has a gradient along their path."""
-    return _zero(probe, cross_entropy, cross_entropy, 3, "F.cross_entropy")
+    return _zero(probe, cross_entropy, "F.cross_entropy")
 
 
 def gradients_of_the_trained_loss_are_not_zero(probe: Probe) -> Measured:
     """The loss that the network was trained with has a gradient along its own path."""
-    return _zero(probe, probe.loss, probe.loss, 3, "the trained loss")
+    return _zero(probe, probe.loss, "the trained loss")
 
 
 def gradients_of_the_score_are_not_zero(probe: Probe) -> Measured:
     """The score that the suite climbs has a gradient along its path."""
-    return _zero(probe, probe.matched, probe.matched, 3, "the score that is climbed")
+    return _zero(probe, probe.matched, "the score that is climbed")
 
 
 def gradients_predict_slopes(probe: Probe) -> Measured:
@@ -51,7 +57,7 @@ def gradients_predict_slopes(probe: Probe) -> Measured:
     wrong = []
     for number in range(DIRECTIONS):
         step = probe.noise[rows].fold(5, number).sign(tuple(x.shape[1:]), x.dtype)
-        step = h * step / threat.size(step).view(-1, *[1] * (x.ndim - 1))
+        step = h * step / column(threat.size(step), x)
         with torch.no_grad():
             high, low = (probe.matched(probe.model(x + t * step), probe.y(rows)) for t in (1, -1))
         seen, told = (high - low).double(), 2 * (grad * step).flatten(1).double().sum(1)
@@ -93,8 +99,5 @@ def measures(probe: Probe, most: int = 512) -> dict[str, float]:
     for name, score in (("zero_gradient", cross_entropy), ("zero_gradient_own", probe.loss)):
         found[name] = float((probe.gradient(score, x, rows) == 0).flatten(1).all(1).double().mean())
     _, value, grad = rise(probe.model, x, gap, probe.y(rows))
-    flat = grad.flatten(1).double()
-    dual = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}[probe.threat.norm]
-    ratio = -value.double() / torch.linalg.vector_norm(flat, ord=dual, dim=1).clamp_min(1e-300)
-    found["input_margin"] = float(ratio.median())
+    found["input_margin"] = float((-value.double() / probe.threat.dual_size(grad.double()).clamp_min(1e-300)).median())
     return found

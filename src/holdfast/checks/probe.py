@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attacks import ATTACKS, SCORES, cross_entropy
 from ..attacks.contract import look, rise
 from ..data import Data, pixels
-from ..evaluate import STANDS, Counted, Evaluation
+from ..evaluate import Counted, Evaluation
 from ..losses import Loss, negative_margin, score_of
 from ..noise import Noise
 from ..outputs import Model, Outputs, fooled, logits_of
@@ -46,7 +46,7 @@ class Probe:
         self.noise = Noise(seed, data.index).fold(AUDIT)
         device = data.y.device
         order = self.noise.uniform(()).argsort()
-        clean, stands = evaluation.clean.to(device), (evaluation.broken_by == STANDS).to(device)
+        clean, stands = evaluation.clean.to(device), evaluation.robust.to(device)
         self.rows = order[clean[order]][:size]
         self.standing = order[stands[order]][: 3 * size // 2]
         self.found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # rows, x_adv, margin, prediction
@@ -104,20 +104,12 @@ class Probe:
         """d score / d x at x, which belong to these rows."""
         return rise(self.model, x, score, self.y(rows))[2]
 
-    def path(self, score: Loss, rows: Tensor, steps: int, key: int) -> list[Tensor]:
-        """The points of a short projected ascent from a random start, steps of eps/2."""
-        x = self.x(rows)
-        points = [self.threat.random_start(x, self.noise[rows].fold(key))]
-        for _ in range(steps):
-            grad = self.gradient(score, points[-1], rows)
-            moved = points[-1] + self.threat.eps / 2 * self.threat.ascent(grad, points[-1])
-            points.append(self.threat.project(moved, x))
-        return points
-
-    def double(self) -> Model:
-        """The model in float64, counted in the same place."""
-        twin = copy.deepcopy(self.plain).double()  # type: ignore[attr-defined]
-        return Counted(twin, self.model)
+    @cached_property
+    def double(self) -> Model | None:
+        """The model in float64, counted in the same place; None for a function, which cannot be turned to it."""
+        if not isinstance(self.plain, nn.Module) or next(self.plain.parameters(), None) is None:
+            return None
+        return Counted(copy.deepcopy(self.plain).double(), self.model)
 
     @cached_property
     def by_cross_entropy(self) -> Tensor:

@@ -10,17 +10,16 @@ import torch
 from ..evaluate import Evaluation, StageCost
 from ..results import Remainder
 from ..storage import load_tensors, save_tensors
-from . import Audit, absorb
+from . import FOUND, Audit, absorb
 from .finding import Finding
 
 RECORD, RECORD_VERSION = "audit record", 1
-COLUMNS = ("x_adv", "margin_adv", "prediction_adv")
 
 
 def save_audit(path: Path, key: str, audit: Audit) -> None:
     """Write what an audit found; key: what it belongs to."""
     rows = torch.nonzero(audit.evaluation.broken_by == len(audit.evaluation.stages) - 2)[:, 0]
-    tensors = {"rows": rows, **{name: getattr(audit.evaluation, name)[rows] for name in COLUMNS}}
+    tensors = {"rows": rows, **{name: getattr(audit.evaluation, name)[rows] for name in FOUND}}
     about = {
         "key": key,
         "findings": [finding.to_dict() for finding in audit.findings],
@@ -39,9 +38,9 @@ def load_audit(path: Path, key: str, evaluation: Evaluation) -> Audit | None:
     if about["key"] != key:
         return None
     cost = StageCost(**about["cost"])
-    found = tensors["rows"], tensors["x_adv"], tensors["margin_adv"], tensors["prediction_adv"]
+    x_adv, margin, prediction = (tensors[name] for name in FOUND)
     return Audit(
-        absorb(evaluation, [found], cost),
+        absorb(evaluation, [(tensors["rows"], x_adv, margin, prediction)], cost),
         tuple(Finding.from_dict(finding) for finding in about["findings"]),
         Remainder(**about["remainder"]),
         about["measures"],

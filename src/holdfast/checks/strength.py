@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attacks import ATTACKS, SCORES, cross_entropy
 from ..attacks.contract import rise
-from ..losses import gap
+from ..losses import Loss, gap
 from ..outputs import Outputs, as_outputs
-from ..threat import Threat
+from ..threat import Threat, column
 from .finding import Measured
 from .probe import Probe, rescaled
 
 NONE_STANDING = "no sample stands that it could be tried on"
+NO_DOUBLE = "the model is a function: it cannot be turned to float64"
 
 
 def a_huge_eps_leaves_nothing(probe: Probe) -> Measured:
@@ -65,9 +65,9 @@ def a_temperature_changes_nothing(probe: Probe) -> Measured:
 
 def float64_changes_nothing(probe: Probe) -> Measured | str:
     """The same steps on F.cross_entropy in float64 break no more."""
-    if not isinstance(probe.plain, nn.Module) or not any(True for _ in probe.plain.parameters()):
-        return "the model is a function: it cannot be turned to float64"
-    broken = probe.short(cross_entropy, model=probe.double(), dtype=torch.float64)
+    if probe.double is None:
+        return NO_DOUBLE
+    broken = probe.short(cross_entropy, model=probe.double, dtype=torch.float64)
     k, n = int((broken & ~probe.by_cross_entropy).sum()), len(broken)
     return Measured(k, n, 0.1, f"float64 breaks {k} more of {n} samples")
 
@@ -75,12 +75,11 @@ def float64_changes_nothing(probe: Probe) -> Measured | str:
 def float64_scores_break_no_survivor(probe: Probe) -> Measured | str:
     """APGD on the score in float64 breaks nothing that stands."""
     rows = probe.standing[: len(probe.standing) // 4]
-    if not isinstance(probe.plain, nn.Module) or not any(True for _ in probe.plain.parameters()):
-        return "the model is a function: it cannot be turned to float64"
+    if probe.double is None:
+        return NO_DOUBLE
     if len(rows) == 0:
         return NONE_STANDING
-    model = probe.double()
-    broken = probe.attack("apgd", rows, probe.matched, 8, model=model, dtype=torch.float64, steps=20)
+    broken = probe.attack("apgd", rows, probe.matched, 8, model=probe.double, dtype=torch.float64, steps=20)
     k, n = int(broken.sum()), len(broken)
     return Measured(k, n, 0.02, f"float64 breaks {k} of {n} samples that stood")
 
@@ -93,15 +92,11 @@ def a_black_box_is_not_stronger(probe: Probe) -> Measured | str:
     else:
         if len(probe.standing) == 0:
             return NONE_STANDING
-        if "square" not in _usable(probe):
+        if probe.threat.norm not in ATTACKS["square"].norms:
             return f"square is not defined for {probe.threat.norm}"
         broken = probe.attack("square", probe.standing, SCORES["margin"], 9, steps=100)
         k, n = int(broken.sum()), len(broken)
     return Measured(k, n, 0.02, f"Square breaks {k} of {n} samples that gradients had left")
-
-
-def _usable(probe: Probe) -> Iterable[str]:
-    return [name for name, entry in ATTACKS.items() if probe.threat.norm in entry.norms]
 
 
 def noise_is_not_stronger(probe: Probe) -> Measured | str:
@@ -137,17 +132,21 @@ def the_climb_has_ended(probe: Probe) -> Measured | str:
     rows = probe.standing[: len(probe.standing) // 2]
     if len(rows) == 0:
         return NONE_STANDING
-    threat, x = probe.threat, probe.x(rows)
-    now = x
-    best: list[Tensor] = []
-    for step in range(41):
-        _, value, grad = rise(probe.model, now, probe.matched, probe.y(rows))
-        best.append(value if not best else torch.maximum(best[-1], value))
-        size = threat.eps * (0.5 if step < 10 else 0.25 if step < 20 else 0.1)
-        now = threat.project(now + size * threat.ascent(grad, now), x)
+    best = _climb(probe, rows, probe.x(rows), probe.matched, [0.5] * 10 + [0.25] * 10 + [0.1] * 20)
     gained, late = best[40] - best[0], best[40] - best[30]
     k, n = int((late > 0.05 * gained).sum()), len(rows)
     return Measured(k, n, 0.25, f"the score of {k} of {n} samples that stand was still rising when the steps ended")
+
+
+def _climb(probe: Probe, rows: Tensor, start: Tensor, score: Loss, sizes: list[float]) -> list[Tensor]:
+    """The best score so far, (n,), at the start and after each step of an ascent; sizes: of the steps, over eps."""
+    threat, x, now = probe.threat, probe.x(rows), start
+    best: list[Tensor] = []
+    for size in [*sizes, 0.0]:
+        _, value, grad = rise(probe.model, now, score, probe.y(rows))
+        best.append(torch.maximum(best[-1], value) if best else value)
+        now = threat.project(now + size * threat.eps * threat.ascent(grad, now), x)
+    return best
 
 
 def hidden_adversarial_examples_are_found(probe: Probe, inner: int = 24) -> Measured | str:
@@ -158,7 +157,6 @@ def hidden_adversarial_examples_are_found(probe: Probe, inner: int = 24) -> Meas
     """
     threat, rows = probe.threat, probe.rows[: max(1, len(probe.rows) // 2)]
     x = probe.x(rows)
-    wide = (-1, *[1] * (x.ndim - 1))
 
     def features(points: Tensor) -> Tensor:
         out: Outputs = as_outputs(probe.model(points))
@@ -170,7 +168,7 @@ def hidden_adversarial_examples_are_found(probe: Probe, inner: int = 24) -> Meas
             start = threat.random_start(x, probe.noise[rows].fold(12, number))
             inside.append(features(x + 0.9 * (start - x)).double())
         far = probe.noise[rows].fold(13).sign(tuple(x.shape[1:]), x.dtype)
-        edge = features(threat.project(x + 2 * threat.eps * far / threat.size(far).view(wide), x)).double()
+        edge = features(threat.project(x + 2 * threat.eps * far / column(threat.size(far), x), x)).double()
         points = torch.stack([features(x).double(), *inside], 1)  # (n, inner + 1, D)
         middle = points.mean(1)
         spread = points - middle[:, None]
@@ -189,12 +187,8 @@ def hidden_adversarial_examples_are_found(probe: Probe, inner: int = 24) -> Meas
         found = out.logits if out.features is None else out.features
         return (w * found.double()).sum(1) + bias
 
-    now, best = threat.random_start(x, probe.noise[rows].fold(14)), torch.full_like(bias, -torch.inf)
-    for step in range(21):
-        _, value, grad = rise(probe.model, now, head, probe.y(rows))
-        best = torch.maximum(best, value)
-        size = threat.eps * (0.5 if step < 7 else 0.25 if step < 14 else 0.1)
-        now = threat.project(now + size * threat.ascent(grad, now), x)
+    start = threat.random_start(x, probe.noise[rows].fold(14))
+    best = _climb(probe, rows, start, head, [0.5] * 7 + [0.25] * 7 + [0.1] * 6)[-1]
     k, n = int(((best <= 0) & possible).sum()), int(possible.sum())
     return Measured(k, n, 0.25, f"the gradient misses {k} of {n} adversarial examples that were put there")
 

@@ -152,7 +152,7 @@ def remainder(first: int, second: int, both: int, tested: int, standing: int) ->
 
     and k given M is hypergeometric. Returned: mean and central 95% of M minus what was found. Nothing found says little
     unless much was tried: 0 of 5 leaves more open than 0 of 500. Some samples are harder than others, which makes every
-    capture-recapture estimate low; how low is measured on networks whose truth is known (tests/test_exact.py).
+    capture-recapture estimate low; how low is measured on networks whose truth is known (benchmarks/bench_exact.py).
 
     Raises UserError unless both <= first, second <= tested <= standing.
     Source: Seber 1982 (the model); Bayesian form as in Castledine 1981.

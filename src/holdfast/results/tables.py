@@ -52,16 +52,14 @@ def rows(results: Results) -> list[Row]:
     out: list[Row] = []
     for members in _groups(results.runs):
         merged, first = [results.runs[i] for i in members], results.runs[members[0]]
-        clean, published, robust, interval = first.clean, first.published, first.robust, first.interval
+        clean, published, robust, own = first.clean, first.published, first.robust, first.own
+        interval = first.interval
         if len(merged) > 1:
             clean, published = over_seeds(r.clean.value for r in merged), over_seeds(r.published.value for r in merged)
-            found = [r.robust.value for r in merged if r.robust is not None]
-            robust = over_seeds(found) if len(found) == len(merged) else None
+            robust, own = _mean([r.robust for r in merged]), _mean([r.own for r in merged])
             interval = f"mean and 95% t interval over {len(merged)} seeds"
         status, text = _worst([r.verdict for r in merged])
         claimed, why = _worst([r.published_verdict for r in merged])
-        own = None if any(r.own is None for r in merged) else over_seeds(r.own.value for r in merged if r.own)
-        own = first.own if len(merged) == 1 else own
         figures = first.loss, first.loss, first.threat_text, clean, published, robust, status, text, first.n
         out.append(Row(*figures, tuple(r.seed for r in merged), interval, tuple(members), claimed, why, own))
     for told in ("{0.threat}", "{1.name}", "n={0.n}", "{0.runs[0]}"):
@@ -70,6 +68,12 @@ def rows(results: Results) -> list[Row]:
         named = [f"{r.label} ({t})" if taken[r.label] > 1 else r.label for r, t in zip(out, shown, strict=True)]
         out = [dataclasses.replace(r, label=name) for r, name in zip(out, named, strict=True)]
     return out
+
+
+def _mean(figures: Sequence[Interval | None]) -> Interval | None:
+    """Over seeds; None where one of them has no figure."""
+    found = [figure.value for figure in figures if figure is not None]
+    return over_seeds(found) if len(found) == len(figures) else None
 
 
 def _groups(runs: Sequence[Run]) -> list[list[int]]:
