@@ -157,3 +157,7 @@ def test_the_command_line_explains_a_run(tmp_path, monkeypatch):
     unread = run(app, ["explain", "run", "--threat", "nonsense", "--device", "cpu"])
     assert isinstance(unread.exception, UserError)
     assert not (tmp_path / "run" / "explain-nonsense").exists()
+    for wrong in (["--limit", "-1"], ["--suite", "nonsense"]):
+        refused = run(app, ["evaluate", "run", "--device", "cpu", *wrong, "--out", "never"])
+        assert isinstance(refused.exception, UserError), wrong
+        assert not (tmp_path / "never").exists()

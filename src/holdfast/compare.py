@@ -311,6 +311,8 @@ def evaluate_run(
     Raises UserError when the folder holds no finished run, or one that was not trained by ``train_one``.
     """
     against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
+    if suite not in SUITES:
+        raise unknown("suite", suite, SUITES)
     if limit < 0:
         raise UserError(f"limit must be >= 0 (0: all), got {limit}.")
     model, config = runs.load(run, device=device)
