@@ -164,7 +164,7 @@ def test_the_same_again_does_no_work(original, copied, monkeypatch):
         pytest.fail("the work was done again")
 
     monkeypatch.setattr(comparing, "fit", no)
-    monkeypatch.setattr("holdfast.evaluate._Run._judge", no)
+    monkeypatch.setattr("holdfast.evaluate.Cascade._judge", no)
     again = compare(TINY, copied, command="holdfast compare --tiny")
     assert again.runs == original[0].runs
     assert again.data == original[0].data

@@ -193,7 +193,7 @@ def test_an_attack_is_given_survivors_only(monkeypatch):
 def test_a_sample_that_is_wrong_already_is_never_attacked():
     model = Threshold()
     e = evaluate(model, numbers([0.1, 0.2, 0.3]), THREAT, FEW)
-    assert model.forwards == 3
+    assert model.forwards == 3 + 2 * 3  # the preflight asks twice
     assert all(stage.attacked == 0 for stage in e.stages[1:])
     assert e.broken_by.tolist() == [-2, -2, -2]
 
@@ -348,9 +348,9 @@ def test_matched_climbs_the_score_of_the_loss_that_the_network_was_trained_with(
 
     monkeypatch.setitem(ATTACKS, "probe", Entry(probe, "a test"))
     stages = (Stage("probe", "probe"), Stage("probe-dlr", "probe", "dlr"))
-    from holdfast.losses import dlr, gap, mmc
+    from holdfast.losses import dlr, mmc, steady_gap
 
-    for loss, score in ((None, gap), (isce, gap), (mmc, negative_margin)):
+    for loss, score in ((None, steady_gap), (isce, steady_gap), (mmc, negative_margin)):
         climbed.clear()
         evaluate(Threshold(), numbers([0.9]), THREAT, stages, trained_with=loss)
         assert climbed == [score, dlr]
@@ -382,11 +382,11 @@ def test_targets_are_the_likeliest_wrong_classes_in_turn(monkeypatch):
 
 
 def test_forwards_and_backwards_are_exact():
-    """3 clean; 2 right: 50 steps and a judgement; one stands: apgd looks 7 times, the noise 9, each judged once."""
+    """3 clean, asked twice before; 2 right: 50 steps and a judgement; one stands: apgd looks 7 times, the noise 9, each judged once."""
     model = Threshold()
     stages = (Stage("apgd", "apgd", "u", settings={"steps": 6}), Stage("noise", "noise", settings={"steps": 9}))
     e = evaluate(model, numbers([0.9, 0.55, 0.3]), THREAT, stages)
-    assert [stage.forwards for stage in e.stages] == [3, 2 * 51, 7 + 1, 9 + 1]
+    assert [stage.forwards for stage in e.stages] == [3 * 3, 2 * 51, 7 + 1, 9 + 1]
     assert [stage.backwards for stage in e.stages] == [0, 2 * 50, 6, 0]
     assert [stage.attacked for stage in e.stages[1:]] == [2, 1, 1]
     assert [stage.broken for stage in e.stages[1:]] == [1, 0, 0]
@@ -410,9 +410,12 @@ def test_progress_is_told_after_each_batch():
     evaluate(
         Threshold(), numbers([0.9, 0.55, 0.3, 0.8]), THREAT, FEW, batch_size=2, progress=lambda *args: told.append(args)
     )
-    assert told[:2] == [("published", 2, 3, 2), ("published", 3, 3, 2)]
+    assert [(name, standing) for name, _, _, standing in told[:2]] == [("published", 2), ("published", 2)]
     assert {name for name, *_ in told} == {"published", "apgd", "apgd-dlr-t", "square"}
+    spent = [done for _, done, _, _ in told]
+    assert spent == sorted(spent), "passes only grow"
     assert all(done <= total for _, done, total, _ in told)
+    assert told[-1][1] == told[-1][2], "at the end nothing is to come"
 
 
 # -------------------------------------------------------------------------------------------------------------- resume
@@ -441,8 +444,8 @@ class Stop(BaseException):
 @pytest.fixture
 def eager(monkeypatch):
     """The record is kept after every batch, not every few seconds."""
-    save = module._Run.save
-    monkeypatch.setattr(module._Run, "save", lambda self, *, force=False: save(self, force=True))
+    save = module.Cascade.save
+    monkeypatch.setattr(module.Cascade, "save", lambda self, *, force=False: save(self, force=True))
 
 
 def stop_after(batches):

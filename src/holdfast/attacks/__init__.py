@@ -8,6 +8,7 @@ and a line in ``ATTACKS``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import Loss, dlr, gap, negative_margin
+from ..errors import UserError, unknown
+from ..losses import Loss, dlr, gap, negative_margin, score_of, steady_gap
 from ..outputs import Outputs, logits_of
 from .apgd import apgd
 from .blackbox import random_noise, square
@@ -25,20 +27,22 @@ from .others import jsma, least_likely, md, spsa
 from .pgd import bim, fgsm, mim, pgd
 
 __all__ = [
-    "ATTACKS", "OWN_LOSS", "PUBLISHED", "SCORES", "SUITES", "Entry", "Model", "Stage", "Worst", "apgd", "attack",
+    "ATTACKS", "OWN_LOSS", "PUBLISHED", "SCORES", "SUITES", "WHO", "Entry", "Model", "Stage", "Worst", "apgd", "attack",
     "bim", "cross_entropy", "cw", "deepfool", "distances", "fab", "fgsm", "fmn", "fooled", "frozen_eval", "jsma",
-    "lbfgs", "least_likely", "md", "mim", "pgd", "random_noise", "spsa", "square",
+    "lbfgs", "least_likely", "matched", "md", "mim", "pgd", "random_noise", "spsa", "square",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of ATTACKS: the function, the norms it is defined for, whether it needs gradients, a word on it."""
+    """One line of ATTACKS: the function, a word on it, the norms it is defined for, whether it needs gradients, and
+    about how many passes it takes for each step, target and restart."""
 
     attack: Callable[..., Tensor]
     about: str
     norms: tuple[str, ...] = ("linf", "l2", "l1")
     gradients: bool = True
+    per_step: float = 2.0
 
 
 ATTACKS: dict[str, Entry] = {
@@ -49,15 +53,19 @@ ATTACKS: dict[str, Entry] = {
     "apgd": Entry(apgd, "pgd with its own step size (Croce 2020)"),
     "md": Entry(md, "one term of the margin first, then both (Ma 2020)"),
     "least_likely": Entry(least_likely, "bim towards the least likely class (Kurakin 2017)"),
-    "deepfool": Entry(deepfool, "steps to the nearest linearised boundary (Moosavi-Dezfooli 2016)"),
-    "cw": Entry(cw, "smallest perturbation by Adam and a search of the constant (Carlini 2017)", ("linf", "l2")),
-    "lbfgs": Entry(lbfgs, "smallest l2 perturbation by quasi-Newton steps (Szegedy 2014)"),
+    "deepfool": Entry(deepfool, "steps to the nearest linearised boundary (Moosavi-Dezfooli 2016)", per_step=10.0),
+    "cw": Entry(
+        cw, "smallest perturbation by Adam and a search of the constant (Carlini 2017)", ("linf", "l2"), per_step=12.0
+    ),
+    "lbfgs": Entry(lbfgs, "smallest l2 perturbation by quasi-Newton steps (Szegedy 2014)", per_step=16.0),
     "fmn": Entry(fmn, "smallest perturbation in a ball that shrinks and grows (Pintor 2021)"),
-    "fab": Entry(fab, "smallest perturbation by steps to linearised boundaries, targeted (Croce 2020)"),
+    "fab": Entry(fab, "smallest perturbation by steps to linearised boundaries, targeted (Croce 2020)", per_step=3.0),
     "jsma": Entry(jsma, "the most salient pixels, one by one (Papernot 2016)"),
-    "spsa": Entry(spsa, "ascent on a gradient guessed from answers (Uesato 2018)", gradients=False),
-    "square": Entry(square, "random squares, no gradients (Andriushchenko 2020)", ("linf", "l2"), gradients=False),
-    "noise": Entry(random_noise, "random points of the threat", gradients=False),
+    "spsa": Entry(spsa, "ascent on a gradient guessed from answers (Uesato 2018)", gradients=False, per_step=65.0),
+    "square": Entry(
+        square, "random squares, no gradients (Andriushchenko 2020)", ("linf", "l2"), gradients=False, per_step=1.0
+    ),
+    "noise": Entry(random_noise, "random points of the threat", gradients=False, per_step=1.0),
 }
 
 
@@ -67,7 +75,25 @@ def cross_entropy(out: Outputs | Tensor, y: Tensor) -> Tensor:
 
 
 # What a stage may climb by name; "matched" is score_of the loss that the network was trained with.
-SCORES: dict[str, Loss] = {"u": gap, "margin": negative_margin, "dlr": dlr, "cross_entropy": cross_entropy}
+SCORES: dict[str, Loss] = {"u": steady_gap, "margin": negative_margin, "dlr": dlr, "cross_entropy": cross_entropy}
+
+
+def matched(loss: Loss | str | None) -> Loss:
+    """The score that an attack on a network trained with this loss climbs, freed from the scale of the logits.
+
+    ``score_of(loss)``, where u is u of logits brought to one scale; u where no loss is known. See docs/adaptive.md.
+    """
+    score = gap if loss is None else score_of(loss)
+    return steady_gap if score is gap else score
+
+
+# Whom a stage attacks. A cascade spends where samples can still break, and then asks whether that was right.
+WHO: dict[str, str] = {
+    "standing": "all that stand",
+    "nearest": "the share of them with the smallest margins, at least 32",
+    "drawn": "64 of them: the 32 with the smallest margins, and 32 drawn at random from the rest",
+    "promoted": "the nearest share if one of the 32 nearest fell to a drawn stage, all if one of the others did",
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +105,9 @@ class Stage:
     classes in turn (as many as there are); settings: the attack's keywords; step: step_size over eps; alone: run on
     every sample that is right, not on survivors only, so that its own accuracy is known; stream: stages with the same
     number draw the same noise, so that a random start is not what they differ in; None: noise of the stage's own.
+
+    who: a key of WHO; share: of the survivors that "nearest" and "promoted" take, those with the smallest margins;
+    round: stages of a round r > 1 are run only if a stage of round r - 1 broke something.
     """
 
     name: str
@@ -89,14 +118,34 @@ class Stage:
     step: float | None = None
     alone: bool = False
     stream: int | None = None
+    who: str = "standing"
+    share: float = 1.0
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        if self.who not in WHO:
+            raise unknown("who of a stage", self.who, WHO)
+        if not 0 < self.share <= 1 or self.round < 0:
+            raise UserError(f"stage '{self.name}': share must lie in (0, 1] and round be >= 0.")
+
+    def passes(self, classes: int) -> float:
+        """About how many passes it costs a sample that nothing breaks."""
+        settings = inspect.signature(ATTACKS[self.attack].attack).parameters
+        steps, restarts, inner = (
+            self.settings.get(name, settings[name].default if name in settings else 1)
+            for name in ("steps", "restarts", "targets")
+        )
+        targets = min(max(self.targets, inner, 1), classes - 1)
+        return 1 + float(steps * restarts * targets * ATTACKS[self.attack].per_step)
 
     def keywords(self, eps: float) -> dict[str, Any]:
         """What the attack is called with."""
         return self.settings if self.step is None else {**self.settings, "step_size": self.step * eps}
 
     def describe(self) -> dict[str, Any]:
-        """The stage as a record holds it: a stream that was not asked for is not mentioned."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("stream", None)}
+        """The stage as a record holds it: of what came later only what was asked for."""
+        later = {"stream": None, "who": "standing", "share": 1.0, "round": 0}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 # Robustness as papers report it: F.cross_entropy, one random start, 50 PGD steps of eps/4, the last iterate.

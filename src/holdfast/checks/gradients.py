@@ -53,13 +53,13 @@ def gradients_predict_slopes(probe: Probe) -> Measured:
     threat, rows = probe.threat, probe.rows
     h = 0.02 * threat.eps
     x = threat.random_start(probe.x(rows), probe.noise[rows].fold(4)).clamp(threat.lo + h, threat.hi - h)
-    grad = probe.gradient(probe.matched, x, rows)
+    grad = probe.gradient(probe.score, x, rows)
     wrong = []
     for number in range(DIRECTIONS):
         step = probe.noise[rows].fold(5, number).sign(tuple(x.shape[1:]), x.dtype)
         step = h * step / column(threat.size(step), x)
         with torch.no_grad():
-            high, low = (probe.matched(probe.model(x + t * step), probe.y(rows)) for t in (1, -1))
+            high, low = (probe.score(probe.model(x + t * step), probe.y(rows)) for t in (1, -1))
         seen, told = (high - low).double(), 2 * (grad * step).flatten(1).double().sum(1)
         rounding = 1e-6 * torch.maximum(high.abs(), low.abs()).double()
         wrong.append((seen - told).abs() > 0.5 * torch.maximum(seen.abs(), told.abs()) + 4 * rounding)

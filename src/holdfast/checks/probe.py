@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacks import ATTACKS, SCORES, cross_entropy
+from ..attacks import ATTACKS, cross_entropy, matched
 from ..attacks.contract import look, rise
 from ..data import Data, pixels
-from ..evaluate import Counted, Evaluation
-from ..losses import Loss, negative_margin, score_of
+from ..evaluate import Evaluation
+from ..evaluate.asking import CLIMBED, Averaged, Counted, majority, outvoted
+from ..losses import Loss, gap, negative_margin, score_of
 from ..noise import Noise
-from ..outputs import Model, Outputs, fooled, logits_of
+from ..outputs import Model, Outputs, logits_of
 from ..threat import Threat
 
 AUDIT = 10_000  # where the audit's noise begins: apart from every stage's of an evaluation
@@ -39,10 +40,12 @@ class Probe:
         size: int,
         twin: Tensor | None,
     ) -> None:
-        self.plain, self.model = model, Counted(model)
+        self.plain, self.model, self.votes = model, Counted(model), evaluation.votes
+        self.climbed: Model = Averaged(self.model, CLIMBED) if self.votes > 1 else self.model
         self.data, self.evaluation, self.threat, self.twin = data, evaluation, evaluation.threat, twin
         self.loss: Loss = trained_with or cross_entropy
-        self.matched = SCORES["u"] if trained_with is None else score_of(trained_with)
+        self.score = gap if trained_with is None else score_of(trained_with)  # with a gradient that is its own
+        self.matched = matched(trained_with)  # what the suite climbs
         self.noise = Noise(seed, data.index).fold(AUDIT)
         device = data.y.device
         order = self.noise.uniform(()).argsort()
@@ -86,17 +89,19 @@ class Probe:
         noise = self.noise[rows].fold(key)
         given = x if dtype is None else x.to(dtype)
         x_adv = ATTACKS[name].attack(
-            model or self.model, given, y, threat or self.threat, score=score, noise=noise, **settings
+            model or self.climbed, given, y, threat or self.threat, score=score, noise=noise, **settings
         )
         return self.judge(rows, x, x_adv.to(x.dtype), threat)
 
     def judge(self, rows: Tensor, x: Tensor, x_adv: Tensor, threat: Threat | None = None) -> Tensor:
         """Measure candidates afresh; those of the threat itself that break a survivor are kept."""
-        y, logits = self.y(rows), self.logits(x_adv)
-        broken = fooled(logits, y) & ((threat or self.threat).violation(x_adv, x) == 0)
+        y = self.y(rows)
+        with torch.no_grad():
+            logits, votes = majority(self.model, x_adv, self.votes)
+        broken = outvoted(votes, y, self.votes) & ((threat or self.threat).violation(x_adv, x) == 0)
         new = broken & ~self.broken[rows]
         if threat is None and bool(new.any()):
-            self.found.append((rows[new], x_adv[new], -negative_margin(logits, y)[new], logits.argmax(1)[new]))
+            self.found.append((rows[new], x_adv[new], -negative_margin(logits, y)[new], votes.argmax(1)[new]))
             self.broken[rows[new]] = True
         return broken
 

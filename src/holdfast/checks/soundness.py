@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..attacks import cross_entropy
+from ..evaluate.asking import SAME, moved
 from ..threat import Threat
 from .finding import Measured
 from .probe import Probe
-
-SAME = 1e-3  # two answers are the same if they differ by less than this share of the logits' spread
-
-
-def _moved(a: Tensor, b: Tensor) -> Tensor:
-    """(n,) bool: whether two answers to the same image differ by more than rounding."""
-    spread = (a.amax(1) - a.amin(1)).clamp_min(torch.finfo(a.dtype).tiny)
-    return ~((a - b).abs().amax(1) <= SAME * spread)  # NaN counts as moved
 
 
 def outputs_are_finite(probe: Probe) -> Measured:
@@ -28,23 +21,29 @@ def outputs_are_finite(probe: Probe) -> Measured:
 
 
 def outputs_are_repeatable(probe: Probe) -> Measured:
-    """The same image gives the same logits: now, again, and as when the evaluation began."""
+    """The same image gives the same logits: now, again, and as when the evaluation began.
+
+    Where the evaluation saw it coming and took the majority of many answers, the number is a number, if a soft one.
+    """
     again = probe.logits(probe.x(probe.rows))
     top = again.scatter(1, probe.y(probe.rows)[:, None], -torch.inf).amax(1)
     margin = again.gather(1, probe.y(probe.rows)[:, None])[:, 0] - top
     before = probe.evaluation.margin.to(again)[probe.rows]
     spread = (again.amax(1) - again.amin(1)).clamp_min(torch.finfo(again.dtype).tiny)
-    k = int((_moved(probe.clean, again) | ~((margin - before).abs() <= SAME * spread)).sum())
-    return Measured(k, len(again), 0.0, f"the same image gives other logits on {k} of {len(again)} samples")
+    k = int((moved(probe.clean, again) | ~((margin - before).abs() <= SAME * spread)).sum())
+    judged = "" if probe.votes == 1 else f"; the majority of {probe.votes} answers was judged"
+    return Measured(k, len(again), 0.0, f"the same image gives other logits on {k} of {len(again)} samples{judged}")
 
 
-def outputs_do_not_depend_on_batch_mates(probe: Probe) -> Measured:
+def outputs_do_not_depend_on_batch_mates(probe: Probe) -> Measured | str:
     """An image gives the same logits alone, in a small batch, and among other images."""
+    if probe.votes > 1:
+        return "the model is randomised: an image gives other logits at every call"
     x = probe.x(probe.rows)
     order = probe.noise[probe.rows].fold(90).uniform(()).argsort()
     parts = [*order[:4].split(1), *order[4:].split(max(2, len(order) // 3))]
     mixed = torch.cat([probe.logits(x[part]) for part in parts])
-    k = int(_moved(probe.clean[torch.cat(parts)], mixed).sum())
+    k = int(moved(probe.clean[torch.cat(parts)], mixed).sum())
     return Measured(k, len(x), 0.0, f"the logits of {k} of {len(x)} images depend on which images share their batch")
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from ..errors import UserError
 from .embedding import center, contrastive, lgm, mmc, triplet
 from .scores import dlr, negative_margin, targeted_dlr, towards
-from .softmax import arcface, cosface, gap, isce, isce_b, sce, softplus
+from .softmax import arcface, cosface, gap, isce, isce_b, sce, softplus, steady_gap
 
 __all__ = [
     "LOSSES", "Entry", "Loss", "arcface", "center", "contrastive", "cosface", "dlr", "gap", "isce", "isce_b", "lgm",
-    "mmc", "negative_margin", "sce", "score_of", "softplus", "targeted_dlr", "towards", "triplet",
+    "mmc", "negative_margin", "sce", "score_of", "softplus", "steady_gap", "targeted_dlr", "towards", "triplet",
 ]  # fmt: skip
 
 Loss = Callable[..., Tensor]  # (out, target, **settings) -> (N,); target: y, or any tuple of tensors with leading N

@@ -61,6 +61,28 @@ def gap(out: Outputs | Tensor, y: Tensor) -> Tensor:
     return _Gap.apply(_full(logits_of(out)), y)
 
 
+STEADY = 10.0  # the height of the largest logit over their mean that steady_gap brings them to
+
+
+def steady_gap(out: Outputs | Tensor, y: Tensor) -> Tensor:
+    """u of logits brought to one scale: u(10 z / d), d = max z - mean z, held fixed in the gradient.
+
+    Args: out: Outputs or (N, K) logits; y: (N,) int64.  Returns (N,); no factor and no shift of the logits changes it.
+    On tiny logits u itself is a mean over all competitors, and uphill leads to no mistake in particular. With K = 2 the
+    one competitor is the margin's at any scale (and d would be the margin): u is returned.
+
+    >>> z, y = torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([0])
+    >>> bool(torch.allclose(steady_gap(z, y), steady_gap(1e-4 * z, y), rtol=1e-3)), bool(steady_gap(z, y) < 0)
+    (True, True)
+    """
+    z = _full(logits_of(out))
+    if z.shape[1] < 3:
+        return gap(z, y)
+    fixed = z.detach()
+    d = (fixed.amax(1) - fixed.mean(1)).clamp_min(1e-30)
+    return gap(z * (STEADY / d)[:, None], y)
+
+
 def softplus(u: Tensor) -> Tensor:
     """log(1 + e^u), with full relative precision on both sides.
 

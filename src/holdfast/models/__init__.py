@@ -16,7 +16,7 @@ from ..errors import UserError, unknown
 from ..heads import HEADS
 from ..outputs import Outputs
 from .convnets import ConvNet, Linear, Mlp, SmallConvNet
-from .resnets import PreActResNet18
+from .resnets import PreActResNet8, PreActResNet18
 
 __all__ = ["MODELS", "Classifier", "build", "default_model"]
 
@@ -25,6 +25,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
     "smallconv": SmallConvNet,
     "convnet": ConvNet,
+    "preactresnet8": PreActResNet8,
     "preactresnet18": PreActResNet18,
 }
 

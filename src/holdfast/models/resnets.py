@@ -33,24 +33,35 @@ class PreActResNet18(nn.Module):
     """
 
     features = 512
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    depth = 2  # blocks of each width
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
         if min(shape[1:]) < 16:
+            name = type(self).__name__.lower()
             raise UserError(
-                f"model 'preactresnet18' needs images of at least 16x16, got {shape[1]}x{shape[2]}. Try 'smallconv'."
+                f"model '{name}' needs images of at least 16x16, got {shape[1]}x{shape[2]}. Try 'smallconv'."
             )
         blocks: list[nn.Module] = []
-        width_in = 64
-        for width, first in ((64, 1), (128, 2), (256, 2), (512, 2)):
-            for stride in (first, 1):
-                blocks.append(PreActBlock(width_in, width, stride))
+        width_in = self.widths[0]
+        for place, width in enumerate(self.widths):
+            for block in range(self.depth):
+                blocks.append(PreActBlock(width_in, width, 2 if place and not block else 1))
                 width_in = width
-        self.stem = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(shape[0], self.widths[0], 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
-        self.bn = nn.BatchNorm2d(512)
+        self.bn = nn.BatchNorm2d(self.features)
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.relu(self.bn(self.blocks(self.stem(x))))
         return h.mean((2, 3))
+
+
+class PreActResNet8(PreActResNet18):
+    """The smallest of its kind, for machines without a GPU: 1-1-1 blocks, 16..64 wide, 77,754 parameters likewise."""
+
+    features = 64
+    widths = (16, 32, 64)
+    depth = 1

@@ -19,11 +19,11 @@ from .schema import (
     to_json,
     write_atomic,
 )
-from .statistics import Paired, Remainder, holm, mcnemar, over_seeds, paired_t, proportion, remainder
+from .statistics import Drawn, Paired, Remainder, holm, mcnemar, over_seeds, paired_t, proportion, remainder
 from .tables import Row, csv, doubts, latex, markdown, percent, robust_text, rows, table
 
 __all__ = [
-    "CLOPPER_PEARSON", "FILE", "SCHEMA", "Example", "Interval", "Paired", "Remainder", "Results", "Row", "Run",
+    "CLOPPER_PEARSON", "FILE", "SCHEMA", "Drawn", "Example", "Interval", "Paired", "Remainder", "Results", "Row", "Run",
     "Samples", "Stage", "Verdict", "csv", "doubts", "holm", "latex", "load", "markdown", "mcnemar", "over_seeds",
     "paired_t", "percent", "proportion", "remainder", "robust_text", "rows", "save", "table", "threat_text", "to_json",
     "write_atomic",

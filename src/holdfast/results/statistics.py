@@ -187,3 +187,36 @@ def remainder(first: int, second: int, both: int, tested: int, standing: int) ->
     total, left = np.cumsum(p), m - found
     low, high = (float(left[min(int(np.searchsorted(total, q)), len(left) - 1)]) for q in (0.025, 0.975))
     return Remainder(float((p * left).sum()), low, high, standing, tested, first, second, both)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What full-length attacks did to a few survivors: the ``near`` ones with the smallest margins, all of them, and
+    ``far`` ones drawn at random from the ``rest``.
+
+    >>> Drawn(near=32, near_broken=1, far=32, far_broken=0, rest=320).high  # 1 - 0.05^(1/32) = 8.9% of 320
+    28.6
+    """
+
+    near: int
+    near_broken: int
+    far: int
+    far_broken: int
+    rest: int
+
+    @property
+    def expected(self) -> float:
+        """How many more of the rest the same attacks would break: far_broken / far of those that were not tried."""
+        return round(self.far_broken / self.far * (self.rest - self.far), 1) if self.far else 0.0
+
+    @property
+    def high(self) -> float:
+        """The upper end of that: the one-sided 95% Clopper-Pearson bound of the share times the rest."""
+        if self.far in (0, self.rest):
+            return 0.0
+        share = (
+            1.0
+            if self.far_broken == self.far
+            else float(stats.beta.ppf(0.95, self.far_broken + 1, self.far - self.far_broken))
+        )
+        return round(min(share * self.rest - self.far_broken, self.rest - self.far), 1)

@@ -1,0 +1,98 @@
+"""The cascade: attacks on survivors only; every candidate is measured and judged here, not by the attack it is from.
+
+robust accuracy = share of samples that are right and that nothing tried has broken: a true upper bound
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from ..attacks import ATTACKS, PUBLISHED, SCORES, SUITES, Stage, cross_entropy, matched
+from ..data import Data
+from ..errors import unknown
+from ..losses import Loss
+from ..outputs import Model, frozen_eval
+from ..storage import load_tensors
+from ..threat import Threat
+from .answer import STANDS, WRONG, Evaluation, StageCost
+from .asking import Counted, device_of, exact_arithmetic
+from .budget import Budget
+from .cascade import ALONE, RECORD, RECORD_VERSION, Cascade, Progress
+
+__all__ = [
+    "STANDS", "WRONG", "Budget", "Counted", "Evaluation", "StageCost", "device_of", "evaluate", "exact_arithmetic",
+    "stored_x_adv",
+]  # fmt: skip
+
+
+def evaluate(
+    model: Model,
+    data: Data,
+    threat: Threat,
+    suite: str | tuple[Stage, ...] = "standard",
+    *,
+    trained_with: Loss | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    budget: Budget | None = None,
+    record: Path | None = None,
+    key: str = "",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Attack the model on these samples and say which of them it keeps.
+
+    Args:
+        model: images in the threat's box to logits or Outputs. data: the samples, uint8 or float in [0, 1].
+        threat: what the adversary may do. suite: a key of SUITES, or stages; the published protocol always comes first.
+        trained_with: the loss the network was trained with, default SCE; "matched" stages climb its score.
+        seed: of the samples' noise; the answer does not depend on batch_size, but for the rounding of batched kernels.
+        batch_size: default by image size and device; halved whenever memory runs out.
+        budget: what it may cost. The published protocol is always finished; then the suite's stages, those samples
+            first that are nearest to a mistake; what is left goes into further rounds on the nearest.
+        record: a file that the work is kept in: a killed evaluation goes on from there.
+        key: what the record belongs to (weights, data); another key in the file is an error.
+        progress: called after each batch with (stage, passes so far, passes expected in all, samples standing).
+
+    A model that answers the same image twice in two ways is randomised: its attacks climb the mean of 8 answers, and
+    nothing counts, as right or as broken, that the majority of 32 fresh answers does not say.
+
+    Under torch.distributed the processes share the batches and all return the answer that one would give.
+
+    Returns an Evaluation. Raises UserError for an empty set, pixels outside the threat's box, labels without a logit,
+    unknown suites, attacks or scores, and a model whose clean logits are not finite numbers.
+    """
+    stages = SUITES.get(suite) if isinstance(suite, str) else suite
+    if stages is None:
+        raise unknown("suite", str(suite), SUITES)
+    for stage in stages:  # a name that does not exist is found before any work is done
+        if stage.attack not in ATTACKS:
+            raise unknown("attack", stage.attack, ATTACKS)
+        if stage.score not in ("matched", "loss", *SCORES):
+            raise unknown("score", stage.score, [*SCORES, "matched", "loss"])
+        if stage.alone and stage.name not in ALONE:
+            raise unknown("stage that stands alone", stage.name, ALONE)
+    scores = {**SCORES, "matched": matched(trained_with), "loss": trained_with or cross_entropy}
+    data = data.to(device_of(model, data))
+    with exact_arithmetic(), frozen_eval(model):
+        run = Cascade(
+            model=Counted(model),
+            data=data,
+            threat=threat,
+            stages=tuple(stage for stage in (PUBLISHED, *stages) if threat.norm in ATTACKS[stage.attack].norms),
+            scores=scores,
+            seed=seed,
+            batch_size=batch_size,
+            budget=budget,
+            progress=progress,
+        )
+        run.begin(record, key)
+        run.all_stages()
+        run.save(force=True)
+        return run.answer()
+
+
+def stored_x_adv(record: Path) -> Tensor:
+    """x_adv of the evaluation that a record keeps, (N, C, H, W)."""
+    return load_tensors(record, RECORD, RECORD_VERSION)[0]["x_adv"]

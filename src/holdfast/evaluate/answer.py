@@ -1,0 +1,77 @@
+"""What an evaluation says: a column for each question, an entry for each sample, and what each stage cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..results import Drawn
+from ..threat import Threat
+
+STANDS, WRONG = -1, -2  # what ``broken_by`` says of a sample that no stage broke, and of one that was wrong already
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage did: samples attacked and broken, passes over samples, seconds, points outside the threat
+    and points whose logits were NaN or infinite."""
+
+    name: str
+    attacked: int = 0
+    broken: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    seconds: float = 0.0
+    outside: int = 0
+    nonfinite: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per-sample columns, all (N,) on the CPU, and what each stage cost.
+
+    index, y; prediction and margin (logit_y - largest other) of the clean image; clean: right; published: right on the
+    last iterate of the published protocol, one attack alone; broken_by: the number of the stage that broke the sample,
+    -1 none, -2 wrong already; margin_adv: the smallest margin seen among judged candidates; prediction_adv; x_adv:
+    (N, C, H, W), the candidate with that margin, x itself where there is none; own: right on the last iterate of the
+    published protocol on the trained loss itself, where the suite has that stage.
+
+    drawn: what full-length attacks did to a few survivors, where the suite draws some; votes: of how many answers of
+    the model the majority was taken, 1 for a model that always answers the same; unfinished: a budget ended it before
+    the suite did. ``robust`` is what stands at the end.
+    """
+
+    threat: Threat
+    index: Tensor
+    y: Tensor
+    prediction: Tensor
+    margin: Tensor
+    clean: Tensor
+    published: Tensor
+    broken_by: Tensor
+    margin_adv: Tensor
+    prediction_adv: Tensor
+    x_adv: Tensor
+    stages: tuple[StageCost, ...]
+    own: Tensor | None = None
+    drawn: Drawn | None = None
+    votes: int = 1
+    unfinished: bool = False
+
+    @property
+    def robust(self) -> Tensor:
+        """(N,) bool: right, and not broken by anything tried."""
+        return self.broken_by == STANDS
+
+    @property
+    def forwards(self) -> int:
+        return sum(stage.forwards for stage in self.stages)
+
+    @property
+    def backwards(self) -> int:
+        return sum(stage.backwards for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
