@@ -19,8 +19,9 @@ from sklearn.datasets import load_digits
 from holdfast import compare as comparing
 from holdfast import results, runs
 from holdfast.attacks import SUITES, Stage
-from holdfast.compare import Comparison, Job, compare, default_out, evaluate_run, train_one
+from holdfast.compare import Comparison, Job, compare, default_out, train_one
 from holdfast.errors import UserError
+from holdfast.single import attack, from_run
 from holdfast.storage import load_tensors, save_tensors
 from holdfast.train import FitConfig
 from holdfast.verify import WITNESSES, WITNESSES_VERSION, verify
@@ -32,6 +33,10 @@ STAGES = (
     Stage("apgd-dlr-t", "apgd", "dlr", targets=2, settings={"steps": 3}),
 )
 SAMPLE_COLUMNS = [field.name for field in dataclasses.fields(results.Samples)]
+
+
+def evaluate_run(run, threat, suite, out):
+    return attack(from_run(run), threat, suite, out)
 
 
 @pytest.fixture(scope="module", autouse=True)

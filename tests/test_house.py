@@ -19,15 +19,15 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the ground up: a module imports from lower layers, or from its own, where that makes no circle.
 LAYERS = (
     ("", "errors", "noise"),  # "" is the package itself, which holds the version
-    ("outputs", "threat", "information", "results"),
+    ("outputs", "threat", "information", "results", "onnx_import"),
     ("losses", "storage"),
     ("heads", "attacks", "data"),
-    ("models", "objectives", "specs"),
+    ("models", "objectives", "specs", "foreign"),
     ("runs", "evaluate", "exact"),
     ("train", "verify", "jobs", "checks"),
     ("assemble",),
     ("compare",),
-    ("recipes", "report"),
+    ("recipes", "report", "single"),
     ("waterfall",),
     ("catalogue",),
     ("cli", "__main__"),

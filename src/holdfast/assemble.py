@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from . import __version__, runs
 from .checks import PUBLISHED, ROBUST, Audit, Claim, judge, merge
 from .data import Split, pixels
 from .evaluate import STANDS, Evaluation, StageCost
-from .results import Example, Interval, Results, Run, Samples, Stage, proportion, remainder, save
+from .results import Drawn, Example, Interval, Results, Run, Samples, Stage, proportion, remainder, save
 from .storage import save_tensors
 from .threat import Threat
 from .verify import WITNESSES, WITNESSES_VERSION
@@ -38,6 +38,7 @@ class Judged:
     split: Split
     cut: dict[str, Any]  # how ``data.load`` made that split
     audit: Audit | None = None  # its evaluation is the one above
+    name: str | None = None  # of the row; default: loss and seed
 
 
 def assemble(judged: Sequence[Judged], out: Path, data: str, settings: dict[str, Any], command: str) -> Results:
@@ -79,7 +80,7 @@ def assemble(judged: Sequence[Judged], out: Path, data: str, settings: dict[str,
 
 
 def _name(one: Judged) -> str:
-    return f"{one.loss} seed {one.seed}"
+    return one.name or f"{one.loss} seed {one.seed}"
 
 
 def _run(parts: list[Judged]) -> Run:
@@ -96,7 +97,7 @@ def _run(parts: list[Judged]) -> Run:
     void = bool(judged) and judged["verdict"].status == "void"
     return Run(
         name=_name(parts[0]),
-        loss=parts[0].loss,
+        loss=parts[0].name or parts[0].loss,
         seed=parts[0].seed,
         threat=evaluations[0].threat.describe(),
         n=len(clean),
@@ -141,7 +142,17 @@ def _verdicts(parts: list[Judged], published: Tensor, robust: Tensor) -> dict[st
         sum(run.tested for run in runs),
         sum(run.stood for run in runs),
     )
-    told = asdict(left)
+    told: dict[str, Any] = asdict(left)
+    drawn = [part.evaluation.drawn for part in parts if part.evaluation.drawn is not None]
+    if drawn:
+        told["drawn"] = {**_sums(drawn), "expected": sum(one.expected for one in drawn)}
+        told["drawn"]["high"] = sum(one.high for one in drawn)
+        told["expected"] = max(told["expected"], told["drawn"]["expected"])
+        told["high"] = max(told["high"], told["expected"])
+    if any(part.evaluation.unfinished for part in parts):
+        told["unfinished"] = True
+    if parts[0].evaluation.votes > 1:
+        told["votes"] = parts[0].evaluation.votes
     return {
         "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, told),
         "published_verdict": judge(Claim(PUBLISHED, published.tolist()), robust.tolist(), findings, told),
@@ -149,6 +160,10 @@ def _verdicts(parts: list[Judged], published: Tensor, robust: Tensor) -> dict[st
         "remainder": told,
         "measures": {key: _mean([audit.measures.get(key) for audit in audits]) for key in audits[0].measures},
     }
+
+
+def _sums(parts: Sequence[Drawn]) -> dict[str, int]:
+    return {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(Drawn)}
 
 
 def _mean(values: list[float | None]) -> float | None:

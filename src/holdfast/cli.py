@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +34,11 @@ screen, errors = (
 )
 
 
-def _option(help: str, *names: str) -> Any:
-    return typer.Option(*names, help=help)
+OWN = "Your own model"
+
+
+def _option(help: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, **more)
 
 
 Data = Annotated[str, _option("digits, mnist, cifar10, a hub name, a parquet file or folder, or an image folder.")]
@@ -42,7 +46,7 @@ Losses = Annotated[str | None, _option("Losses with settings: sce,isce:s=10,mmc,
 OneLoss = Annotated[str, _option("A loss with settings, such as isce:s=10; after @ another head: isce:s=2@cosine.")]
 Against = Annotated[str, _option("norm:eps; norm linf, l2 or l1, eps in pixels from 0 to 1: linf:0.1, linf:8/255.")]
 Several = Annotated[str, _option("norm:eps, or several: linf:0.1,l2:1.5; norm linf, l2 or l1, eps in pixels, 0 to 1.")]
-Suite = Annotated[str, _option("How hard to attack: quick, standard, claims or explain.")]
+Suite = Annotated[str, _option("How hard to attack: quick, standard, paranoid, claims or explain.")]
 Objective = Annotated[str, _option("How to train: standard, or adversarial:steps=10.")]
 Seeds = Annotated[int, _option("Networks per loss; with more than one the interval is over seeds.")]
 Epochs = Annotated[int | None, _option("Default: 30 for digits and photographs, 10 elsewhere.")]
@@ -92,6 +96,9 @@ def _workers(asked: int, device: str) -> int:
     return len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
 
 
+EVERY = 60.0  # seconds between lines of progress where there is no terminal
+
+
 class _Display:
     """Progress that behaves: bars on a terminal, a line per finished network elsewhere, nothing when quiet."""
 
@@ -109,6 +116,7 @@ class _Display:
             disable=not self.live,
         )
         self.tasks: dict[str, Any] = {}
+        self.told = time.monotonic()
 
     def __enter__(self) -> _Display:
         self.bars.start()
@@ -126,6 +134,9 @@ class _Display:
             if job not in self.tasks:
                 self.tasks[job] = self.bars.add_task(job)
             self.bars.update(self.tasks[job], description=f"{job} · {what}", completed=done, total=total)
+        elif not self.quiet and time.monotonic() > self.told + EVERY:  # a log is told now and then
+            self.told = time.monotonic()
+            errors.print(f"{job} · {what} · {done / max(total, 1):.0%}", soft_wrap=True)
 
     def clear(self, job: str) -> None:
         if job in self.tasks:
@@ -297,39 +308,108 @@ def _percent(value: float | None) -> str:
 
 @app.command(rich_help_panel="Step by step")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder that `holdfast train` or `compare` wrote.")],
+    model: Annotated[
+        str, typer.Argument(help="A run folder of `holdfast train` or `compare`; or mymodel.py:build, a .onnx, a .pt2.")
+    ],
     threat: Against = "linf:0.1",
     suite: Suite = "standard",
+    budget: Annotated[str, _option("Stop after so much and say what is left: 10min, 90s, 2h, 1e6passes.")] = "",
     limit: Limit = 1000,
     seed: Seed = 0,
+    batch_size: Annotated[int | None, _option("Default: by image size; halved when memory runs out.")] = None,
     device: Device = "auto",
-    out: Annotated[Path | None, _option("Default: <run>/evaluation-<threat>-<suite>.", "--out", "-o")] = None,
+    out: Annotated[
+        Path | None, _option("Default: evaluation-<threat>-<suite> in the run, or out/<model>.", "--out", "-o")
+    ] = None,
+    data: Annotated[str, _option("Its data. All of it is used if it has no test split.", rich_help_panel=OWN)] = "",
+    weights: Annotated[str, _option(".safetensors, or .pt (tensors alone are read).", rich_help_panel=OWN)] = "",
+    pixels: Annotated[str, _option("The range that it takes pixels in.", rich_help_panel=OWN)] = "0,1",
+    mean: Annotated[str, _option("Then minus this, a number or one a channel.", rich_help_panel=OWN)] = "",
+    std: Annotated[str, _option("Then divided by this.", rich_help_panel=OWN)] = "",
+    loss: Annotated[
+        str, _option("The loss it was trained with, which attacks are matched to.", rich_help_panel=OWN)
+    ] = "sce",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Attack one trained network and write results.json, witnesses and report.html."""
-    from .compare import file_text
+    """Attack one network and write results.json, witnesses and report.html.
 
-    folder = out or run / f"evaluation-{file_text(threat)}-{suite}"
-    results, page = _attack(run, threat, suite, folder, limit, seed, device, quiet)
+    The network is a run folder, or your own: **holdfast evaluate mymodel.py:build --weights w.safetensors --data FOLDER
+    --threat linf:8/255 --out DIR**. build() is called without arguments and returns what maps images to logits; your
+    code is executed. Images come in [0, 1]: say once, with --pixels, --mean and --std, what your network takes.
+
+    Stopped at any moment, the same command goes on where it was. Under torchrun (`torchrun --nproc-per-node 2 -m
+    holdfast evaluate ...`) processes share the samples and give the answer of one.
+    """
+    from .compare import file_text
+    from .foreign import is_foreign
+
+    if is_foreign(model):
+        from .foreign import Foreign
+        from .single import from_file
+
+        if not data:
+            raise UserError("your own model needs --data: a folder of images per class, a parquet file, a hub name.")
+        source = Foreign(model, weights, _numbers("pixels", pixels), _numbers("mean", mean), _numbers("std", std))  # type: ignore[arg-type]
+        folder = out or Path("out") / f"{Path(model).stem}-{file_text(threat)}-{suite}"
+        if not quiet:
+            errors.print(f"opening {model}: what it holds is executed.", soft_wrap=True)
+
+        def opened(device: str) -> Any:
+            return from_file(source, data, loss=loss, limit=limit, seed=seed, device=device)
+    else:
+        from .single import from_run
+
+        own = {"data": data, "weights": weights, "mean": mean, "std": std}
+        for name, value in own.items():
+            if value:
+                raise UserError(f"--{name} is for a model of your own; {model} is a run folder, which knows its own.")
+        folder = out or Path(model) / f"evaluation-{file_text(threat)}-{suite}"
+
+        def opened(device: str) -> Any:
+            return from_run(Path(model), limit=limit, device=device)
+
+    answer = _attack(opened, threat, suite, folder, seed, device, quiet, budget, batch_size)
+    if answer is None:
+        return
+    results, page = answer
     _show(results, as_json)
     if not as_json and not quiet:
         screen.print(f"\n{folder / 'results.json'}\n{page}", soft_wrap=True)
 
 
-def _attack(
-    run: Path, threat: str, suite: str, folder: Path, limit: int, seed: int, device: str, quiet: bool
-) -> tuple[Any, Path]:
-    """Attack one network with its progress shown; (results, page)."""
-    from . import report as reporting
-    from .compare import evaluate_run
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.replace(":", ",").split(",") if part.strip())
+    except ValueError:
+        raise UserError(
+            f"cannot read --{name} '{text}': expected numbers with commas between, such as 0,255."
+        ) from None
 
-    with _Display(quiet) as display:
-        results = evaluate_run(
-            run, threat, suite, folder, limit=limit, seed=seed, device=_best(device), tell=display.tell,
+
+def _attack(
+    opened: Any,
+    threat: str,
+    suite: str,
+    folder: Path,
+    seed: int,
+    device: str,
+    quiet: bool,
+    budget: str = "",
+    batch_size: int | None = None,
+) -> tuple[Any, Path] | None:
+    """Attack one network with its progress shown; (results, page), None in all but the first of several processes."""
+    from . import report as reporting
+    from .evaluate import Budget
+    from .single import attack, processes
+
+    limited = Budget.parse(budget) if budget else None
+    with processes(_best(device)) as (where, first), _Display(quiet or not first) as display:
+        results = attack(
+            opened(where), threat, suite, folder, seed=seed, budget=limited, batch_size=batch_size, tell=display.tell,
             command=shlex.join(["holdfast", *sys.argv[1:]]),
         )  # fmt: skip
-    return results, reporting.render([results], folder / "report.html")
+    return (results, reporting.render([results], folder / "report.html")) if results else None
 
 
 @app.command(rich_help_panel="Look")
@@ -352,7 +432,14 @@ def explain(
     from .compare import file_text
 
     folder = out or run / f"explain-{file_text(threat)}"
-    results, page = _attack(run, threat, "explain", folder, limit, seed, device, quiet)
+    from .single import from_run
+
+    answer = _attack(
+        lambda device: from_run(run, limit=limit, device=device), threat, "explain", folder, seed, device, quiet
+    )
+    if answer is None:
+        return
+    results, page = answer
     explained = results.runs[0]
     pictures = waterfall.save(explained, folder)
     if as_json:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import jobs, models, runs, specs
 from .assemble import Judged, assemble
@@ -109,7 +109,7 @@ def _objective(comparison: Comparison, loss: specs.LossChoice) -> Schedule:
     return factory(loss.loss, comparison.threats[0], score=loss.score, **settings)
 
 
-def train_one(job: Job, tell: Tell) -> tuple[models.Classifier, dict[str, Any], Split]:
+def train_one(job: Job, tell: Tell) -> tuple[nn.Module, dict[str, Any], Split]:
     """Train a job's network, or load it if that is done. Returns (model, summary, data)."""
     runs.check_device(job.device)
     comparison, loss, cut = job.comparison, specs.loss(job.loss), _cut(job.comparison, job.fold)
@@ -170,7 +170,7 @@ def _cut(comparison: Comparison, fold: int) -> dict[str, Any]:
     return {**cut, "limit": comparison.limit or None}
 
 
-def train_and_attack(job: Job, tell: Tell) -> tuple[models.Classifier, list[Judged]]:
+def train_and_attack(job: Job, tell: Tell) -> tuple[nn.Module, list[Judged]]:
     """Do a job, or what is left of it: the network, and one answer a threat."""
     model, trained, split = train_one(job, tell)
     comparison, answers = job.comparison, []
@@ -184,7 +184,7 @@ def train_and_attack(job: Job, tell: Tell) -> tuple[models.Classifier, list[Judg
             seed=job.seed,
             record=_record(job.folder, "evaluation", threat),
             key=f"{split.fingerprint} {runs.weights_mark(model)}",
-            progress=_teller(job.folder.name, tell, threat),
+            progress=teller(job.folder.name, tell, threat, len(split.test)),
         )
         answers.append(Judged(job.loss, job.seed, job.folder, evaluation, trained, split, _cut(comparison, job.fold)))
     return model, answers
@@ -199,7 +199,7 @@ def check(job: Job, tell: Tell) -> list[Judged]:
     for one in judged:
         threat = one.evaluation.threat
         twin = None if beside is None else stored_x_adv(_record(beside, "evaluation", threat))
-        answers.append(_audited(one, model, _record(job.folder, "audit", threat), twin, tell))
+        answers.append(audited(one, model, _record(job.folder, "audit", threat), twin, tell))
     return answers
 
 
@@ -207,7 +207,7 @@ def _record(folder: Path, what: str, threat: Threat) -> Path:
     return folder / f"{what}-{threat.norm}{threat.eps:.6g}.safetensors"
 
 
-def _audited(one: Judged, model: models.Classifier, record: Path, twin: Tensor | None, tell: Tell) -> Judged:
+def audited(one: Judged, model: nn.Module, record: Path, twin: Tensor | None, tell: Tell) -> Judged:
     """The same with its audit: read from the record, or made and written there."""
     asked = {
         "data": one.split.fingerprint,
@@ -232,8 +232,11 @@ def _audited(one: Judged, model: models.Classifier, record: Path, twin: Tensor |
     return replace(one, evaluation=found.evaluation, audit=found)
 
 
-def _teller(name: str, tell: Tell, threat: Threat) -> Any:
-    return lambda stage, done, total, standing: tell(name, f"{threat}, {stage}, {standing} stand", done, total)
+def teller(name: str, tell: Tell, threat: Threat, n: int) -> Any:
+    """What an evaluation of n samples tells while it runs: the stage, and the robust accuracy as it is by now."""
+    return lambda stage, done, total, standing: tell(
+        name, f"{threat}, {stage}, at most {standing / n:.1%} robust", done, total
+    )
 
 
 # What runs in a worker sends nothing back: what it did is on disk.
@@ -291,53 +294,6 @@ def compare(
     order = comparison.threats.index
     judged.sort(key=lambda one: (order(one.evaluation.threat), comparison.losses.index(one.loss), one.seed))
     return assemble(judged, out, comparison.data, asdict(comparison), command)
-
-
-def evaluate_run(
-    run: Path,
-    threat: str,
-    suite: str,
-    out: Path,
-    *,
-    limit: int = 1000,
-    seed: int = 0,
-    device: str = "cpu",
-    tell: Tell = _quiet,
-    command: str = "",
-) -> Results:
-    """Attack the network in a run folder and write results.json and witnesses.safetensors to ``out``.
-
-    Args: limit: at most so many test images, 0 for all; the rest as for ``evaluate``.
-    Raises UserError when the folder holds no finished run, or one that was not trained by ``train_one``.
-    """
-    against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
-    if suite not in SUITES:
-        raise unknown("suite", suite, SUITES)
-    if limit < 0:
-        raise UserError(f"limit must be >= 0 (0: all), got {limit}.")
-    model, config = runs.load(run, device=device)
-    if not {"data", "cut", "loss"} <= config.keys():
-        raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
-    cut = config["cut"] if config["cut"].get("fold") else {**config["cut"], "limit": limit or None}
-    split = load(config["data"], **cut)
-    settings = {"run": str(run), "threat": threat, "suite": suite, "seed": seed, "cut": cut}
-    runs.claim(out, settings)
-    evaluation = evaluate(
-        model,
-        split.test,
-        against,
-        suite,
-        trained_with=specs.loss(config["loss"]).loss,
-        seed=seed,
-        record=out / "evaluation.safetensors",
-        key=f"{split.fingerprint} {runs.weights_mark(model)}",
-        progress=_teller(run.name, tell, against),
-    )
-    summary = run / "train.json"
-    trained = runs.read_json(summary) if summary.exists() else {"accuracy": None, "val": None, "seconds": 0.0}
-    judged = Judged(config["loss"], config["fit"]["seed"], run, evaluation, trained, split, cut)
-    judged = _audited(judged, model, out / "audit.safetensors", None, tell)
-    return assemble([judged], out, config["data"], settings, command)
 
 
 def default_out(comparison: Comparison) -> Path:

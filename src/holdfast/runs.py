@@ -13,6 +13,7 @@ from torch import nn
 
 from . import __version__, models
 from .errors import UserError
+from .foreign import Foreign, open_model
 from .results import write_atomic
 from .storage import load_tensors
 
@@ -53,8 +54,9 @@ def claim(out: Path, wanted: dict[str, Any], *, write: bool = True) -> None:
         write_atomic(path, json.dumps(wanted, indent=1))
 
 
-def load(folder: Path, *, device: str = "cpu") -> tuple[models.Classifier, dict[str, Any]]:
-    """(model, configuration) of a finished run folder whose fit was told ``about["model"]``, what ``build`` takes.
+def load(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """(model, configuration) of a finished run folder whose fit was told ``about["model"]``, what ``build`` takes; or
+    of a folder that an evaluation of a user's own model wrote: that model, opened again.
 
     Raises UserError when the folder is missing, unfinished, or not a run's.
     """
@@ -63,6 +65,8 @@ def load(folder: Path, *, device: str = "cpu") -> tuple[models.Classifier, dict[
     if not path.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.json.")
     config = read_json(path)
+    if "foreign" in config:
+        return open_model(Foreign(**config["foreign"]), device), config
     if not (folder / "model.safetensors").exists():
         raise UserError(f"the run in {folder} is not finished: repeat the command that began it, it will resume.")
     if "model" not in config:

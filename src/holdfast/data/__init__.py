@@ -76,6 +76,7 @@ def load(
     seed: int = 0,
     limit: int | None = None,
     limit_train: int | None = None,
+    whole: bool = False,
 ) -> Split:
     """Read, check and cut a data set.
 
@@ -86,6 +87,7 @@ def load(
     val: share of train to hold out, in [0, 1), stratified, fixed by `seed`; 0 gives an empty val.
     limit, limit_train: at most so many samples of test, and of train before val is cut: classes in equal numbers as far
         as they reach, always the same samples, a smaller limit a subset of a larger one.
+    whole: nothing is to be trained on: train and val are empty, and without a test split all samples are test.
     Returns tensors on `device`, each part in source order. Errors: `UserError`, saying what is wrong and what to do.
 
     >>> digits = load("digits", fold=(2, 5))
@@ -94,7 +96,7 @@ def load(
     """
     name = os.fspath(name)
     cut = partial(cut_source, name, partial(_find, name), device=device, fold=fold, val=val, seed=seed)
-    return cut(limit=limit, limit_train=limit_train)
+    return cut(limit=limit, limit_train=limit_train, whole=whole)
 
 
 def from_arrays(

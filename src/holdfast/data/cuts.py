@@ -46,6 +46,7 @@ def cut_source(
     seed: int = 0,
     limit: int | None = None,
     limit_train: int | None = None,
+    whole: bool = False,
 ) -> Split:
     """Check the wishes, then read the source (which may mean a download), then cut. See `load`."""
     try:
@@ -66,7 +67,10 @@ def cut_source(
         raise UserError(f"fold is {fold}, but {name} has a test split of its own: leave fold out.")
     present = set(train.y.tolist())
     test = given
-    if test is None:
+    if whole:
+        test, train = train if test is None else test, train.take(slice(0, 0))
+        val, present = 0.0, set()
+    elif test is None:
         k, n = fold or (0, 5)
         sizes = np.bincount(train.y.numpy()).tolist()
         if n > len(train) or 1 in sizes:

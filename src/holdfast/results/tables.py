@@ -158,7 +158,13 @@ def doubts(results: Results) -> list[str]:
             ("robust", row.status, row.verdict),
         )
     ]
-    return [f"{label}: {name} {why}" for label, name, status, why in judged if status not in ("", "tight")]
+    said = [f"{label}: {name} {why}" for label, name, status, why in judged if status not in ("", "tight")]
+    return said + [
+        f"{run.name}: the budget ended the suite before its end; {run.remainder['expected']:.1f} more of {run.n:,} are "
+        f"expected to fall, at most {run.remainder['high']:.0f}"
+        for run in results.runs
+        if run.remainder.get("unfinished")
+    ]
 
 
 def markdown(results: Results) -> str:
