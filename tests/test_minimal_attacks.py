@@ -78,7 +78,7 @@ TOLERANCE = {
     ("lbfgs", 2, "linf"): (1.8, 1.8), ("lbfgs", 4, "linf"): (1.7, 1.9),
     ("lbfgs", 2, "l1"): (1.8, 1.8), ("lbfgs", 4, "l1"): (1.7, 2.0),
 }  # fmt: skip
-LOOSE = {("lbfgs", "linf"), ("lbfgs", "l1"), ("cw", "linf")}
+LOOSE = {("lbfgs", "linf"), ("lbfgs", "l1")}
 FULL = {"lbfgs": {"searches": 8, "steps": 10}, "fab": {"steps": 10}, "deepfool": {"steps": 5}}
 
 
@@ -277,6 +277,7 @@ def test_nearest_keeps_the_nearest_that_fools():
     [
         ("cw", "l1", {}, "linf and l2, got l1"),
         ("deepfool", "l2", {"classes": 0}, "at least one wrong class"),
+        ("deepfool", "l2", {"share": 0.0}, "share"),
         ("fab", "l2", {"targets": 0}, "at least one wrong class"),
         ("fmn", "l2", {"shrink": 1.0}, "shrink"),
         ("lbfgs", "l2", {"memory": 0}, "memory"),
@@ -295,8 +296,8 @@ def test_settings_that_mean_nothing_are_refused(name, norm, wrong, message):
 
 # ``digits`` is conftest's: a tiny network and 40 digits that it gets right.
 
-# What they may leave of what fgsm breaks, in samples: the penalty of lbfgs is l2's, cw's tanh is flat at the walls.
-SLACK = {("fmn", "linf"): 2, ("lbfgs", "linf"): 16, ("lbfgs", "l1"): 12, ("cw", "linf"): 6}
+# What they may leave of what fgsm breaks, in samples: the penalty of lbfgs is l2's.
+SLACK = {("fmn", "linf"): 2, ("cw", "linf"): 1, ("lbfgs", "linf"): 16, ("lbfgs", "l1"): 12}
 
 
 @every
@@ -318,7 +319,7 @@ def test_with_room_enough_every_digit_falls(digits, norm):
     found = {}
     for name, few in {"deepfool": {"steps": 20}, "fmn": {}, "fab": {"steps": 10, "targets": 3}}.items():
         x_adv = strike(name, net, x, y, threat, **few)
-        assert fooled(net(x_adv), y).sum() >= (37 if name == "deepfool" else 40), name  # which may walk in a circle
+        assert fooled(net(x_adv), y).all(), name
         found[name] = distances(x_adv, x, norm)
     assert found["fmn"].mean() < 1.1 * found["deepfool"].mean()
     assert found["fab"].mean() < 1.02 * found["deepfool"].mean()

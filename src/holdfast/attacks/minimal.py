@@ -2,7 +2,8 @@
 
 Each keeps the nearest fooled point it has seen and returns it where it lies in the threat; elsewhere the worse of x and
 that point put into the threat. With a threat as wide as the box they measure distances: ``distances(x_adv, x, norm)``.
-They walk all samples to the end, since a nearer point may follow: none leaves the batch, nothing waits for a device.
+But for deepfool, which never turns back, they walk all samples to the end, since a nearer point may follow: none leaves
+the batch, nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..losses import Loss, negative_margin
+from ..losses import Loss, negative_margin, towards
 from ..noise import Noise
-from ..outputs import as_outputs
+from ..outputs import Outputs, as_outputs, logits_of
 from ..threat import Threat, column
-from .contract import Model, Worst, aim, attack, fooled, look, rise
+from .contract import Model, Worst, aim, attack, drop_due, fooled, look, rise
 
-SQUASH = 1 - 1e-4  # cw: how far into tanh's range the walls of the box are put, so that its slope there is not zero
-ROOM = 1.05  # cw, linf: a point this much larger than tau still counts as one that tau allowed
+# cw: how far into tanh's range the walls are put, so that its slope there is not zero. linf may start a little off x.
+SQUASH = {"linf": 0.9, "l2": 1 - 1e-4}
+HEAT = 0.2  # cw, fmn: the first heat of the rivals, over the margin at x
+CLOSE = 0.1  # deepfool: the boundary is close once the way to it is this share of what is walked
 
 
 def distances(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
@@ -125,6 +128,25 @@ def _over(y: Tensor, classes: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda logits: logits.gather(1, classes) - logits.gather(1, y[:, None])
 
 
+def _shared(heat: Tensor, target: Tensor | None) -> Loss:
+    """The negative margin with all rivals in it: heat logsumexp_{j != y}(z_j / heat) - z_y; the margin at heat 0.
+
+    The likeliest wrong class at x need not be the nearest one. While it is warm the others pull too, and an attack that
+    goes by the margin does not settle at the first boundary it meets. Where there is a target it is alone.
+    """
+    if target is not None:
+        return towards(negative_margin)
+
+    def score(out: Outputs | Tensor, y: Tensor) -> Tensor:
+        logits = logits_of(out)
+        wrong = logits.scatter(1, y[:, None], -math.inf)
+        top, warm = wrong.detach().amax(1, keepdim=True), heat.clamp_min(1e-30)[:, None]
+        rivals = top + warm * ((wrong - top) / warm).logsumexp(1, keepdim=True)
+        return (rivals - logits.gather(1, y[:, None]))[:, 0]
+
+    return score
+
+
 def _cosine(first: float, last: float, share: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
@@ -141,39 +163,52 @@ def deepfool(
     steps: int = 50,
     classes: int = 9,
     overshoot: float = 0.02,
+    share: float = 0.5,
     target: Tensor | None = None,
 ) -> Tensor:
-    """DeepFool (Moosavi-Dezfooli et al. 2016): step to the nearest linearised boundary until it is crossed.
+    """DeepFool (Moosavi-Dezfooli et al. 2016): steps to the nearest linearised boundary until it is crossed.
 
-    r <- r + argmin ||r_j|| over j, where r_j takes z_j - z_y to zero by its gradient;  x_adv = x + (1 + overshoot) r
+    r <- r + share argmin ||r_j|| over j, where r_j takes z_j - z_y to zero by its gradient;
+    x_adv = x + (1 + overshoot) r
 
     Args: as for ``pgd``; the score and the noise are not used: it goes by the logits. classes: how many of the
     likeliest wrong classes are compared at each step; overshoot: the share by which it goes beyond the boundary;
-    target: the one class to compare. Steps stay in the box, which the paper's do not.
+    share: of the way to the boundary that a step takes while the boundary is far; 1 is the paper's step; target: the
+    one class to compare. Steps stay in the box, which the paper's do not: where walls stop many pixels a whole step
+    moves the others so far that its end is well beyond a curved boundary (10% to 25% too far on MNIST).
 
     Returns x_adv, (N, C, H, W), in the threat. Greedy: it crosses the first boundary that it meets and never turns
-    back, so on curved networks fab finds nearer points. Raises UserError where classes < 1.
+    back, so on curved networks fab finds nearer points. Raises UserError where classes < 1 or share is not in (0, 1].
 
     >>> model = lambda x: torch.cat([x.flatten(1), -x.flatten(1)], 1)  # right while x > 0
     >>> x, y, wide = torch.full((1, 1, 1, 1), 0.25), torch.tensor([0]), Threat("linf", 0.5, -1, 1)
-    >>> deepfool(model, x, y, wide, score=negative_margin, noise=Noise(0, torch.arange(1)))
+    >>> deepfool(model, x, y, wide, score=negative_margin, noise=Noise(0, torch.arange(1)), share=1.0)
     tensor([[[[-0.0050]]]])
     """
-    rivals = _rivals(model, x, y, classes, target)
-    heights, rows = _over(y, rivals), _rows(y)
-    near, walked, x_adv = Nearest(x, y, threat), x, x
-    for _ in range(steps):
-        logits, above, grads = slopes(model, x_adv, heights)
-        fools = near.see(x_adv, logits)
+    if not 0 < share <= 1:
+        raise UserError(f"share, how much of the way to the boundary a step takes, must lie in (0, 1], got {share}.")
+    rivals, rows = _rivals(model, x, y, classes, target), _rows(y)
+    near, ends, base, walked, x_adv = Nearest(x, y, threat), x.clone(), x, x, x
+    for step in range(steps):
+        logits, above, grads = slopes(model, x_adv, _over(y[rows], rivals[rows]))
+        stands = ~fooled(logits, y[rows])
+        if drop_due(step, x):  # what is fooled stays where it is
+            ends[rows] = x_adv
+            rows, base, walked, x_adv, above, grads = (t[stands] for t in (rows, base, walked, x_adv, above, grads))
+            stands = stands[stands]
+            if len(rows) == 0:
+                break
         away = _away(above.flatten(), grads.flatten(0, 1), threat).view_as(above)
-        best = away.argmin(1)
+        best, each = away.argmin(1), _rows(rows)
         # `walked` is where the boundary was, `x_adv` a little beyond: the next step starts from there.
-        step = threat.to_plane(x_adv, grads[rows, best], -above[rows, best])
-        step = torch.where(column(fools, step), 0.0, step)
-        walked = (walked + step).clamp(threat.lo, threat.hi)
-        x_adv = (x + (1 + overshoot) * (walked - x)).clamp(threat.lo, threat.hi)
-    near.see(x_adv, look(model, x_adv).logits)
-    return near.answer(model, x_adv)
+        way = threat.to_plane(x_adv, grads[each, best], -above[each, best])
+        far = threat.size(way) > CLOSE * threat.size(walked - base)
+        way = column(torch.where(far, share, 1.0) * stands, x) * way
+        walked = (walked + way).clamp(threat.lo, threat.hi)
+        x_adv = (base + (1 + overshoot) * (walked - base)).clamp(threat.lo, threat.hi)
+    ends[rows] = x_adv
+    near.see(ends, look(model, ends).logits)
+    return near.answer(model, ends)
 
 
 @attack
@@ -194,52 +229,62 @@ def cw(
     """Carlini and Wagner 2017: Adam on w, x_adv = tanh(w) stretched to the box, over a search of the constant.
 
     l2: ||delta||^2 + c max(margin + confidence, 0), c halved between what failed and what succeeded.
-    linf: sum max(|delta| - tau, 0) + c max(margin + confidence, 0), tau halved between what failed and what was found
-    (the paper multiplies it by 0.9 after each success).
+    linf: max(margin + confidence, 0) within |delta| <= tau, which takes the place of the box: the paper's penalty
+    sum max(|delta| - tau, 0) where it outweighs the margin. tau is 0.9 of the size found (the paper's rule) until a
+    search fails, then halved between what failed and what was found. Each search starts where the last one ended.
 
-    Args: as for ``pgd``; the score and the noise are not used: it goes by the margin. steps: of Adam, for each of the
+    Args: as for ``pgd``; the score and the noise are not used: it goes by the margin, all rivals in it at first (the
+    paper's is the margin throughout). steps: of Adam, for each of the
     ``searches`` constants; step_size: Adam's longest, in w, falling to a hundredth; confidence: by how much the wrong
-    logit must lead. The boundary of the linearised margin sets the first c and tau, and caps the step of a pixel at
-    half of its share of that way: neither the scale of the logits nor that of the box matters.
+    logit must lead. The boundary of the linearised margin sets the first c and tau, and under l2 caps the step of a
+    pixel at half of its share of that way: neither the scale of the logits nor that of the box matters.
 
-    Returns x_adv, (N, C, H, W), in the threat. Raises UserError for the l1 norm. Costs steps * searches gradients; slow
-    where pixels lie on the box's walls, since tanh is flat there.
+    Returns x_adv, (N, C, H, W), in the threat. Raises UserError for the l1 norm. Costs steps * searches gradients.
     """
     if threat.norm == "l1":
         raise UserError("cw is defined for linf and l2, got l1.")
     climb, goal = aim(negative_margin, y, target)
-    goals, half, middle = goal(_rows(y)), (threat.hi - threat.lo) / 2, (threat.hi + threat.lo) / 2
-    near, start = Nearest(x, y, threat), torch.atanh((x - middle) / half * SQUASH)
+    goals, near = goal(_rows(y)), Nearest(x, y, threat)
     out, value, grad = rise(model, x, climb, goals)
     near.see(x, out.logits, value >= confidence)
-    away = _away(value - confidence, grad, threat)
-    steep = grad.flatten(1).abs()
-    reach = column(away, x) / 2 / (1 if threat.norm == "linf" else x[0].numel() ** 0.5)
-    if threat.norm == "l2":  # twice the constant at which pull and push meet at the linear boundary
-        c, tau = 4 * away / steep.norm(dim=1).clamp_min(1e-30), torch.zeros_like(away)
-    else:  # beyond tau the pull of 1 wins over the push on any pixel, below it nothing pulls
-        c, tau = 1 / steep.amax(1).clamp_min(1e-30), away
-    c, lower, upper, x_adv = c.clamp_max(1e30), torch.zeros_like(away), torch.full_like(away, math.inf), x
+    away, l2, heat = _away(value - confidence, grad, threat), threat.norm == "l2", HEAT * value.abs()
+    reach = column(away, x) / 2 / x[0].numel() ** 0.5 if l2 else math.inf
+    # l2: twice the constant at which pull and push meet at the linear boundary
+    c = (4 * away / grad.flatten(1).norm(dim=1).clamp_min(1e-30)).clamp_max(1e30)
+    tau, lower, upper, x_adv = away, torch.zeros_like(away), torch.full_like(away, math.inf), x
     for _ in range(searches):
-        w, adam, hit = start, Adam(start), torch.zeros_like(y, dtype=torch.bool)
+        low, high = (threat.lo, threat.hi) if l2 else _around(x, tau, threat)
+        half, middle = (high - low) / 2, (high + low) / 2
+        start = ((x if l2 else x_adv) - middle) / half
+        limit = SQUASH[threat.norm]
+        w = torch.atanh(start * limit if l2 else start.nan_to_num(0.0).clamp(-limit, limit))
+        adam, hit = Adam(w), torch.zeros_like(y, dtype=torch.bool)
         for step in range(steps + 1):
             bent = w.tanh()
             x_adv = (middle + half * bent).clamp(threat.lo, threat.hi)
-            out, value, grad = rise(model, x_adv, climb, goals)
+            out, _, grad = rise(model, x_adv, _shared(_cosine(1.0, 0.0, step / steps) * heat, target), goals)
+            value = climb(out, goals).detach()
             hit |= near.see(x_adv, out.logits, value >= confidence)
-            delta = x_adv - x
-            pull = 2 * delta if threat.norm == "l2" else delta.sign() * (delta.abs() > column(tau, delta))
-            push = torch.where(column(value < confidence, grad), column(c, grad) * grad, 0.0)
+            slope = -torch.where(column(value < confidence, grad), grad, 0.0)
+            if l2:
+                slope = 2 * (x_adv - x) + column(c, x) * slope
             stretch = half * (1 - bent.square())  # dx / dw
             size = (reach / stretch).clamp_max(step_size)
-            w = w - _cosine(1.0, 0.01, step / steps) * size * adam((pull - push) * stretch)
-        if threat.norm == "l2":
+            w = w - _cosine(1.0, 0.01, step / steps) * size * adam(slope * stretch)
+        if l2:
             upper, lower = torch.where(hit, c, upper), torch.where(hit, lower, c)
             c = torch.where(upper.isfinite(), (lower + upper) / 2, 10 * c).clamp_max(1e30)
         else:
-            upper, lower = near.size, torch.where(near.size <= ROOM * tau, lower, tau)
-            tau = torch.where(upper.isfinite(), (lower + upper) / 2, 2 * tau)
+            upper, lower = near.size, torch.where(hit, lower, tau)
+            between = torch.where(lower > 0, (lower + upper) / 2, 0.9 * upper)
+            tau = torch.where(upper.isfinite(), between, 2 * tau)
     return near.answer(model, x_adv)
+
+
+def _around(x: Tensor, tau: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
+    """The walls of the box and of |delta| <= tau together."""
+    tau = column(tau, x)
+    return (x - tau).clamp_min(threat.lo), (x + tau).clamp_max(threat.hi)
 
 
 @attack
@@ -349,8 +394,9 @@ def fmn(
     radius <- ||delta|| + |margin| / ||gradient||_dual until a fooled point is known, then times 1 - gamma, and at most
     the smallest size found, where fooled, and times 1 + gamma elsewhere; gamma and the step fall by a cosine.
 
-    Args: as for ``pgd``; the score and the noise are not used: it goes by the margin. step_size: the first step over
-    the radius (the paper's is in pixels), falling to a thousandth; shrink: the first gamma, falling to a fiftieth.
+    Args: as for ``pgd``; the score and the noise are not used: it goes by the margin, all rivals in it at first (the
+    paper's is the margin throughout, and meets the nearest boundary less often). step_size: the first step over the
+    radius (the paper's is in pixels), falling to a thousandth; shrink: the first gamma, falling to a fiftieth.
 
     Returns x_adv, (N, C, H, W), in the threat. One gradient a step: the cheapest of the exact ones. Under l1 with few
     steps the ball moves faster than its few pixels can follow.
@@ -361,8 +407,10 @@ def fmn(
     goals, ball, round_ball = goal(_rows(y)), Threat(threat.norm, 1.0, -1e30, 1e30), Threat("l2", 1.0)
     widest = threat.size(torch.maximum(threat.hi - x, x - threat.lo)).clamp_min(1e-12)
     near, x_adv, radius = Nearest(x, y, threat), x, torch.zeros_like(widest)
+    heat = HEAT * climb(look(model, x), goals).abs()
     for step in range(steps):
-        out, value, grad = rise(model, x_adv, climb, goals)
+        out, _, grad = rise(model, x_adv, _shared(_cosine(1.0, 0.0, step / steps) * heat, target), goals)
+        value = climb(out, goals).detach()
         fools = near.see(x_adv, out.logits)
         stopped = ((grad > 0) & (x_adv >= threat.hi)) | ((grad < 0) & (x_adv <= threat.lo))  # by the box
         grad = grad.masked_fill(stopped, 0.0)
