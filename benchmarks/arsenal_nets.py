@@ -1,7 +1,7 @@
 """The networks that suites are chosen on ("choose") and those that the bench against the peer is run on ("bench").
 
-Each is a run folder under out/arsenal/, so a build that was stopped goes on, and a finished one is loaded. No network of
-one role has a sibling of the same seed in the other. ``HOLDFAST_MNIST`` and ``HOLDFAST_CIFAR10`` name parquet folders.
+Each is a run folder under out/arsenal/, so a build that was stopped goes on, and a finished one is loaded. The roles
+share no seed. ``HOLDFAST_MNIST`` and ``HOLDFAST_CIFAR10`` name parquet folders.
 
     python benchmarks/arsenal_nets.py [choose | bench] [part/parts]
 """

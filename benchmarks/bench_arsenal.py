@@ -1,8 +1,8 @@
 """holdfast's suites beside AutoAttack (PyPI: pyautoattack 0.2.0) on the same networks, samples and machine.
 
-    python benchmarks/bench_arsenal.py peer                   # hours: every network, threat and seed; resumable
-    python benchmarks/bench_arsenal.py ours [--suite standard]
-    python benchmarks/bench_arsenal.py                        # the table of what both have left in out/arsenal/bench
+    python benchmarks/bench_arsenal.py peer              # hours: every network, threat and seed; resumable
+    python benchmarks/bench_arsenal.py ours
+    python benchmarks/bench_arsenal.py                   # the table of what both have left in out/arsenal/bench
 
 Passes are samples sent forward and gradients sent back, each counted once, on both sides, everything included: clean
 pass, published protocol, attacks, verification, trust checks. Seconds are of the processor, one thread, so that what
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arsenal_nets import FOLDER, PLANS, Net, Plan, build, threats
 from torch import Tensor, nn
 
+from arsenal_nets import FOLDER, PLANS, Net, Plan, build, threats
 from holdfast.data import pixels
 from holdfast.outputs import as_outputs, fooled
 from holdfast.threat import Threat
@@ -50,8 +50,9 @@ class Counting(nn.Module):
         self.backwards += len(grad)
 
 
-def file(side: str, plan: Plan, threat: Threat, seed: int) -> Path:
-    return BENCH / f"{side}-{plan.name}-{threat.norm}{threat.eps:.4g}-seed{seed}.json"
+def file(side: str, plan: Plan, threat: Threat, seed: int, samples: int = 0) -> Path:
+    many = f"-n{samples}" if samples else ""
+    return BENCH / f"{side}-{plan.name}-{threat.norm}{threat.eps:.4g}-seed{seed}{many}.json"
 
 
 def keep(path: Path, found: dict[str, Any]) -> None:
@@ -69,11 +70,11 @@ def judged(net: Net, threat: Threat, x: Tensor, x_adv: Tensor, y: Tensor) -> Ten
     return (clean.argmax(1) == y) & ~(fooled(adv, y) & (threat.violation(x_adv, x) == 0))
 
 
-def peer(plan: Plan, threat: Threat, seed: int) -> None:
+def peer(plan: Plan, threat: Threat, seed: int, samples: int = 0) -> None:
     from pyautoattack import AutoAttack
 
     net = build(plan)
-    some = net.split.test.take(slice(0, SAMPLES[plan.data]))
+    some = net.split.test.take(slice(0, samples or SAMPLES[plan.data]))
     x, y = pixels(some.x), some.y
     model = Counting(net.model.eval())
     torch.manual_seed(seed)
@@ -84,7 +85,7 @@ def peer(plan: Plan, threat: Threat, seed: int) -> None:
     x_adv = next(part for part in (answer if isinstance(answer, tuple) else (answer,)) if part.shape == x.shape)
     stands = judged(net, threat, x, x_adv, y)
     keep(
-        file("peer", plan, threat, seed),
+        file("peer", plan, threat, seed, samples),
         {
             "robust": stands.int().tolist(),
             "forwards": model.forwards,
@@ -94,19 +95,19 @@ def peer(plan: Plan, threat: Threat, seed: int) -> None:
     )
 
 
-def ours(plan: Plan, threat: Threat, seed: int, suite: str) -> None:
+def ours(plan: Plan, threat: Threat, seed: int, suite: str, samples: int = 0) -> None:
     from holdfast.checks import audit
     from holdfast.evaluate import evaluate
 
     net = build(plan)
-    some = net.split.test.take(slice(0, SAMPLES[plan.data]))
+    some = net.split.test.take(slice(0, samples or SAMPLES[plan.data]))
     began = time.process_time()
     found = evaluate(net.model, some, threat, suite, trained_with=net.loss, seed=seed)
     checked = audit(net.model, some, found, trained_with=net.loss, seed=seed)
     seconds = time.process_time() - began
     final = checked.evaluation
     keep(
-        file(suite, plan, threat, seed),
+        file(suite, plan, threat, seed, samples),
         {
             "robust": judged(net, threat, pixels(some.x), final.x_adv, some.y).int().tolist(),
             "forwards": final.forwards,
@@ -118,11 +119,68 @@ def ours(plan: Plan, threat: Threat, seed: int, suite: str) -> None:
 
 
 def every(side: str, argued: argparse.Namespace) -> None:
-    for seed in SEEDS:
+    for seed in SEEDS[: argued.seeds]:
         for plan in (plan for plan in PLANS if plan.role == "bench" and argued.only in plan.name):
             for threat in threats(plan):
-                if not file(side, plan, threat, seed).exists() or argued.again:
-                    peer(plan, threat, seed) if side == "peer" else ours(plan, threat, seed, side)
+                if file(side, plan, threat, seed, argued.samples).exists() and not argued.again:
+                    continue
+                if side == "peer":
+                    peer(plan, threat, seed, argued.samples)
+                else:
+                    ours(plan, threat, seed, side, argued.samples)
+
+
+def read(side: str, plan: Plan, threat: Threat, samples: int) -> list[dict[str, Any]]:
+    paths = [file(side, plan, threat, seed, samples) for seed in SEEDS]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def more(a: dict[str, Any], b: dict[str, Any]) -> int:
+    """Samples that b breaks and a does not."""
+    return sum(x and not y for x, y in zip(a["robust"], b["robust"], strict=True))
+
+
+def table(suite: str, samples: int) -> None:
+    """One line a network: means over seeds; and what it comes to."""
+    lines: list[tuple[Any, ...]] = []
+    for plan in PLANS:
+        for threat in threats(plan):
+            mine, theirs = (read(side, plan, threat, samples) for side in (suite, "peer"))
+            pairs = list(zip(mine, theirs, strict=False))
+            if not pairs or plan.role != "bench":
+                continue
+            again = [(a, b) for a in theirs for b in theirs if a is not b]
+            passes = [sum(one["forwards"] + one["backwards"] for one in side) / len(side) for side in (mine, theirs)]
+            seconds = [sum(one["seconds"] for one in side) / len(side) for side in (mine, theirs)]
+            lines.append((
+                f"{plan.name}, {threat}", len(mine[0]["robust"]), len(pairs),
+                sum(sum(one["robust"]) for one in mine) / len(mine),
+                sum(sum(one["robust"]) for one in theirs) / len(theirs),
+                sum(sum(x and y for x, y in zip(a["robust"], b["robust"], strict=True)) for a, b in pairs) / len(pairs),
+                sum(more(a, b) for a, b in pairs), max(more(a, b) for a, b in pairs),
+                sum(more(b, a) for a, b in pairs),
+                len(pairs) * sum(more(a, b) for a, b in again) / max(1, len(again)),
+                *passes, *seconds,
+            ))  # fmt: skip
+    head = (
+        "| network | n | seeds | ours | peer | both | only the peer breaks | only we break | peer against itself "
+        "| passes, ours | peer | ratio | s, ours | peer | ratio |"
+    )
+    print(head + "\n|" + "---|" + "---:|" * (head.count("|") - 2))
+    for name, n, seeds, a, b, both, lost, _, won, itself, pa, pb, sa, sb in lines:
+        print(
+            f"| {name} | {n} | {seeds} | {a:.1f} | {b:.1f} | {both:.1f} | {lost} | {won} | {itself:.1f} "
+            f"| {pa:,.0f} | {pb:,.0f} | {pb / pa:.1f} | {sa:.1f} | {sb:.1f} | {sb / sa:.1f} |"
+        )
+    if lines:
+        lost, won, itself = (sum(line[k] for line in lines) for k in (6, 8, 9))
+        worst = max(line[7] / line[1] for line in lines)
+        pa, pb, sa, sb = (sum(line[k] for line in lines) for k in (10, 11, 12, 13))
+        print(
+            f"\nover networks and seeds: the peer alone breaks {lost}, we alone {won}, a second run of the peer alone "
+            f"{itself:.1f}; at worst {1000 * worst:.1f} of 1,000 on one network; {pb / pa:.1f}x fewer passes, "
+            f"{sb / sa:.1f}x less time"
+        )
 
 
 if __name__ == "__main__":
@@ -130,9 +188,13 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="?", default="table", choices=["peer", "ours", "table"])
     parser.add_argument("--suite", default="standard")
     parser.add_argument("--only", default="", help="networks whose name holds this")
+    parser.add_argument("--samples", type=int, default=0, help="default: 300 of MNIST, 100 of CIFAR-10")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--again", action="store_true", help="also what is there already")
     argued = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    if argued.what != "table":
+    if argued.what == "table":
+        table(argued.suite, argued.samples)
+    else:
         every("peer" if argued.what == "peer" else argued.suite, argued)

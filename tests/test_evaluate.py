@@ -382,7 +382,7 @@ def test_targets_are_the_likeliest_wrong_classes_in_turn(monkeypatch):
 
 
 def test_forwards_and_backwards_are_exact():
-    """3 clean, asked twice before; 2 right: 50 steps and a judgement; one stands: apgd looks 7 times, the noise 9, each judged once."""
+    """3 clean, asked twice before; 2 right: 50 steps and a judgement; one stands: apgd looks 7 times, the noise 9."""
     model = Threshold()
     stages = (Stage("apgd", "apgd", "u", settings={"steps": 6}), Stage("noise", "noise", settings={"steps": 9}))
     e = evaluate(model, numbers([0.9, 0.55, 0.3]), THREAT, stages)

@@ -154,16 +154,53 @@ PUBLISHED = Stage("published", "pgd", "cross_entropy", settings={"steps": 50, "k
 OWN_LOSS = replace(PUBLISHED, name="own loss", score="loss")
 
 
+def _round(number: int) -> tuple[Stage, ...]:
+    """Long attacks of four kinds on the survivors that are nearest to a mistake."""
+    nearest: dict[str, Any] = {"who": "nearest", "share": 0.15, "round": number}
+    return (
+        Stage(f"round {number}: long", "apgd", settings={"steps": 100}, **nearest),
+        Stage(f"round {number}: dlr", "apgd", "dlr", settings={"steps": 50}, **nearest),
+        Stage(f"round {number}: targets", "apgd", "dlr", targets=4, settings={"steps": 50}, **nearest),
+        Stage(f"round {number}: md", "md", settings={"steps": 40}, **nearest),
+    )
+
+
+def _full(who: str, queries: int) -> tuple[Stage, ...]:
+    """Attacks of full length, as AutoAttack has them, and a black box as a sentinel."""
+    return (
+        Stage(f"{who}: long", "apgd", settings={"steps": 100}, who=who, share=0.3),
+        Stage(f"{who}: all targets", "apgd", "dlr", targets=9, settings={"steps": 100}, who=who, share=0.3),
+        Stage(f"{who}: square", "square", "margin", settings={"steps": queries}, who=who, share=0.3),
+    )
+
+
+# Chosen on tables of what each attack breaks on validation networks (benchmarks/choose_suites.py): short attacks find
+# nearly all, what they miss is near a mistake already, and the drawn sample says whether that was true here.
 SUITES: dict[str, tuple[Stage, ...]] = {
     "quick": (
-        Stage("apgd", "apgd", settings={"steps": 20}),
-        Stage("apgd-dlr-t", "apgd", "dlr", targets=3, settings={"steps": 20}),
+        Stage("sweep", "apgd", settings={"steps": 10}),
+        Stage("targets", "apgd", "dlr", targets=3, settings={"steps": 10}, who="nearest", share=0.5),
+        Stage("longer", "apgd", settings={"steps": 50}, who="nearest", share=0.15),
     ),
     "standard": (
-        Stage("apgd", "apgd", settings={"steps": 50}),
-        Stage("apgd-dlr", "apgd", "dlr", settings={"steps": 50}),
-        Stage("apgd-dlr-t", "apgd", "dlr", targets=9, settings={"steps": 30}),
-        Stage("square", "square", "margin", settings={"steps": 300}),
+        Stage("sweep", "apgd", settings={"steps": 10}),
+        Stage("targets", "apgd", "dlr", targets=3, settings={"steps": 10}),
+        Stage("longer", "apgd", settings={"steps": 50}, who="nearest", share=0.5),
+        Stage("margin", "apgd", "margin", settings={"steps": 20}, who="nearest", share=0.5),
+        Stage("all targets", "apgd", "dlr", targets=9, settings={"steps": 20}, who="nearest", share=0.3),
+        *_round(1),
+        *_round(2),
+        *_full("drawn", 200),
+        *_full("promoted", 1000),
+    ),
+    "paranoid": (
+        Stage("long", "apgd", settings={"steps": 100}),
+        Stage("cross entropy", "apgd", "cross_entropy", settings={"steps": 100}),
+        Stage("dlr", "apgd", "dlr", settings={"steps": 100}),
+        Stage("all targets", "apgd", "dlr", targets=9, settings={"steps": 100}),
+        Stage("md", "md", settings={"steps": 100}),
+        Stage("fab", "fab", "margin", settings={"steps": 100, "targets": 9}),
+        Stage("square", "square", "margin", settings={"steps": 5000}),
     ),
 }
 # What `holdfast explain` runs: from the published protocol on, one change at a time. The start is the published one

@@ -469,10 +469,11 @@ class Cascade:
             return None
         place, hit = self.columns["drawn"], self._hit(lambda stage: stage.who == "drawn")
         near, far = place == 1, place == 2
-        return Drawn(
-            near=int(near.sum()), near_broken=int((near & hit).sum()), far=int(far.sum()),
-            far_broken=int((far & hit).sum()), rest=self.rest,
-        )  # fmt: skip
+        tried, fell = int(far.sum()), int((far & hit).sum())
+        promoted = [k for k, stage in enumerate(self.stages) if stage.who == "promoted"]
+        if fell and promoted and promoted[-1] < self.ended:  # the rest has been through it as well
+            tried, fell = self.rest, fell + int(self._hit(lambda stage: stage.who == "promoted").sum())
+        return Drawn(int(near.sum()), int((near & hit).sum()), tried, fell, self.rest)
 
 
 def _rows(y: Tensor) -> Tensor:
