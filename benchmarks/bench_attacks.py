@@ -59,9 +59,7 @@ def line(pair: peers.Pair, model: nn.Module, x: Tensor, y: Tensor, eps: float) -
             f"{int(a.sum()):4} {int(b.sum()):4}  only ours {int((a & ~b).sum()):3}  only theirs {int((b & ~a).sum()):3}"
         )
     else:
-        worse, better = (
-            int((p.size > LARGER * q.size).sum()) / n for p, q in ((ours, theirs), (theirs, ours))
-        )  # never larger than what was not found
+        worse, better = (int((p.size > LARGER * q.size).sum()) / n for p, q in ((ours, theirs), (theirs, ours)))
         falls = " ".join(
             f"{int((ours.size <= share * eps).sum())}:{int((theirs.size <= share * eps).sum())}" for share in SHARES
         )

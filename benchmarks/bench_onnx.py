@@ -70,7 +70,7 @@ def compare_and_attack(file: Path) -> None:
         ended = time.perf_counter()
         apart = float(np.abs(ours - theirs).max())
         print(
-            f"{label}, {len(z)}: max |difference of probabilities| {apart:.1e} ({'meets' if apart <= GOAL else 'misses'}"
+            f"{label}, {len(z)}: probabilities differ by at most {apart:.1e} ({'meets' if apart <= GOAL else 'misses'}"
             f" {GOAL:g}), same class on {(ours.argmax(1) == theirs.argmax(1)).mean():.1%}; "
             f"{between - began:.2f} s, onnxruntime {ended - between:.2f} s"
         )

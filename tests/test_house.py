@@ -29,7 +29,7 @@ LAYERS = (
     ("compare",),
     ("recipes", "report", "single"),
     ("waterfall",),
-    ("catalogue",),
+    ("catalogue", "display"),
     ("cli", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -6,16 +6,14 @@ import json
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from . import __version__
+from .display import Display, errors, screen
 from .errors import UserError
 
 app = typer.Typer(
@@ -27,12 +25,6 @@ app = typer.Typer(
     help="Train image classifiers with robust losses, attack them hard, and say what their robustness is worth.\n\n"
     "Start with **holdfast compare**: two minutes, nothing to download.",
 )
-# No markup: what is printed holds users' paths and names, brackets included.
-screen, errors = (
-    Console(highlight=False, markup=False, emoji=False),
-    Console(stderr=True, highlight=False, markup=False, emoji=False),
-)
-
 
 OWN = "Your own model"
 
@@ -96,63 +88,6 @@ def _workers(asked: int, device: str) -> int:
     return len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
 
 
-EVERY = 60.0  # seconds between lines of progress where there is no terminal
-
-
-class _Display:
-    """Progress that behaves: bars on a terminal, a line per finished network elsewhere, nothing when quiet."""
-
-    def __init__(self, quiet: bool, networks: int = 1) -> None:
-        self.quiet, self.networks = quiet, networks
-        self.live = errors.is_terminal and not quiet
-        self.bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=errors,
-            transient=True,
-            disable=not self.live,
-        )
-        self.tasks: dict[str, Any] = {}
-        self.told = time.monotonic()
-
-    def __enter__(self) -> _Display:
-        self.bars.start()
-        self.whole = self.bars.add_task("networks", total=self.networks)
-        return self
-
-    def __exit__(self, kind: type | None, *stop: object) -> None:
-        self.bars.stop()
-        if kind is KeyboardInterrupt:
-            errors.print("stopped. What was finished is kept: the same command goes on from here.")
-            sys.exit(130)
-
-    def tell(self, job: str, what: str, done: int, total: int) -> None:
-        if self.live:
-            if job not in self.tasks:
-                self.tasks[job] = self.bars.add_task(job)
-            self.bars.update(self.tasks[job], description=f"{job} · {what}", completed=done, total=total)
-        elif not self.quiet and time.monotonic() > self.told + EVERY:  # a log is told now and then
-            self.told = time.monotonic()
-            errors.print(f"{job} · {what} · {done / max(total, 1):.0%}", soft_wrap=True)
-
-    def clear(self, job: str) -> None:
-        if job in self.tasks:
-            self.bars.remove_task(self.tasks.pop(job))
-
-    def checked(self, job: Any) -> None:
-        self.clear(job.folder.name)
-
-    def finished(self, job: Any, done: int, total: int) -> None:
-        self.bars.update(self.whole, completed=done, total=total)
-        name = job.folder.name
-        self.clear(name)
-        if not self.live and not self.quiet:
-            errors.print(f"network {done} of {total} is trained and attacked: {name}", soft_wrap=True)
-
-
 @app.command(rich_help_panel="The main job")
 def compare(
     data: Data = "digits",
@@ -197,7 +132,7 @@ def compare(
     ).checked()  # fmt: skip
     folder = out or default_out(comparison)
     where = _best(device)
-    with _Display(quiet, comparison.networks) as display:
+    with Display(quiet, comparison.networks) as display:
         results = run(
             comparison,
             folder,
@@ -292,7 +227,7 @@ def train(
     comparison = Comparison(
         data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit
     ).checked()
-    with _Display(quiet) as display:
+    with Display(quiet) as display:
         _, trained, _ = train_one(Job(comparison, loss, seed, fold, out, _best(device)), display.tell)
     screen.print(
         f"{loss}: train accuracy {trained['accuracy']:.1%}, validation {_percent(trained['val'])}, "
@@ -404,7 +339,7 @@ def _attack(
     from .single import attack, processes
 
     limited = Budget.parse(budget) if budget else None
-    with processes(_best(device)) as (where, first), _Display(quiet or not first) as display:
+    with processes(_best(device)) as (where, first), Display(quiet or not first) as display:
         results = attack(
             opened(where), threat, suite, folder, seed=seed, budget=limited, batch_size=batch_size, tell=display.tell,
             command=shlex.join(["holdfast", *sys.argv[1:]]),

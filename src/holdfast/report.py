@@ -23,7 +23,20 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from holdfast.errors import UserError
-from holdfast.results import Results, Row, Run, holm, load, mcnemar, paired_t, percent, rows, threat_text, write_atomic
+from holdfast.results import (
+    Results,
+    Row,
+    Run,
+    holm,
+    load,
+    mcnemar,
+    paired_t,
+    percent,
+    remainder_text,
+    rows,
+    threat_text,
+    write_atomic,
+)
 
 # Colours that stay apart for colour-blind eyes (Okabe and Ito). In HTML each becomes a CSS variable, for dark mode.
 INK, MUTED, RULE, PAPER = "#1b1f24", "#5b6570", "#d9dee3", "#fefefe"
@@ -421,7 +434,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
             {
                 "run": r,
                 "checks": [_check(c) for c in r.checks],
-                "remainder": _remainder(r),
+                "remainder": remainder_text(r),
                 "measures": _flat(r.measures),
                 "cost": _flat(r.cost),
                 "train": _flat(r.train),
@@ -461,28 +474,6 @@ def _check(check: Any) -> dict[str, str]:
     line["share"] = f"{100 * found['value']:.1f}%" if ran else "–"
     line["threshold"] = f"{100 * found['threshold']:.0f}%" if ran else "–"
     return line
-
-
-def _remainder(run: Run) -> str:
-    """What may still be breakable, in a sentence."""
-    left = run.remainder
-    if not left:
-        return ""
-    drawn = left.get("drawn")
-    full = (
-        f" Attacks of full length on the {drawn['near']:,} survivors nearest to a mistake and on {drawn['far']:,} of "
-        f"the other {drawn['rest']:,} broke {drawn['near_broken']} and {drawn['far_broken']}: at most "
-        f"{drawn['high']:.0f} more that way (95%)."
-        if drawn
-        else ""
-    )
-    ended = " A budget ended the suite before its end." if left.get("unfinished") else ""
-    votes = f" The majority of {left['votes']} answers was judged." if left.get("votes") else ""
-    return (
-        f"Two independent runs on {left['tested']:,} of {left['stood']:,} survivors broke {left['first']} and "
-        f"{left['second']}, {left['both']} of them alike: {left['expected']:.1f} more of {run.n:,} are expected to be "
-        f"breakable (95% interval {left['low']:.0f} to {left['high']:.0f}).{full}{ended}{votes}"
-    )
 
 
 def _source(r: Results) -> dict[str, Any]:

@@ -75,15 +75,16 @@ def majority(model: Counted, x: Tensor, votes: int) -> tuple[Tensor, Tensor]:
 
     An answer with a logit that is no number votes for nobody.
     """
-    total: Tensor | None = None
-    count: Tensor | None = None
-    for _ in range(votes):
-        z = model(x).logits
-        one = torch.zeros_like(z).scatter(1, z.argmax(1, keepdim=True), 1.0) * z.isfinite().all(1, keepdim=True)
-        total, count = (z, one) if total is None or count is None else (total + z, count + one)
-    assert total is not None
-    assert count is not None
+    total, count = _vote(model, x)
+    for _ in range(votes - 1):
+        z, one = _vote(model, x)
+        total, count = total + z, count + one
     return total / votes, count
+
+
+def _vote(model: Counted, x: Tensor) -> tuple[Tensor, Tensor]:
+    z = model(x).logits
+    return z, torch.zeros_like(z).scatter(1, z.argmax(1, keepdim=True), 1.0) * z.isfinite().all(1, keepdim=True)
 
 
 def outvoted(votes: Tensor, y: Tensor, asked: int) -> Tensor:

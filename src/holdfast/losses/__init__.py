@@ -47,7 +47,7 @@ LOSSES: dict[str, Entry] = {
     "mmc": Entry(mmc, negative_margin, "mmc", "max-Mahalanobis centers (Pang 2020)"),
     "cosface": Entry(cosface, gap, "cosine", "I-SCE with s = scale m on cosines (Wang 2018)"),
     "arcface": Entry(arcface, gap, "cosine", "additive angular margin (Deng 2019)"),
-    "dlr": Entry(dlr, dlr, "linear", "difference of logits ratio (Croce 2020)"),
+    "dlr": Entry(dlr, negative_margin, "linear", "difference of logits ratio (Croce 2020)"),
     "negative_margin": Entry(negative_margin, negative_margin, "linear", "max_{j != y} z_j - z_y"),
 }
 

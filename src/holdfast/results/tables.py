@@ -167,6 +167,28 @@ def doubts(results: Results) -> list[str]:
     ]
 
 
+def remainder_text(run: Run) -> str:
+    """What may still be breakable, in a sentence."""
+    left = run.remainder
+    if not left:
+        return ""
+    drawn = left.get("drawn")
+    full = (
+        f" Attacks of full length on the {drawn['near']:,} survivors nearest to a mistake and on {drawn['far']:,} of "
+        f"the other {drawn['rest']:,} broke {drawn['near_broken']} and {drawn['far_broken']}: at most "
+        f"{drawn['high']:.0f} more that way (95%)."
+        if drawn
+        else ""
+    )
+    ended = " A budget ended the suite before its end." if left.get("unfinished") else ""
+    votes = f" The majority of {left['votes']} answers was judged." if left.get("votes") else ""
+    return (
+        f"Two independent runs on {left['tested']:,} of {left['stood']:,} survivors broke {left['first']} and "
+        f"{left['second']}, {left['both']} of them alike: {left['expected']:.1f} more of {run.n:,} are expected to be "
+        f"breakable (95% interval {left['low']:.0f} to {left['high']:.0f}).{full}{ended}{votes}"
+    )
+
+
 def markdown(results: Results) -> str:
     """The table in Markdown."""
     head, *cells = _lines(results)
