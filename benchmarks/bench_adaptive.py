@@ -1,6 +1,6 @@
 """Is the score matched to a loss ever weaker than a generic one? Every loss, on the digits, several networks each.
 
-    python benchmarks/bench_adaptive.py [seeds]
+    python benchmarks/bench_adaptive.py [seeds] [losses]
 
 APGD with the same steps and the same noise, alone on every sample that is right, on the matched score and on
 F.cross_entropy, the margin and DLR. Paired by sample: exact McNemar between the matched score and the best other one.
@@ -42,7 +42,7 @@ def main() -> None:
     print(f"digits, {THREAT}, {STEPS} steps of APGD, {seeds} networks a loss: samples broken")
     print("| loss | right | matched | cross-entropy | margin | DLR | matched alone, best other alone | p |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for text in [*LOSSES, "isce:s=10", "isce:s=100", "isce_b:tau=100", "sce*100"]:
+    for text in sys.argv[2:] or [*LOSSES, "isce:s=10", "isce:s=100", "isce_b:tau=100", "sce*100"]:
         found: dict[str, list[torch.Tensor]] = {name: [] for name in ("matched", "cross_entropy", "margin", "dlr")}
         for seed in range(seeds):
             comparison = Comparison(losses=(text,), fit=fit_for("digits")).checked()

@@ -69,10 +69,10 @@ def compare_and_attack(file: Path) -> None:
         theirs = session.run(None, {session.get_inputs()[0].name: z.numpy()})[0]
         ended = time.perf_counter()
         apart = float(np.abs(ours - theirs).max())
+        word, same = "meets" if apart <= GOAL else "misses", (ours.argmax(1) == theirs.argmax(1)).mean()
         print(
-            f"{label}, {len(z)}: probabilities differ by at most {apart:.1e} ({'meets' if apart <= GOAL else 'misses'}"
-            f" {GOAL:g}), same class on {(ours.argmax(1) == theirs.argmax(1)).mean():.1%}; "
-            f"{between - began:.2f} s, onnxruntime {ended - between:.2f} s"
+            f"{label}, {len(z)}: max |difference of probabilities| {apart:.1e} ({word} {GOAL:g}), same class on "
+            f"{same:.1%}; {between - began:.2f} s, onnxruntime {ended - between:.2f} s"
         )
     with torch.no_grad():
         right = model(x).argmax(1) == y

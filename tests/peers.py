@@ -97,6 +97,8 @@ _DEEPFOOL = {"steps": 50, "overshoot": 0.02}
 _CW = {"steps": 100, "binary_search_steps": 6, "stepsize": 0.1}
 _CW_AS_PUBLISHED = {**_CW, "stepsize": 0.01, "binary_search_steps": 9}
 _EAD = {"steps": 100, "initial_stepsize": 0.1, "decision_rule": "L1"}
+_CW_OWN = {"stepsize": 0.01, "binary_search_steps": 9}  # its defaults
+_EAD = {"steps": 100, "initial_stepsize": 0.1, "decision_rule": "L1"}
 _FMN = {"steps": 100, "gamma": 0.05}
 # The smallest perturbation: how small. foolbox's steps of C&W and FMN are in pixels, ours have no unit.
 LEAST: list[Pair] = [

@@ -263,8 +263,10 @@ def test_batch_size_and_order_do_not_matter_exactly_for_a_linear_model(name, nor
     x = (images(n, dtype=torch.float64) * 256).round() / 256
     y, noise = labels_of(model, x), draw(n)
     together = strike(name, model, x, y, threat, noise=noise, **few)
+    slack = 1e-12 if name in ("fmn", "cw") else 0.0  # rivals share the gradient by fractions, so the model's sums round
     for rows in (torch.arange(1), *torch.arange(n).split(4), permuted(n)):
-        assert torch.equal(strike(name, model, x[rows], y[rows], threat, noise=noise[rows], **few), together[rows])
+        alone = strike(name, model, x[rows], y[rows], threat, noise=noise[rows], **few)
+        assert torch.allclose(alone, together[rows], rtol=0, atol=slack)
 
 
 def nan_off(x0, net):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from holdfast.attacks import ATTACKS, fooled
-from holdfast.losses import dlr, gap, negative_margin
+from holdfast.losses import dlr, gap
 from holdfast.noise import Noise
 from holdfast.threat import Threat
 
@@ -19,14 +19,14 @@ DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
 N = 24
 FEW = {
     "fgsm": {}, "noise": {"steps": 20}, "square": {"steps": 400}, "jsma": {"steps": 16}, "spsa": {"steps": 20},
-    "cw": {"steps": 40, "searches": 5}, "lbfgs": {"steps": 10}, "fab": {"steps": 10}, "fmn": {"steps": 40},
-    "deepfool": {"steps": 10},
+    "cw": {"steps": 40, "searches": 5}, "lbfgs": {"steps": 10}, "fab": {"steps": 10}, "deepfool": {"steps": 10},
+    "fmn": {"steps": 100},
 }  # fmt: skip
-# Sure to fall where eps is this many times what the sample needs; by default as if exact. One pixel at a time is not
-# how linf and l2 are spent, random steps and guessed gradients waste some, lbfgs has l2's penalty whatever the norm.
+# Sure to fall where eps is this many times what the sample needs; by default as if exact. Steps under l1 from x may go
+# for a class that is not the nearest; jsma goes by saliency; lbfgs has l2's penalty whatever the norm is.
 REACH = {
-    "noise": math.inf, "jsma": 4.0, "fgsm-l1": 1.05, "square": 1.5, "spsa": 1.5, "cw": 1.1,
-    "lbfgs": 1.05, "lbfgs-linf": 2.0, "lbfgs-l1": 2.0, "deepfool": 1.03, "md": 1.1,
+    "noise": math.inf, "jsma": 3.0, "lbfgs-linf": 1.5, "lbfgs-l1": 1.5, "lbfgs": 1.05, "deepfool": 1.03, "cw": 1.05,
+    "fgsm-l1": 1.2, "bim-l1": 1.2, "mim-l1": 1.2, "fmn-l2": 1.2, "fmn-l1": 1.1, "square": 1.05, "spsa": 1.05,
 }  # fmt: skip
 # Towards the class that is least likely at x, which for two classes is the only one.
 TOWARDS_ONE = ("least_likely",)
@@ -74,10 +74,9 @@ def reach(name, norm):
 
 @pytest.mark.parametrize(("name", "norm"), TABLE)
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("score", [gap, negative_margin, dlr])
-def test_what_is_breakable_falls(name, norm, classes, score):
+def test_what_is_breakable_falls(name, norm, classes):
     model, x, y, needed, threat = case(classes, norm)
-    broken = strike(name, model, x, y, threat, score)
+    broken = strike(name, model, x, y, threat, gap)
     assert not broken[needed.amin(1) > threat.eps * (1 + 1e-5)].any(), "broke what cannot be broken"
     if name in TOWARDS_ONE and classes > 2:
         needed = needed.masked_fill(needed != needed.gather(1, model(x).argmin(1)[:, None]), math.inf)
@@ -95,7 +94,7 @@ def test_towards_each_wrong_class_in_turn_what_is_breakable_falls(name, norm, cl
     broken = torch.zeros(N, dtype=torch.bool)
     for step in range(1, classes):
         target = (y + step) % classes
-        now = strike(name, model, x, y, threat, negative_margin, target=target)
+        now = strike(name, model, x, y, threat, dlr, target=target)
         broken |= now
     due = needed.amin(1) * reach(name, norm) < threat.eps
     assert broken[due].float().mean() >= 0.9 or not due.any()

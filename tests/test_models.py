@@ -13,9 +13,10 @@ from holdfast.heads import HEADS
 from holdfast.models import MODELS, Classifier, build, default_model
 from holdfast.outputs import Outputs
 
-SMALLEST = {"linear": 1, "mlp": 1, "smallconv": 4, "convnet": 8, "preactresnet18": 16}
-LIGHT = [name for name in MODELS if name != "preactresnet18"]
+SMALLEST = {"linear": 1, "mlp": 1, "smallconv": 4, "convnet": 8, "preactresnet8": 16, "preactresnet18": 16}
+LIGHT = [name for name in MODELS if not name.startswith("preactresnet")]  # for images of any size
 SHAPES = {
+    "preactresnet8": [(3, 16, 16), (1, 17, 19)],
     "preactresnet18": [(3, 16, 16), (1, 17, 19)],
     "linear": [(1, 1, 1), (3, 5, 4)],
     "mlp": [(1, 1, 1), (3, 5, 4)],
@@ -79,6 +80,7 @@ def test_every_backbone_takes_every_head(head):
         ("linear", (1, 8, 8), 650),
         ("mlp", (1, 28, 28), 269322),
         ("convnet", (1, 28, 28), 166406),
+        ("preactresnet8", (3, 32, 32), 77850),
         ("preactresnet18", (3, 32, 32), 11172170),
     ],
 )
@@ -168,7 +170,7 @@ def test_one_number_a_channel(key):
 # ---------------------------------------------------------------------------------------------- eval mode and gradients
 
 
-@pytest.mark.parametrize("name", [*LIGHT, "preactresnet18"])
+@pytest.mark.parametrize("name", list(MODELS))
 def test_eval_mode_is_a_function_of_each_image_alone(name):
     shape = SHAPES[name][0] if name in SHAPES else (3, 32, 32)
     model = build(name, shape, 3).double().eval()

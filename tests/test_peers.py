@@ -28,7 +28,7 @@ def foolbox():
 
 
 # In samples of 40: what theirs may break beyond ours. Random starts differ; an l1 step of ours is twice as wide.
-FIXED_SLACK = {("pgd", "l1"): 2, ("md", "l1"): 2}
+FIXED_SLACK = {("pgd", "l1"): 2, ("md", "l1"): 2, ("noise", "l2"): 3}
 
 
 @pytest.mark.slow
@@ -44,7 +44,6 @@ def test_at_a_fixed_eps_ours_breaks_what_theirs_does(foolbox, digits, pair):
 
 # Ours over theirs: of the medians; and the share of samples on which ours may be more than 5% larger.
 LEAST_SLACK = {True: (1.01, 0.1), False: (1.03, 0.2)}  # the same attack; a relative
-LOOSER: dict[tuple[str, str, str], tuple[float, float]] = {}
 
 
 @pytest.mark.slow
@@ -53,7 +52,7 @@ LOOSER: dict[tuple[str, str, str], tuple[float, float]] = {}
 def test_the_least_perturbation_of_ours_is_no_larger_than_theirs(foolbox, digits, pair):
     net, x, y = digits
     ours, theirs = (run(pair, net, x, y, peers.widest(pair.norm, x)) for run in (peers.run_ours, peers.run_theirs))
-    median, share = LOOSER.get((pair.ours, pair.norm, pair.theirs), LEAST_SLACK[pair.twin])
+    median, share = LEAST_SLACK[pair.twin]
     assert ours.size.isfinite().all(), "every digit can be broken, and theirs does not break all"
     assert ours.median <= median * theirs.median
     assert float((ours.size > 1.05 * theirs.size).double().mean()) <= share

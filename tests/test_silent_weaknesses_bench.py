@@ -196,14 +196,16 @@ def test_a_suite_takes_the_steps_that_it_states():
         return torch.cat([1e3 + p, p * torch.arange(classes - 1)], 1)
 
     for norm in ("linf", "l2"):
-        found = evaluate(model, data, Threat(norm, 0.1), "standard")
-        assert [cost.name for cost in found.stages[2:]] == [stage.name for stage in SUITES["standard"]]
-        for stage, cost in zip(SUITES["standard"], found.stages[2:], strict=True):
+        found = evaluate(model, data, Threat(norm, 0.1), "paranoid")
+        assert [cost.name for cost in found.stages[2:]] == [stage.name for stage in SUITES["paranoid"]]
+        for stage, cost in zip(SUITES["paranoid"], found.stages[2:], strict=True):
+            if stage.attack in ("md", "fab"):  # their steps are not all alike
+                continue
             steps, runs = stage.settings["steps"], max(1, stage.targets)
             first = 1 if ATTACKS[stage.attack].gradients else 0  # k steps look at k + 1 points, k queries at k
             assert cost.forwards == len(data) * runs * (steps + first + 1)  # and one look is the judge's
             assert cost.backwards == len(data) * runs * steps * first
-            assert steps >= 30
+            assert steps >= 100
 
 
 @pytest.mark.parametrize(("classes", "weak_spot"), [(2, 1), (3, 1), (3, 2), (5, 4), (100, 57)])

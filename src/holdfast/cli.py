@@ -55,7 +55,7 @@ Jobs = Annotated[int, _option("Networks at a time. Default: one per core on a CP
 Quiet = Annotated[bool, _option("No progress; the answer alone.", "--quiet", "-q")]
 AsJson = Annotated[bool, _option("Print JSON instead of tables; progress goes to stderr.", "--json")]
 Device = Annotated[str, _option("cpu, cuda, cuda:1 or mps; auto takes the best there is.")]
-Out = Annotated[Path | None, _option("Output folder. Default: out/<data>-<threat>-<hash>.", "--out", "-o")]
+Out = Annotated[Path | None, _option("Output folder. Default: out/DATA-THREAT-HASH.", "--out", "-o")]
 RunFolder = Annotated[Path, _option("The run folder; training goes on where it was.", "--out", "-o")]
 Seed = Annotated[int, _option("Of weights, order, augmentation and noise.")]
 Fold = Annotated[int, _option("Which fold is left out, for data without a test split.")]
@@ -254,7 +254,7 @@ def evaluate(
     batch_size: Annotated[int | None, _option("Default: by image size; halved when memory runs out.")] = None,
     device: Device = "auto",
     out: Annotated[
-        Path | None, _option("Default: evaluation-<threat>-<suite> in the run, or out/<model>.", "--out", "-o")
+        Path | None, _option("Default: evaluation-THREAT-SUITE in the run folder, or in out/.", "--out", "-o")
     ] = None,
     data: Annotated[str, _option("Its data. All of it is used if it has no test split.", rich_help_panel=OWN)] = "",
     weights: Annotated[str, _option(".safetensors, or .pt (tensors alone are read).", rich_help_panel=OWN)] = "",
@@ -354,7 +354,7 @@ def explain(
     limit: Limit = 500,
     seed: Seed = 0,
     device: Device = "auto",
-    out: Annotated[Path | None, _option("Default: <run>/explain-<threat>.", "--out", "-o")] = None,
+    out: Annotated[Path | None, _option("Default: explain-THREAT in the run folder.", "--out", "-o")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ from . import runs, specs
 from .assemble import Judged, assemble
 from .attacks import SUITES
 from .compare import audited, teller
-from .data import Split, load
+from .data import Split, load, pixels
 from .errors import UserError, unknown
-from .evaluate import Budget, evaluate
+from .evaluate import Budget, Counted, evaluate
 from .foreign import Foreign, open_model
 from .jobs import Tell
+from .outputs import frozen_eval
 from .results import Results
 from .threat import Threat
 
@@ -127,8 +129,11 @@ def attack(
         raise unknown("suite", suite, SUITES)
     trained_with = specs.loss(subject.loss).loss
     settings = {**subject.about, "threat": threat, "suite": suite, "seed": seed, "cut": subject.cut}
-    settings |= {"budget": asdict(budget)} if budget else {}
+    if budget:
+        settings["budget"] = {name: value for name, value in asdict(budget).items() if value < math.inf}
     first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    with frozen_eval(subject.model), torch.no_grad():  # nor must a model that cannot answer
+        Counted(subject.model)(pixels(subject.split.test.x[:2]))
     if first:
         runs.claim(out, settings)
     evaluation = evaluate(
@@ -141,7 +146,7 @@ def attack(
         batch_size=batch_size,
         budget=budget,
         record=out / "evaluation.safetensors",
-        key=f"{subject.split.fingerprint} {runs.weights_mark(subject.model)}",
+        key=f"{subject.split.fingerprint} {runs.weights_mark(subject.model)} {subject.about.get('foreign', '')}".strip(),
         progress=teller(subject.name, tell, against, len(subject.split.test)),
     )
     if not first:

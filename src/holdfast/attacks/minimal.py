@@ -234,10 +234,10 @@ def cw(
     search fails, then halved between what failed and what was found. Each search starts where the last one ended.
 
     Args: as for ``pgd``; the score and the noise are not used: it goes by the margin, all rivals in it at first (the
-    paper's is the margin throughout). steps: of Adam, for each of the
-    ``searches`` constants; step_size: Adam's longest, in w, falling to a hundredth; confidence: by how much the wrong
-    logit must lead. The boundary of the linearised margin sets the first c and tau, and under l2 caps the step of a
-    pixel at half of its share of that way: neither the scale of the logits nor that of the box matters.
+    paper's is the margin throughout). steps: of Adam, for each of the ``searches`` constants; step_size: Adam's
+    longest, in w, falling to a hundredth; confidence: by how much the wrong logit must lead. The boundary of the
+    linearised margin sets the first c and tau, and under l2 caps the step of a pixel at half of its share of that way:
+    neither the scale of the logits nor that of the box matters.
 
     Returns x_adv, (N, C, H, W), in the threat. Raises UserError for the l1 norm. Costs steps * searches gradients.
     """

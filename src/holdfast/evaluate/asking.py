@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -129,9 +130,9 @@ def exact_arithmetic() -> Iterator[None]:
 
 
 def device_of(model: Model, data: Data) -> torch.device:
-    """Where the model's parameters are; the data's own device for a model without any."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    return next(parameters, data.x).device
+    """Where the model's parameters and buffers are; the data's own device for a model without any."""
+    tensors = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else iter(())
+    return next(tensors, data.x).device
 
 
 def batch_of(x: Tensor) -> int:
