@@ -146,7 +146,7 @@ def attack(
         batch_size=batch_size,
         budget=budget,
         record=out / "evaluation.safetensors",
-        key=f"{subject.split.fingerprint} {runs.weights_mark(subject.model)} {subject.about.get('foreign', '')}".strip(),
+        key=f"{subject.split.fingerprint} {runs.weights_mark(subject.model)} {subject.about.get('foreign', '')}",
         progress=teller(subject.name, tell, against, len(subject.split.test)),
     )
     if not first:
