@@ -227,14 +227,14 @@ def _stages(results: Results) -> Figure | None:
     shown = [(row, totals) for row, totals in shown if totals]
     if not shown:
         return None
-    names = list(dict.fromkeys(name for _, totals in shown for name in totals))
+    names = list(dict.fromkeys(name for _, totals in shown for name, total in totals.items() if total[1]))
     ramp = mpl.colormaps["YlOrRd"](np.linspace(0.25, 0.95, max(2, len(names))))
     colours = {"wrong already": CLEAN, **{n: to_hex(c) for n, c in zip(names, ramp, strict=False)}, "holds": ROBUST}
     figure, ax = axes(len(shown), 0.5, 0.1 + 0.17 * math.ceil((len(names) + 2) / 3))
     for i, (row, totals) in enumerate(shown):
         n = row.n * len(row.runs)
         wrong = round((1 - row.clean.value) * n)
-        parts = {"wrong already": wrong, **{k: t[1] for k, t in totals.items()}}
+        parts = {"wrong already": wrong, **{k: t[1] for k, t in totals.items() if t[1]}}
         parts["holds"] = max(0, n - sum(parts.values()))
         ax.text(0, i + 0.3, _short(row.label, 34), va="center", fontweight="bold")
         cost = f"{sum(t[2] for t in totals.values()) / n:,.0f} passes per sample"
