@@ -1,6 +1,6 @@
 """Every attack beside foolbox's, on two MNIST networks that holdfast trained: one by SCE, one adversarially.
 
-    HOLDFAST_MNIST=data/mnist python benchmarks/bench_attacks.py [--samples 200] [--only fmn,cw]
+    HOLDFAST_MNIST=data/mnist python benchmarks/bench_attacks.py [--samples 200] [--only fmn,cw] [--network sce-seed0]
 
 Needs foolbox (``pip install '.[bench]'``). At a fixed eps: how many of the samples that the network gets right fall, on
 each side and on one side alone; eps is the median size that ``fmn`` finds. For the smallest perturbation: the median
@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--only", default="", help="keys of ATTACKS, with commas between")
+    parser.add_argument("--network", choices=NETWORKS, help="one of the two alone")
     asked = parser.parse_args()
     try:
         import foolbox
@@ -82,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(1)
     only = [name for name in asked.only.split(",") if name]
     pairs = [pair for pair in (*peers.FIXED, *peers.LEAST) if not only or pair.ours in only]
-    for name in NETWORKS:
+    for name in [asked.network] if asked.network else NETWORKS:
         model, x, y = load(name, asked.samples)
         eps = usual_eps(model, x, y)
         print(f"{name}: {len(x)} samples, eps {', '.join(f'{k} {v:.3g}' for k, v in eps.items())}; ours, foolbox's")
