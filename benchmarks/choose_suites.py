@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from arsenal_nets import FOLDER, PLANS, build, threats
+from holdfast.asking import Counted, exact_arithmetic
 from holdfast.attacks import ATTACKS, SCORES, SUITES, Stage, cross_entropy, matched
 from holdfast.checks.probe import rescaled
 from holdfast.data import pixels
-from holdfast.evaluate import Counted, exact_arithmetic
 from holdfast.losses import negative_margin
 from holdfast.noise import Noise
 from holdfast.outputs import fooled, frozen_eval

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast.asking import Counted
 from holdfast.attacks import ATTACKS
 from holdfast.attacks.minimal import distances
-from holdfast.evaluate import Counted
 from holdfast.losses import gap
 from holdfast.noise import Noise
 from holdfast.outputs import fooled

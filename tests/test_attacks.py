@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from holdfast import data
 from holdfast.attacks import ATTACKS, SCORES, Worst, apgd, attack, bim, cross_entropy, fgsm, fooled, mim, pgd, square
 from holdfast.attacks import random_noise as noise_attack
 from holdfast.errors import UserError
@@ -23,6 +22,7 @@ from holdfast.losses import dlr, gap, isce, negative_margin, sce
 from holdfast.noise import Noise
 from holdfast.outputs import Outputs, as_outputs
 from holdfast.threat import Threat
+from small_nets import on_digits, right_ones
 
 SIDE = 6
 EPS = {"linf": 0.15, "l2": 0.8, "l1": 3.0}
@@ -801,26 +801,15 @@ def test_apgd_judges_progress_where_the_reference_does():
 @pytest.fixture(scope="session")
 def digits():
     """(net, x, y): a small convolutional network, 97% right, and 300 test digits that it gets right."""
-    split = data.load("digits", val=0.0)
-    x, y = data.pixels(split.train.x), split.train.y
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
+    net, split = on_digits(
+        lambda: (
             nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
             nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
-        )  # fmt: skip
-        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-        for _ in range(8):
-            for rows in torch.randperm(len(y)).split(64):
-                optimizer.zero_grad()
-                F.cross_entropy(net(x[rows]), y[rows]).backward()
-                optimizer.step()
-    net.zero_grad()
-    x, y = data.pixels(split.test.x), split.test.y
-    with torch.no_grad():
-        right = torch.nonzero(net(x).argmax(1) == y)[:, 0]
-    assert len(right) > 0.95 * len(y)
-    return net.eval().requires_grad_(False), x[right[:300]], y[right[:300]]
+        ),
+        lr=3e-3,
+        epochs=8,
+    )  # fmt: skip
+    return net, *right_ones(net, split, 300)
 
 
 def survivors(name, model, x, y, threat, **kept):

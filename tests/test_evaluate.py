@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import holdfast.evaluate as module
-from holdfast import data
 from holdfast.attacks import ATTACKS, SUITES, Entry, Stage
 from holdfast.data import Data, pixels
 from holdfast.errors import UserError
@@ -19,6 +18,7 @@ from holdfast.evaluate import evaluate
 from holdfast.losses import isce, negative_margin
 from holdfast.outputs import Outputs, fooled
 from holdfast.threat import Threat
+from small_nets import on_digits
 
 COLUMNS = (
     "index",
@@ -245,24 +245,14 @@ def test_logits_that_are_not_finite_break_nothing(monkeypatch, bad):
 
 @pytest.fixture(scope="module")
 def digits():
-    split = data.load("digits", val=0.0)
-    x, y = pixels(split.train.x), split.train.y
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(1, 12, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(192, 48),
-            nn.ReLU(),
+    net, split = on_digits(
+        lambda: (
+            nn.Conv2d(1, 12, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(192, 48), nn.ReLU(),
             nn.Linear(48, 10),
-        )
-        optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-        for _ in range(6):
-            for rows in torch.randperm(len(y)).split(64):
-                optimizer.zero_grad()
-                F.cross_entropy(net(x[rows]), y[rows]).backward()
-                optimizer.step()
+        ),
+        lr=5e-3,
+        epochs=6,
+    )  # fmt: skip
     return net, split.test
 
 

@@ -18,7 +18,7 @@ FAR = {"lo": -30.0, "hi": 30.0}  # a box that no step comes near
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
 N = 24
 FEW = {
-    "fgsm": {}, "noise": {"steps": 20}, "square": {"steps": 400}, "jsma": {"steps": 16}, "spsa": {"steps": 20},
+    "fgsm": {}, "noise": {"steps": 20}, "square": {"steps": 400}, "jsma": {"steps": 16}, "spsa": {"steps": 40},
     "cw": {"steps": 40, "searches": 5}, "lbfgs": {"steps": 10}, "fab": {"steps": 10}, "deepfool": {"steps": 10},
     "fmn": {"steps": 100},
 }  # fmt: skip
@@ -26,7 +26,8 @@ FEW = {
 # for a class that is not the nearest; jsma goes by saliency; lbfgs has l2's penalty whatever the norm is.
 REACH = {
     "noise": math.inf, "jsma": 3.0, "lbfgs-linf": 1.5, "lbfgs-l1": 1.5, "lbfgs": 1.05, "deepfool": 1.03, "cw": 1.05,
-    "fgsm-l1": 1.2, "bim-l1": 1.2, "mim-l1": 1.2, "fmn-l2": 1.2, "fmn-l1": 1.1, "square": 1.05, "spsa": 1.05,
+    "fgsm-l1": 1.2, "bim-l1": 1.2, "mim-l1": 1.2, "fmn-l2": 1.2, "fmn-l1": 1.1, "square": 1.05, "spsa": 1.1,
+    "least_likely-l2": 1.2,
 }  # fmt: skip
 # Towards the class that is least likely at x, which for two classes is the only one.
 TOWARDS_ONE = ("least_likely",)
@@ -81,8 +82,8 @@ def test_what_is_breakable_falls(name, norm, classes):
     if name in TOWARDS_ONE and classes > 2:
         needed = needed.masked_fill(needed != needed.gather(1, model(x).argmin(1)[:, None]), math.inf)
     due = needed.amin(1) * reach(name, norm) < threat.eps
-    # With three classes an attack that goes for one rival at a time may go for the farther one.
-    assert broken[due].float().mean() >= (0.9 if classes == 2 else 0.5) or not due.any()
+    assert broken[due].all()
+    assert name in ("noise", "jsma") or due.any()
 
 
 @pytest.mark.parametrize(
@@ -97,5 +98,6 @@ def test_towards_each_wrong_class_in_turn_what_is_breakable_falls(name, norm, cl
         now = strike(name, model, x, y, threat, dlr, target=target)
         broken |= now
     due = needed.amin(1) * reach(name, norm) < threat.eps
-    assert broken[due].float().mean() >= 0.9 or not due.any()
+    assert broken[due].all()
+    assert name == "jsma" or due.any()
     assert not broken[needed.amin(1) > threat.eps * (1 + 1e-5)].any()

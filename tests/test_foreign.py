@@ -20,7 +20,7 @@ from holdfast import foreign, onnx_import
 from holdfast.data import Data
 from holdfast.errors import UserError
 from holdfast.evaluate import evaluate
-from holdfast.foreign import Foreign, is_foreign, open_model, wrap
+from holdfast.foreign import Foreign, code_mark, is_foreign, open_model, wrap
 from holdfast.outputs import as_outputs, frozen_eval
 from holdfast.runs import weights_mark
 from holdfast.threat import Threat
@@ -51,6 +51,30 @@ def write(folder, text, name="mine.py"):
     path = folder / name
     path.write_text(textwrap.dedent(text))
     return path
+
+
+def test_a_changed_file_is_another_network(tmp_path):
+    path = write(tmp_path, NET)
+    before = code_mark(Foreign(f"{path}:build"))
+    assert code_mark(Foreign(f"{path}:net")) == before
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    assert code_mark(Foreign(f"{path}:build")) != before
+
+
+def test_a_network_for_which_memory_runs_out_is_asked_for_less(tmp_path):
+    """The wrapper around a user's network passes the allocator's words on, and batches are halved."""
+    sizes = []
+
+    def small(x):
+        if len(x) > 3:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+        sizes.append(len(x))
+        return torch.stack([x.flatten(1)[:, 0], 1 - x.flatten(1)[:, 0]], 1)
+
+    pixel = torch.linspace(0.6, 0.9, 10).view(-1, 1, 1, 1)
+    data = Data(pixel, torch.zeros(10, dtype=torch.int64), torch.arange(10))
+    assert evaluate(wrap(small), data, Threat("linf", 0.05), "quick").robust.all()
+    assert max(sizes) == 3 or max(sizes) == 2
 
 
 @pytest.fixture

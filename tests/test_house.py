@@ -22,7 +22,7 @@ LAYERS = (
     ("outputs", "threat", "information", "results", "onnx_import"),
     ("losses", "storage"),
     ("heads", "attacks", "data"),
-    ("models", "objectives", "specs", "foreign"),
+    ("models", "objectives", "specs", "foreign", "asking"),
     ("runs", "evaluate", "exact"),
     ("train", "verify", "jobs", "checks"),
     ("assemble",),

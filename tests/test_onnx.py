@@ -228,6 +228,14 @@ def test_shapes_are_reckoned_with(tmp_path):
     assert not dict(net.named_buffers())  # integers are no weights
 
 
+def test_size_counts(tmp_path):
+    nodes = [
+        helper.make_node("Size", ["x"], ["n"]), helper.make_node("Cast", ["n"], ["f"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Div", ["x", "f"], ["y"]),
+    ]  # fmt: skip
+    agrees(build(nodes), tmp_path)
+
+
 def test_constants_in_nodes_range_and_casts(tmp_path):
     nodes = [
         helper.make_node("Constant", [], ["f"], value_float=2.5),

@@ -93,11 +93,6 @@ def test_a_stage_of_the_published_stream_is_the_published_attack_again(honest, s
     assert found.stages[2].broken == 0
 
 
-def test_a_stage_without_a_stream_is_recorded_as_before():
-    assert "stream" not in PUBLISHED.describe()
-    assert SUITES["explain"][0].describe()["stream"] == 0
-
-
 def test_the_accuracy_under_its_own_loss_is_told_beside(liar):
     run, found = liar
     assert run.own.value == found.own.sum().item() / run.n

@@ -145,14 +145,15 @@ def _verdicts(parts: list[Judged], published: Tensor, robust: Tensor) -> dict[st
     told: dict[str, Any] = asdict(left)
     drawn = [part.evaluation.drawn for part in parts if part.evaluation.drawn is not None]
     if drawn:
-        told["drawn"] = {**_sums(drawn), "expected": sum(one.expected for one in drawn)}
-        told["drawn"]["high"] = sum(one.high for one in drawn)
+        columns = [*(f.name for f in fields(Drawn)), "expected", "high"]
+        told["drawn"] = {name: sum(getattr(one, name) for one in drawn) for name in columns}
         told["expected"] = max(told["expected"], told["drawn"]["expected"])
         told["high"] = max(told["high"], told["expected"])
     if any(part.evaluation.unfinished for part in parts):
         told["unfinished"] = True
-    if parts[0].evaluation.votes > 1:
-        told["votes"] = parts[0].evaluation.votes
+    votes = max(part.evaluation.votes for part in parts)
+    if votes > 1:
+        told["votes"] = votes
     return {
         "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, told),
         "published_verdict": judge(Claim(PUBLISHED, published.tolist()), robust.tolist(), findings, told),
@@ -160,10 +161,6 @@ def _verdicts(parts: list[Judged], published: Tensor, robust: Tensor) -> dict[st
         "remainder": told,
         "measures": {key: _mean([audit.measures.get(key) for audit in audits]) for key in audits[0].measures},
     }
-
-
-def _sums(parts: Sequence[Drawn]) -> dict[str, int]:
-    return {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(Drawn)}
 
 
 def _mean(values: list[float | None]) -> float | None:

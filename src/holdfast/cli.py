@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -248,7 +249,7 @@ def evaluate(
     ],
     threat: Against = "linf:0.1",
     suite: Suite = "standard",
-    budget: Annotated[str, _option("Stop after so much and say what is left: 10min, 90s, 2h, 1e6passes.")] = "",
+    budget: Annotated[str, _option("Attack for so much, check, and say what is left: 10min, 2h, 1e6passes.")] = "",
     limit: Limit = 1000,
     seed: Seed = 0,
     batch_size: Annotated[int | None, _option("Default: by image size; halved when memory runs out.")] = None,
@@ -258,12 +259,12 @@ def evaluate(
     ] = None,
     data: Annotated[str, _option("Its data. All of it is used if it has no test split.", rich_help_panel=OWN)] = "",
     weights: Annotated[str, _option(".safetensors, or .pt (tensors alone are read).", rich_help_panel=OWN)] = "",
-    pixels: Annotated[str, _option("The range that it takes pixels in.", rich_help_panel=OWN)] = "0,1",
+    pixels: Annotated[str, _option("The range that it takes pixels in. Default: 0,1.", rich_help_panel=OWN)] = "",
     mean: Annotated[str, _option("Then minus this, a number or one a channel.", rich_help_panel=OWN)] = "",
     std: Annotated[str, _option("Then divided by this.", rich_help_panel=OWN)] = "",
     loss: Annotated[
-        str, _option("The loss it was trained with, which attacks are matched to.", rich_help_panel=OWN)
-    ] = "sce",
+        str, _option("The loss it was trained with, which attacks match. Default: sce.", rich_help_panel=OWN)
+    ] = "",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -285,24 +286,21 @@ def evaluate(
 
         if not data:
             raise UserError("your own model needs --data: a folder of images per class, a parquet file, a hub name.")
-        source = Foreign(model, weights, _numbers("pixels", pixels), _numbers("mean", mean), _numbers("std", std))  # type: ignore[arg-type]
+        numbers = _numbers("pixels", pixels or "0,1"), _numbers("mean", mean), _numbers("std", std)
+        source = Foreign(model, weights, *numbers)
         folder = out or Path("out") / f"{Path(model).stem}-{file_text(threat)}-{suite}"
         if not quiet:
             errors.print(f"opening {model}: what it holds is executed.", soft_wrap=True)
-
-        def opened(device: str) -> Any:
-            return from_file(source, data, loss=loss, limit=limit, seed=seed, device=device)
+        opened: Any = partial(from_file, source, data, loss=loss or "sce", limit=limit, seed=seed)
     else:
         from .single import from_run
 
-        own = {"data": data, "weights": weights, "mean": mean, "std": std}
+        own = {"data": data, "weights": weights, "pixels": pixels, "mean": mean, "std": std, "loss": loss}
         for name, value in own.items():
             if value:
                 raise UserError(f"--{name} is for a model of your own; {model} is a run folder, which knows its own.")
         folder = out or Path(model) / f"evaluation-{file_text(threat)}-{suite}"
-
-        def opened(device: str) -> Any:
-            return from_run(Path(model), limit=limit, device=device)
+        opened = partial(from_run, Path(model), limit=limit)
 
     answer = _attack(opened, threat, suite, folder, seed, device, quiet, budget, batch_size)
     if answer is None:
@@ -341,8 +339,8 @@ def _attack(
     limited = Budget.parse(budget) if budget else None
     with processes(_best(device)) as (where, first), Display(quiet or not first) as display:
         results = attack(
-            opened(where), threat, suite, folder, seed=seed, budget=limited, batch_size=batch_size, tell=display.tell,
-            command=shlex.join(["holdfast", *sys.argv[1:]]),
+            opened(device=where), threat, suite, folder, seed=seed, budget=limited, batch_size=batch_size,
+            tell=display.tell, command=shlex.join(["holdfast", *sys.argv[1:]]),
         )  # fmt: skip
     return (results, reporting.render([results], folder / "report.html")) if results else None
 
@@ -369,9 +367,7 @@ def explain(
     folder = out or run / f"explain-{file_text(threat)}"
     from .single import from_run
 
-    answer = _attack(
-        lambda device: from_run(run, limit=limit, device=device), threat, "explain", folder, seed, device, quiet
-    )
+    answer = _attack(partial(from_run, run, limit=limit), threat, "explain", folder, seed, device, quiet)
     if answer is None:
         return
     results, page = answer

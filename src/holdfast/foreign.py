@@ -5,6 +5,7 @@ holdfast's images lie in [0, 1]: what a network wants done to them first is done
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from .errors import UserError, unknown
 from .onnx_import import load_onnx
-from .outputs import Model, as_outputs
+from .outputs import Model, as_outputs, out_of_memory
 
 WEIGHTS_ALONE = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 NESTS = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put the weights in their file
@@ -50,7 +51,7 @@ class Foreign:
 
     path: str
     weights: str = ""
-    pixels: tuple[float, float] = (0.0, 1.0)
+    pixels: tuple[float, ...] = (0.0, 1.0)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
@@ -69,6 +70,11 @@ def is_foreign(text: str) -> bool:
     path, name = _split(text)
     known = (".py", ".onnx", ".pt2", *WEIGHTS_ALONE)
     return (bool(name) or Path(path).suffix.lower() in known) and not Path(text).is_dir()
+
+
+def code_mark(source: Foreign) -> str:
+    """A short hash of the file that a network comes from: weights alone do not tell a changed forward pass."""
+    return hashlib.blake2b(_existing(_split(source.path)[0]).read_bytes(), digest_size=8).hexdigest()
 
 
 def open_model(source: Foreign, device: str | torch.device = "cpu") -> nn.Module:
@@ -111,7 +117,7 @@ def open_model(source: Foreign, device: str | torch.device = "cpu") -> nn.Module
 def wrap(
     model: Model,
     *,
-    pixels: tuple[float, float] = (0.0, 1.0),
+    pixels: Sequence[float] = (0.0, 1.0),
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
 ) -> Wrapped:
@@ -219,9 +225,9 @@ def _blame(who: str, path: Path | None = None) -> Iterator[None]:
     """Errors of the user's code become UserErrors that name the line: the last one in his folder, or outside torch."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
         own = [frame for frame in frames if path is not None and frame.filename.startswith(str(path.parent))]
         outside = [frame for frame in frames if not frame.filename.startswith(str(Path(torch.__file__).parent))]

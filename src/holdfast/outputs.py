@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 Model = Callable[[Tensor], Any]  # an nn.Module or any function from images to logits or Outputs
@@ -51,6 +52,15 @@ def as_outputs(answer: Any) -> Outputs:
 def logits_of(out: Outputs | Tensor) -> Tensor:
     """The (N, K) logits of a model's answer."""
     return out.logits if isinstance(out, Outputs) else out
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: of the device, or, in words alone, of a CPU. Smaller batches help.
+
+    >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory")), out_of_memory(RuntimeError("shape"))
+    (True, False)
+    """
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager

@@ -14,13 +14,14 @@ import torch
 from torch import distributed, nn
 
 from . import runs, specs
+from .asking import Counted
 from .assemble import Judged, assemble
 from .attacks import SUITES
 from .compare import audited, teller
 from .data import Split, load, pixels
 from .errors import UserError, unknown
-from .evaluate import Budget, Counted, evaluate
-from .foreign import Foreign, open_model
+from .evaluate import Budget, evaluate
+from .foreign import Foreign, code_mark, open_model
 from .jobs import Tell
 from .outputs import frozen_eval
 from .results import Results
@@ -103,7 +104,7 @@ def from_file(
     local = Path(data).expanduser()
     data = str(local.resolve()) if local.exists() else data
     split = load(data, **cut)
-    about = {"foreign": asdict(source), "loss": loss, "data": data}
+    about = {"foreign": asdict(source), "code": code_mark(source), "loss": loss, "data": data}
     return Subject(Path(source.path).name, model, loss, seed, data, cut, split, None, about, NOT_TRAINED)
 
 
@@ -146,7 +147,7 @@ def attack(
         batch_size=batch_size,
         budget=budget,
         record=out / "evaluation.safetensors",
-        key=f"{subject.split.fingerprint} {runs.weights_mark(subject.model)} {subject.about.get('foreign', '')}",
+        key=f"{subject.split.fingerprint} {runs.weights_mark(subject.model)}",
         progress=teller(subject.name, tell, against, len(subject.split.test)),
     )
     if not first:

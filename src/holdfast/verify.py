@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import results, runs
+from .asking import Counted, majority, outvoted
 from .data import load, pixels
 from .errors import UserError
-from .outputs import as_outputs, fooled, frozen_eval
+from .outputs import frozen_eval
 from .storage import load_tensors
 from .threat import Threat
 
@@ -56,11 +57,11 @@ def verify(folder: Path, *, device: str = "cpu", batch_size: int = 1024) -> list
     for run in found.runs:
         if run.robust is None:  # void: no number was claimed
             continue
-        threat, counts = Threat(**run.threat), Counter[str]()
+        threat, counts, votes = Threat(**run.threat), Counter[str](), run.remainder.get("votes", 1)
         for number, network in enumerate(about["networks"]):
             if (network["run"], network["threat"]) == (run.name, run.threat):
                 index, x_adv = witnesses[f"{number}/index"], witnesses[f"{number}/x_adv"]
-                counts += _network(folder / network["folder"], network, threat, index, x_adv, device, batch_size)
+                counts += _network(folder / network["folder"], network, threat, index, x_adv, votes, device, batch_size)
         claimed = run.robust.value
         proofs.append(
             Proof(f"{run.name}, {run.threat_text}", run.n, counts["wrong"], counts["broken"], counts["failed"], claimed)
@@ -69,9 +70,16 @@ def verify(folder: Path, *, device: str = "cpu", batch_size: int = 1024) -> list
 
 
 def _network(
-    run: Path, network: dict[str, Any], threat: Threat, index: Tensor, x_adv: Tensor, device: str, batch_size: int
+    run: Path,
+    network: dict[str, Any],
+    threat: Threat,
+    index: Tensor,
+    x_adv: Tensor,
+    votes: int,
+    device: str,
+    batch_size: int,
 ) -> Counter[str]:
-    """One network's clean pass and witness pass."""
+    """One network's clean pass and witness pass; of a randomised network as many of each as were asked before."""
     model, config = runs.load(run, device=device)
     split = load(config["data"], **network["cut"])
     if split.fingerprint != network["fingerprint"]:
@@ -83,17 +91,18 @@ def _network(
     rows = torch.tensor([place[int(number)] for number in index], dtype=torch.int64)
     x, y = pixels(split.test.x), split.test.y
     with frozen_eval(model), torch.no_grad():
-        wrong = _misses(model, x, y, device, batch_size)
-        hit = _misses(model, x_adv, y[rows], device, batch_size)
+        wrong = _misses(model, x, y, votes, device, batch_size)
+        hit = _misses(model, x_adv, y[rows], votes, device, batch_size)
     hit &= threat.violation(x_adv, x[rows]) == 0
     broken = torch.zeros_like(wrong)
     broken[rows[hit]] = True  # each sample counts once, however many witnesses name it
     return Counter(wrong=int(wrong.sum()), broken=int((broken & ~wrong).sum()), failed=int((~hit).sum()))
 
 
-def _misses(model: Any, x: Tensor, y: Tensor, device: str, batch_size: int) -> Tensor:
+def _misses(model: nn.Module, x: Tensor, y: Tensor, votes: int, device: str, batch_size: int) -> Tensor:
+    asked = Counted(model)
     parts = [
-        fooled(as_outputs(model(xs.to(device))).logits, ys.to(device)).cpu()
+        outvoted(majority(asked, xs.to(device), votes)[1], ys.to(device), votes).cpu()
         for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True)
     ]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)

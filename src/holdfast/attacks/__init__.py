@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ __all__ = [
 @dataclass(frozen=True)
 class Entry:
     """One line of ATTACKS: the function, a word on it, the norms it is defined for, whether it needs gradients, and
-    about how many passes it takes for each step, target and restart."""
+    about how many passes it takes for each step, target, restart and search."""
 
     attack: Callable[..., Tensor]
     about: str
@@ -54,10 +55,8 @@ ATTACKS: dict[str, Entry] = {
     "md": Entry(md, "one term of the margin first, then both (Ma 2020)"),
     "least_likely": Entry(least_likely, "bim towards the least likely class (Kurakin 2017)"),
     "deepfool": Entry(deepfool, "steps to the nearest linearised boundary (Moosavi-Dezfooli 2016)", per_step=10.0),
-    "cw": Entry(
-        cw, "smallest perturbation by Adam and a search of the constant (Carlini 2017)", ("linf", "l2"), per_step=12.0
-    ),
-    "lbfgs": Entry(lbfgs, "smallest l2 perturbation by quasi-Newton steps (Szegedy 2014)", per_step=16.0),
+    "cw": Entry(cw, "smallest perturbation by Adam and a search of the constant (Carlini 2017)", ("linf", "l2")),
+    "lbfgs": Entry(lbfgs, "smallest l2 perturbation by quasi-Newton steps (Szegedy 2014)"),
     "fmn": Entry(fmn, "smallest perturbation in a ball that shrinks and grows (Pintor 2021)"),
     "fab": Entry(fab, "smallest perturbation by steps to linearised boundaries, targeted (Croce 2020)", per_step=3.0),
     "jsma": Entry(jsma, "the most salient pixels, one by one (Papernot 2016)"),
@@ -87,12 +86,20 @@ def matched(loss: Loss | str | None) -> Loss:
     return steady_gap if score is gap else score
 
 
+@cache
+def _defaults(attack: Callable[..., Tensor]) -> dict[str, Any]:
+    """What an attack's settings are unless they are given; one step where it counts none."""
+    found = {name: p.default for name, p in inspect.signature(attack).parameters.items() if p.default is not p.empty}
+    return {"steps": 1, **found}
+
+
+NEAR, FAR = 32, 32  # survivors that attacks of full length are tried on: the nearest, and others at random
 # Whom a stage attacks. A cascade spends where samples can still break, and then asks whether that was right.
 WHO: dict[str, str] = {
     "standing": "all that stand",
-    "nearest": "the share of them with the smallest margins, at least 32",
-    "drawn": "64 of them: the 32 with the smallest margins, and 32 drawn at random from the rest",
-    "promoted": "the nearest share if one of the 32 nearest fell to a drawn stage, all if one of the others did",
+    "nearest": f"the share of them with the smallest margins, at least {NEAR}",
+    "drawn": f"{NEAR + FAR} of them: the {NEAR} with the smallest margins, and {FAR} drawn at random from the rest",
+    "promoted": f"the nearest share if one of the {NEAR} nearest fell to a drawn stage, all if one of the others did",
 }
 
 
@@ -130,22 +137,14 @@ class Stage:
 
     def passes(self, classes: int) -> float:
         """About how many passes it costs a sample that nothing breaks."""
-        settings = inspect.signature(ATTACKS[self.attack].attack).parameters
-        steps, restarts, inner = (
-            self.settings.get(name, settings[name].default if name in settings else 1)
-            for name in ("steps", "restarts", "targets")
-        )
-        targets = min(max(self.targets, inner, 1), classes - 1)
-        return 1 + float(steps * restarts * targets * ATTACKS[self.attack].per_step)
+        entry = ATTACKS[self.attack]
+        settings = {"restarts": 1, "searches": 1, "targets": 1, **_defaults(entry.attack), **self.settings}
+        targets = min(max(self.targets, settings["targets"]), classes - 1)
+        return 1 + float(settings["steps"] * settings["restarts"] * settings["searches"] * targets * entry.per_step)
 
     def keywords(self, eps: float) -> dict[str, Any]:
         """What the attack is called with."""
         return self.settings if self.step is None else {**self.settings, "step_size": self.step * eps}
-
-    def describe(self) -> dict[str, Any]:
-        """The stage as a record holds it: of what came later only what was asked for."""
-        later = {"stream": None, "who": "standing", "share": 1.0, "round": 0}
-        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 # Robustness as papers report it: F.cross_entropy, one random start, 50 PGD steps of eps/4, the last iterate.

@@ -93,6 +93,11 @@ def look(model: Model, x_adv: Tensor) -> Outputs:
         return as_outputs(model(x_adv))
 
 
+def all_rows(y: Tensor) -> Tensor:
+    """Every row's number, (N,) int64."""
+    return torch.arange(len(y), device=y.device)
+
+
 def drop_due(step: int, x: Tensor) -> bool:
     """Whether fooled samples leave the batch after this step: always on the CPU; elsewhere it waits for the device."""
     return x.device.type == "cpu" or step % 5 == 4

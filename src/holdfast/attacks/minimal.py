@@ -20,7 +20,7 @@ from ..losses import Loss, negative_margin, towards
 from ..noise import Noise
 from ..outputs import Outputs, as_outputs, logits_of
 from ..threat import Threat, column
-from .contract import Model, Worst, aim, attack, drop_due, fooled, look, rise
+from .contract import Model, Worst, aim, all_rows, attack, drop_due, fooled, look, rise
 
 # cw: how far into tanh's range the walls are put, so that its slope there is not zero. linf may start a little off x.
 SQUASH = {"linf": 0.9, "l2": 1 - 1e-4}
@@ -61,7 +61,7 @@ class Nearest:
         found = self.size.isfinite()
         point = torch.where(column(found, self.x), self.x, last)
         inside = self.threat.project(point, self.base)
-        worst, rows = Worst(self.base, self.y), _rows(self.y)
+        worst, rows = Worst(self.base, self.y), all_rows(self.y)
         for candidate in (self.base, inside):
             worst.see(rows, candidate, look(model, candidate).logits)
         reached = found & (inside == point).flatten(1).all(1)
@@ -97,10 +97,6 @@ class Adam:
         self.mean = 0.9 * self.mean + 0.1 * grad
         self.square = 0.999 * self.square + 0.001 * grad.square()
         return (self.mean / (1 - 0.9**self.count)) / ((self.square / (1 - 0.999**self.count)).sqrt() + 1e-12)
-
-
-def _rows(y: Tensor) -> Tensor:
-    return torch.arange(len(y), device=y.device)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -187,7 +183,7 @@ def deepfool(
     """
     if not 0 < share <= 1:
         raise UserError(f"share, how much of the way to the boundary a step takes, must lie in (0, 1], got {share}.")
-    rivals, rows = _rivals(model, x, y, classes, target), _rows(y)
+    rivals, rows = _rivals(model, x, y, classes, target), all_rows(y)
     near, ends, base, walked, x_adv = Nearest(x, y, threat), x.clone(), x, x, x
     for step in range(steps):
         logits, above, grads = slopes(model, x_adv, _over(y[rows], rivals[rows]))
@@ -199,7 +195,7 @@ def deepfool(
             if len(rows) == 0:
                 break
         away = _away(above.flatten(), grads.flatten(0, 1), threat).view_as(above)
-        best, each = away.argmin(1), _rows(rows)
+        best, each = away.argmin(1), all_rows(rows)
         # `walked` is where the boundary was, `x_adv` a little beyond: the next step starts from there.
         way = threat.to_plane(x_adv, grads[each, best], -above[each, best])
         far = threat.size(way) > CLOSE * threat.size(walked - base)
@@ -244,7 +240,7 @@ def cw(
     if threat.norm == "l1":
         raise UserError("cw is defined for linf and l2, got l1.")
     climb, goal = aim(negative_margin, y, target)
-    goals, near = goal(_rows(y)), Nearest(x, y, threat)
+    goals, near = goal(all_rows(y)), Nearest(x, y, threat)
     out, value, grad = rise(model, x, climb, goals)
     near.see(x, out.logits, value >= confidence)
     away, l2, heat = _away(value - confidence, grad, threat), threat.norm == "l2", HEAT * value.abs()
@@ -314,7 +310,7 @@ def lbfgs(
         raise UserError(f"memory, the pairs that the curvature is read from, must be at least 1, got {memory}.")
     climb, goal = aim(score, y, target)
     margin, aimed = aim(negative_margin, y, target)
-    rows = _rows(y)
+    rows = all_rows(y)
     near, x_adv = Nearest(x, y, threat), x
     out, value, grad = rise(model, x, margin, aimed(rows))
     near.see(x, out.logits)
@@ -404,7 +400,7 @@ def fmn(
     if not 0 < shrink < 1:
         raise UserError(f"shrink, the first share that the radius loses, must lie in (0, 1), got {shrink}.")
     climb, goal = aim(negative_margin, y, target)
-    goals, ball, round_ball = goal(_rows(y)), Threat(threat.norm, 1.0, -1e30, 1e30), Threat("l2", 1.0)
+    goals, ball, round_ball = goal(all_rows(y)), Threat(threat.norm, 1.0, -1e30, 1e30), Threat("l2", 1.0)
     widest = threat.size(torch.maximum(threat.hi - x, x - threat.lo)).clamp_min(1e-12)
     near, x_adv, radius = Nearest(x, y, threat), x, torch.zeros_like(widest)
     heat = HEAT * climb(look(model, x), goals).abs()

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..asking import device_of, exact_arithmetic
 from ..attacks.contract import frozen_eval
 from ..data import Data
 from ..errors import UserError
-from ..evaluate import Evaluation, StageCost, device_of, exact_arithmetic
+from ..evaluate import Evaluation, StageCost
 from ..losses import Loss
 from ..outputs import Model
 from ..results import Remainder, remainder

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..asking import CLIMBED, Averaged, Counted, majority, outvoted
 from ..attacks import ATTACKS, cross_entropy, matched
 from ..attacks.contract import look, rise
 from ..data import Data, pixels
 from ..evaluate import Evaluation
-from ..evaluate.asking import CLIMBED, Averaged, Counted, majority, outvoted
 from ..losses import Loss, gap, negative_margin, score_of
 from ..noise import Noise
 from ..outputs import Model, Outputs, logits_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..asking import SAME, moved
 from ..attacks import cross_entropy
-from ..evaluate.asking import SAME, moved
 from ..threat import Threat
 from .finding import Measured
 from .probe import Probe

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..asking import Counted, device_of, exact_arithmetic
 from ..attacks import ATTACKS, PUBLISHED, SCORES, SUITES, Stage, cross_entropy, matched
 from ..data import Data
 from ..errors import unknown
@@ -17,13 +18,11 @@ from ..outputs import Model, frozen_eval
 from ..storage import load_tensors
 from ..threat import Threat
 from .answer import STANDS, WRONG, Evaluation, StageCost
-from .asking import Counted, device_of, exact_arithmetic
 from .budget import Budget
 from .cascade import ALONE, RECORD, RECORD_VERSION, Cascade, Progress
 
 __all__ = [
-    "STANDS", "WRONG", "Budget", "Counted", "Evaluation", "StageCost", "device_of", "evaluate", "exact_arithmetic",
-    "stored_x_adv",
+    "STANDS", "WRONG", "Budget", "Evaluation", "StageCost", "evaluate", "stored_x_adv",
 ]  # fmt: skip
 
 

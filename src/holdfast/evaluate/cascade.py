@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ..attacks import ATTACKS, OWN_LOSS, PUBLISHED, Stage
-from ..attacks.minimal import slopes
-from ..data import Data, pixels
-from ..errors import UserError
-from ..losses import Loss, negative_margin
-from ..noise import Noise
-from ..outputs import Model
-from ..results import Drawn
-from ..storage import load_tensors, save_tensors
-from ..threat import Threat, column
-from .answer import STANDS, WRONG, Evaluation, StageCost
-from .asking import (
+from ..asking import (
     CLIMBED,
     VOTES,
     Averaged,
@@ -34,9 +23,20 @@ from .asking import (
     likes_channels_last,
     majority,
     moved,
-    out_of_memory,
     outvoted,
 )
+from ..attacks import ATTACKS, FAR, NEAR, OWN_LOSS, PUBLISHED, Stage
+from ..attacks.contract import all_rows
+from ..attacks.minimal import slopes
+from ..data import Data, pixels
+from ..errors import UserError
+from ..losses import Loss, negative_margin
+from ..noise import Noise
+from ..outputs import Model, out_of_memory
+from ..results import Drawn
+from ..storage import load_tensors, save_tensors
+from ..threat import Threat, column
+from .answer import STANDS, WRONG, Evaluation, StageCost
 from .budget import Budget
 
 Progress = Callable[[str, int, int, int], None]  # (stage, passes so far, passes expected in all, samples standing)
@@ -44,7 +44,6 @@ RECORD, RECORD_VERSION = "evaluation record", 2
 ALONE = {PUBLISHED.name: "published", OWN_LOSS.name: "own"}  # the stages with a column of their own in an Evaluation
 STATE = ("costs", "chosen_for", "rest", "fast", "randomised")  # what a record holds beside columns
 PREFLIGHT = 64  # samples that are asked twice before anything else
-NEAR, FAR = 32, 32  # survivors that full-length attacks are tried on: the nearest, and others at random
 PLACES = 16  # more than a stage has targets
 DRAW = 20_000  # the stream that the sample of the drawn stages is drawn from
 LINEAR_FROM = 10  # with more classes than this, targets are ranked by linearised distance, not by logit
@@ -80,9 +79,8 @@ class Cascade:
             raise UserError(f"batch_size must be >= 1, got {batch_size}.")
         self.model, self.data, self.threat, self.scores = model, data, threat, scores
         self.stages, self.budget, self.progress = list(stages), budget, progress
-        self.batch_size = self.dealt = batch_size or batch_of(
-            data.x
-        )  # memory may halve the first, processes deal the second
+        # Memory may halve the first; processes deal batches of the second, which stays.
+        self.batch_size = self.dealt = batch_size or batch_of(data.x)
         self.noise = Noise(seed, data.index)
         self.costs = [StageCost("clean"), *(StageCost(stage.name) for stage in stages)]
         self.votes, self.over = 1, False
@@ -102,7 +100,7 @@ class Cascade:
         self.about = {
             "key": key,
             "threat": self.threat.describe(),
-            "stages": json.loads(json.dumps([stage.describe() for stage in self.stages])),
+            "stages": json.loads(json.dumps([asdict(stage) for stage in self.stages])),
             "matched": getattr(self.scores["matched"], "__name__", repr(self.scores["matched"])),
             "seed": self.noise.seed,
             "n": len(self.data),
@@ -143,7 +141,7 @@ class Cascade:
             return not randomised and likes_channels_last(self.model, x, first), randomised
 
         with torch.no_grad():
-            answers = self._each(_rows(self.data.y)[:PREFLIGHT], ask)
+            answers = self._each(all_rows(self.data.y)[:PREFLIGHT], ask)
         return all(fast for fast, _ in answers), any(randomised for _, randomised in answers)
 
     def _ask(self, fast: bool, randomised: bool) -> None:
@@ -157,7 +155,7 @@ class Cascade:
         began = time.perf_counter()
         self._ask(*self._preflight())
         with torch.no_grad():
-            answers = self._each(_rows(y), lambda rows: majority(self.model, pixels(x[rows]), self.votes))
+            answers = self._each(all_rows(y), lambda rows: majority(self.model, pixels(x[rows]), self.votes))
         z, votes = (torch.cat(parts) for parts in zip(*answers, strict=True))
         if z.shape[1] < 2 or int(y.max()) >= z.shape[1] or int(y.min()) < 0:
             raise UserError(
@@ -205,7 +203,7 @@ class Cascade:
             return classes.gather(1, away.argsort(dim=1, stable=True)[:, :9])
 
         with torch.enable_grad():
-            return torch.cat(self._each(_rows(y), nearest))
+            return torch.cat(self._each(all_rows(y), nearest))
 
     # ------------------------------------------------------------------------------------------------------- the stages
 
@@ -385,7 +383,7 @@ class Cascade:
 
     def _planned(self, number: int, rank: int) -> int:
         """Passes that are still to come if nothing more is broken, in this stage and in the others."""
-        stands, c = self._standing(), self.columns
+        stands, right, c = self._standing(), int(self.columns["clean"].sum()), self.columns
         due = c["chosen"] if self.stages[number].alone else c["chosen"] & (c["broken_by"] == STANDS)
         now = self.stages[number]
         each = now.passes(self.classes) / self._targets_of(now)
@@ -398,7 +396,7 @@ class Cascade:
                 "drawn": min(stands, NEAR + FAR),
                 "promoted": 0,
             }[stage.who]
-            planned += stage.passes(self.classes) * (int(c["clean"].sum()) if stage.alone else many)
+            planned += stage.passes(self.classes) * (right if stage.alone else many)
         return round(planned * (CLIMBED if self.votes > 1 else 1))
 
     def _cost(self, place: int, began: float, **counts: int) -> None:
@@ -474,10 +472,6 @@ class Cascade:
         if fell and promoted and promoted[-1] < self.ended:  # the rest has been through it as well
             tried, fell = self.rest, fell + int(self._hit(lambda stage: stage.who == "promoted").sum())
         return Drawn(int(near.sum()), int((near & hit).sum()), tried, fell, self.rest)
-
-
-def _rows(y: Tensor) -> Tensor:
-    return torch.arange(len(y), device=y.device)
 
 
 def _summed(parts: tuple[StageCost, ...]) -> StageCost:

@@ -26,15 +26,14 @@ class PreActBlock(nn.Module):
         return kept + self.conv2(self.relu(self.bn2(self.conv1(ready))))
 
 
-class PreActResNet18(nn.Module):
-    """PreActResNet-18 (He et al. 2016), of the adversarial training literature: 2-2-2-2 blocks, 64..512 wide.
+class PreActResNet(nn.Module):
+    """Pre-activation blocks (He et al. 2016), ``depth`` of each width, each further width at half the side.
 
-    11,172,170 parameters on three channels with a linear head of 10 classes, a last batch norm before the pooling.
+    A last batch norm stands before the pooling.
     """
 
-    features = 512
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    depth = 2  # blocks of each width
+    widths: tuple[int, ...]
+    depth: int
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -49,9 +48,10 @@ class PreActResNet18(nn.Module):
             for block in range(self.depth):
                 blocks.append(PreActBlock(width_in, width, 2 if place and not block else 1))
                 width_in = width
+        self.features = width_in
         self.stem = nn.Conv2d(shape[0], self.widths[0], 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
-        self.bn = nn.BatchNorm2d(self.features)
+        self.bn = nn.BatchNorm2d(width_in)
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,9 +59,16 @@ class PreActResNet18(nn.Module):
         return h.mean((2, 3))
 
 
-class PreActResNet8(PreActResNet18):
+class PreActResNet18(PreActResNet):
+    """PreActResNet-18 of the adversarial training literature: 2-2-2-2 blocks, 64..512 wide.
+
+    11,172,170 parameters on three channels with a linear head of 10 classes.
+    """
+
+    widths, depth = (64, 128, 256, 512), 2
+
+
+class PreActResNet8(PreActResNet):
     """The smallest of its kind, for machines without a GPU: 1-1-1 blocks, 16..64 wide, 77,850 parameters likewise."""
 
-    features = 64
-    widths = (16, 32, 64)
-    depth = 1
+    widths, depth = (16, 32, 64), 1

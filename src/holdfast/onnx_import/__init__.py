@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..outputs import out_of_memory
 from .computing import COMPUTING
 from .node import FLOATS, At, Node, Operator, Run
 from .resizing import RESIZING
@@ -256,11 +257,11 @@ def _step(node: Node, run: Run, values: dict[str, Tensor | None]) -> None:
     """Compute one node; what nothing needs any more is let go."""
     try:
         answer = OPERATORS[node.op](At(node, run), *[values[name] for name in node.takes])
-    except (UserError, torch.OutOfMemoryError):
-        raise
     except KeyError as error:
         raise UserError(f"the node '{node.name}' needs {error}, which nothing makes: the file is damaged.") from None
     except Exception as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
         shapes = ", ".join(str(tuple(v.shape)) for name in node.takes if (v := values.get(name)) is not None)
         raise UserError(
             f"{node.op} (node '{node.name}') cannot be computed on inputs of shape {shapes}: "

@@ -9,9 +9,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ..data import Data
-from ..errors import UserError
-from ..outputs import Model, Outputs, as_outputs
+from .data import Data
+from .errors import UserError
+from .outputs import Model, Outputs, as_outputs, out_of_memory
 
 CLIMBED, VOTES = 8, 32  # answers of a randomised model: averaged for an attack's step, counted for a verdict
 SAME = 1e-3  # two answers are the same if they differ by less than this share of the logits' spread
@@ -38,10 +38,8 @@ class Counted:
             x = x.contiguous(memory_format=torch.channels_last)
         try:
             out = as_outputs(self.model(x))
-        except (UserError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
-            if out_of_memory(error):
+            if isinstance(error, UserError) or out_of_memory(error):
                 raise
             shape = tuple(x.shape)
             raise UserError(
@@ -110,11 +108,6 @@ def likes_channels_last(model: Counted, x: Tensor, logits: Tensor) -> bool:
     except UserError:  # a view that asks for the plain order
         return False
     return not bool(moved(logits, again).any())
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: of the device, or, in words alone, of a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager
