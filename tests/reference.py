@@ -203,12 +203,7 @@ def targeted_dlr(z, y, t):
     for row, label, goal in zip(z, y, t, strict=True):
         ranked = sorted(row, reverse=True)
         rise = row[goal] - row[label]
-        if len(row) == 2:
-            losses.append(rise)
-        elif len(row) == 3:
-            losses.append(rise / (ranked[0] - ranked[2]))
-        else:
-            losses.append(rise / (ranked[0] - (ranked[2] + ranked[3]) / 2))
+        losses.append(rise if len(row) < 4 else rise / (ranked[0] - (ranked[2] + ranked[3]) / 2))
     return losses
 
 

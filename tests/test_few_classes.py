@@ -18,7 +18,7 @@ FAR = {"lo": -30.0, "hi": 30.0}  # a box that no step comes near
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
 N = 24
 FEW = {
-    "fgsm": {}, "noise": {"steps": 20}, "square": {"steps": 400}, "jsma": {"steps": 16}, "spsa": {"steps": 40},
+    "fgsm": {}, "noise": {"steps": 20}, "square": {"steps": 400}, "jsma": {"steps": 16}, "spsa": {"steps": 20},
     "cw": {"steps": 40, "searches": 5}, "lbfgs": {"steps": 10}, "fab": {"steps": 10}, "deepfool": {"steps": 10},
     "fmn": {"steps": 100},
 }  # fmt: skip
@@ -26,7 +26,7 @@ FEW = {
 # for a class that is not the nearest; jsma goes by saliency; lbfgs has l2's penalty whatever the norm is.
 REACH = {
     "noise": math.inf, "jsma": 3.0, "lbfgs-linf": 1.5, "lbfgs-l1": 1.5, "lbfgs": 1.05, "deepfool": 1.03, "cw": 1.05,
-    "fgsm-l1": 1.2, "bim-l1": 1.2, "mim-l1": 1.2, "fmn-l2": 1.2, "fmn-l1": 1.1, "square": 1.05, "spsa": 1.1,
+    "fgsm-l1": 1.2, "bim-l1": 1.2, "mim-l1": 1.2, "fmn-l2": 1.2, "fmn-l1": 1.1, "square": 1.05, "spsa": 1.05,
     "least_likely-l2": 1.2,
 }  # fmt: skip
 # Towards the class that is least likely at x, which for two classes is the only one.

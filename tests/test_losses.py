@@ -698,6 +698,9 @@ def test_targeted_dlr_is_its_literal_twin_and_rises_with_the_target(k, seed, by)
     wanted = reference.targeted_dlr(lists(z), y.tolist(), t.tolist())
     torch.testing.assert_close(before, torch.tensor(wanted, dtype=torch.float64), rtol=1e-8, atol=1e-9)
     assert torch.equal(before > 0, z.gather(1, t[:, None])[:, 0] > z.gather(1, y[:, None])[:, 0])
+    if k < 4:  # no plain anywhere, the lowest class included: a black box must see that it gets nearer
+        nearer = z.scatter_add(1, t[:, None], torch.full((len(z), 1), by, dtype=z.dtype))
+        assert (targeted_dlr(nearer, (y, t)) > before).all()
     second = z.topk(2, dim=1).indices
     leads = (second[:, 0] == y) & (second[:, 1] == t)  # from second place it nears the first
     small = -(z.gather(1, t[:, None]) - z.gather(1, y[:, None]))[:, 0][leads]

@@ -48,8 +48,10 @@ def dlr(out: Outputs | Tensor, y: Tensor) -> Tensor:
 
 
 def targeted_dlr(out: Outputs | Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
-    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4))/2) towards class t; with K = 3 the mean is z_(3) and
-    the ratio a constant for the gradient, with K = 2 there is no ratio.
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4))/2) towards class t; with K < 4 there is no z_(4) and no ratio is taken.
+
+    With K = 3 a ratio to z_(1) - z_(3) would be -1 towards the lowest class whatever the logits are: a plain where
+    gradients vanish, and on which an attack that compares values sees no step as progress.
 
     Args: out: Outputs or (N, K) logits; target: (y, t), both (N,) int64.  Returns (N,).
     Source: Croce and Hein 2020.
@@ -62,11 +64,9 @@ def targeted_dlr(out: Outputs | Tensor, target: tuple[Tensor, Tensor]) -> Tensor
     y, t = target
     z = logits_of(out)
     rise = z.gather(1, t[:, None])[:, 0] - z.gather(1, y[:, None])[:, 0]
-    if z.shape[1] < 3:
+    if z.shape[1] < 4:
         return rise
-    top = z.topk(min(4, z.shape[1]), dim=1).values
-    if z.shape[1] == 3:  # towards the lowest of three the ratio is -1 whatever the logits are: it must not be climbed
-        top = top.detach()
+    top = z.topk(4, dim=1).values
     return rise / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
 
