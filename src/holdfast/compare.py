@@ -199,7 +199,7 @@ def check(job: Job, tell: Tell) -> list[Judged]:
     for one in judged:
         threat = one.evaluation.threat
         twin = None if beside is None else stored_x_adv(_record(beside, "evaluation", threat))
-        answers.append(audited(one, model, _record(job.folder, "audit", threat), twin, tell))
+        answers.append(audited(one, model, _record(job.folder, "audit", threat), twin, tell, seed=job.seed))
     return answers
 
 
@@ -207,7 +207,7 @@ def _record(folder: Path, what: str, threat: Threat) -> Path:
     return folder / f"{what}-{threat.norm}{threat.eps:.6g}.safetensors"
 
 
-def audited(one: Judged, model: nn.Module, record: Path, twin: Tensor | None, tell: Tell) -> Judged:
+def audited(one: Judged, model: nn.Module, record: Path, twin: Tensor | None, tell: Tell, *, seed: int) -> Judged:
     """The same with its audit: read from the record, or made and written there."""
     asked = {
         "data": one.split.fingerprint,
@@ -225,7 +225,7 @@ def audited(one: Judged, model: nn.Module, record: Path, twin: Tensor | None, te
             one.evaluation,
             trained_with=specs.loss(one.loss).loss,
             twin=twin,
-            seed=one.seed,
+            seed=seed,
             progress=lambda name, done, total: tell(one.folder.name, f"checking: {name}", done, total),
         )
         save_audit(record, key, found)

@@ -156,5 +156,5 @@ def attack(
         subject.loss, subject.seed, subject.folder or out, evaluation, subject.trained, subject.split, subject.cut,
         name=None if subject.folder else subject.name,
     )  # fmt: skip
-    judged = audited(judged, subject.model, out / "audit.safetensors", None, tell)
+    judged = audited(judged, subject.model, out / "audit.safetensors", None, tell, seed=seed)
     return assemble([judged], out, subject.data, settings, command)
