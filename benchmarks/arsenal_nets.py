@@ -54,7 +54,7 @@ class Net:
 
 
 def _robust(name: str, role: str, data: str, seed: int, at: str, **more: object) -> Plan:
-    return Plan(name, role, data, seed, at=at, threats=(at,), **more)  # type: ignore[arg-type]
+    return Plan(name, role, data, seed, at=at, threats=(at,), **more)
 
 
 _CIFAR = {"epochs": 10, "limit_train": 10_000, "steps": 4, "model": "preactresnet8"}
@@ -63,7 +63,7 @@ PLANS: tuple[Plan, ...] = (
     _robust("mnist-at0.1", "bench", "mnist", 1, "linf:0.1"),
     _robust("mnist-at0.3", "bench", "mnist", 1, "linf:0.3"),
     _robust("mnist-at-l2", "bench", "mnist", 1, "l2:1.5"),
-    Plan("cifar-at", "bench", "cifar10", 1, at="linf:8/255", threats=("linf:4/255", "linf:8/255"), **_CIFAR),  # type: ignore[arg-type]
+    Plan("cifar-at", "bench", "cifar10", 1, at="linf:8/255", threats=("linf:4/255", "linf:8/255"), **_CIFAR),
     Plan("mnist-sce", "bench", "mnist", 1),
     Plan("mnist-isce100", "bench", "mnist", 1, "isce:s=100"),
     Plan("mnist-mmc", "bench", "mnist", 1, "mmc"),
@@ -77,8 +77,8 @@ PLANS: tuple[Plan, ...] = (
     _robust("mnist-at-l2-v", "choose", "mnist", 7, "l2:1.5"),
     Plan("mnist-isce100-v", "choose", "mnist", 7, "isce:s=100"),
     Plan("mnist-mmc-v", "choose", "mnist", 7, "mmc"),
-    Plan("cifar-sce-v", "choose", "cifar10", 7, threats=("linf:1/255",), **{**_CIFAR, "epochs": 6}),  # type: ignore[arg-type]
-    Plan("cifar-at-v", "choose", "cifar10", 7, at="linf:6/255", threats=("linf:6/255",), **{**_CIFAR, "epochs": 6}),  # type: ignore[arg-type]
+    Plan("cifar-sce-v", "choose", "cifar10", 7, threats=("linf:1/255",), **{**_CIFAR, "epochs": 6}),
+    Plan("cifar-at-v", "choose", "cifar10", 7, at="linf:6/255", threats=("linf:6/255",), **{**_CIFAR, "epochs": 6}),
 )
 
 
