@@ -21,6 +21,7 @@ from holdfast.heads import (
     GaussianMixture,
     Linear,
     MaxMahalanobis,
+    Orthogonal,
     max_mahalanobis_centers,
     squared_distances,
 )
@@ -75,6 +76,9 @@ def literal(head, h):
         elif isinstance(head, Cosine):
             size = math.sqrt(dot(row, row))
             z = [head.scale * dot(w, row) / size / math.sqrt(dot(w, w)) for w in head.weight]
+            d = None
+        elif isinstance(head, Orthogonal):
+            z = [head.scale * dot(w, row) for w in head.linear.weight]
             d = None
         elif isinstance(head, MaxMahalanobis):
             row = torch.tensor(
@@ -168,6 +172,7 @@ def test_only_the_centers_of_mmc_are_fixed():
         "mmc": {"embed.weight", "embed.bias"},
         "center": {"linear.weight", "linear.bias", "centers"},
         "gaussian": {"centers"},
+        "orthogonal": {"linear.free"},
     }
     assert "centers" in make("mmc", {}).state_dict()
     assert {n for n, _ in make("gaussian", {"variances": True}).named_parameters()} == {"centers", "log_variances"}

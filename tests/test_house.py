@@ -20,10 +20,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     ("", "errors", "noise"),  # "" is the package itself, which holds the version
     ("outputs", "threat", "information", "results", "onnx_import"),
-    ("losses", "storage"),
+    ("losses", "orthogonal", "storage"),
     ("heads", "attacks", "data"),
-    ("models", "objectives", "specs", "foreign", "asking"),
-    ("runs", "evaluate", "exact"),
+    ("models", "specs", "foreign", "asking"),
+    ("bounds",),
+    ("sources",),
+    ("objectives", "runs", "evaluate", "exact"),
     ("train", "verify", "jobs", "checks"),
     ("assemble",),
     ("compare",),

@@ -1,32 +1,50 @@
 """Networks: a backbone and a head behind one normalisation. images in [0, 1] -> Outputs.
 
 A backbone is a module ``Backbone(shape, **settings)`` that maps (N, C, H, W) to (N, self.features). To add one: the
-class and a line in ``MODELS``.
+class and a line in ``MODELS``; or, without a change here, a function in a file of one's own, ``mymodel.py:backbone``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import specs
 from ..errors import UserError, unknown
 from ..heads import HEADS
 from ..outputs import Outputs
-from .convnets import ConvNet, Linear, Mlp, SmallConvNet
-from .resnets import PreActResNet8, PreActResNet18
+from .convnets import ConvNet, Linear, Madry, Mlp, SmallConvNet, Trades
+from .dense import DenseNet
+from .fractal import FractalNet
+from .inception import Inception
+from .lipschitz import LipConv, LipMlp
+from .own import is_own, own_backbone
+from .resnets import PreActResNet8, PreActResNet18, ResNet, ResNet18
+from .wide import WideResNet
 
-__all__ = ["MODELS", "Classifier", "build", "default_model"]
+__all__ = ["MODELS", "Classifier", "build", "check", "default_model"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "linear": Linear,
     "mlp": Mlp,
     "smallconv": SmallConvNet,
     "convnet": ConvNet,
+    "madry": Madry,
+    "smallcnn": Trades,
     "preactresnet8": PreActResNet8,
     "preactresnet18": PreActResNet18,
+    "resnet": ResNet,
+    "resnet18": ResNet18,
+    "wideresnet": WideResNet,
+    "densenet": DenseNet,
+    "inception": Inception,
+    "fractalnet": FractalNet,
+    "lipmlp": LipMlp,
+    "lipconv": LipConv,
 }
 
 
@@ -63,6 +81,26 @@ def default_model(shape: Sequence[int]) -> str:
     return "smallconv" if side <= 16 else "convnet" if shape[0] == 1 or side < 32 else "preactresnet18"
 
 
+def check(text: str) -> None:
+    """Raise UserError unless ``build`` knows this model: its name and settings, not yet their values. Opens no file.
+
+    >>> check("wideresnet:depth=16,width=4")
+    >>> check("wideresnet:dept=16")
+    Traceback (most recent call last):
+    holdfast.errors.UserError: unknown setting of model 'wideresnet' 'dept'. Did you mean 'depth'? Known: depth, width.
+    """
+    if not is_own(text):
+        _chosen(text)
+
+
+def _chosen(text: str) -> Callable[..., nn.Module]:
+    name, settings = specs.parse(text)
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    specs.accepts("model", name, MODELS[name], settings)
+    return partial(MODELS[name], **settings)
+
+
 def build(
     name: str,
     shape: Sequence[int],
@@ -77,30 +115,34 @@ def build(
     """A fresh network with weights drawn from ``seed`` alone (torch's own generator is left as it was).
 
     Args:
-        name: a key of MODELS; shape: (C, H, W) of the images; classes: K >= 2.
+        name: a key of MODELS, with settings after a colon, as in wideresnet:depth=16,width=4; or mymodel.py:backbone, a
+            function of the shape that returns a module from images to (N, D) features. The file is executed.
+        shape: (C, H, W) of the images; classes: K >= 2.
         head: a key of HEADS; head_settings: its keyword arguments, such as scale or radius.
         mean, std: (C,), default 0 and 1: no normalisation.
 
-    Raises UserError for an unknown name or head, a setting that the head does not take, fewer than two classes, or
-    images too small for the network.
+    Raises UserError for an unknown name, setting or head, a setting that the head does not take, fewer than two
+    classes, images too small for the network, or a file that does not make a backbone.
 
     >>> build("smallconv", (1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).logits.shape
     torch.Size([2, 10])
     """
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
+    check(name)
     if head not in HEADS:
         raise unknown("head", head, HEADS)
     if classes < 2:
         raise UserError(f"a classifier needs at least 2 classes, got {classes}.")
-    channels = shape[0]
+    channels, height, width = shape
     for key, value in (("mean", mean), ("std", std)):
         if value is not None and value.numel() != channels:
             raise UserError(f"{key} must hold one number a channel ({channels}), got {value.numel()}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = MODELS[name](tuple(shape))
-        features: int = backbone.features  # type: ignore[assignment]
+        if is_own(name):
+            backbone, features = own_backbone(name, (channels, height, width))
+        else:
+            backbone = _chosen(name)((channels, height, width))
+            features = int(backbone.features)  # type: ignore[arg-type]
         try:
             top = HEADS[head](features, classes, **(head_settings or {}))
         except TypeError as error:

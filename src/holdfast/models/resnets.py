@@ -2,9 +2,97 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from .base import Shape, he_normal, need_side, per_stage
+
+
+class Block(nn.Module):
+    """relu(shortcut(x) + bn(conv(relu(bn(conv(x)))))): the post-activation block (He et al. 2015).
+
+    Where the shape changes, the shortcut is a 1x1 convolution with batch norm (projection), or else every second pixel,
+    with the new channels zero, half of them on each side (option A, no parameters).
+    """
+
+    def __init__(self, width_in: int, width: int, stride: int, projection: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        changes = stride != 1 or width_in != width
+        self.shortcut: nn.Module = nn.Identity()
+        if changes and projection:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width_in, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
+            )
+        elif changes:
+            self.shortcut = Padded(stride, width - width_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out: Tensor = self.relu(self.shortcut(x) + h)
+        return out
+
+
+class Padded(nn.Module):
+    """Every ``stride``-th pixel, and ``more`` channels of zeros: the shortcut of option A."""
+
+    def __init__(self, stride: int, more: int) -> None:
+        super().__init__()
+        self.stride, self.more = stride, more
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.more // 2
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.more - before))
+
+
+class PostActResNet(nn.Module):
+    """Post-activation blocks, ``n`` of each width, each further width at half the side; then the mean over pixels."""
+
+    def __init__(self, shape: Shape, widths: tuple[int, ...], n: int, projection: bool) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        width_in = widths[0]
+        for place, width in enumerate(widths):
+            for block in range(n):
+                blocks.append(Block(width_in, width, 2 if place and not block else 1, projection))
+                width_in = width
+        self.features = width_in
+        self.stem = nn.Conv2d(shape[0], widths[0], 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU()
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.blocks(self.relu(self.bn(self.stem(x))))
+        return h.mean((2, 3))
+
+
+class ResNet(PostActResNet):
+    """ResNet of CIFAR, depth 6n + 2 (20, 32, 44, 56, 110): 16, 32, 64 wide, shortcuts without parameters (option A).
+
+    269,722 parameters on three channels with a linear head of 10 classes; 1,727,962 with depth 110.
+    Source: He et al. 2015.
+    """
+
+    def __init__(self, shape: Shape, depth: int = 20) -> None:
+        need_side(16, shape, "resnet", "smallconv")
+        super().__init__(shape, (16, 32, 64), per_stage(depth, 2, 6, "resnet"), projection=False)
+        he_normal(self)
+
+
+class ResNet18(PostActResNet):
+    """ResNet-18 for 32x32: 2-2-2-2 post-activation blocks, 64..512 wide, 1x1 shortcuts.
+
+    11,173,962 parameters on three channels with a linear head of 10 classes.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        need_side(16, shape, "resnet18", "smallconv")
+        super().__init__(shape, (64, 128, 256, 512), 2, projection=True)
 
 
 class PreActBlock(nn.Module):
@@ -27,29 +115,21 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Pre-activation blocks (He et al. 2016), ``depth`` of each width, each further width at half the side.
+    """Pre-activation blocks (He et al. 2016), ``n`` of each width, each further width at half the side.
 
-    A last batch norm stands before the pooling.
+    ``stem``: how wide the first convolution is. A last batch norm stands before the pooling.
     """
 
-    widths: tuple[int, ...]
-    depth: int
-
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(self, shape: Shape, stem: int, widths: tuple[int, ...], n: int) -> None:
         super().__init__()
-        if min(shape[1:]) < 16:
-            name = type(self).__name__.lower()
-            raise UserError(
-                f"model '{name}' needs images of at least 16x16, got {shape[1]}x{shape[2]}. Try 'smallconv'."
-            )
         blocks: list[nn.Module] = []
-        width_in = self.widths[0]
-        for place, width in enumerate(self.widths):
-            for block in range(self.depth):
+        width_in = stem
+        for place, width in enumerate(widths):
+            for block in range(n):
                 blocks.append(PreActBlock(width_in, width, 2 if place and not block else 1))
                 width_in = width
         self.features = width_in
-        self.stem = nn.Conv2d(shape[0], self.widths[0], 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(shape[0], stem, 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(width_in)
         self.relu = nn.ReLU()
@@ -65,10 +145,14 @@ class PreActResNet18(PreActResNet):
     11,172,170 parameters on three channels with a linear head of 10 classes.
     """
 
-    widths, depth = (64, 128, 256, 512), 2
+    def __init__(self, shape: Shape) -> None:
+        need_side(16, shape, "preactresnet18", "smallconv")
+        super().__init__(shape, 64, (64, 128, 256, 512), 2)
 
 
 class PreActResNet8(PreActResNet):
     """The smallest of its kind, for machines without a GPU: 1-1-1 blocks, 16..64 wide, 77,850 parameters likewise."""
 
-    widths, depth = (16, 32, 64), 1
+    def __init__(self, shape: Shape) -> None:
+        need_side(16, shape, "preactresnet8", "smallconv")
+        super().__init__(shape, 16, (16, 32, 64), 1)
