@@ -1,0 +1,229 @@
+"""The mixed-integer program whose points are the runs of a ReLU network, and the bounds that make it small."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from .network import Affine, Array, interval
+
+TIE = 1e-6  # of the logits' scale: a gap within +- this of zero is called neither robust nor broken
+GAP = 1e9  # relative, to the optimum: the first run that is found ends the search
+CLOSE = 1e-5  # of the logits' scale: how near to the optimum a search for it goes
+CHATTER = b"HighsMipSolverData::transformNewIntegerFeasibleSolution"  # a line that HiGHS 1.8 to 1.12 left in
+DUAL = 1e-7  # HiGHS's tolerance on reduced costs: what a variable adds to a bound, per unit of its range
+
+
+def bounds_of(net: list[Affine], box: tuple[Array, Array]) -> list[tuple[Array, Array]]:
+    """Bounds of each layer's outputs before the ReLU: the tighter of intervals and back-substitution."""
+    bounds: list[tuple[Array, Array]] = []
+    low, high = box
+    for number in range(len(net)):
+        by_interval = interval(net[number], low, high)
+        top = back(net[: number + 1], box, bounds)
+        weight, bias = net[number]
+        bottom = -back([*net[:number], (-weight, -bias)], box, bounds)
+        bounds.append((np.maximum(by_interval[0], bottom), np.minimum(by_interval[1], top)))
+        low, high = (np.maximum(side, 0) for side in bounds[-1])
+    return bounds
+
+
+def back(net: list[Affine], box: tuple[Array, Array], bounds: list[tuple[Array, Array]]) -> Array:
+    """Upper bounds of the last layer's outputs as linear functions of x (CROWN, Zhang et al. 2018).
+
+    From above a ReLU that may be on or off is its chord, from below 0 or z, whichever leaves the smaller area.
+    """
+    weight, bias = net[-1]
+    for (before, offset), (low, high) in zip(net[-2::-1], bounds[len(net) - 2 :: -1], strict=True):
+        off, on = high <= 0, low >= 0
+        slope = np.where(on, 1.0, np.where(off, 0.0, high / np.where(on | off, 1.0, high - low)))
+        lift = np.where(on | off, 0.0, -low * slope)
+        under = np.where(on, 1.0, np.where(off, 0.0, (high > -low).astype(float)))
+        plus, minus = np.maximum(weight, 0), np.minimum(weight, 0)
+        bias = bias + plus @ lift
+        weight = plus * slope + minus * under
+        weight, bias = weight @ before, bias + weight @ offset
+    return interval((weight, bias), *box)[1]
+
+
+def tightened(
+    net: list[Affine], box: tuple[Array, Array], bounds: list[tuple[Array, Array]]
+) -> list[tuple[Array, Array]]:
+    """Bounds of the unstable neurons beyond the first layer by linear programs: fewer binaries, smaller big-Ms."""
+    tight = bounds[:1]
+    for number in range(1, len(net) - 1):
+        low, high = (side.copy() for side in bounds[number])
+        program = Program.of(net[:number], box, tight)
+        weight, bias = net[number]
+        for i in np.flatnonzero((low < 0) & (high > 0)):
+            high[i] = min(high[i], program.relaxed(weight[i], bias[i])[0] + TIE)
+            if high[i] > 0:
+                low[i] = max(low[i], -program.relaxed(-weight[i], -bias[i])[0] - TIE)
+        tight = [*tight, (low, high)]
+    top = back(net, box, tight)
+    return [*tight, (bounds[-1][0], np.minimum(bounds[-1][1], top))]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A mixed-integer program whose points are the runs of a ReLU network over a box.
+
+    Variables: x, then for each hidden layer its activations a and a binary d for each unstable ReLU. With z = W a + b
+    of the layer before, in [l, u]:  a >= 0,  a >= z,  a <= z - l (1 - d),  a <= u d;  always on: a = z, always off: 0.
+    """
+
+    rows: csr_array
+    low: Array
+    high: Array
+    lower: Array
+    upper: Array
+    binary: NDArray[np.bool_]
+    last: slice  # the variables that the next layer reads
+    width: int  # how many of the variables are x
+
+    @staticmethod
+    def of(hidden: list[Affine], box: tuple[Array, Array], bounds: list[tuple[Array, Array]]) -> Program:
+        """The program of these hidden layers; bounds: of their pre-activations (further entries are not read)."""
+        unstable = [np.flatnonzero((low < 0) & (high > 0)) for low, high in bounds[: len(hidden)]]
+        count = len(box[0]) + sum(len(b) + len(u) for (_, b), u in zip(hidden, unstable, strict=True))
+        lower, upper, binary = np.zeros(count), np.ones(count), np.zeros(count, dtype=bool)
+        last, end = slice(0, len(box[0])), len(box[0])
+        lower[last], upper[last] = box
+        blocks = [np.zeros((0, count))]
+        lows, highs = [np.zeros(0)], [np.zeros(0)]
+        for (weight, bias), (low, high), loose in zip(hidden, bounds, unstable, strict=False):
+            now, end = slice(end, end + len(bias)), end + len(bias) + len(loose)
+            bits = np.arange(now.stop, end)
+            lower[now], upper[now] = np.maximum(low, 0), np.maximum(high, 0)
+            binary[bits] = True
+            kept = np.flatnonzero(high > 0)  # the rest is off: a = 0 by its bounds
+            above = np.zeros((len(bias), count))  # a - z >= 0, and = 0 where it is always on
+            above[:, now] = np.eye(len(bias))
+            above[:, last] = -weight
+            below, under = above[loose], np.zeros((len(loose), count))
+            below[np.arange(len(loose)), bits] = -low[loose]
+            under[np.arange(len(loose)), now.start + loose] = 1
+            under[np.arange(len(loose)), bits] = -high[loose]
+            blocks += [above[kept], below, under]
+            lows += [bias[kept], np.full(2 * len(loose), -np.inf)]
+            highs += [np.where(low >= 0, bias, np.inf)[kept], bias[loose] - low[loose], np.zeros(len(loose))]
+            last = now
+        return Program(
+            csr_array(np.vstack(blocks)), np.hstack(lows), np.hstack(highs), lower, upper, binary, last, len(box[0])
+        )
+
+    def relaxed(self, weight: Array, bias: float) -> tuple[float, Array]:
+        """An upper bound of w a + b over the last activations, each d anywhere in [0, 1], and the x it is taken at."""
+        answer = self._solve(weight, integers=False)
+        if answer.status != 0:  # numerical trouble: no bound
+            return np.inf, (self.lower + self.upper)[: self.width] / 2
+        return bias - float(answer.fun), answer.x[: self.width]
+
+    def search(self, weight: Array, bias: float, least: float, until: float) -> tuple[str, list[Array]]:
+        """("none", []) if no run has w a + b >= least, ("some", such x, the best first), or ("late", [])."""
+        seconds = until - time.perf_counter()
+        if seconds <= 0:
+            return "late", []
+        answer = self._solve(weight, least=least - bias, seconds=seconds)
+        if answer.status == 2:
+            return "none", []
+        if answer.x is None:
+            return "late", []
+        return "some", self.polished(weight, answer.x)
+
+    def largest(self, weight: Array, bias: float, least: float, until: float) -> tuple[str, float, list[Array]]:
+        """(state, top, points): no run has w a + b > top + ``slack``; points: x of runs near the top, the best first.
+
+        state: "none" if no run reaches ``least``, which is top then; "some" if top is within ``CLOSE`` of a run's;
+        "late": out of time, and top is as low as it got.
+        """
+        seconds = until - time.perf_counter()
+        if seconds <= 0:
+            return "late", np.inf, []
+        answer = self._solve(weight, least=least - bias, seconds=seconds, gap=CLOSE)
+        if answer.status == 2:
+            return "none", least, []
+        # The least of all runs that were sought is a bound of those that were not.
+        top = np.inf if answer.mip_dual_bound is None else max(bias - float(answer.mip_dual_bound), least)
+        state = "some" if answer.status == 0 else "late"
+        return state, top, [] if answer.x is None else self.polished(weight, answer.x)
+
+    def polished(self, weight: Array, run: Array) -> list[Array]:
+        """The best x of the linear region that a run lies in, and the run's own x. run: all variables."""
+        fixed = self._solve(weight, integers=False, pattern=np.round(run))
+        points = [run[: self.width]]
+        return [fixed.x[: self.width], *points] if fixed.status == 0 else points
+
+    @property
+    def slack(self) -> float:
+        """What HiGHS's tolerances (and those of what ``tightened`` it) can take off a bound, and float32's rounding."""
+        return 4 * TIE + DUAL * float((self.upper - self.lower).sum())
+
+    def _solve(
+        self,
+        weight: Array,
+        *,
+        integers: bool = True,
+        least: float | None = None,
+        pattern: Array | None = None,
+        seconds: float | None = None,
+        gap: float = GAP,
+    ) -> Any:
+        cost = np.zeros(len(self.lower))
+        cost[self.last] = -weight
+        constraints = [LinearConstraint(self.rows, self.low, self.high)] if self.rows.shape[0] else []
+        if least is not None:
+            constraints.append(LinearConstraint(csr_array(-cost[None]), least, np.inf))
+        lower, upper = self.lower, self.upper
+        if pattern is not None:
+            lower, upper = (np.where(self.binary, pattern, side) for side in (lower, upper))
+        # Without presolve these programs take half the time.
+        options = {"mip_rel_gap": gap, "presolve": False} | ({} if seconds is None else {"time_limit": seconds})
+        with _without_chatter():
+            return milp(
+                cost,
+                integrality=self.binary.astype(int) if integers else None,
+                bounds=Bounds(lower, upper),
+                constraints=constraints,
+                options=options,
+            )
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """HiGHS has a forgotten printf: what C writes to stdout meanwhile is written afterwards, less that line.
+
+    A command that prints JSON would be unreadable with it.
+    """
+    try:
+        flush = ctypes.CDLL(None).fflush
+        sys.stdout.flush()
+        flush(None)
+        kept = os.dup(1)
+    except (OSError, AttributeError, TypeError, ValueError):  # no libc, or no stdout
+        yield
+        return
+    with tempfile.TemporaryFile() as heard:
+        os.dup2(heard.fileno(), 1)
+        try:
+            yield
+        finally:
+            flush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
+            heard.seek(0)
+            for line in heard:
+                if CHATTER not in line:
+                    os.write(1, line)
