@@ -174,7 +174,7 @@ def test_impossible_counts_are_refused(bad):
 def test_no_check_fires_on_an_honest_network(clean_audit):
     assert fires(clean_audit) == set()
     ran = [finding.status for finding in clean_audit.findings]
-    assert ran.count("not run") <= 1  # transfer alone lacks something: a twin
+    assert ran.count("not run") <= 2  # transfer lacks a twin, and at this eps no bound may prove a sample
 
 
 def test_every_check_says_what_it_is():

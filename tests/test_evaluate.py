@@ -15,6 +15,7 @@ from holdfast.attacks import ATTACKS, SUITES, Entry, Stage
 from holdfast.data import Data, pixels
 from holdfast.errors import UserError
 from holdfast.evaluate import evaluate
+from holdfast.evaluate.alone import is_published
 from holdfast.losses import isce, negative_margin
 from holdfast.outputs import Outputs, fooled
 from holdfast.threat import Threat
@@ -708,5 +709,6 @@ def test_every_suite_runs_for_every_norm(suite, norm):
     """Stages that are not defined for a norm are left out."""
     net, samples, _ = case(n=2)  # one of them is right
     e = evaluate(net, samples, Threat(norm, 0.01), suite)
-    names = [stage.name for stage in SUITES[suite] if norm in ATTACKS[stage.attack].norms]
+    run = [stage for stage in SUITES[suite] if norm in ATTACKS[stage.attack].norms and not is_published(stage)]
+    names = [stage.name for stage in run]
     assert [stage.name for stage in e.stages] == ["clean", "published", *names]

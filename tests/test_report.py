@@ -14,7 +14,7 @@ import pytest
 from holdfast import report
 from holdfast import results as R
 from holdfast.errors import UserError
-from test_results import THREAT, make_results, make_run
+from test_results import THREAT, make_results, make_run, proved
 
 EVIL = "<script>alert(1)</script>\"'&--><b>"
 
@@ -206,6 +206,32 @@ def test_what_cannot_be_compared_says_why():
 )
 def test_the_finding(runs, says):
     assert says in report.finding(make_results(runs))
+
+
+def test_certified_and_robust_are_drawn_as_a_bracket(tmp_path):
+    runs = [proved(0.12, make_run(robust=0.41)), make_run("mmc"), proved(None, make_run("center", status="void"))]
+    page = Page(report.render(make_results(runs), tmp_path / "r.html"))
+    brackets = [v for _, k, v in page.attributes if k == "class" and v == "bracket"]
+    ends = [re.fullmatch(r"left:12.0%;width:([\d.]+)%", v) for _, k, v in page.attributes if k == "style"]
+    assert len(brackets) == 1
+    assert [float(end[1]) for end in ends if end] == [pytest.approx(29)]
+    assert "12.0 7.8 to 17.3" in page.text
+    assert "at most 41.0% (95% interval 34.1 to 48.2), and 12.0% is proved." in page.text
+    assert "var(--certified)" in page.source
+    assert "Protocol by protocol" not in page.text
+    bare = Page(report.render(make_results(), tmp_path / "bare.html"))
+    assert "certified" not in bare.text
+    assert not [v for _, k, v in bare.attributes if k == "class" and v == "bracket"]
+    report.figures(make_results(runs), tmp_path)
+    assert "certified" in "".join(ET.parse(tmp_path / "accuracy.svg").getroot().itertext())
+
+
+def test_protocols_have_a_table_of_their_own(tmp_path):
+    runs = [proved(None, make_run("<b>", status="loose"), **{"pgd10": 0.55, "<i>x-y": 0.5}), make_run("mmc")]
+    page = Page(report.render(make_results(runs), tmp_path / "r.html"))
+    assert "Protocol by protocol" in page.text
+    assert "loss clean pgd10 <i>x-y robust, 95% verdict <b> 97.0 55.0 50.0 ≤ 30.0 23.7 to 36.9 loose mmc" in page.text
+    assert "pgd10 55.0%" in page.text  # run by run
 
 
 def test_a_void_run_shows_no_robust_number(tmp_path):

@@ -204,6 +204,7 @@ samples_of = st.integers(0, 4).flatmap(
             k: st.lists(v, min_size=n, max_size=n)
             for k, v in {**column, "margin": margin, "margin_adv": margin}.items()
         },
+        certified=st.none() | st.lists(st.integers(0, 1), min_size=n, max_size=n),
     )
 )
 threat = st.fixed_dictionaries({"norm": text, "eps": st.floats(0, 10), "lo": number, "hi": number})
@@ -225,6 +226,8 @@ run = samples_of.flatmap(
         train=bag,
         interval=text,
         stages=st.lists(st.builds(R.Stage, text, count, count, count, count, number), max_size=2),
+        certified=st.none() | interval,
+        alone=st.dictionaries(text, interval, max_size=2),
         examples=st.lists(st.builds(R.Example, count, count, count, count, text, text, text), max_size=2),
     )
 )
@@ -252,7 +255,7 @@ def test_json_is_what_the_page_says(tmp_path):
     path = R.save(make_results(), tmp_path / "new" / "folder")
     raw = json.loads(path.read_text())
     assert path.name == "results.json"
-    assert raw["schema"] == 1
+    assert raw["schema"] == R.SCHEMA == 2
     first = raw["runs"][0]
     assert set(first["clean"]) == set(first["published"]) == set(first["robust"]) == {"value", "low", "high"}
     assert first["threat"] == THREAT
@@ -330,7 +333,7 @@ def _with(value, *keys):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (_with(2, "schema"), "written by a newer holdfast: schema 2"),
+        (_with(3, "schema"), "written by a newer holdfast: schema 3"),
         (_without("schema"), "not a holdfast results file"),
         (_without("runs"), "not a holdfast results file"),
         (_without("data"), "results.data is missing"),
@@ -340,10 +343,13 @@ def _with(value, *keys):
         (_without("runs", 0, "samples", "stage"), "samples.stage is missing"),
         (_with("many", "runs", 0, "n"), r"results.runs\[0\].n should be int, got str"),
         (_with([1.5], "runs", 0, "samples", "y"), r"samples.y\[0\] should be int"),
+        (_with([1], "runs", 0, "samples", "certified"), "Samples column 'certified' has 1 entries"),
+        (_with({"cw": 0.5}, "runs", 0, "alone"), r"alone.cw should be an object"),
+        (_with([], "runs", 0, "alone"), r"alone should be dict"),
         (_with([], "runs", 0, "clean"), "should be an object"),
         (_with(7, "runs"), "should be tuple"),
         (_with(1.5, "runs", 0, "clean", "value"), "low <= value"),
-        (_with(1, "runs", 0, "novelty"), "'novelty', which schema 1 does not know"),
+        (_with(1, "runs", 0, "novelty"), "'novelty', which schema 2 does not know"),
     ],
 )
 def test_load_says_what_is_wrong(tmp_path, edit, says):
@@ -430,6 +436,81 @@ def test_markdown_csv_and_latex():
     )
     assert r"$\leq$ 41.0 {[}34.1, 48.2{]} & loose \\" in tex
     assert tex.count(r"\\") == 5
+
+
+PROTOCOLS = {"pgd10": 0.55, "pgd10-targeted": 0.8, "pgd50": 0.4, "pgd50-targeted": 0.75, "cw": 0.41}
+
+
+def proved(certified, run=None, **alone):
+    """A run with a certificate, and attacks that stood alone."""
+    run = run or make_run()
+    figures = {name: R.proportion(round(value * run.n), run.n) for name, value in alone.items()}
+    k = None if certified is None else R.proportion(round(certified * run.n), run.n)
+    return dataclasses.replace(run, certified=k, alone=figures)
+
+
+def test_a_file_of_schema_1_is_read(tmp_path):
+    """It has neither certificates nor protocols, and becomes what this version writes."""
+    results = make_results()
+    path = R.save(results, tmp_path)
+    raw = json.loads(path.read_text())
+    raw["schema"] = 1
+    for one in raw["runs"]:
+        del one["certified"], one["alone"], one["samples"]["certified"]
+    path.write_text(json.dumps(raw))
+    assert R.load(tmp_path) == results
+    assert results.runs[0].samples.certified is None
+
+
+def test_certified_has_a_column_before_robust_where_a_run_has_it():
+    runs = [proved(0.12), make_run("mmc")]
+    head, _, first, second = R.markdown(make_results(runs)).splitlines()
+    assert head == "| loss | clean | published | certified | robust, 95% | verdict |"
+    assert first == "| sce | 97.0 | 40.0 | 12.0 | 30.0 [23.7, 36.9] | tight |"
+    assert "| 40.0 | - | 30.0 [23.7, 36.9] |" in second
+    assert "certified" in _printed(make_results(runs))
+    assert r"& 12.0 & 30.0 {[}23.7, 36.9{]}" in R.latex(make_results(runs))
+    read = list(csv_module.DictReader(io.StringIO(R.csv(make_results(runs)))))
+    assert (float(read[0]["certified"]), read[1]["certified"]) == (0.12, "")
+    assert float(read[0]["certified_high"]) == R.proportion(24, 200).high
+    for text in (R.markdown, R.latex, R.csv, _printed):
+        assert "certified" not in text(make_results())
+
+
+def test_certified_and_protocols_are_averaged_over_seeds():
+    runs = [proved(c, make_run(seed=s), pgd10=a, cw=0.3) for s, (c, a) in enumerate([(0.1, 0.5), (0.12, 0.6)])]
+    (row,) = R.rows(make_results(runs))
+    assert row.certified == R.over_seeds([0.1, 0.12])
+    assert row.alone == {"pgd10": R.over_seeds([0.5, 0.6]), "cw": R.over_seeds([0.3, 0.3])}
+    (row,) = R.rows(make_results([*runs, proved(None, make_run(seed=2), cw=0.3)]))
+    assert row.certified is None  # a mean of some seeds would be of other networks than the rest of the row
+    assert list(row.alone) == ["cw"]
+
+
+def test_the_papers_table_has_a_column_for_each_attack_alone():
+    runs = [proved(0.05, **PROTOCOLS), proved(None, make_run("isce:s=4.6", status="loose"), **PROTOCOLS)]
+    head, *lines = R.protocols(R.rows(make_results(runs)))
+    assert head == ("loss", "clean", *PROTOCOLS, "certified", "robust, 95%", "verdict")
+    figures = tuple(R.percent(value) for value in PROTOCOLS.values())
+    assert lines[0] == ("sce", "97.0", *figures, "5.0", "30.0 [23.7, 36.9]", "tight")
+    assert lines[1][-3:] == ("-", "<= 30.0 [23.7, 36.9]", "loose")
+    assert "| pgd10 | pgd10-targeted | pgd50 | pgd50-targeted | cw | certified |" in R.markdown(make_results(runs))
+    assert "pgd50-targeted & cw & certified" in R.latex(make_results(runs))
+    read = list(csv_module.DictReader(io.StringIO(R.csv(make_results(runs)))))
+    assert [float(read[0][name]) for name in PROTOCOLS] == list(PROTOCOLS.values())
+    assert float(read[0]["cw_low"]) == R.proportion(82, 200).low
+
+
+def test_the_papers_table_fits_a_terminal_at_two_threats():
+    losses = ("sce", "isce:s=100", "isce:s=4.6@cosine:scale=15")
+    pairs = [(loss, eps) for eps in (0.1, 0.2) for loss in losses]
+    runs = [proved(0.05, make_run(loss, threat={**THREAT, "eps": eps}), **PROTOCOLS) for loss, eps in pairs]
+    runs.append(make_run("mmc", status="void"))
+    text = _printed(make_results(runs))
+    assert max(map(len, text.splitlines())) <= 80
+    for told in ("linf 0.1", "linf 0.2", "isce:s=100 ", "targeted", "30.0 tight", "[23.7, 36.9]", " void "):
+        assert told in text, told
+    assert "void void" not in text
 
 
 def test_no_runs_is_an_empty_table():

@@ -95,6 +95,8 @@ def _run(parts: list[Judged]) -> Run:
     mean = {key: _mean([t[key] for t in trained]) for key in ("accuracy", "val")}
     judged = _verdicts(parts, published, robust)
     void = bool(judged) and judged["verdict"].status == "void"
+    certified = None if any(e.certified is None for e in evaluations) else column("certified")
+    protocols = [name for name in evaluations[0].alone if all(name in e.alone for e in evaluations)]
     return Run(
         name=_name(parts[0]),
         loss=parts[0].name or parts[0].loss,
@@ -104,7 +106,9 @@ def _run(parts: list[Judged]) -> Run:
         clean=_share(clean),
         published=_share(published),
         robust=None if void else _share(robust),
-        own=None if evaluations[0].own is None else _share(column("own")),
+        own=None if any(e.own is None for e in evaluations) else _share(column("own")),
+        certified=None if void or certified is None else _share(certified),
+        alone={name: _share(torch.cat([e.alone[name] for e in evaluations])) for name in protocols},
         **judged,
         cost={
             "forwards": sum(e.forwards for e in evaluations),
@@ -117,6 +121,7 @@ def _run(parts: list[Judged]) -> Run:
             stage=(column("broken_by") + (column("broken_by") >= 0)),  # stage 0 is the clean pass
             margin=column("margin"),
             margin_adv=column("margin_adv"),
+            certified=certified,
         ),
         examples=tuple(_examples(evaluations[0], parts[0].split)),
         train={

@@ -110,8 +110,10 @@ class Stage:
     attack: a key of ATTACKS; score: a key of SCORES, or "matched" (the trained loss's score), or "loss" (the trained
     loss itself, links and all); targets: 0 is untargeted, t > 0 runs the attack towards each of the t likeliest wrong
     classes in turn (as many as there are); settings: the attack's keywords; step: step_size over eps; alone: run on
-    every sample that is right, not on survivors only, so that its own accuracy is known; stream: stages with the same
-    number draw the same noise, so that a random start is not what they differ in; None: noise of the stage's own.
+    every sample that is right, not on survivors only, so that its own accuracy is known and stands under the stage's
+    name; stream: stages with the same number draw the same noise, so that a random start is not what they differ in;
+    None: noise of the stage's own; target: "random" steers each sample to one wrong class, drawn from its own noise, as
+    papers with targeted attacks do; any mistake counts all the same.
 
     who: a key of WHO; share: of the survivors that "nearest" and "promoted" take, those with the smallest margins;
     round: stages of a round r > 1 are run only if a stage of round r - 1 broke something.
@@ -128,10 +130,15 @@ class Stage:
     who: str = "standing"
     share: float = 1.0
     round: int = 0
+    target: str = ""
 
     def __post_init__(self) -> None:
         if self.who not in WHO:
             raise unknown("who of a stage", self.who, WHO)
+        if self.target not in ("", "random"):
+            raise unknown("target of a stage", self.target, ["random"])
+        if self.target and self.targets:
+            raise UserError(f"stage '{self.name}': give it a random target or the likeliest {self.targets}, not both.")
         if not 0 < self.share <= 1 or self.round < 0:
             raise UserError(f"stage '{self.name}': share must lie in (0, 1] and round be >= 0.")
 
@@ -216,3 +223,15 @@ SUITES["explain"] = (
     replace(OWN_LOSS, stream=0),
 )
 SUITES["claims"] = (OWN_LOSS, *SUITES["standard"])
+# The columns of the papers' tables, each on all that is right, and then what the network is worth. "pgd50" is the
+# published protocol: not run twice. All start from its random points. C&W in a length at which more finds no more.
+_PGD10 = replace(PUBLISHED, name="pgd10", settings={**PUBLISHED.settings, "steps": 10}, stream=0)
+_PGD50 = replace(PUBLISHED, name="pgd50")
+SUITES["protocols"] = (
+    _PGD10,
+    replace(_PGD10, name="pgd10-targeted", target="random"),
+    _PGD50,
+    replace(_PGD50, name="pgd50-targeted", target="random", stream=0),
+    Stage("cw", "cw", "margin", settings={"steps": 50, "searches": 4}, alone=True),
+    *SUITES["standard"],
+)

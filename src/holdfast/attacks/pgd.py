@@ -78,7 +78,7 @@ def pgd(
                 mean = grad.abs().flatten(1).mean(1).clamp_min(torch.finfo(grad.dtype).tiny)
                 velocity = momentum * velocity + grad / column(mean, grad)
                 grad = velocity
-            x_adv = threat.project(x_adv + size * threat.ascent(grad, x_adv), base)
+            x_adv = threat.project(threat.ascent(grad, x_adv).mul_(size).add_(x_adv), base)  # in place: it is ours
         if keep == "last":
             return x_adv
         if len(rows):

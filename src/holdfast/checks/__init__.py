@@ -74,6 +74,7 @@ CHECKS: tuple[Check, ...] = (
     Check(strength.transfer_is_not_stronger, (ROBUST,), _IOAF),
     Check(strength.the_climb_has_ended, (ROBUST,), _IOAF),
     Check(strength.hidden_adversarial_examples_are_found, (ROBUST,), "Zimmermann et al. 2022, the binarisation test"),
+    Check(soundness.certified_samples_stand, _BOTH, "this project", void=True),  # last: whatever was broken before it
 )
 
 

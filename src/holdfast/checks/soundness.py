@@ -75,6 +75,19 @@ def eps_zero_is_clean(probe: Probe) -> Measured:
     return Measured(k, len(broken), 0.02, f"an attack of size zero breaks {k} of {len(broken)} samples")
 
 
+def certified_samples_stand(probe: Probe) -> Measured | str:
+    """Nothing broke a sample that is proved to stand, not the suite and not a check; else proof or attack is wrong."""
+    proved = probe.evaluation.certified
+    if proved is None:
+        by_chance = "a randomised model has none" if probe.votes > 1 else "no bound of the network is known"
+        return f"there is no certificate: {by_chance}"
+    n = int(proved.sum())
+    if n == 0:
+        return "there is no certificate: no sample is proved to stand"
+    k = int((probe.broken.cpu() & proved).sum())
+    return Measured(k, n, 0.0, f"{k} of {n} samples that are proved to stand were broken")
+
+
 def outputs_are_logits(probe: Probe) -> Measured:
     """The model returns logits, not probabilities: a softmax of a softmax has hardly any gradient."""
     z = probe.clean

@@ -17,9 +17,10 @@ from ..losses import Loss
 from ..outputs import Model, frozen_eval
 from ..storage import load_tensors
 from ..threat import Threat
+from .alone import is_published, shown
 from .answer import STANDS, WRONG, Evaluation, StageCost
 from .budget import Budget
-from .cascade import ALONE, RECORD, RECORD_VERSION, Cascade, Progress
+from .cascade import RECORD, RECORD_VERSION, Cascade, Progress
 
 __all__ = [
     "STANDS", "WRONG", "Budget", "Evaluation", "StageCost", "evaluate", "stored_x_adv",
@@ -48,14 +49,19 @@ def evaluate(
         trained_with: the loss the network was trained with, default SCE; "matched" stages climb its score.
         seed: of the samples' noise; the answer does not depend on batch_size, but for the rounding of batched kernels.
         batch_size: default by image size and device; halved whenever memory runs out.
-        budget: what it may cost. The published protocol is always finished; then the suite's stages, those samples
-            first that are nearest to a mistake; what is left goes into further rounds on the nearest.
+        budget: what it may cost. What stands alone, the published protocol too, is finished once it has begun; the
+            suite's other stages take those samples first that are nearest to a mistake; what is left goes into further
+            rounds on the nearest.
         record: a file that the work is kept in: a killed evaluation goes on from there.
         key: what the record belongs to (weights, data); another key in the file is an error.
         progress: called after each batch with (stage, passes so far, passes expected in all, samples standing).
 
     A model that answers the same image twice in two ways is randomised: its attacks climb the mean of 8 answers, and
     nothing counts, as right or as broken, that the majority of 32 fresh answers does not say.
+
+    Where a bound of the network is known, the samples that it proves are ``certified`` before any attack; attacks try
+    them like all others. A stage that is ``alone`` is run on every sample that is right and has a column of its own;
+    one that is the published protocol by another name is a name for its column, and is not run again.
 
     Under torch.distributed the processes share the batches and all return the answer that one would give.
 
@@ -70,16 +76,17 @@ def evaluate(
             raise unknown("attack", stage.attack, ATTACKS)
         if stage.score not in ("matched", "loss", *SCORES):
             raise unknown("score", stage.score, [*SCORES, "matched", "loss"])
-        if stage.alone and stage.name not in ALONE:
-            raise unknown("stage that stands alone", stage.name, ALONE)
     scores = {**SCORES, "matched": matched(trained_with), "loss": trained_with or cross_entropy}
+    stages = tuple(stage for stage in stages if threat.norm in ATTACKS[stage.attack].norms)
+    alone = shown(stages)
     data = data.to(device_of(model, data))
     with exact_arithmetic(), frozen_eval(model):
         run = Cascade(
             model=Counted(model),
             data=data,
             threat=threat,
-            stages=tuple(stage for stage in (PUBLISHED, *stages) if threat.norm in ATTACKS[stage.attack].norms),
+            stages=(PUBLISHED, *(stage for stage in stages if not is_published(stage))),
+            alone=alone,
             scores=scores,
             seed=seed,
             batch_size=batch_size,

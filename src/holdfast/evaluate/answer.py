@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
@@ -27,6 +27,12 @@ class StageCost:
     nonfinite: int = 0
 
 
+def summed(parts: tuple[StageCost, ...]) -> StageCost:
+    """One stage's cost over processes: counts add up, time does not."""
+    counts = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(StageCost) if f.name != "name"}
+    return StageCost(parts[0].name, **{**counts, "seconds": max(part.seconds for part in parts)})
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Per-sample columns, all (N,) on the CPU, and what each stage cost.
@@ -36,6 +42,10 @@ class Evaluation:
     -1 none, -2 wrong already; margin_adv: the smallest margin seen among judged candidates; prediction_adv; x_adv:
     (N, C, H, W), the candidate with that margin, x itself where there is none; own: right on the last iterate of the
     published protocol on the trained loss itself, where the suite has that stage.
+
+    certified: proved to be right on every x_adv of the threat, so never where ``clean`` is False; None where no bound
+    of the network is known. alone: name -> right under that attack alone, in the suite's order; empty where no attack
+    but the published one and that on the trained loss stands alone.
 
     drawn: what full-length attacks did to a few survivors, where the suite draws some; votes: of how many answers of
     the model the majority was taken, 1 for a model that always answers the same; unfinished: a budget ended it before
@@ -58,6 +68,8 @@ class Evaluation:
     drawn: Drawn | None = None
     votes: int = 1
     unfinished: bool = False
+    certified: Tensor | None = None
+    alone: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def robust(self) -> Tensor:

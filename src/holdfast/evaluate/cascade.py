@@ -25,9 +25,10 @@ from ..asking import (
     moved,
     outvoted,
 )
-from ..attacks import ATTACKS, FAR, NEAR, OWN_LOSS, PUBLISHED, Stage
+from ..attacks import ATTACKS, FAR, NEAR, Stage
 from ..attacks.contract import all_rows
 from ..attacks.minimal import slopes
+from ..bounds import certify
 from ..data import Data, pixels
 from ..errors import UserError
 from ..losses import Loss, negative_margin
@@ -36,16 +37,16 @@ from ..outputs import Model, out_of_memory
 from ..results import Drawn
 from ..storage import load_tensors, save_tensors
 from ..threat import Threat, column
-from .answer import STANDS, WRONG, Evaluation, StageCost
+from .alone import column_of
+from .answer import STANDS, WRONG, Evaluation, StageCost, summed
 from .budget import Budget
 
 Progress = Callable[[str, int, int, int], None]  # (stage, passes so far, passes expected in all, samples standing)
-RECORD, RECORD_VERSION = "evaluation record", 2
-ALONE = {PUBLISHED.name: "published", OWN_LOSS.name: "own"}  # the stages with a column of their own in an Evaluation
+RECORD, RECORD_VERSION = "evaluation record", 3
 STATE = ("costs", "chosen_for", "rest", "fast", "randomised")  # what a record holds beside columns
 PREFLIGHT = 64  # samples that are asked twice before anything else
 PLACES = 16  # more than a stage has targets
-DRAW = 20_000  # the stream that the sample of the drawn stages is drawn from
+DRAW, AIM = 20_000, 30_000  # the streams of the sample of the drawn stages, and of random targets
 LINEAR_FROM = 10  # with more classes than this, targets are ranked by linearised distance, not by logit
 MANY = 20  # of which so many are looked at
 # What a budget is spent on when the suite has ended: the nearest, by other scores, to more targets, from new starts.
@@ -67,6 +68,7 @@ class Cascade:
         data: Data,
         threat: Threat,
         stages: tuple[Stage, ...],
+        alone: dict[str, str],
         scores: dict[str, Loss],
         seed: int,
         batch_size: int | None,
@@ -78,7 +80,7 @@ class Cascade:
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size must be >= 1, got {batch_size}.")
         self.model, self.data, self.threat, self.scores = model, data, threat, scores
-        self.stages, self.budget, self.progress = list(stages), budget, progress
+        self.stages, self.alone, self.budget, self.progress = list(stages), alone, budget, progress
         # Memory may halve the first; processes deal batches of the second, which stays.
         self.batch_size = self.dealt = batch_size or batch_of(data.x)
         self.noise = Noise(seed, data.index)
@@ -173,7 +175,7 @@ class Cascade:
             "prediction": votes.argmax(1),
             "margin": margin,
             "clean": right,
-            **{ALONE[stage.name]: right.clone() for stage in self.stages if stage.alone},
+            **{column_of(stage): right.clone() for stage in self.stages if stage.alone},
             "broken_by": torch.where(right, STANDS, WRONG),
             "margin_adv": margin.clone(),
             "prediction_adv": votes.argmax(1),
@@ -183,7 +185,24 @@ class Cascade:
             "chosen": right.clone(),  # whom the stage under way attacks
             "drawn": torch.zeros_like(y),  # in the sample of the drawn stages: 1 near, 2 far
         }
+        if any(stage.target for stage in self.stages):  # one wrong class of each sample, all as likely
+            drawn = self.noise.fold(AIM).integers(z.shape[1] - 1)
+            self.columns["aim"] = drawn + (drawn >= y)
+        proved = self._certified()
+        if proved is not None:
+            self.columns["certified"] = proved & right
         self._cost(0, began)
+
+    def _certified(self) -> Tensor | None:
+        """What is proved of each sample, (N,) bool; None where no bound is known, or the model answers by chance."""
+        if self.votes > 1:
+            return None
+        x, y = self.data.x, self.data.y
+        with torch.no_grad():
+            parts = self._each(
+                all_rows(y), lambda rows: certify(self.model.model, pixels(x[rows]), y[rows], self.threat)
+            )
+        return None if any(part is None for part in parts) else torch.cat(parts)
 
     def _targets(self, z: Tensor) -> Tensor:
         """The wrong classes, likeliest first, (N, at most 9): by logit; among many classes by linearised distance."""
@@ -266,9 +285,9 @@ class Cascade:
         return answers
 
     def _allowed(self, number: int) -> Callable[[], float]:
-        """How many samples the rest of the budget still pays for; the published protocol is always paid for."""
+        """How many samples the rest of the budget still pays for; what stands alone is always paid for."""
         stage, budget = self.stages[number], self.budget
-        if budget is None or stage.name in ALONE:
+        if budget is None or stage.alone:  # half of a column would be a wrong number
             return lambda: math.inf
         each = stage.passes(self.classes) / self._targets_of(stage) * (CLIMBED if self.votes > 1 else 1)
 
@@ -330,7 +349,9 @@ class Cascade:
         stage, c = self.stages[number], self.columns
         began = time.perf_counter()
         x, y = pixels(self.data.x[batch]), self.data.y[batch]
-        aimed = {"target": c["targets"][batch, rank]} if stage.targets else {}
+        aimed: dict[str, Tensor] = {}
+        if stage.target or stage.targets:
+            aimed["target"] = c["aim"][batch] if stage.target else c["targets"][batch, rank]
         noise = self.noise[batch].fold(number if stage.stream is None else stage.stream, rank)
         x_adv = ATTACKS[stage.attack].attack(
             self.climbed, x, y, self.threat, score=self.scores[stage.score], noise=noise,
@@ -353,7 +374,7 @@ class Cascade:
         broken = outvoted(votes, y, self.votes) & inside
         margin = -negative_margin(logits, y)
         if self.stages[number].alone:
-            c[ALONE[self.stages[number].name]][rows] &= ~broken
+            c[column_of(self.stages[number])][rows] &= ~broken
         stood = c["broken_by"][rows] == STANDS
         newly = broken & stood
         lower = inside & logits.isfinite().all(1) & (newly | (margin < c["margin_adv"][rows]))
@@ -423,7 +444,7 @@ class Cascade:
 
     def _share(self, rows: Tensor) -> None:
         """After a stage's turn at a target: everybody learns what the others found, and whether a budget is spent."""
-        mine, kept = self._mine(rows), [ALONE[one.name] for one in self.stages if one.alone]
+        mine, kept = self._mine(rows), [column_of(one) for one in self.stages if one.alone]
         names = ["x_adv", "margin_adv", "prediction_adv", "broken_by", "done", *kept]
         news: list[Any] = [None] * self.world
         told = mine.cpu(), {name: self.columns[name][mine].cpu() for name in names}, self.over
@@ -453,9 +474,11 @@ class Cascade:
         if self.world > 1:
             news: list[Any] = [None] * self.world
             distributed.all_gather_object(news, costs)
-            costs = [_summed(parts) for parts in zip(*news, strict=True)]
-        names = [f.name for f in fields(Evaluation) if f.name in self.columns and f.name != "drawn"]
+            costs = [summed(parts) for parts in zip(*news, strict=True)]
+        never = {column_of(stage) for stage in self.stages[self.ended :] if stage.alone}  # a budget ended before them
+        names = [f.name for f in fields(Evaluation) if f.name in {*self.columns} - {*never, "drawn"}]
         kept: dict[str, Any] = {name: self.columns[name].cpu() for name in names}
+        kept["alone"] = {name: self.columns[of].cpu() for name, of in self.alone.items() if of not in never}
         kept |= {"index": self.data.index.cpu(), "y": self.data.y.cpu(), "drawn": self._drawn()}
         unfinished = self.ended < len(self.about["stages"])
         return Evaluation(self.threat, stages=tuple(costs), votes=self.votes, unfinished=unfinished, **kept)
@@ -472,9 +495,3 @@ class Cascade:
         if fell and promoted and promoted[-1] < self.ended:  # the rest has been through it as well
             tried, fell = self.rest, fell + int(self._hit(lambda stage: stage.who == "promoted").sum())
         return Drawn(int(near.sum()), int((near & hit).sum()), tried, fell, self.rest)
-
-
-def _summed(parts: tuple[StageCost, ...]) -> StageCost:
-    """One stage's cost over processes: counts add up, time does not."""
-    counts = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(StageCost) if f.name != "name"}
-    return StageCost(parts[0].name, **{**counts, "seconds": max(part.seconds for part in parts)})

@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "results.json"
 CLOPPER_PEARSON = "95% Clopper-Pearson interval over samples"
 
@@ -48,7 +48,8 @@ class Samples:
 
     clean, published, robust: 1 = still right; robust means not broken by anything tried. stage: index of the stage that
     broke the sample, -1 none, -2 wrong already. margin, margin_adv: logit_y - max_{j != y} logit_j, clean and the worst
-    found, rounded to 4 decimals; None where it was not finite. Raises UserError when the columns differ in length.
+    found, rounded to 4 decimals; None where it was not finite. certified: 1 = proved to be right on all of the threat;
+    no column where no bound is known. Raises UserError when the columns differ in length.
 
     >>> Samples([7], [3], [3], [True], [1], [0], [0], [1.23456], [float("nan")]).margin
     (1.2346,)
@@ -63,10 +64,13 @@ class Samples:
     stage: tuple[int, ...]
     margin: tuple[float | None, ...]
     margin_adv: tuple[float | None, ...]
+    certified: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             column = getattr(self, f.name)
+            if column is None and f.default is None:
+                continue
             column = column.tolist() if hasattr(column, "tolist") else column
             kept: tuple[float | None, ...]
             if f.name.startswith("margin"):
@@ -111,8 +115,11 @@ class Run:
     """One trained model, one threat, one evaluation. ``robust`` is None when the verdict is void.
 
     verdict: on the robust accuracy; published_verdict: on the published one; own: accuracy under the published protocol
-    on the trained loss itself, where it was run; checks: what each trust check found; remainder: what may still be
-    breakable (expected, low, high, in samples); measures: input_margin, zero_gradient, zero_gradient_own.
+    on the trained loss itself, where it was run; certified: share that is proved to be right on all of the threat, the
+    lower end of what ``robust`` is the upper end of; None where no bound is known, and when void; alone: accuracy under
+    each attack that was run on all that is right, where a suite has such protocols, in its order; checks: what each
+    trust check found; remainder: what may still be breakable (expected, low, high, in samples); measures: input_margin,
+    zero_gradient, zero_gradient_own.
     """
 
     name: str
@@ -135,6 +142,8 @@ class Run:
     examples: tuple[Example, ...] = ()
     train: dict[str, Any] = field(default_factory=dict)  # accuracy, epochs, seconds, ...
     interval: str = CLOPPER_PEARSON
+    certified: Interval | None = None
+    alone: dict[str, Interval] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -260,7 +269,7 @@ def load(path: str | Path) -> Results:
         newer = f"schema {raw['schema']}, this one reads {SCHEMA}. Upgrade holdfast."
         raise UserError(f"{path} was written by a newer holdfast: {newer}")
     try:
-        return _decode(Results, raw, "results")
+        return _decode(Results, {**raw, "schema": SCHEMA}, "results")  # what an older one lacks has its default
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
 
@@ -284,6 +293,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     accepted: Any = {float: (int, float), tuple: list}.get(origin, origin)
     if not isinstance(value, accepted) or isinstance(value, bool):
         raise UserError(f"{where} should be {origin.__name__}, got {type(value).__name__} ({str(value)[:40]}).")
+    if origin is dict:
+        return {k: _decode(get_args(kind)[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple:
         item = get_args(kind)[0]
         plain: set[Any] = {int} if item is int else {int, float, type(None)} if item == float | None else set()

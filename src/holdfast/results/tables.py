@@ -40,6 +40,8 @@ class Row:
     published_status: str = ""  # status and verdict are of the robust figure, these two of the published one
     published_verdict: str = ""
     own: Interval | None = None
+    certified: Interval | None = None
+    alone: dict[str, Interval] = dataclasses.field(default_factory=dict)
 
 
 def rows(results: Results) -> list[Row]:
@@ -47,21 +49,26 @@ def rows(results: Results) -> list[Row]:
 
     Runs that differ in seed alone are merged: mean and t interval over seeds; a single run keeps its own interval. Runs
     of one loss whose seeds repeat are different experiments: one row per run name. One void run makes the row void, and
-    the verdict shown is the worst of the merged ones.
+    the verdict shown is the worst of the merged ones. A figure that one of them lacks is not shown.
     """
     out: list[Row] = []
     for members in _groups(results.runs):
         merged, first = [results.runs[i] for i in members], results.runs[members[0]]
         clean, published, robust, own = first.clean, first.published, first.robust, first.own
+        certified, alone = first.certified, first.alone
         interval = first.interval
         if len(merged) > 1:
             clean, published = over_seeds(r.clean.value for r in merged), over_seeds(r.published.value for r in merged)
             robust, own = _mean([r.robust for r in merged]), _mean([r.own for r in merged])
+            certified = _mean([r.certified for r in merged])
+            means = {name: _mean([r.alone.get(name) for r in merged]) for name in alone}
+            alone = {name: mean for name, mean in means.items() if mean is not None}
             interval = f"mean and 95% t interval over {len(merged)} seeds"
         status, text = _worst([r.verdict for r in merged])
         claimed, why = _worst([r.published_verdict for r in merged])
         figures = first.loss, first.loss, first.threat_text, clean, published, robust, status, text, first.n
-        out.append(Row(*figures, tuple(r.seed for r in merged), interval, tuple(members), claimed, why, own))
+        seeds = tuple(r.seed for r in merged)
+        out.append(Row(*figures, seeds, interval, tuple(members), claimed, why, own, certified, alone))
     for told in ("{0.threat}", "{1.name}", "n={0.n}", "{0.runs[0]}"):
         taken = Counter(r.label for r in out)
         shown = [told.format(r, results.runs[r.runs[0]]) for r in out]
@@ -112,27 +119,60 @@ def robust_text(row: Row) -> str:
     return f"{sign}{percent(r.value)} [{percent(r.low)}, {percent(r.high)}]"
 
 
-_HEAD = ("loss", "clean", "published", "verdict", "own loss", "robust, 95%", "verdict")
+def _share(figure: Interval | None) -> str:
+    return percent(figure.value) if figure else "-"
+
+
+_HEAD = ("loss", "clean", "published", "verdict", "own loss", "certified", "robust, 95%", "verdict")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    label, own = re.sub(r"\s+", " ", row.label), percent(row.own.value) if row.own else "-"
-    published = percent(row.published.value), row.published_status or "-"
-    return label, percent(row.clean.value), *published, own, robust_text(row), row.status or "-"
+    published = _share(row.published), row.published_status or "-"
+    proved = _share(row.own), _share(row.certified)
+    return _name(row), _share(row.clean), *published, *proved, robust_text(row), row.status or "-"
 
 
-def _lines(results: Results) -> list[tuple[str, ...]]:
-    """Head and rows as text; a verdict's column only where something was judged, the own loss's where it was run."""
-    found = rows(results)
-    seen = {3: any(r.published_status for r in found), 4: any(r.own for r in found), 6: any(r.status for r in found)}
+def _name(row: Row) -> str:
+    return re.sub(r"\s+", " ", row.label)
+
+
+def protocols(found: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The papers' table as text, head first: a row per loss, a column per attack alone, then what the row is worth.
+
+    clean, each of ``alone`` in order of first appearance, certified where some row has it, robust, and its verdict.
+    """
+    names = list(dict.fromkeys(name for row in found for name in row.alone))
+    proved = ["certified"] if any(row.certified for row in found) else []
+    lines = [("loss", "clean", *names, *proved, "robust, 95%", "verdict")]
+    for row in found:
+        figures = [row.clean, *(row.alone.get(name) for name in names), *([row.certified] if proved else [])]
+        lines.append((_name(row), *map(_share, figures), robust_text(row), row.status or "-"))
+    return lines
+
+
+def _lines(found: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Head and rows as text: the papers' table where attacks stood alone; else a verdict's column only where something
+    was judged, the own loss's where it was run, certified where a bound is known."""
+    if any(row.alone for row in found):
+        return protocols(found)
+    seen = {3: any(r.published_status for r in found), 4: any(r.own for r in found)}
+    seen |= {5: any(r.certified for r in found), 7: any(r.status for r in found)}
     return [tuple(c for i, c in enumerate(line) if seen.get(i, True)) for line in (_HEAD, *map(_cells, found))]
 
 
 def table(results: Results) -> Table:
-    """A rich table that fits 80 columns, in percent; with several threats, a part for each."""
+    """A rich table that fits 80 columns, in percent; with several threats, a part for each.
+
+    The papers' table has heads of two lines, and robust, verdict and interval in one cell of two lines.
+    """
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
     out.add_column(_HEAD[0], overflow="fold", max_width=26)
-    lines, found = _lines(results), rows(results)
+    found = rows(results)
+    lines = _lines(found)
+    if any(row.alone for row in found):
+        head = [name.replace("certified", "certi-fied").replace("-", "-\n") for name in lines[0][:-2]]
+        lines = [(*head, "robust,\n95%"), *map(_narrow, lines[1:])]
+        out.padding = 0
     for name in lines[0][1:]:
         out.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
     threats = {row.threat for row in found}
@@ -146,6 +186,13 @@ def table(results: Results) -> Table:
             before = row.threat
         out.add_row(Text(label), *map(Text, cells))
     return out
+
+
+def _narrow(line: tuple[str, ...]) -> tuple[str, ...]:
+    """The last two cells in one: figure and verdict above, interval below."""
+    figure, _, interval = line[-2].partition(" [")
+    above = f"{figure} {line[-1]}" if line[-1] not in ("-", figure) else figure
+    return (*line[:-2], f"{above}\n[{interval}" if interval else above)
 
 
 def doubts(results: Results) -> list[str]:
@@ -191,22 +238,35 @@ def remainder_text(run: Run) -> str:
 
 def markdown(results: Results) -> str:
     """The table in Markdown."""
-    head, *cells = _lines(results)
+    head, *cells = _lines(rows(results))
     rules = ["---" if name in ("loss", "verdict") else "---:" for name in head]
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(rules) + "|"]
+    lines = ["| " + " | ".join(map(_plain, head)) + " |", "|" + "|".join(rules) + "|"]
     for label, *rest in cells:
-        lines.append("| " + " | ".join([re.sub(r"([\\`*_<>\[\]|&~$#])", r"\\\1", label), *rest]) + " |")
+        lines.append("| " + " | ".join([_plain(label), *rest]) + " |")
     return "\n".join(lines) + "\n"
 
 
+def _plain(text: str) -> str:
+    """Text that Markdown takes as it is."""
+    return re.sub(r"([\\`*_<>\[\]|&~$#])", r"\\\1", text)
+
+
 def csv(results: Results) -> str:
-    """The rows as CSV, proportions unrounded, empty where there is no figure."""
+    """The rows as CSV, proportions unrounded, empty where there is no figure.
+
+    Columns of attacks alone and of certified accuracy only where some row has them.
+    """
     out = StringIO()
     write = csv_writer(out, lineterminator="\n").writerow
-    bounds = [f"{c}{suffix}" for c in ("clean", "published", "robust") for suffix in ("", "_low", "_high")]
+    found = rows(results)
+    names = list(dict.fromkeys(name for row in found for name in row.alone))
+    proved = ["certified"] if any(row.certified for row in found) else []
+    shown = ("clean", "published", *names, *proved, "robust")
+    bounds = [f"{c}{suffix}" for c in shown for suffix in ("", "_low", "_high")]
     write(["loss", "threat", *bounds, "published_verdict", "verdict", "n", "seeds", "interval"])
-    for r in rows(results):
-        figures = [v for i in (r.clean, r.published, r.robust) for v in (dataclasses.astuple(i) if i else ("", "", ""))]
+    for r in found:
+        every = r.clean, r.published, *map(r.alone.get, names), *([r.certified] if proved else []), r.robust
+        figures = [v for i in every for v in (dataclasses.astuple(i) if i else ("", "", ""))]
         write(
             [r.label, r.threat, *figures, r.published_verdict, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval]
         )
@@ -217,14 +277,18 @@ _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciic
         ">": r"\textgreater{}", "|": r"\textbar{}", **{c: "\\" + c for c in "&%$#_{}"}}  # fmt: skip
 
 
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(ch, ch) for ch in text)
+
+
 def latex(results: Results) -> str:
     """The table as a LaTeX tabular, every special character escaped."""
-    head, *found = _lines(results)
+    head, *found = _lines(rows(results))
     columns = "".join("l" if name in ("loss", "verdict") else "r" for name in head)
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", " & ".join(head).replace("%", r"\%") + r" \\", r"\hline"]
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", " & ".join(map(_tex, head)) + r" \\", r"\hline"]
     at = next(i for i, name in enumerate(head) if name.startswith("robust"))
     for line in found:
-        cells = ["".join(_TEX.get(ch, ch) for ch in c) for c in line]
+        cells = [_tex(c) for c in line]
         cells[at] = cells[at].replace(r"\textless{}=", r"$\leq$").replace("[", "{[}").replace("]", "{]}")
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\hline", r"\end{tabular}"]) + "\n"

@@ -1,0 +1,256 @@
+"""The figures: drawn by matplotlib, as files, or as SVG that takes its colours from the page."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from ..results import Results, percent, rows, write_atomic
+from .findings import per_class, runs_of, stage_totals
+
+# Colours that stay apart for colour-blind eyes (Okabe and Ito). In HTML each becomes a CSS variable, for dark mode.
+INK, MUTED, RULE, PAPER = "#1b1f24", "#5b6570", "#d9dee3", "#fefefe"
+CLEAN, PUBLISHED, CERTIFIED, ROBUST, LOST = "#6b7684", "#d98200", "#009e73", "#0072b2", "#f0b27a"
+_VARIABLES = {
+    INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper", CLEAN: "clean", PUBLISHED: "published",
+    CERTIFIED: "certified", ROBUST: "robust",
+}  # fmt: skip
+# float32 keeps 24 bits: 1 - p rounds to 0 for the true logit beyond 24 log 2; exp itself is 0 beyond 150 log 2.
+DEAD_TRUE, DEAD_ALL = 24 * math.log(2), 150 * math.log(2)
+WIDTH = 5.6
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The look of every figure."""
+    settings: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": "holdfast", "text.parse_math": False, "font.family": "sans-serif",
+        "font.size": 8, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": INK,
+        "axes.edgecolor": RULE, "axes.linewidth": 0.8, "axes.facecolor": "none",
+    }  # fmt: skip
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser brings its own fonts
+        yield
+
+
+def axes(lines: int, each: float, top: float) -> tuple[Figure, Axes]:
+    """One band per row, its label above it: long names fit a phone."""
+    height = lines * each + top + 0.45
+    figure = Figure(figsize=(WIDTH, height))
+    ax = figure.add_axes((0.12 / WIDTH, 0.4 / height, 1 - 0.3 / WIDTH, lines * each / height))
+    ax.set_ylim(lines, 0)
+    ax.set_yticks([])
+    ax.spines[["left", "right", "top"]].set_visible(False)
+    ax.tick_params(axis="x", length=3, width=0.8)
+    return figure, ax
+
+
+def percent_axis(ax: Axes, what: str, most: float = 100) -> None:
+    """An axis from 0 to 100%, with room for words up to ``most``."""
+    ax.set_xlim(0, most)
+    ax.set_xticks(range(0, 101, 20))
+    ax.set_xlabel(what)
+    ax.set_axisbelow(True)
+    ax.grid(axis="x", color=RULE, linewidth=0.6)
+
+
+def _short(text: str, most: int = 44) -> str:
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def draw_accuracy(results: Results) -> Figure:
+    """Clean, published, certified and robust of each row; a broad bar is the bracket that the truth lies in."""
+    shown = rows(results)
+    figure, ax = axes(len(shown), 0.46, 0.3)
+    looks = [("clean", CLEAN, "o", PAPER), ("published", PUBLISHED, "D", PUBLISHED), ("robust", ROBUST, "o", ROBUST)]
+    proved = any(row.certified for row in shown)
+    if proved:
+        looks.insert(2, ("certified", CERTIFIED, "s", CERTIFIED))
+    for i, row in enumerate(shown):
+        at = i + 0.68
+        ax.text(0, i + 0.34, _short(row.label), va="center", fontweight="bold")
+        if row.robust is not None:
+            ax.plot([100 * row.robust.value, 100 * row.published.value], [at, at], color=RULE, linewidth=4, zorder=1.5)
+        if row.robust is not None and row.certified is not None:
+            ends = [100 * row.certified.value, 100 * row.robust.value]
+            ax.plot(ends, [at, at], color=ROBUST, alpha=0.25, linewidth=7, solid_capstyle="butt", zorder=1.6)
+            for end, colour in zip(ends, (CERTIFIED, ROBUST), strict=True):
+                ax.plot([end, end], [at - 0.17, at + 0.17], color=colour, linewidth=1.6, zorder=2.5)
+        for name, colour, marker, face in looks:
+            value = getattr(row, name)
+            if value is None:
+                if name == "robust":
+                    ax.text(0.5, at, "robust: void", va="center", color=MUTED, style="italic")
+                continue
+            ax.plot([100 * value.low, 100 * value.high], [at, at], color=colour, linewidth=1.4, zorder=2)
+            ax.plot([100 * value.value], [at], marker, color=colour, markerfacecolor=face, markersize=5.5,
+                    linestyle="none", zorder=3, label=name if i == 0 else None)  # fmt: skip
+    percent_axis(ax, "accuracy, %")
+    handles = [Line2D([], [], color=c, marker=m, linewidth=1.4, markersize=5, label=n, markerfacecolor=f)
+               for n, c, m, f in looks]  # fmt: skip
+    _legend(ax, handles, len(looks))
+    return figure
+
+
+def _legend(ax: Axes, handles: Sequence[Any], columns: int) -> None:
+    ax.legend(handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=(-0.01, 1.0), frameon=False,
+              borderpad=0, handlelength=1.6, columnspacing=1.4, borderaxespad=0.3)  # fmt: skip
+
+
+def draw_stages(results: Results) -> Figure | None:
+    """What became of the samples: wrong already, broken by which stage, or held; None without stages."""
+    shown = [(row, stage_totals(results, row)) for row in rows(results) if row.robust is not None]
+    shown = [(row, totals) for row, totals in shown if totals]
+    if not shown:
+        return None
+    names = list(dict.fromkeys(name for _, totals in shown for name, total in totals.items() if total[1]))
+    ramp = mpl.colormaps["YlOrRd"](np.linspace(0.25, 0.95, max(2, len(names))))
+    colours = {"wrong already": CLEAN, **{n: to_hex(c) for n, c in zip(names, ramp, strict=False)}, "holds": ROBUST}
+    figure, ax = axes(len(shown), 0.5, 0.1 + 0.17 * math.ceil((len(names) + 2) / 3))
+    for i, (row, totals) in enumerate(shown):
+        n = row.n * len(row.runs)
+        wrong = round((1 - row.clean.value) * n)
+        parts = {"wrong already": wrong, **{k: t[1] for k, t in totals.items() if t[1]}}
+        parts["holds"] = max(0, n - sum(parts.values()))
+        ax.text(0, i + 0.3, _short(row.label, 34), va="center", fontweight="bold")
+        cost = f"{sum(t[2] for t in totals.values()) / n:,.0f} passes per sample"
+        ax.text(100, i + 0.3, cost, va="center", ha="right", color=MUTED)
+        left = 0.0
+        for name, count in parts.items():
+            share = 100 * count / n
+            ax.barh(i + 0.7, share, 0.42, left=left, color=colours[name], edgecolor=PAPER, linewidth=0.8)
+            if share >= 6:
+                light = np.dot((0.3, 0.59, 0.11), to_rgb(colours[name])) > 0.55
+                ink = "#111111" if light else "#ffffff"
+                ax.text(left + share / 2, i + 0.71, f"{share:.0f}", ha="center", va="center", color=ink)
+            left += share
+    percent_axis(ax, "samples, %")
+    _legend(ax, [Patch(color=c, label=_short(n, 24)) for n, c in colours.items()], 3)
+    return figure
+
+
+def _log(m: Any) -> Any:
+    """Linear between -1 and 1, logarithmic beyond: margins are signed and span decades."""
+    size = np.abs(m)
+    return np.sign(m) * np.where(size <= 1, size, 1 + np.log10(np.maximum(size, 1)))
+
+
+def draw_margins(results: Results) -> Figure | None:
+    """Histograms of the clean margins, and where float32 goes blind; None without samples."""
+    columns = []
+    for row in rows(results):
+        every = [v for r in runs_of(results, row) if r.samples is not None for v in r.samples.margin]
+        if found := [v for v in every if v is not None]:
+            columns.append((row, np.array(found), len(every) - len(found)))
+    if not columns:
+        return None
+    low = min(-1.0, *(c[1].min() for c in columns))
+    high = max(2 * DEAD_ALL, *(c[1].max() for c in columns))
+    edges = np.linspace(_log(low), _log(high), 81)
+    figure, ax = axes(len(columns), 0.62, 0.2)
+    for i, (row, margins, missing) in enumerate(columns):
+        heights, _ = np.histogram(_log(margins), edges)
+        base, scale = i + 1.0, 0.62 / max(1, heights.max())
+        ax.stairs(base - heights * scale, edges, baseline=base, fill=True, color=ROBUST, alpha=0.75, linewidth=0)
+        ax.axhline(base, color=RULE, linewidth=0.8)
+        some, all_lost = (percent((margins > dead).mean()) for dead in (DEAD_TRUE, DEAD_ALL))
+        lost = f", {missing:,} without a finite margin" if missing else ""
+        beyond = f"{some}% beyond {DEAD_TRUE:.1f}, {all_lost}% beyond {DEAD_ALL:.0f}{lost}"
+        ax.text(edges[0], i + 0.2, _short(row.label, 36), va="center", fontweight="bold")
+        ax.text(edges[0], i + 0.45, beyond, va="center", color=MUTED, fontsize=7)
+    for dead in (DEAD_TRUE, DEAD_ALL):
+        ax.axvline(_log(dead), color=PUBLISHED, linewidth=1, linestyle=(0, (4, 2)), zorder=3)
+        name = f"{dead:.1f}" if dead < 100 else f"{dead:.0f}"
+        ax.text(_log(dead), -0.06, name, ha="center", va="bottom", color=PUBLISHED)
+    ticks = [0, *(s * 10.0**k for k in range(12) for s in (-1, 1))]
+    ticks = sorted(t for t in ticks if low <= t <= high)
+    ax.set_xticks([float(_log(t)) for t in ticks], [f"{t:g}".replace("-", "−") for t in ticks])
+    ax.set_xlim(edges[0], edges[-1])
+    ax.set_xlabel("clean margin (logit of the true class less the best other), log scale beyond ±1")
+    return figure
+
+
+def draw_classes(results: Results) -> Figure | None:
+    """Robust accuracy class by class, as colours; None without samples."""
+    labels, cells = per_class(results)
+    if not cells:
+        return None
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(cells)), layout="constrained")
+    ax = figure.add_subplot()
+    grid = np.array([[np.nan if v is None else 100 * v for v in values] for _, _, values in cells])
+    mesh = ax.pcolormesh(grid, cmap="Blues", vmin=0, vmax=100, edgecolors=PAPER, linewidth=1)
+    ax.set_xticks(
+        [j + 0.5 for j in range(len(labels))], [_short(label, 16) for label in labels], rotation=30, ha="right"
+    )
+    ax.set_yticks([i + 0.5 for i in range(len(cells))], [_short(name, 24) for name, _, _ in cells])
+    ax.invert_yaxis()
+    figure.colorbar(mesh, label="robust accuracy, %")
+    return figure
+
+
+_FIGURES: dict[str, Callable[[Results], Figure | None]] = {
+    "accuracy": draw_accuracy, "stages": draw_stages, "margins": draw_margins, "classes": draw_classes}  # fmt: skip
+
+
+def figures(results: Results, dir: str | Path) -> list[Path]:
+    """Writes each figure the data allow as SVG (text stays text) and PNG into ``dir``; returns the paths."""
+    written = []
+    for name, draw in _FIGURES.items():
+        with style():
+            figure = draw(results) if results.runs else None
+        if figure is not None:
+            written += write_figure(figure, dir, name)
+    return written
+
+
+def write_figure(figure: Figure, dir: str | Path, name: str) -> list[Path]:
+    """Writes ``name.svg`` and ``name.png`` into ``dir``, and returns the paths."""
+    written = []
+    with style():
+        for form in ("svg", "png"):
+            buffer = BytesIO()
+            meta = {"Date": None} if form == "svg" else {"Software": None}
+            figure.savefig(buffer, format=form, dpi=200, facecolor="white", metadata=meta)
+            written.append(write_atomic(Path(dir) / f"{name}.{form}", buffer.getvalue()))
+    return written
+
+
+def inline(draw: Callable[[Results], Figure | None], results: Results, prefix: str) -> Markup | None:
+    """The figure as SVG that belongs in HTML: no header, no namespace, its own ids, colours from the page."""
+    with style():
+        figure = draw(results)
+        if figure is None:
+            return None
+        buffer = BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue().decode()
+    extra = r"<!--.*?-->|<metadata>.*?</metadata>|<style[^>]*>.*?</style>"
+    svg = re.sub(extra, "", svg[svg.index("<svg") :], flags=re.S)
+    view = re.search(r'viewBox="([^"]*)"', svg)
+    svg = re.sub(r"<svg[^>]*>", f'<svg viewBox="{view[1] if view else ""}" aria-hidden="true">', svg, count=1)
+
+    def adapt(tag: re.Match[str]) -> str:
+        own = re.sub(r'\bid="', f'id="{prefix}', tag[0]).replace("url(#", f"url(#{prefix}")
+        own = own.replace('xlink:href="#', f'href="#{prefix}')
+        own = re.sub(r"(font: [^;\"']*?\d+(?:\.\d+)?px) [^;\"]*", r"\1 system-ui, sans-serif", own)
+        for colour, variable in _VARIABLES.items():
+            own = own.replace(f": {colour}", f": var(--{variable})")
+        return own
+
+    return Markup(re.sub(r"<[^>]+>", adapt, svg))
