@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import inspect
@@ -17,14 +18,16 @@ import torch
 from torch import nn
 
 from holdfast import losses, models, runs, storage
-from holdfast import train as training
-from holdfast.data import Data, load, standardisation
+from holdfast.attacks import pgd
+from holdfast.data import Data, load, pixels, standardisation
 from holdfast.errors import UserError
 from holdfast.evaluate import evaluate
+from holdfast.noise import Noise
 from holdfast.objectives import Objective, adversarial, standard
 from holdfast.threat import Threat
-from holdfast.train import SCHEDULES, FitConfig, accuracy, fit
+from holdfast.train import SCHEDULES, FitConfig, accuracy, fit, inner, loop, robust_accuracy
 
+VERSION = 2  # of the checkpoint
 TINY = FitConfig(epochs=4, batch_size=50, lr=3e-3, checkpoint_seconds=0)
 
 
@@ -51,7 +54,7 @@ def same(a, b):
 
 
 def timeless(history):
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in history]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "watch_seconds")} for line in history]
 
 
 def log(folder):
@@ -122,7 +125,7 @@ def test_four_epochs_are_two_and_two_bit_for_bit(case, split, tmp_path):
     assert same(*kept)
     assert same(kept[0], weights(whole))
     ends = [
-        storage.load_tensors(tmp_path / name / "checkpoint.safetensors", "checkpoint", 1)[0]
+        storage.load_tensors(tmp_path / name / "checkpoint.safetensors", "checkpoint", 2)[0]
         for name in ("whole", "broken")
     ]
     assert same(*ends)  # the optimiser's state too
@@ -131,7 +134,7 @@ def test_four_epochs_are_two_and_two_bit_for_bit(case, split, tmp_path):
 def test_a_finished_run_is_not_trained_again(split, tmp_path, monkeypatch):
     first = network(split)
     done = fit(first, split.train, split.val, standard(losses.sce), TINY, out=tmp_path / "run", device="cpu")
-    monkeypatch.setattr(training, "_epoch", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "_epoch", lambda *_: pytest.fail("trained again"))
     second = network(split, seed=5)
     again = fit(second, split.train, split.val, standard(losses.sce), TINY, out=tmp_path / "run", device="cpu")
     assert again.history == done.history
@@ -162,7 +165,7 @@ def test_adversarial_training_buys_robustness(split):
 def test_a_kill_costs_what_checkpoint_seconds_says(split, tmp_path, monkeypatch):
     """A clock that gains 4 s an epoch: with checkpoint_seconds=10 a checkpoint is due at the end of epochs 3 and 6."""
     now = [0.0]
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     plain = standard(losses.sce)(0.0)
 
     def ticking(progress):
@@ -204,7 +207,7 @@ def test_log_has_one_line_an_epoch_whatever_was_killed(split, tmp_path):
         assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
     fit(network(split), split.train, split.val, standard(losses.sce), config, out=tmp_path, device="cpu")
     assert [line["epoch"] for line in log(tmp_path)] == [1, 2, 3, 4, 5]
-    assert set(log(tmp_path)[0]) == {"epoch", "loss", "lr", "val", "seconds"}
+    assert set(log(tmp_path)[0]) == {"epoch", "loss", "lr", "val", "seconds", "best_epoch"}
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -214,7 +217,14 @@ def test_a_kill_at_any_write_leaves_a_folder_that_resumes_whole(moment, split, t
     whole = network(split)
     one = fit(whole, split.train, split.val, objective, config, out=tmp_path / "whole", device="cpu")
     real, names = os.replace, sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert names == ["checkpoint.safetensors", "config.json", "env.json", "log.jsonl", "model.safetensors"]
+    assert names == [
+        "best.safetensors",
+        "checkpoint.safetensors",
+        "config.json",
+        "env.json",
+        "log.jsonl",
+        "model.safetensors",
+    ]
     wrong = []
     for k in range(1, 50):
         count, written = [0], []
@@ -299,10 +309,10 @@ def stopped(split, tmp_path):
 def test_a_checkpoint_of_another_version_is_refused_and_kept(stopped):
     out, resume = stopped
     path = out / "checkpoint.safetensors"
-    tensors, about = storage.load_tensors(path, "checkpoint", 1)
+    tensors, about = storage.load_tensors(path, "checkpoint", 2)
     storage.save_tensors(path, "checkpoint", 99, tensors, about)
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"version 99.*reads version 1"):
+    with pytest.raises(UserError, match=r"version 99.*reads version 2"):
         resume()
     assert path.read_bytes() == before
 
@@ -361,7 +371,7 @@ def test_a_nan_loss_names_epoch_and_step_and_keeps_the_last_good_checkpoint(spli
     with pytest.raises(UserError, match=r"not finite in epoch 3, step 2\b") as error:
         fit(network(split), split.train, split.val, poisoned(9 / 16), TINY, out=tmp_path, device="cpu")
     assert str(tmp_path) in str(error.value)
-    tensors, about = storage.load_tensors(tmp_path / "checkpoint.safetensors", "checkpoint", 1)
+    tensors, about = storage.load_tensors(tmp_path / "checkpoint.safetensors", "checkpoint", 2)
     assert len(about["history"]) == len(log(tmp_path)) == 2
     assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
     assert not (tmp_path / "model.safetensors").exists()
@@ -390,7 +400,7 @@ def test_weights_that_turn_nan_at_the_last_step_of_an_epoch_are_never_kept(epoch
     with pytest.raises(UserError, match="not finite"):
         fit(network(split), split.train, split.val, poisoned(0, grad=True, at=at), TINY, out=tmp_path, device="cpu")
     assert not (tmp_path / "model.safetensors").exists()
-    tensors, about = storage.load_tensors(tmp_path / "checkpoint.safetensors", "checkpoint", 1)
+    tensors, about = storage.load_tensors(tmp_path / "checkpoint.safetensors", "checkpoint", 2)
     assert len(about["history"]) == epoch - 1
     assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
 
@@ -428,7 +438,7 @@ def test_negative_labels_are_refused(split):
         ("optimizer", "Adam"), ("lr", 0.0), ("lr", -1e-3), ("lr", math.inf), ("lr", math.nan), ("schedule", "linear"),
         ("weight_decay", -1e-4), ("weight_decay", math.nan), ("ema", -0.1), ("ema", 1.0), ("ema", math.nan),
         ("pad", -1), ("precision", "fp8"), ("precision", "float32"), ("momentum", -0.5), ("momentum", math.nan),
-        ("checkpoint_seconds", -1.0), ("checkpoint_seconds", math.nan),
+        ("checkpoint_seconds", -1.0), ("checkpoint_seconds", math.nan), ("keep", "first"),
     ],
 )  # fmt: skip
 def test_every_bad_setting_is_named(name, value):
@@ -460,7 +470,7 @@ def test_precision_may_change_between_two_fits_of_one_process(split):
 @pytest.mark.parametrize("head", ["linear", "cosine", "mmc", "center", "gaussian"])
 def test_weight_decay_is_on_matrices_and_kernels_alone(head, optimizer, split):
     model = network(split, head=head)
-    made = training._optimizer(model, FitConfig(optimizer=optimizer, weight_decay=0.1))
+    made = loop._optimizer(model, FitConfig(optimizer=optimizer, weight_decay=0.1))
     decays = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
     assert len(decays) == len(named)
@@ -478,7 +488,7 @@ def test_norms_and_variances_do_not_decay():
             self.head = models.HEADS["gaussian"](4, 3, variances=True)
 
     model = Head()
-    made = training._optimizer(model, FitConfig(weight_decay=0.1))
+    made = loop._optimizer(model, FitConfig(weight_decay=0.1))
     decays = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
     assert {name for name, p in model.named_parameters() if decays[id(p)]} == {"conv.weight"}
 
@@ -534,7 +544,7 @@ def test_with_ema_validation_judges_the_weights_that_are_kept(split):
 
 def test_there_is_no_way_in_for_test_data():
     assert list(inspect.signature(fit).parameters) == [
-        "model", "train", "val", "objective", "config", "out", "about", "progress", "device",
+        "model", "train", "val", "objective", "config", "watch", "out", "about", "progress", "device",
     ]  # fmt: skip
     assert "test" not in {field.name for field in dataclasses.fields(FitConfig)}
 
@@ -615,6 +625,213 @@ def test_a_damaged_run_folder_is_a_user_error(split, tmp_path):
         runs.load(tmp_path)
 
 
+@pytest.mark.parametrize("settings", [{"watch": Threat("linf", 0.1)}, {"keep": "best"}])
+def test_without_validation_images_there_is_no_best_epoch_to_ask_for(settings, split):
+    config = dataclasses.replace(TINY, keep=settings.pop("keep", "last"))
+    with pytest.raises(UserError, match="no validation images"):
+        fit(
+            network(split), split.train, split.val.take(slice(0, 0)), standard(losses.sce), config,
+            device="cpu", **settings,
+        )  # fmt: skip
+
+
+def test_robust_validation_is_logged_and_chooses_the_best_epoch(split, tmp_path):
+    threat, model = Threat("linf", 0.05), network(split)
+    done = fit(
+        model, split.train, split.val, standard(losses.sce), TINY, watch=threat, out=tmp_path, device="cpu"
+    )  # fmt: skip
+    figures = [line["val_robust"] for line in log(tmp_path)]
+    assert figures == [line["val_robust"] for line in done.history]
+    assert all(line["val_robust"] <= line["val"] for line in done.history)
+    assert figures[-1] == robust_accuracy(model, split.val, threat, seed=TINY.seed)
+    assert done.best_epoch == figures.index(max(figures)) + 1 == done.history[-1]["best_epoch"]
+    assert done.kept_epoch == 4
+
+
+def judge(monkeypatch, figures):
+    """From here on epochs are judged so, one figure after the other."""
+    left = iter(figures)
+    monkeypatch.setattr(loop, "judged", lambda *_: {"val": 0.9, "val_robust": next(left), "watch_seconds": 0.0})
+
+
+FIGURES = (0.2, 0.5, 0.5, 0.4)  # the second is the best: of equals the earlier
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_weights_that_keep_names_are_the_models_and_the_others_lie_beside(keep, split, tmp_path, monkeypatch):
+    judge(monkeypatch, FIGURES)
+    model, seen = network(split), {}
+    done = fit(
+        model, split.train, split.val, standard(losses.sce), dataclasses.replace(TINY, keep=keep),
+        out=tmp_path, device="cpu", progress=lambda epoch, of, line: seen.update({epoch: weights(model)}),
+    )  # fmt: skip
+    assert [line["best_epoch"] for line in done.history] == [1, 2, 2, 2]
+    assert (done.best_epoch, done.kept_epoch) == (2, 2 if keep == "best" else 4)
+    assert not same(seen[2], seen[4])
+    other, kept, beside = ("last", 2, 4) if keep == "best" else ("best", 4, 2)
+    for name, epoch in (("model", kept), (other, beside)):
+        tensors, about = storage.load_tensors(tmp_path / f"{name}.safetensors", "model", 1)
+        assert same(tensors, seen[epoch])
+        assert about["epoch"] == epoch
+    assert same(weights(model), seen[kept])
+    assert not (tmp_path / f"{keep}.safetensors").exists()
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+def test_resumed_at_any_epoch_the_best_weights_are_the_same_bit_for_bit(ema, split, tmp_path, monkeypatch):
+    config = dataclasses.replace(TINY, keep="best", ema=ema)
+
+    def ends(folder):
+        return [storage.load_tensors(folder / f"{name}.safetensors", "model", 1)[0] for name in ("model", "last")]
+
+    def go(folder, seed=0, progress=None):
+        return fit(
+            network(split, seed=seed), split.train, split.val, standard(losses.sce), config,
+            out=tmp_path / folder, device="cpu", progress=progress,
+        )  # fmt: skip
+
+    judge(monkeypatch, FIGURES)
+    whole = go("whole")
+    best, last = ends(tmp_path / "whole")
+    assert not same(best, last)
+    for epoch in (1, 2, 3, 4):
+        judge(monkeypatch, FIGURES)
+        with pytest.raises(Killed):
+            go(str(epoch), progress=kill_after(epoch))
+        done = go(str(epoch), seed=9)
+        assert (done.best_epoch, timeless(done.history)) == (2, timeless(whole.history))
+        again = ends(tmp_path / str(epoch))
+        assert same(again[0], best), epoch
+        assert same(again[1], last), epoch
+
+
+def test_a_nan_loss_names_the_samples(split):
+    guilty = sorted(split.train.index[[3, 70, 140]].tolist())
+    met = []
+
+    def perturb(model, x, y, noise):
+        met[:] = [noise.index]
+        return x
+
+    def outer(model, x, x_adv, y):
+        wrong = torch.isin(met[0], torch.tensor(guilty))
+        return losses.sce(model(x), y).where(~wrong, math.nan)
+
+    config = dataclasses.replace(TINY, batch_size=1000)
+    with pytest.raises(UserError, match=f"training samples {', '.join(map(str, guilty))}: look at them"):
+        fit(network(split), split.train, split.val, lambda _: Objective(perturb, outer), config, device="cpu")
+    guilty = guilty[:1]
+    with pytest.raises(UserError, match=f"training sample {guilty[0]}: look at it"):
+        fit(network(split), split.train, split.val, lambda _: Objective(perturb, outer), config, device="cpu")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_torchs_generator_is_left_as_it_was(fails, split):
+    torch.manual_seed(5)
+    torch.rand(3)
+    before = torch.get_rng_state()
+    objective = poisoned(0.5) if fails else adversarial(losses.sce, Threat("linf", 0.1), steps=1)
+    with pytest.raises(UserError) if fails else contextlib.nullcontext():
+        fit(network(split), split.train, split.val, objective, TINY, watch=Threat("linf", 0.1), device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_norm_in_eval_mode_stays_frozen(split):
+    frozen, free = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), frozen, nn.ReLU(), nn.Conv2d(4, 4, 3), free, nn.Flatten(), nn.LazyLinear(10)
+    )
+    model(torch.zeros(2, *split.shape))
+    frozen.eval()
+    before = {name: tensor.clone() for name, tensor in frozen.named_buffers()}
+    other = free.running_mean.clone()
+    objective = adversarial(losses.sce, Threat("linf", 0.1), steps=1)
+    fit(model, split.train, split.val, objective, TINY, watch=Threat("linf", 0.1), device="cpu")
+    assert (frozen.training, free.training, model.training) == (False, True, True)
+    assert same(dict(frozen.named_buffers()), before)
+    assert not torch.equal(free.running_mean, other)
+
+
+def test_around_is_entered_with_the_batch_and_left_before_the_step(split):
+    model, told = network(split), []
+
+    @contextlib.contextmanager
+    def around(net, x, x_adv, y):
+        start = weights(net)
+        told.append("enter")
+        assert net is model
+        assert torch.equal(x_adv, x + 1)
+        assert x.shape == (len(y), *split.shape)
+        yield
+        told.append("leave")
+        assert all(p.grad is not None for p in net.parameters())  # backward was inside
+        assert same(weights(net), start)  # and the step was not
+
+    def outer(net, x, x_adv, y):
+        told.append("loss")
+        return losses.sce(net(x), y)
+
+    start = weights(model)
+    fit(
+        model, split.train, split.val, lambda _: Objective(lambda net, x, y, noise: x + 1, outer, around),
+        dataclasses.replace(TINY, epochs=1), device="cpu",
+    )  # fmt: skip
+    assert told == ["enter", "loss", "leave"] * 4
+    assert not same(weights(model), start)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("name", ["smallconv", "mlp"])
+def test_the_quick_kernel_finds_the_same_points(name, norm, split, monkeypatch):
+    model, data = network(split, name=name), split.val
+    x, y, threat = pixels(data.x), data.y, Threat(norm, 0.5 if norm == "l2" else 0.1)
+    taken, fits = [], inner._fits
+    monkeypatch.setattr(inner, "_fits", lambda *a: taken.append(fits(*a)) or taken[-1])
+
+    def attack():
+        return pgd(model, x, y, threat, score=losses.sce, noise=Noise(0, data.index), steps=5)
+
+    plain = attack()
+    with inner.quick(torch.device("cpu")):
+        quick = attack()
+    assert any(taken) == (name == "smallconv")  # it was the other kernel
+    torch.testing.assert_close(quick, plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), ((1, 2), (2, 0), 2), (3, 2, 1)])
+def test_the_quick_kernel_is_a_convolutions_gradient(stride, padding, dilation):
+    made = torch.Generator().manual_seed(0)
+    x, weight = torch.rand(3, 1, 11, 9, generator=made), torch.rand(4, 1, 3, 2, generator=made)
+    bias, found = torch.rand(4, generator=made), []
+    for context in (contextlib.nullcontext(), inner.quick(torch.device("cpu"))):
+        leaf = x.clone().requires_grad_()
+        with context:
+            out = nn.functional.conv2d(leaf, weight, bias, stride, padding, dilation, 1)
+            (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+        found.append((out.detach(), grad))
+    assert type(out.grad_fn).__name__ == "_GrayConvolutionBackward"
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_the_inner_attack_of_bf16_asks_a_network_in_bf16(split):
+    asked = []
+
+    def perturb(model, x, y, noise):
+        with torch.autocast("cpu", enabled=False):  # as attacks do
+            out = model(x)
+        asked.append((out.logits.dtype, bool((out.logits == network_of(x)).all())))
+        return x
+
+    for precision in ("no", "bf16"):
+        model = network(split)
+        network_of = lambda x, model=model: model(x).logits  # noqa: E731
+        fit(
+            model, split.train, split.val, lambda _: Objective(perturb, lambda m, x, x_adv, y: losses.sce(m(x), y)),
+            dataclasses.replace(TINY, epochs=1, batch_size=1000, precision=precision), device="cpu",
+        )  # fmt: skip
+    assert asked == [(torch.float32, True), (torch.float32, False)]
+
+
 SCRIPT = """
 import sys, json, torch
 torch.set_num_threads(1)
@@ -668,3 +885,62 @@ def test_two_processes_log_the_loss_of_one(sides):
     assert [line["val"] for line in two] == [line["val"] for line in one]
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_a_watched_run_keeps_the_epoch_that_stands_best_and_the_last_one(split, tmp_path):
+    config, threat = dataclasses.replace(TINY, epochs=4, keep="best"), Threat("linf", 0.05)
+    model = network(split)
+    done = fit(
+        model, split.train, split.val, adversarial(losses.sce, threat, steps=2), config, watch=threat, out=tmp_path,
+        device="cpu",
+    )  # fmt: skip
+    found = [line["val_robust"] for line in done.history]
+    assert done.best_epoch == done.kept_epoch == 1 + found.index(max(found))
+    best = storage.load_tensors(tmp_path / "model.safetensors", "model", 1)[0]
+    assert same(best, weights(model))
+    assert (tmp_path / "last.safetensors").exists()
+    again = network(split)
+    for epochs in (1, 3):  # killed there, begun again: the same best weights
+
+        def dying(done, total, line, epochs=epochs):
+            if done == epochs:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fit(
+                again, split.train, split.val, adversarial(losses.sce, threat, steps=2),
+                dataclasses.replace(config, checkpoint_seconds=0.0), watch=threat, out=tmp_path / "killed",
+                progress=dying, device="cpu",
+            )  # fmt: skip
+        again = network(split)
+    fit(
+        again, split.train, split.val, adversarial(losses.sce, threat, steps=2),
+        dataclasses.replace(config, checkpoint_seconds=0.0), watch=threat, out=tmp_path / "killed", device="cpu",
+    )  # fmt: skip
+    assert same(best, weights(again))
+
+
+def test_torchs_generator_and_a_frozen_module_are_left_as_they_were(split):
+    model = network(split)
+    model.backbone.layers.append(torch.nn.Identity())
+    model.backbone.layers[-1].eval()
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    fit(model, split.train, split.val, standard(losses.sce), dataclasses.replace(TINY, epochs=1), device="cpu")
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not model.backbone.layers[-1].training
+    assert model.backbone.layers[0].training
+
+
+def test_weights_are_perturbed_inside_and_restored_before_the_step(split):
+    """AWP in the loop: it changes the training, and what is kept are weights that were stepped, not perturbed."""
+    threat, ends = Threat("linf", 0.05), []
+    for awp in (0.0, 0.01):
+        model = network(split)
+        done = fit(
+            model, split.train, split.val, adversarial(losses.sce, threat, steps=2, awp=awp),
+            dataclasses.replace(TINY, epochs=2), device="cpu",
+        )  # fmt: skip
+        assert done.history[-1]["loss"] > 0
+        ends.append(weights(model))
+    assert not same(*ends)

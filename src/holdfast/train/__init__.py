@@ -1,0 +1,9 @@
+"""Training: one visible loop. fit(model, train, val, objective, config) -> a run folder; no test data comes in here."""
+
+from __future__ import annotations
+
+from .config import SCHEDULES, FitConfig, Fitted, Progress, best_epoch
+from .judging import accuracy, robust_accuracy
+from .loop import fit
+
+__all__ = ["SCHEDULES", "FitConfig", "Fitted", "Progress", "accuracy", "best_epoch", "fit", "robust_accuracy"]
