@@ -230,7 +230,7 @@ def test_quiet_is_the_answer_alone(parquet, holdfast_, tmp_path):
     assert "results.json" not in out
     status, out, err = holdfast_(*words, "--json", "--out", "out")
     assert (status, err) == (0, "")
-    assert json.loads(out)["schema"] == 1
+    assert json.loads(out)["schema"] == 2
 
 
 def test_the_default_folder_is_found_again(parquet, holdfast_, tmp_path):

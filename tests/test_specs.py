@@ -199,7 +199,7 @@ def test_s_must_be_a_finite_number_from_zero(s):
 @pytest.mark.parametrize(
     ("text", "key", "value"),
     [
-        ("isce:s=ten", "s", "ten"), ("isce:s=true", "s", "True"), ("sce:smoothing=a/b", "smoothing", "a/b"),
+        ("isce:s=true", "s", "True"), ("sce:smoothing=a/b", "smoothing", "a/b"),
         ("cosface:m=wide", "m", "wide"), ("isce@cosine:scale=big", "scale", "big"),
         ("mmc@mmc:radius=true", "radius", "True"),
     ],
@@ -275,3 +275,34 @@ def test_choosing_a_loss_leaves_torchs_generator_as_it_was():
     for name in LOSSES:
         specs.loss(name)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_names_that_rows_may_use_are_the_ones_there_are():
+    from holdfast.objectives import OBJECTIVES
+    from holdfast.sources import SOURCES
+
+    assert set(specs.OBJECTIVE_NAMES) == set(OBJECTIVES)
+    assert set(specs.SOURCE_NAMES) == set(SOURCES)
+
+
+def test_a_row_may_bring_its_own_objective_network_and_schedule():
+    row = specs.loss("isce:s=3@cosine:scale=10+trades:beta=2,steps=5+wideresnet:depth=10,width=1+fit:epochs=3,lr=1e-2")
+    assert row.head == "cosine"
+    assert row.objective == "trades:beta=2,steps=5"
+    assert row.model == "wideresnet:depth=10,width=1"
+    assert row.fit == {"epochs": 3, "lr": 0.01}
+    assert specs.split("sce+adversarial:steps=5,ramp=0.3,isce:s=gradient:0.5") == [
+        "sce+adversarial:steps=5,ramp=0.3",
+        "isce:s=gradient:0.5",
+    ]
+
+
+@pytest.mark.parametrize("text", ["sce+trades+mart", "sce+convnet+mlp"])
+def test_two_of_a_kind_are_refused(text):
+    with pytest.raises(UserError, match="names two"):
+        specs.loss(text)
+
+
+def test_a_word_for_s_must_be_a_source():
+    with pytest.raises(UserError, match="unknown source of s 'ten'"):
+        specs.loss("isce:s=ten")

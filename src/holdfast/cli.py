@@ -39,14 +39,19 @@ Losses = Annotated[str | None, _option("Losses with settings: sce,isce:s=10,mmc,
 OneLoss = Annotated[str, _option("A loss with settings, such as isce:s=10; after @ another head: isce:s=2@cosine.")]
 Against = Annotated[str, _option("norm:eps; norm linf, l2 or l1, eps in pixels from 0 to 1: linf:0.1, linf:8/255.")]
 Several = Annotated[str, _option("norm:eps, or several: linf:0.1,l2:1.5; norm linf, l2 or l1, eps in pixels, 0 to 1.")]
-Suite = Annotated[str, _option("How hard to attack: quick, standard, paranoid, claims or explain.")]
-Objective = Annotated[str, _option("How to train: standard, or adversarial:steps=10.")]
+Suite = Annotated[str, _option("How hard to attack: quick, standard, paranoid, claims, protocols or explain.")]
+Objective = Annotated[
+    str, _option("How to train: standard, adversarial:steps=10, fast, trades:beta=6, mart, interval; also awp=0.01.")
+]
+Information = Annotated[
+    str, _option("Where I-SCE's s comes from: 10, class:3, gradient:0.5, lipschitz, ibp, attack, mix:0.3.", "--s")
+]
 Seeds = Annotated[int, _option("Networks per loss; with more than one the interval is over seeds.")]
 Epochs = Annotated[int | None, _option("Default: 30 for digits and photographs, 10 elsewhere.")]
 Limit = Annotated[int, _option("Attack at most so many test images, 0 for all. Cross-validated data is used whole.")]
 LimitTrain = Annotated[int, _option("Train on at most so many images, 0 for all.")]
 Folds = Annotated[int, _option("Cross-validation folds, for data without a test split. Default: 5 there.")]
-Network = Annotated[str, _option("A network of `holdfast list`. Default: by image size.")]
+Network = Annotated[str, _option("A network of `holdfast list`, or mymodel.py:backbone. Default: by image size.")]
 BatchSize = Annotated[int | None, _option("Training batch size.")]
 Optimizer = Annotated[str | None, _option("adam or sgd.")]
 Rate = Annotated[float | None, _option("Learning rate.")]
@@ -206,6 +211,7 @@ def train(
     out: RunFolder,
     data: Data = "digits",
     loss: OneLoss = "sce",
+    s: Information = "",
     threat: Against = "linf:0.1",
     objective: Objective = "standard",
     seed: Seed = 0,
@@ -224,6 +230,10 @@ def train(
     """Train one network. Writes config.json, env.json, log.jsonl, a checkpoint and model.safetensors."""
     from .compare import Comparison, Job, train_one
 
+    if s:
+        if loss not in ("sce", "isce"):
+            raise UserError(f"--s is I-SCE's: leave --loss out, or write the loss as isce:s={s}@HEAD, not '{loss}'.")
+        loss = f"isce:s={s}"
     fit = _fit(data, epochs, batch_size, optimizer, lr, weight_decay, augment)
     comparison = Comparison(
         data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit

@@ -6,12 +6,14 @@ Every network has its own folder, so whatever was finished when a command was ki
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import jobs, models, runs, specs
@@ -25,6 +27,7 @@ from .evaluate import evaluate, stored_x_adv
 from .jobs import Tell
 from .objectives import OBJECTIVES, Schedule
 from .results import Results, write_atomic
+from .sources import source
 from .threat import Threat
 from .train import FitConfig, accuracy, fit
 
@@ -74,11 +77,16 @@ class Comparison:
         twice = sorted({text for text in chosen if chosen.count(text) > 1})
         if twice:
             raise UserError(f"the loss '{twice[0]}' is named twice: name each once, and use seeds for repetitions.")
-        _objective(self, specs.loss(chosen[0]))
+        for text in chosen:
+            row = specs.loss(text)
+            _objective(self, row)
+            _fit(self, row)
+            if row.model:
+                models.check(row.model)
         if self.suite not in SUITES:
             raise unknown("suite", self.suite, SUITES)
-        if self.model and self.model not in models.MODELS:
-            raise unknown("model", self.model, models.MODELS)
+        if self.model:
+            models.check(self.model)
         if self.seeds < 1 or self.folds < 0 or self.limit < 0 or self.limit_train < 0:
             raise UserError(
                 "seeds must be >= 1; folds, limit and limit_train must be >= 0 (0: the data's own, or all)."
@@ -98,15 +106,40 @@ class Job:
     device: str
 
 
-def _objective(comparison: Comparison, loss: specs.LossChoice) -> Schedule:
-    name, settings = specs.parse(comparison.objective)
+def _objective(comparison: Comparison, row: specs.LossChoice, counts: Tensor | None = None) -> Schedule:
+    """The row's own objective, or the comparison's, with the row's loss and its source of s."""
+    name, settings = specs.parse(row.objective or comparison.objective)
     if name not in OBJECTIVES:
         raise unknown("objective", name, OBJECTIVES)
-    factory = OBJECTIVES[name]
+    factory, threat = OBJECTIVES[name], comparison.threats[0]
     specs.accepts("objective", name, factory, settings)
-    if name == "standard":
-        return factory(loss.loss)
-    return factory(loss.loss, comparison.threats[0], score=loss.score, **settings)
+    takes = inspect.signature(factory).parameters
+    if row.source:
+        if "s" not in takes:
+            raise UserError(f"objective '{name}' sets s itself: give '{row.text}' a number, or another objective.")
+        settings["s"] = source(row.source, threat, counts)
+    if "threat" in takes:
+        settings["threat"] = threat
+    if "score" in takes:
+        settings["score"] = row.score
+    return factory(row.loss, **settings)
+
+
+def _fit(comparison: Comparison, row: specs.LossChoice, seed: int = 0) -> FitConfig:
+    """The comparison's schedule with the row's own changes."""
+    known = {f.name: getattr(comparison.fit, f.name) for f in fields(comparison.fit)}
+    for key in row.fit:
+        if key not in known or key == "seed":
+            raise unknown(f"setting of the schedule in '{row.text}'", key, sorted(known))
+    try:
+        return replace(comparison.fit, **{**row.fit, "seed": seed})
+    except TypeError:
+        raise UserError(f"the schedule of '{row.text}' cannot be read: {row.fit}.") from None
+
+
+def _adversarial(comparison: Comparison, row: specs.LossChoice) -> bool:
+    """Whether training asks for the threat: by its objective, or by its source of s."""
+    return bool(row.source) or specs.parse(row.objective or comparison.objective)[0] != "standard"
 
 
 def train_one(job: Job, tell: Tell) -> tuple[nn.Module, dict[str, Any], Split]:
@@ -115,7 +148,7 @@ def train_one(job: Job, tell: Tell) -> tuple[nn.Module, dict[str, Any], Split]:
     comparison, loss, cut = job.comparison, specs.loss(job.loss), _cut(job.comparison, job.fold)
     split = load(comparison.data, **cut)
     built: dict[str, Any] = {
-        "name": comparison.model or models.default_model(split.shape),
+        "name": loss.model or comparison.model or models.default_model(split.shape),
         "shape": split.shape,
         "classes": len(split.classes),
         "head": loss.head,
@@ -125,16 +158,18 @@ def train_one(job: Job, tell: Tell) -> tuple[nn.Module, dict[str, Any], Split]:
     about = {
         "model": built,
         "loss": job.loss,
-        "objective": comparison.objective,
+        "objective": loss.objective or comparison.objective,
         "data": comparison.data,
         "cut": cut,
-        **({} if comparison.objective == "standard" else {"threat": comparison.threat}),
+        **({"threat": comparison.threat} if _adversarial(comparison, loss) else {}),
         **({} if loss.logit_scale == 1 else {"logit_scale": loss.logit_scale}),
     }
-    config = replace(comparison.fit, seed=job.seed)
+    config = _fit(comparison, loss, job.seed)
+    watch = comparison.threats[0] if _adversarial(comparison, loss) and len(split.val) else None
     summary = job.folder / "train.json"
     if summary.exists():
-        runs.claim(job.folder, {"fit": asdict(config), **about})
+        watched = {} if watch is None else {"watch": watch.describe()}
+        runs.claim(job.folder, {"fit": asdict(config), **watched, **about})
         return runs.load(job.folder, device=job.device)[0], runs.read_json(summary), split
     mean, std = standardisation(split.train)
     model = models.build(**built, mean=mean, std=std)
@@ -142,8 +177,9 @@ def train_one(job: Job, tell: Tell) -> tuple[nn.Module, dict[str, Any], Split]:
         model,
         split.train,
         split.val,
-        _objective(comparison, loss),
+        _objective(comparison, loss, torch.bincount(split.train.y, minlength=len(split.classes))),
         config,
+        watch=watch,
         out=job.folder,
         about=about,
         progress=lambda done, total, line: tell(job.folder.name, "training", done, total),
@@ -152,9 +188,10 @@ def train_one(job: Job, tell: Tell) -> tuple[nn.Module, dict[str, Any], Split]:
     model = model.to(job.device)
     model.logit_scale = loss.logit_scale
     trained = {
-        "epochs": comparison.fit.epochs,
+        "epochs": config.epochs,
         "accuracy": accuracy(model, split.train.to(job.device)),
-        "val": fitted.history[-1]["val"],
+        "val": fitted.history[fitted.kept_epoch - 1]["val"],
+        "best_epoch": fitted.best_epoch,
         "seconds": round(fitted.seconds, 2),
         "model": built["name"],
     }

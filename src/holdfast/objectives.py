@@ -2,27 +2,31 @@
 
     min over weights  mean_i loss(model, x_i, perturb(x_i), y_i)
 
-A factory returns a Schedule: progress in [0, 1] -> Objective, so every ramp lives in one place. To add one: the factory
-and a line in ``OBJECTIVES``.
+A factory returns a Schedule: progress in [0, 1] -> Objective, so every ramp lives in one place. Each takes any loss,
+and any source of s (``sources``) where the loss is I-SCE. To add one: the factory and a line in ``OBJECTIVES``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, distributed, nn
 
 from .attacks import Model, pgd
+from .bounds import box_of, gap_bounds
 from .errors import UserError, at_least
-from .losses import Loss, score_of
+from .losses import Loss, isce, score_of
 from .noise import Noise
+from .outputs import as_outputs, logits_of
+from .sources import Moment, Source
 from .threat import Threat
 
 
-def _nothing_around(model: Model) -> AbstractContextManager[Any]:
+def _nothing_around(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
@@ -30,76 +34,374 @@ def _nothing_around(model: Model) -> AbstractContextManager[Any]:
 class Objective:
     """One moment of the min-max problem.
 
-    perturb: (model, x, y, noise) -> x_adv; loss: (model, x, x_adv, y) -> (N,) with a graph; around: (model) -> context
-    in which loss and its gradient are taken (where the weights stand meanwhile).
+    perturb: (model, x, y, noise) -> x_adv; loss: (model, x, x_adv, y) -> (N,) with a graph; around: (model, x, x_adv,
+    y) -> context in which loss and its gradient are taken (where the weights stand meanwhile).
     """
 
     perturb: Callable[[Model, Tensor, Tensor, Noise], Tensor]
     loss: Callable[[Model, Tensor, Tensor, Tensor], Tensor]
-    around: Callable[[Model], AbstractContextManager[Any]] = _nothing_around
+    around: Callable[[Model, Tensor, Tensor, Tensor], AbstractContextManager[Any]] = _nothing_around
 
 
 Schedule = Callable[[float], Objective]
+Paid = Callable[[Model, Tensor, Tensor, Tensor, Tensor, float], tuple[Any, Tensor]]
 
 
-def standard(loss: Loss) -> Schedule:
+def _paid(loss: Loss, s: Source | None) -> Paid:
+    """(model, x, x_adv, at, y, progress) -> (the answer that is paid for, the loss), s inferred where asked for."""
+
+    def pay(model: Model, x: Tensor, x_adv: Tensor, at: Tensor, y: Tensor, progress: float) -> tuple[Any, Tensor]:
+        if s is None:
+            out = model(at)
+            return out, loss(out, y)
+        at = x if s.adversary else at
+        out = as_outputs(model(at))
+        plain = getattr(model, "module", model)  # under torchrun: the network itself
+        return out, isce(out, y, s=s.infer(Moment(plain, x, x_adv, at, out, y, progress)))
+
+    return pay
+
+
+def standard(loss: Loss, *, s: Source | None = None) -> Schedule:
     """Plain training: the loss on the images as they are.
 
-    Args: loss: (out, y) -> (N,).
+    Args: loss: (out, y) -> (N,). s: where I-SCE's s comes from, instead of the loss's own number.
     """
+    if s is not None and s.adversary:
+        raise UserError("this s is measured by an attack, and objective 'standard' has none: take 'adversarial'.")
+    pay = _paid(loss, s)
 
     def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         return x
 
-    def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        return loss(model(x), y)
+    def schedule(progress: float) -> Objective:
+        return Objective(perturb, lambda model, x, x_adv, y: pay(model, x, x, x, y, progress)[1])
 
-    objective = Objective(perturb, outer)
-    return lambda progress: objective
+    return schedule
 
 
 def adversarial(
     loss: Loss,
     threat: Threat,
     *,
+    s: Source | None = None,
     steps: int = 10,
     step_size: float | None = None,
     score: Loss | None = None,
     ramp: float = 0.0,
+    factor: float = 1.0,
+    batch_norm: str = "eval",
+    awp: float = 0.0,
 ) -> Schedule:
     """Adversarial training (Madry et al. 2018): the loss on the last iterate of PGD with one random start.
 
     Args:
-        loss: the outer loss, (out, y) -> (N,).
+        loss: the outer loss, (out, y) -> (N,); s: where I-SCE's s comes from.
         threat: what the inner player may do; steps, step_size: its PGD, default 10 steps of 2.5 eps / steps.
         score: what PGD climbs, default ``score_of(loss)``. For I-SCE an s in here would change nothing: the gradient's
             direction is the same for every s.
         ramp: the share of training, in [0, 1], over which eps rises from 1% to all of it. Small networks answer the
             same for every image when they meet a large eps (MNIST, 0.2 and more) from the first step.
-
-    The inner attack sees the network in eval mode (batch statistics frozen), the outer loss in train mode.
+        factor: the eps of training over that of the threat.
+        batch_norm: "eval": the attack sees running statistics; "train": those of its own batch, as the outer loss does.
+        awp: gamma of adversarial weight perturbation, 0 is none; see ``_perturbed_weights``.
     """
+    _checked(steps, step_size, ramp, factor, batch_norm, awp)
+    climb = score_of(loss) if score is None else score
+    pay = _paid(loss, s)
+
+    def schedule(progress: float) -> Objective:
+        now, size = _ramped(threat, step_size, factor, ramp, progress)
+
+        def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+            with _batch_norm(model, batch_norm):
+                return pgd(model, x, y, now, score=climb, noise=noise, steps=steps, step_size=size, keep="last")
+
+        return _guarded(perturb, lambda model, x, x_adv, y: pay(model, x, x_adv, x_adv, y, progress)[1], awp)
+
+    return schedule
+
+
+def fast(
+    loss: Loss,
+    threat: Threat,
+    *,
+    s: Source | None = None,
+    start: float = 2.0,
+    step: float = 1.0,
+    score: Loss | None = None,
+    ramp: float = 0.0,
+    awp: float = 0.0,
+) -> Schedule:
+    """Adversarial training with one gradient: a random start, then one step that is not projected (N-FGSM).
+
+        x_adv = box(x + start eps U + step eps ascent(gradient there)),  U uniform in the ball
+
+    A start wider than the ball, without a projection, is what keeps it from catastrophic overfitting, where training on
+    single steps within the ball (start=1, step=1.25, Wong et al. 2020) may break down from one epoch to the next. x_adv
+    can lie (start + step) eps from x. Watch the robust accuracy of validation, and keep the best epoch.
+    Source: de Jorge et al. 2022.
+    """
+    _checked(1, None, ramp, 1.0, "eval", awp)
+    at_least("start", start)
+    at_least("step", step, above=True)
+    climb = score_of(loss) if score is None else score
+    pay = _paid(loss, s)
+
+    def schedule(progress: float) -> Objective:
+        now, _ = _ramped(threat, None, 1.0, ramp, progress)
+        wide = replace(now, eps=(start + step) * now.eps)
+
+        def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+            begin = replace(now, eps=start * now.eps).random_start(x, noise) if start else x
+            # One step from ``begin``, held only by the box: the ball around it is as wide as the step.
+            one = pgd(
+                model, begin, y, replace(now, eps=step * now.eps), score=climb, noise=noise, steps=1,
+                step_size=step * now.eps, random_start=False, keep="last",
+            )  # fmt: skip
+            return wide.project(one, x)
+
+        return _guarded(perturb, lambda model, x, x_adv, y: pay(model, x, x_adv, x_adv, y, progress)[1], awp)
+
+    return schedule
+
+
+def trades(
+    loss: Loss,
+    threat: Threat,
+    *,
+    s: Source | None = None,
+    beta: float = 6.0,
+    steps: int = 10,
+    step_size: float | None = None,
+    ramp: float = 0.0,
+    batch_norm: str = "eval",
+    awp: float = 0.0,
+) -> Schedule:
+    """TRADES (Zhang et al. 2019): loss(x) + beta KL(p(x) || p(x_adv)), x_adv climbing that KL from a random start.
+
+    Args: loss: of the clean images; beta >= 0: 6 for CIFAR-10, 1 for MNIST; the others as of ``adversarial``.
+    """
+    _checked(steps, step_size, ramp, 1.0, batch_norm, awp)
+    at_least("beta", beta)
+    pay = _paid(loss, s)
+
+    def schedule(progress: float) -> Objective:
+        now, size = _ramped(threat, step_size, 1.0, ramp, progress)
+
+        def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+            with _batch_norm(model, batch_norm):
+                with torch.no_grad(), _eval(model):
+                    z = logits_of(as_outputs(model(x)))
+
+                def climb(out: Any, target: Any) -> Tensor:
+                    return divergence(z, logits_of(as_outputs(out)))
+
+                return pgd(model, x, y, now, score=climb, noise=noise, steps=steps, step_size=size, keep="last")
+
+        def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+            out, first = pay(model, x, x_adv, x, y, progress)
+            return first + beta * divergence(logits_of(as_outputs(out)), logits_of(as_outputs(model(x_adv))))
+
+        return _guarded(perturb, outer, awp)
+
+    return schedule
+
+
+def mart(
+    loss: Loss,
+    threat: Threat,
+    *,
+    s: Source | None = None,
+    weight: float = 5.0,
+    steps: int = 10,
+    step_size: float | None = None,
+    score: Loss | None = None,
+    ramp: float = 0.0,
+    batch_norm: str = "eval",
+    awp: float = 0.0,
+) -> Schedule:
+    """MART (Wang et al. 2020): what is wrong already is pulled back harder.
+
+        loss(x_adv) - log(1 - max_{j != y} p_j(x_adv)) + weight (1 - p_y(x)) KL(p(x) || p(x_adv))
+
+    Args: weight >= 0: 5 for CIFAR-10; the others as of ``adversarial``. With SCE the first two terms are its BCE.
+    """
+    _checked(steps, step_size, ramp, 1.0, batch_norm, awp)
+    at_least("weight", weight)
+    climb = score_of(loss) if score is None else score
+    pay = _paid(loss, s)
+
+    def schedule(progress: float) -> Objective:
+        now, size = _ramped(threat, step_size, 1.0, ramp, progress)
+
+        def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
+            with _batch_norm(model, batch_norm):
+                return pgd(model, x, y, now, score=climb, noise=noise, steps=steps, step_size=size, keep="last")
+
+        def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+            clean = logits_of(as_outputs(model(x)))
+            if s is not None and s.adversary:
+                raise UserError("mart pays for x_adv, so s cannot be measured by the attack there.")
+            out, first = pay(model, x, x_adv, x_adv, y, progress)
+            return first + mart_terms(clean, logits_of(as_outputs(out)), y, weight)
+
+        return _guarded(perturb, outer, awp)
+
+    return schedule
+
+
+def interval(loss: Loss, threat: Threat, *, kappa: float = 0.5, ramp: float = 0.55, factor: float = 1.0) -> Schedule:
+    """Interval-bound training (Gowal et al. 2019): what the worst case could be, by bounds; no attack at all.
+
+        (1 - k) loss(bounds of the gaps over the threat) + k loss(x),    k from 1 down to kappa while eps rises
+
+    An s of the loss stands on top of the bound, where it is a hinge that is certified.
+
+    Args: loss: of logits alone (the SCE family); kappa in [0, 1]: the clean share at the end; ramp: the share of
+    training over which eps and k move; factor: the eps of training over that of the threat.
+    Raises UserError for a network that has no interval bounds (``bounds.gap_bounds``).
+    """
+    _checked(1, None, ramp, factor, "eval", 0.0)
+    if not 0 <= kappa <= 1:
+        raise UserError(f"kappa, the clean share of interval training, must lie in [0, 1], got {kappa}.")
+
+    def schedule(progress: float) -> Objective:
+        share = 1.0 if progress >= ramp else max(progress / ramp, 1e-6)
+        now, clean = replace(threat, eps=share * factor * threat.eps), 1 - share * (1 - kappa)
+
+        def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+            first = loss(model(x), y)
+            network: Any = getattr(model, "module", model)  # under torchrun: the network itself
+            worst = gap_bounds(network, *box_of(x, now), y)
+            return clean * first + (1 - clean) * loss(worst, y)
+
+        return Objective(lambda model, x, y, noise: x, outer)
+
+    return schedule
+
+
+def divergence(z: Tensor, z_adv: Tensor) -> Tensor:
+    """KL(softmax(z) || softmax(z_adv)): (N, K), (N, K) -> (N,).
+
+    >>> print(f"{divergence(torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([[1.0, 1.5, 0.1]])).item():.5f}")
+    0.23763
+    """
+    log_p, log_q = torch.log_softmax(z, 1), torch.log_softmax(z_adv, 1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def mart_terms(z: Tensor, z_adv: Tensor, y: Tensor, weight: float) -> Tensor:
+    """-log(1 - max_{j != y} p_j(x_adv)) + weight (1 - p_y(x)) KL: what MART adds to the loss at x_adv; (N,).
+
+    >>> z, z_adv = torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([[1.0, 1.5, 0.1]])
+    >>> y = torch.tensor([0])
+    >>> print(f"{(torch.nn.functional.cross_entropy(z_adv, y) + mart_terms(z, z_adv, y, 5.0)).item():.6f}")
+    2.297753
+    """
+    p, p_adv = torch.softmax(z, 1), torch.softmax(z_adv, 1)
+    rival = p_adv.scatter(1, y[:, None], 0.0).amax(1)
+    wrong = 1 - p.gather(1, y[:, None])[:, 0]
+    return -torch.log1p(-rival.clamp_max(1 - 1e-6)) + weight * wrong * divergence(z, z_adv)
+
+
+def _checked(steps: int, step_size: float | None, ramp: float, factor: float, batch_norm: str, awp: float) -> None:
     if not steps >= 1:
         raise UserError(f"adversarial training needs steps >= 1, got {steps}.")
     if step_size is not None:
         at_least("step_size", step_size, above=True)
     if not 0 <= ramp <= 1:
         raise UserError(f"ramp, the share of training over which eps rises, must lie in [0, 1], got {ramp}.")
-    climb = score_of(loss) if score is None else score
+    at_least("factor", factor, above=True)
+    if batch_norm not in ("eval", "train"):
+        raise UserError(f"batch_norm of the inner attack must be 'eval' or 'train', got '{batch_norm}'.")
+    at_least("awp", awp)
 
-    def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        return loss(model(x_adv), y)
 
-    def schedule(progress: float) -> Objective:
-        share = 1.0 if progress >= ramp else max(progress / ramp, 0.01)
-        now, size = replace(threat, eps=share * threat.eps), None if step_size is None else share * step_size
+def _ramped(
+    threat: Threat, step_size: float | None, factor: float, ramp: float, progress: float
+) -> tuple[Threat, float | None]:
+    share = 1.0 if progress >= ramp else max(progress / ramp, 0.01)
+    size = None if step_size is None else share * factor * step_size
+    return replace(threat, eps=share * factor * threat.eps), size
 
-        def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-            return pgd(model, x, y, now, score=climb, noise=noise, steps=steps, step_size=size, keep="last")
 
+def _guarded(perturb: Any, outer: Any, awp: float) -> Objective:
+    if not awp:
         return Objective(perturb, outer)
 
-    return schedule
+    def around(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
+        return _perturbed_weights(model, lambda: outer(model, x, x_adv, y).mean(), awp)
+
+    return Objective(perturb, outer, around)
 
 
-OBJECTIVES: dict[str, Callable[..., Schedule]] = {"standard": standard, "adversarial": adversarial}
+@contextmanager
+def _perturbed_weights(model: Model, loss: Callable[[], Tensor], gamma: float) -> Iterator[None]:
+    """Adversarial weight perturbation (Wu et al. 2020): w + gamma ||w|| g / ||g|| for each matrix and kernel, g the
+    gradient of the loss; the weights come back on the way out. Batch statistics move once, not twice.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError("awp perturbs weights: it needs an nn.Module.")
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    grads = torch.autograd.grad(loss(), weights, allow_unused=True)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        kept = [w.clone() for w in weights]
+        for w, g in zip(weights, grads, strict=True):
+            if g is not None:
+                if distributed.is_available() and distributed.is_initialized():  # one direction for all processes
+                    distributed.all_reduce(g)
+                w.add_(g * (gamma * w.norm() / g.norm().clamp_min(1e-12)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, before in zip(weights, kept, strict=True):
+                w.copy_(before)
+
+
+@contextmanager
+def _eval(model: Model) -> Iterator[None]:
+    """The model in eval mode for one look, each module restored."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+@contextmanager
+def _batch_norm(model: Model, mode: str) -> Iterator[None]:
+    """With "train", batch norms forget their running statistics for a while: even in eval mode they then use those of
+    the batch, and move nothing. Only those that are in train mode: one that its owner froze stays frozen.
+    """
+    norms = [
+        module
+        for module in (model.modules() if mode == "train" and isinstance(model, nn.Module) else ())
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
+    kept = [(norm.running_mean, norm.running_var) for norm in norms]
+    try:
+        for norm in norms:
+            norm.running_mean = norm.running_var = None
+        yield
+    finally:
+        for norm, (mean, var) in zip(norms, kept, strict=True):
+            norm.running_mean, norm.running_var = mean, var
+
+
+OBJECTIVES: dict[str, Callable[..., Schedule]] = {
+    "standard": standard,
+    "adversarial": adversarial,
+    "fast": fast,
+    "trades": trades,
+    "mart": mart,
+    "interval": interval,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -91,7 +92,8 @@ class LossChoice:
     """A loss as a user chose it, and the head that it trains with.
 
     text: as written, the row's name; loss: (out, y) -> (N,); score: what attacks climb; head, head_settings: for
-    ``models.build``; logit_scale: what the logits are multiplied by after training.
+    ``models.build``; logit_scale: what the logits are multiplied by after training; source: of I-SCE's s, where that is
+    no number; objective, model: specs of this row's own, or ""; fit: changes to the schedule.
     """
 
     text: str
@@ -100,10 +102,18 @@ class LossChoice:
     head: str
     head_settings: dict[str, Any] = field(default_factory=dict)
     logit_scale: float = 1.0
+    source: str = ""
+    objective: str = ""
+    model: str = ""
+    fit: dict[str, Any] = field(default_factory=dict)
 
 
 def loss(text: str) -> LossChoice:
     """A loss from ``name:settings`` with, after @, another head than its own: ``isce:s=2@cosine:scale=10``.
+
+    s may name where it comes from (``sources``): ``isce:s=gradient:0.5``, ``isce:s=ibp``. After + come an objective, a
+    network, and changes to the schedule, of this row alone: ``isce:s=3+trades:beta=2+wideresnet:depth=16,width=2``,
+    ``sce+fit:weight_decay=5e-4``.
 
     ``sce*100`` trains with sce and multiplies the logits by 100 afterwards. No prediction changes, so no robustness
     does: the honest control for whatever is said of a loss that makes logits large.
@@ -113,9 +123,13 @@ def loss(text: str) -> LossChoice:
     >>> chosen = loss("cosface:m=0.2,scale=15")
     >>> chosen.head, chosen.head_settings
     ('cosine', {'scale': 15})
+    >>> loss("isce:s=attack+adversarial:steps=5").source, loss("sce+adversarial:steps=5").objective
+    ('attack', 'adversarial:steps=5')
     """
     text, scale = text.strip(), 1.0
-    trained, times, factor = text.rpartition("*")
+    row, *parts = re.split(r"\+(?=[a-zA-Z])", text)
+    objective, model, fit = _parts(text, parts)
+    trained, times, factor = row.rpartition("*")
     if times:
         value = _value(factor.strip())
         if isinstance(value, (str, bool)) or not 0 < value < math.inf:
@@ -123,11 +137,14 @@ def loss(text: str) -> LossChoice:
                 f"'{text}' multiplies its logits by '{factor}': expected a positive number, such as sce*100."
             )
         scale = float(value)
-    before, _, after = (trained if times else text).partition("@")
+    before, _, after = (trained if times else row).partition("@")
     name, settings = parse(before)
     if name not in LOSSES:
         raise unknown("loss", name, LOSSES)
     entry = LOSSES[name]
+    source = str(settings.pop("s")) if name == "isce" and isinstance(settings.get("s"), str) else ""
+    if source and source.partition(":")[0] not in SOURCE_NAMES:
+        raise unknown("source of s", source, [*SOURCE_NAMES, "a number"])
     accepts("loss", name, entry.loss, settings)
     chosen = partial(entry.loss, **settings) if settings else entry.loss
     head, head_settings = parse(after) if after else (entry.head, {})
@@ -146,4 +163,27 @@ def loss(text: str) -> LossChoice:
     answer = chosen(Outputs(*probe), torch.tensor([0, 1]))  # refuses bad values now, not after an hour
     if answer.shape != (2,):
         raise UserError(f"loss '{name}' returned shape {tuple(answer.shape)} for 2 samples: a loss must return (N,).")
-    return LossChoice(text, chosen, entry.score, head, head_settings, scale)
+    return LossChoice(text, chosen, entry.score, head, head_settings, scale, source, objective, model, fit)
+
+
+# Of OBJECTIVES and SOURCES, which stand above this file; a test holds them together.
+SOURCE_NAMES = (
+    "class", "gradient", "gradient-stopped", "lipschitz", "lipschitz-capped", "ibp", "attack", "mix",
+)  # fmt: skip
+OBJECTIVE_NAMES = ("standard", "adversarial", "fast", "trades", "mart", "interval")
+
+
+def _parts(text: str, parts: list[str]) -> tuple[str, str, dict[str, Any]]:
+    """(objective, model, changes to the schedule) of what stands after the plus signs."""
+    objective, model, fit = "", "", {}
+    for part in parts:
+        name, settings = parse(part)
+        if name == "fit":
+            fit = settings
+        elif name in OBJECTIVE_NAMES and not objective:
+            objective = part.strip()
+        elif not model and name not in OBJECTIVE_NAMES:
+            model = part.strip()
+        else:
+            raise UserError(f"'{text}' names two objectives or two networks: name one of each.")
+    return objective, model, fit
