@@ -887,51 +887,6 @@ def test_two_processes_log_the_loss_of_one(sides):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
 
-def test_a_watched_run_keeps_the_epoch_that_stands_best_and_the_last_one(split, tmp_path):
-    config, threat = dataclasses.replace(TINY, epochs=4, keep="best"), Threat("linf", 0.05)
-    model = network(split)
-    done = fit(
-        model, split.train, split.val, adversarial(losses.sce, threat, steps=2), config, watch=threat, out=tmp_path,
-        device="cpu",
-    )  # fmt: skip
-    found = [line["val_robust"] for line in done.history]
-    assert done.best_epoch == done.kept_epoch == 1 + found.index(max(found))
-    best = storage.load_tensors(tmp_path / "model.safetensors", "model", 1)[0]
-    assert same(best, weights(model))
-    assert (tmp_path / "last.safetensors").exists()
-    again = network(split)
-    for epochs in (1, 3):  # killed there, begun again: the same best weights
-
-        def dying(done, total, line, epochs=epochs):
-            if done == epochs:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            fit(
-                again, split.train, split.val, adversarial(losses.sce, threat, steps=2),
-                dataclasses.replace(config, checkpoint_seconds=0.0), watch=threat, out=tmp_path / "killed",
-                progress=dying, device="cpu",
-            )  # fmt: skip
-        again = network(split)
-    fit(
-        again, split.train, split.val, adversarial(losses.sce, threat, steps=2),
-        dataclasses.replace(config, checkpoint_seconds=0.0), watch=threat, out=tmp_path / "killed", device="cpu",
-    )  # fmt: skip
-    assert same(best, weights(again))
-
-
-def test_torchs_generator_and_a_frozen_module_are_left_as_they_were(split):
-    model = network(split)
-    model.backbone.layers.append(torch.nn.Identity())
-    model.backbone.layers[-1].eval()
-    torch.manual_seed(5)
-    before = torch.random.get_rng_state()
-    fit(model, split.train, split.val, standard(losses.sce), dataclasses.replace(TINY, epochs=1), device="cpu")
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert not model.backbone.layers[-1].training
-    assert model.backbone.layers[0].training
-
-
 def test_weights_are_perturbed_inside_and_restored_before_the_step(split):
     """AWP in the loop: it changes the training, and what is kept are weights that were stepped, not perturbed."""
     threat, ends = Threat("linf", 0.05), []
