@@ -30,7 +30,7 @@ LAYERS = (
     ("assemble",),
     ("compare",),
     ("recipes", "report", "single"),
-    ("waterfall",),
+    ("bracket", "waterfall"),
     ("catalogue", "display"),
     ("cli", "__main__"),
 )

@@ -395,6 +395,34 @@ def explain(
 
 
 @app.command(rich_help_panel="Look")
+def bracket(
+    run: Annotated[Path, typer.Argument(help="A run folder that `holdfast train` or `compare` wrote.")],
+    threat: Against = "linf:0.1",
+    limit: Annotated[int, _option("At most so many test images, 0 for all.")] = 100,
+    seconds: Annotated[float, _option("At most so long on the exact answer of each sample; 0: none.")] = 10.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Annotated[Path | None, _option("Default: bracket-THREAT in the run folder.", "--out", "-o")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """How far each margin can fall: found by attacks, proved by bounds, and in truth. s_att <= s* <= s_cert, drawn.
+
+    A sample whose margin exceeds s_cert is certified, one above s* robust, one at s_att or below broken. The truth, s*,
+    needs linf and a small fully connected ReLU network. Writes bracket.json, .svg and .png.
+    """
+    from .bracket import of_run, sentence
+
+    with Display(quiet) as display:
+        found, files = of_run(
+            run, threat, out, seconds=seconds, limit=limit, seed=seed, device=_best(device), tell=display.tell
+        )
+    screen.print(files[0].read_text() if as_json else sentence(found), soft_wrap=True)
+    if not quiet and not as_json:
+        screen.print("\n" + "\n".join(map(str, files)), soft_wrap=True)
+
+
+@app.command(rich_help_panel="Look")
 def report(
     results: Annotated[list[Path], typer.Argument(help="results.json files, or folders that hold one.")],
     out: Page = None,

@@ -22,7 +22,7 @@ from .network import Affine, Array, interval
 TIE = 1e-6  # of the logits' scale: a gap within +- this of zero is called neither robust nor broken
 GAP = 1e9  # relative, to the optimum: the first run that is found ends the search
 CLOSE = 1e-5  # of the logits' scale: how near to the optimum a search for it goes
-CHATTER = b"HighsMipSolverData::transformNewIntegerFeasibleSolution"  # a line that HiGHS 1.8 to 1.12 left in
+CHATTER = b"HighsMipSolverData::transformNewIntegerFeasibleSolution"  # a line that HiGHS left in
 DUAL = 1e-7  # HiGHS's tolerance on reduced costs: what a variable adds to a bound, per unit of its range
 
 
