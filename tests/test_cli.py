@@ -192,7 +192,7 @@ def compared(done_once, tmp_path):
 def test_compare_prints_a_table_and_says_where_things_are(compared, holdfast_):
     words, (status, out, err), folder = compared
     assert status == 0
-    assert re.search(r"sce +[\d.]+ +[\d.]+ +\w+ +(<= )?[\d.]+ \[[\d.]+, [\d.]+\] +\w+", out)
+    assert re.search(r"sce +[\d.]+ +[\d.]+ +\w+ +([\d.-]+ +)?(<= )?[\d.]+ \[[\d.]+, [\d.]+\] +\w+", out)
     assert "isce:s=10" in out
     for name in ("out/results.json", "out/report.html", "holdfast verify out"):
         assert name in out
@@ -392,7 +392,7 @@ def test_report_takes_several_files(compared, holdfast_, tmp_path):
     [
         (("--losses", "icse"), r"unknown loss 'icse'\. Did you mean 'isce'\?"),
         (("--losses", "isce:s=-1"), r"s, the inference information, must be a finite number >= 0.*-1"),
-        (("--losses", "isce:s=ten"), r"s of loss 'isce' must be a number"),
+        (("--losses", "isce:s=ten"), r"unknown source of s 'ten'"),
         (("--losses", "isce:t=1"), r"unknown setting of loss 'isce' 't'"),
         (("--losses", "isce@cosin"), r"unknown head 'cosin'\. Did you mean 'cosine'\?"),
         (("--losses", "sce,sce"), r"'sce' is named twice"),
