@@ -149,6 +149,9 @@ class Program:
         state: "none" if no run reaches ``least``, which is top then; "some" if top is within ``CLOSE`` of a run's;
         "late": out of time, and top is as low as it got.
         """
+        if not self.binary.any():
+            top, point = self.relaxed(weight, bias)
+            return "some", top, [point]
         seconds = until - time.perf_counter()
         if seconds <= 0:
             return "late", np.inf, []
@@ -156,7 +159,8 @@ class Program:
         if answer.status == 2:
             return "none", least, []
         # The least of all runs that were sought is a bound of those that were not.
-        top = np.inf if answer.mip_dual_bound is None else max(bias - float(answer.mip_dual_bound), least)
+        told = answer.status in (0, 1) and answer.mip_dual_bound is not None  # neither in numerical trouble
+        top = max(bias - float(answer.mip_dual_bound), least) if told else np.inf
         state = "some" if answer.status == 0 else "late"
         return state, top, [] if answer.x is None else self.polished(weight, answer.x)
 

@@ -63,8 +63,7 @@ class FractalNet(nn.Module):
     """FractalNet: blocks of columns 1, 2, 4, ... deep, joined by means; drop-path in training. 5 x 3 is FractalNet-20.
 
     33,724,618 parameters on three channels with a linear head of 10 classes. The paper's table says 38.6M, which does
-    not follow from its text (five blocks of three columns, 64, 128, 256, 512, 512 wide); other implementations count as
-    here. Without the paper's dropout.
+    not follow from five blocks of three columns, 64, 128, 256, 512, 512 wide. Without the paper's dropout.
 
     Args:
         blocks >= 1, each followed by 2x2 max pooling; columns >= 1: depth is blocks 2^(columns - 1); width of the first
