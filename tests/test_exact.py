@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from functools import partial
 from inspect import signature
@@ -20,8 +21,10 @@ from holdfast.attacks import ATTACKS, SCORES
 from holdfast.data import pixels
 from holdfast.errors import UserError
 from holdfast.evaluate import evaluate
-from holdfast.exact import exact, layers_of
-from holdfast.losses import score_of
+from holdfast.exact import exact, layers_of, worst_gaps
+from holdfast.exact.program import CHATTER, _without_chatter
+from holdfast.information import gaps
+from holdfast.losses import negative_margin, score_of
 from holdfast.noise import Noise
 from holdfast.outputs import fooled
 from holdfast.threat import Threat
@@ -150,11 +153,12 @@ def test_a_linear_network_is_exact_by_margin_over_l1(flat, bias):
 
 
 def by_regions(layers, x, y, eps):
-    """The largest gap over all linear regions: on or off for every ReLU, a linear program a pattern."""
+    """The largest of each gap over all linear regions: on or off for every ReLU, a linear program a pattern."""
     layers = [(w.numpy(), b.numpy()) for w, b in layers]
     sizes = [len(b) for _, b in layers[:-1]]
     box = [(max(v - eps, 0.0), min(v + eps, 1.0)) for v in x]
-    best = -np.inf
+    best = np.full(len(layers[-1][1]), -np.inf)
+    best[y] = 0.0
     for pattern in itertools.product((0.0, 1.0), repeat=sum(sizes)):
         weight, bias, rows, limits, at = np.eye(len(x)), np.zeros(len(x)), [], [], 0
         for w, b in layers[:-1]:
@@ -171,7 +175,7 @@ def by_regions(layers, x, y, eps):
                 direction, shift = last[t] - last[y], offset[t] - offset[y]
                 answer = linprog(-direction @ weight, np.vstack(rows), np.hstack(limits), bounds=box)
                 if answer.status == 0:
-                    best = max(best, -answer.fun + direction @ bias + shift)
+                    best[t] = max(best[t], -answer.fun + direction @ bias + shift)
     return best
 
 
@@ -190,7 +194,7 @@ def test_it_agrees_with_every_linear_region_in_turn(seed, eps, widths):
     x = np.random.default_rng(seed + 1).uniform(0, 1, widths[0]).astype(np.float32)
     point = torch.from_numpy(x)[None]
     y = int(forward(layers, point).argmax())
-    gap = by_regions(layers, x.astype(float), y, eps)
+    gap = np.delete(by_regions(layers, x.astype(float), y, eps), y).max()
     status = statuses(layers, x.tolist(), [eps], y=y, lo=0.0)[0]
     if abs(gap) > 1e-3:
         assert status == ("broken" if gap > 0 else "robust")
@@ -282,6 +286,144 @@ def test_layers_of_anything_else_is_refused(model):
         layers_of(model)
 
 
+# How far each gap rises: low is reached, high is proved.
+
+
+def widest(found, y):
+    """(low, high) of the largest gap, (N,)."""
+    return tuple(side.scatter(1, y[:, None], -torch.inf).amax(1) for side in (found.low, found.high))
+
+
+def is_reached(found, layers, x, y, threat):
+    """Each low is the gap at its x_adv, which is in the threat; and the columns are in order."""
+    rows, classes = found.low.shape
+    for i, t in itertools.product(range(rows), range(classes)):
+        x_adv = found.x_adv[i, t][None]
+        assert threat.violation(x_adv, x[i : i + 1]) == 0
+        at = gaps(forward(layers, x_adv), y[i : i + 1])[0, t]
+        assert torch.isclose(at, found.low[i, t], rtol=1e-9, atol=1e-9 * float(forward(layers, x).abs().max()))
+    assert (found.low <= found.high).all()
+    own = torch.arange(rows), y
+    assert (found.low[own] == 0).all()
+    assert (found.high[own] == 0).all()
+    assert torch.equal(found.x_adv[own], x)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**31), st.sampled_from([0.05, 0.2, 0.5]), st.sampled_from([(2, 4, 3), (2, 3, 2, 3), (3, 4, 2)]))
+def test_worst_gaps_agree_with_every_linear_region_in_turn(seed, eps, widths):
+    layers = random_net(seed, *widths)
+    x = torch.from_numpy(np.random.default_rng(seed + 1).uniform(0, 1, (1, widths[0])).astype(np.float32))
+    y, threat = forward(layers, x).argmax(1), Threat("linf", eps)
+    truth = torch.from_numpy(by_regions(layers, x[0].numpy().astype(float), int(y), eps))
+    every = worst_gaps(layers, x, y, threat, classes="all")
+    is_reached(every, layers, x, y, threat)
+    assert every.solved.all()
+    assert (every.low[0] <= truth + 1e-4).all()  # linprog's tolerance, and eps that float32 rounds up
+    assert (every.high[0] >= truth - 1e-9).all()
+    assert (every.high - every.low).max() < 1e-2
+    assert (truth - every.low[0]).max() < 1e-3
+    worst = worst_gaps(layers, x, y, threat)
+    assert worst.solved.all()
+    assert (worst.high[0] >= truth - 1e-9).all()
+    assert (widest(worst, y)[1] - widest(every, y)[0]).abs() < 1e-2
+    assert (widest(worst, y)[0] - widest(every, y)[0]).abs() < 1e-3
+
+
+@settings(max_examples=20)
+@given(st.lists(weights, min_size=9, max_size=9), st.lists(weights, min_size=3, max_size=3), st.floats(0.01, 0.5))
+def test_worst_gaps_of_a_linear_network_are_eps_times_l1(flat, bias, eps):
+    """Far from the box: gap_j(x) + eps |w_j - w_y|_1, in any unit of the logits."""
+    x, y, threat = torch.tensor([[0.25, -0.5, 0.75]]), torch.tensor([1]), Threat("linf", eps, -10, 10)
+    if not any(flat):  # no scale to measure by
+        return
+    for unit in (1e-4, 1.0, 1e4):
+        layers = [layer([[unit * v for v in flat[i : i + 3]] for i in (0, 3, 6)], [unit * v for v in bias])]
+        steep = (layers[0][0] - layers[0][0][1]).abs().sum(1)
+        truth = gaps(forward(layers, x), y) + eps * steep
+        found = worst_gaps(layers, x, y, threat, classes="all")
+        assert torch.allclose(found.low, truth, atol=1e-5 * unit)
+        assert torch.allclose(found.high, truth, atol=2e-4 * unit)
+        assert (found.high >= truth).all()
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 2**31))
+def test_worst_gaps_rise_with_eps_and_no_point_of_a_line_exceeds_them(seed):
+    layers = random_net(seed, 1, 8, 8, 3)
+    x = torch.tensor([[0.4]])
+    y, before = forward(layers, x).argmax(1), None
+    for eps in (0.02, 0.1, 0.3):
+        line = torch.linspace(max(0.4 - eps, 0.0), min(0.4 + eps, 1.0), 5001)[:, None]
+        seen = gaps(forward(layers, line), y.expand(len(line))).amax(0)
+        found = worst_gaps(layers, x, y, Threat("linf", eps), classes="all")
+        assert (seen <= found.high[0]).all()
+        assert (seen >= found.low[0] - 1e-2).all()
+        if before is not None:
+            assert (found.low >= before.low - 1e-4).all()
+            assert (found.high >= before.high - 1e-4).all()
+        before = found
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**31), st.floats(0.02, 0.3))
+def test_worst_gaps_are_below_zero_where_exact_says_robust(seed, eps):
+    layers, threat = random_net(seed, 4, 8, 8, 3), Threat("linf", eps)
+    x = torch.from_numpy(np.random.default_rng(seed).uniform(0, 1, (3, 4)).astype(np.float32))
+    y = forward(layers, x).argmax(1)
+    low, high = widest(worst_gaps(layers, x, y, threat), y)
+    said = exact(layers, x, y, threat)
+    clear = (low > 1e-3) | (high < -1e-3)
+    assert torch.equal(said.robust[clear], (high < 0)[clear])
+    assert torch.equal(said.broken[clear], (low > 0)[clear])
+
+
+def test_worst_gaps_out_of_time_are_wide_and_true():
+    torch.manual_seed(0)
+    layers = layers_of(nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 4)))
+    x, threat = torch.full((1, 6), 0.5), Threat("linf", 0.3)
+    y = forward(layers, x).argmax(1)
+    hasty, slow = (worst_gaps(layers, x, y, threat, seconds=seconds) for seconds in (1e-9, 60.0))
+    assert not hasty.solved.any()
+    assert slow.solved.all()
+    assert slow.seconds.shape == (1,)
+    for found in (hasty, slow):
+        is_reached(found, layers, x, y, threat)
+    assert (widest(hasty, y)[1] >= widest(slow, y)[0]).all()
+    assert (widest(hasty, y)[0] <= widest(slow, y)[1]).all()
+
+
+def test_worst_gaps_are_not_below_what_is_known_already():
+    """The needle that no bound sees the way to: given its tip, low is the tip even without time."""
+    needle, x, y, threat = tent(0.05), torch.tensor([[0.0]]), torch.tensor([0]), Threat("linf", 0.65, -1, 1)
+    tip = torch.tensor([[0.6]])
+    hasty = worst_gaps(needle, x, y, threat, start=[tip], seconds=1e-9)
+    assert hasty.low[0, 1] == pytest.approx(0.05, abs=1e-6)
+    outside = worst_gaps(needle, x, y, Threat("linf", 0.3, -1, 1), start=[tip])
+    assert outside.high[0, 1] < 0  # a start outside the threat is put into it first
+
+
+def test_worst_gaps_say_what_they_cannot_read():
+    x, y, threat = torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), Threat("linf", 0.1)
+    assert worst_gaps(SIZE, x[:0], y[:0], threat).low.shape == (0, 2)
+    for wrong, word in [
+        (partial(worst_gaps, SIZE, x, y, Threat("l2", 0.1)), "linf"),
+        (partial(worst_gaps, SIZE, x, y, threat, classes="some"), "'worst' or 'all'"),
+        (partial(worst_gaps, SIZE, x, y, threat, start=[x[:1]]), "start"),
+        (partial(worst_gaps, SIZE, x, y, threat, seconds=0.0), "seconds"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            wrong()
+
+
+def test_what_highs_forgot_to_take_out_is_not_printed(capfd):
+    libc = ctypes.CDLL(None)
+    with _without_chatter():
+        libc.puts(CHATTER + b" tmpSolver.run();")
+        libc.puts(b"something else")
+    assert capfd.readouterr().out == "something else\n"
+
+
 # The fixture: ten networks 64-32-32-10 on the digits, and what is true of their samples.
 
 TRUTHS = {truth.plan: truth for truth in make_exact_fixture.load()}
@@ -356,6 +498,25 @@ def test_no_attack_breaks_what_is_proved_robust(plan, score, truths, split):
         )
         broken = fooled(truth.model(x_adv).logits, y) & (threat.violation(x_adv, x) == 0)
         assert not (broken & truth.robust).any(), name
+
+
+@pytest.mark.parametrize("name", ["isce-s100-seed0", "at0.05"])
+def test_no_attack_exceeds_the_worst_gaps_of_a_trained_network(name, split):
+    """In float32, as attacks see it; and what an attack reached is where low begins."""
+    truth = next(truth for plan, truth in TRUTHS.items() if plan.name == name)
+    _, x, y, threat = samples(truth, split)
+    x, y, noise = x[:2], y[:2], Noise(3, torch.arange(2))
+    layers = layers_of(truth.model)
+    x_adv = ATTACKS["pgd"].attack(truth.model, x, y, threat, score=negative_margin, noise=noise, steps=50, keep="last")
+    reached = negative_margin(truth.model(x_adv).logits, y).double()
+    found = worst_gaps(layers, x, y, threat, start=[x_adv])
+    low, high = widest(found, y)
+    is_reached(found, layers, x, y, threat)
+    assert found.solved.all()
+    assert (reached <= high).all()
+    assert (reached <= low + 1e-5 * reached.abs().max()).all()
+    assert (high - low < 2e-3 * (high - gaps(forward(layers, x), y).scatter(1, y[:, None], -torch.inf).amax(1))).all()
+    assert torch.equal(truth.broken[:2], low > 0)
 
 
 @every

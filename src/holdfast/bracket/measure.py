@@ -156,10 +156,11 @@ def _attacked(
             climb(score=negative_margin, noise=own.fold(1, restart))
         x_adv = threat.project(watched.x_adv, here)
         with torch.no_grad():
-            gaps = torch.stack([negative_margin(model(point).logits, y) for point in (here, x_adv)]).double()
+            gaps = torch.stack([negative_margin(model(point).logits, y) for point in (here, x_adv)])
         better = gaps[1] > gaps[0]  # x is a point of the threat too
+        gaps = gaps.cpu().double()
         x_adv = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x_adv, here)
-        found.append((gaps[0].cpu(), x_adv, gaps.amax(0).cpu(), order[:, 0].cpu()))
+        found.append((gaps[0], x_adv, gaps.amax(0), order[:, 0].cpu()))
         done += len(rows)
         progress("attacks", done, len(x))
     clean, x_adv, worst, rival = (torch.cat(part) for part in zip(*found, strict=True))
@@ -170,7 +171,7 @@ def _certified(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | N
     """Upper bounds of the largest gap in the threat, (N,) float64; None where no bound is known."""
     if not isinstance(model, nn.Module):
         return None
-    twin, found = copy.deepcopy(model).double().cpu(), []
+    twin, found = copy.deepcopy(model).cpu().double(), []
     try:
         with torch.no_grad():
             for here, labels in zip(x.cpu().double().split(256), y.cpu().split(256), strict=True):

@@ -68,9 +68,9 @@ def tightened(
         program = Program.of(net[:number], box, tight)
         weight, bias = net[number]
         for i in np.flatnonzero((low < 0) & (high > 0)):
-            high[i] = min(high[i], program.relaxed(weight[i], bias[i])[0] + TIE)
+            high[i] = min(high[i], program.relaxed(weight[i], bias[i])[0] + program.slack)
             if high[i] > 0:
-                low[i] = max(low[i], -program.relaxed(-weight[i], -bias[i])[0] - TIE)
+                low[i] = max(low[i], -program.relaxed(-weight[i], -bias[i])[0] - program.slack)
         tight = [*tight, (low, high)]
     top = back(net, box, tight)
     return [*tight, (bounds[-1][0], np.minimum(bounds[-1][1], top))]
@@ -172,7 +172,7 @@ class Program:
 
     @property
     def slack(self) -> float:
-        """What HiGHS's tolerances (and those of what ``tightened`` it) can take off a bound, and float32's rounding."""
+        """What HiGHS's tolerances can take off a bound, and float32's rounding."""
         return 4 * TIE + DUAL * float((self.upper - self.lower).sum())
 
     def _solve(

@@ -56,7 +56,7 @@ def worst_gaps(
     Args:
         layers, x, y, threat: as for ``exact``.
         classes: "worst" closes the largest gap alone, the sample's worst margin; for the other classes it stops as soon
-            as high_j is below that, some ten times sooner. "all" closes every one.
+            as high_j is below that, three to eight times sooner. "all" closes every one.
         start: x_adv known already, each (N, ...): no low is below what they reach.
         seconds: at most so many a sample, > 0; a program just begun ends a little later, with the bound it had.
 
