@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast import specs
+from holdfast import rows
 from holdfast.compare import Comparison, Job, train_one
 from holdfast.data import Split
 from holdfast.losses import Loss
@@ -101,7 +101,7 @@ def build(plan: Plan) -> Net:
     ).checked()
     job = Job(comparison, plan.loss, plan.seed, 0, FOLDER / plan.name, "cpu")
     model, _, split = train_one(job, lambda *_: None)
-    return Net(plan, model, split, specs.loss(plan.loss).loss)
+    return Net(plan, model, split, rows.loss(plan.loss).loss)
 
 
 def threats(plan: Plan) -> list[Threat]:

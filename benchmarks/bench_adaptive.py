@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast import specs
+from holdfast import rows
 from holdfast.attacks import ATTACKS, SCORES, matched
 from holdfast.compare import Comparison, Job, train_one
 from holdfast.data import pixels
@@ -52,7 +52,7 @@ def main() -> None:
             with torch.no_grad():
                 right = as_outputs(model(x)).logits.argmax(1) == y
             for name in found:
-                score = matched(specs.loss(text).loss) if name == "matched" else SCORES[name]
+                score = matched(rows.loss(text).loss) if name == "matched" else SCORES[name]
                 found[name].append(broken(model, score, x[right], y[right], split.test.index[right]))
         columns = {name: torch.cat(parts) for name, parts in found.items()}
         best = max((name for name in columns if name != "matched"), key=lambda name: int(columns[name].sum()))

@@ -22,8 +22,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from bench_epoch import BATCH, Images
 from holdfast import models
 from holdfast.data import Data, load, pixels
 from holdfast.losses import sce
@@ -32,19 +33,8 @@ from holdfast.outputs import frozen_eval
 from holdfast.threat import Threat
 from holdfast.train import FitConfig, fit
 
-BATCH, STEPS, EPS = 128, 10, 0.3
+STEPS, EPS = 10, 0.3
 SIZE = 2.5 * EPS / STEPS
-
-
-class Images(Dataset[tuple[torch.Tensor, int]]):
-    def __init__(self, data: Data) -> None:
-        self.x, self.y = data.x, data.y
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return self.x[i].float() / 255, int(self.y[i])
 
 
 def network(data: Data, classes: int) -> torch.nn.Module:
@@ -117,8 +107,8 @@ def profiled(data: Data, classes: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="a data set or path for holdfast.data.load")
-    parser.add_argument("--images", type=int, default=5_000)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--images", type=int, default=2_000)
+    parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--profile", action="store_true", help="only say where the time of fit goes")
     arguments = parser.parse_args()
     if arguments.data:
@@ -134,8 +124,8 @@ def main() -> None:
         return
     sides: dict[str, Callable[[], float]] = {
         "by hand, autograd.grad": lambda: by_hand(data, classes, "grad"),
+        "fit": lambda: with_fit(data, classes),  # next to both: what else the machine does then weighs on both
         "by hand, loss.backward": lambda: by_hand(data, classes, "backward"),
-        "fit": lambda: with_fit(data, classes),
         "network alone, contiguous": lambda: floor(data, classes, torch.contiguous_format),
         "network alone, channels last": lambda: floor(data, classes, torch.channels_last),
     }

@@ -14,7 +14,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from holdfast import specs
+from holdfast import rows
 from holdfast.compare import Comparison, Job, train_one
 from holdfast.data import Split
 from holdfast.jobs import Tell
@@ -136,7 +136,7 @@ def _quiet(name: str, what: str, done: int, total: int) -> None:
 def network(plan: Plan, data: str = "digits", tell: Tell = _quiet) -> Net:
     """Train the network, or load it if that is done."""
     model, _, split = train_one(job(plan, data), tell)
-    loss = specs.loss(plan.loss).loss
+    loss = rows.loss(plan.loss).loss
     return Net(plan.name, model.eval(), split, Threat.parse(plan.threat), loss, plan.honest, plan.role)
 
 

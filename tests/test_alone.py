@@ -237,7 +237,7 @@ def test_the_certificate_and_the_columns_are_kept_in_the_record(monkeypatch, net
             kills += 1
             assert kills < 60
     assert kills >= 8
-    assert len(calls) == 3, "the batches of one pass"
+    assert len(calls) == 1, "proved once, whatever was killed"
     assert torch.equal(again.certified, whole.certified)
     assert list(again.alone) == list(whole.alone)
     assert all(torch.equal(again.alone[name], whole.alone[name]) for name in whole.alone)

@@ -113,7 +113,9 @@ def test_other_norms_lie_in_their_box(brief):
     for norm in ("l2", "l1"):
         found = bracket(model, data, Threat(norm, 0.1))
         assert found.s_star is None
-        assert torch.equal(found.s_cert, cube.s_cert)
+        # the cube's, but for what rounding may add to a size that is summed up
+        assert (found.s_cert >= cube.s_cert).all()
+        assert torch.allclose(found.s_cert, cube.s_cert, rtol=1e-4)
         assert (found.s_att <= cube.s_att + 1e-6).all()
     assert cube.s_star is None
 
@@ -145,7 +147,7 @@ def test_a_status_is_the_first_thing_that_can_be_said():
 def test_an_attack_above_a_proof_is_an_error(brief, monkeypatch):
     model = net(0, 4, 3)
     data = samples(model)
-    monkeypatch.setattr(measuring, "gap_bounds", lambda *_, **__: torch.full((6, 3), -9.0, dtype=torch.float64))
+    monkeypatch.setattr(measuring, "worst_gap", lambda *_: torch.full((6,), -9.0, dtype=torch.float64))
     with pytest.raises(UserError, match=r"sample 0: a gap of .* was reached, and the interval bound says at most -9"):
         bracket(model, data, THREAT)
 

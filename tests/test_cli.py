@@ -29,6 +29,7 @@ from holdfast.losses import LOSSES
 from holdfast.models import MODELS
 from holdfast.objectives import OBJECTIVES
 from holdfast.recipes import RECIPES
+from holdfast.sources import SOURCES
 
 COMMANDS = ("compare", "train", "evaluate", "report", "verify", "list")
 SMALL = ("--epochs", "2", "--batch-size", "32", "--suite", "tiny", "--device", "cpu")
@@ -147,7 +148,7 @@ def test_list_json_is_what_the_dicts_hold(holdfast_):
     found = json.loads(out)
     dicts = {
         "losses": LOSSES, "heads": HEADS, "attacks": ATTACKS, "objectives": OBJECTIVES, "models": MODELS,
-        "datasets": DATASETS, "recipes": RECIPES,
+        "datasets": DATASETS, "recipes": RECIPES, "sources": SOURCES,
     }  # fmt: skip
     assert set(found) == {*dicts, "checks"}
     for kind, named in dicts.items():
@@ -158,7 +159,7 @@ def test_list_json_is_what_the_dicts_hold(holdfast_):
 def test_list_for_people_has_a_line_for_each(holdfast_):
     status, out, _ = holdfast_("list")
     assert status == 0
-    for named in (LOSSES, HEADS, ATTACKS, OBJECTIVES, MODELS, DATASETS, RECIPES):
+    for named in (LOSSES, HEADS, ATTACKS, OBJECTIVES, MODELS, DATASETS, RECIPES, SOURCES):
         for name in named:
             assert re.search(rf"^  {name} +\S", out, re.MULTILINE), name
 

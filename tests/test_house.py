@@ -26,7 +26,7 @@ LAYERS = (
     ("bounds",),
     ("sources",),
     ("objectives", "runs", "evaluate", "exact"),
-    ("train", "verify", "jobs", "checks"),
+    ("train", "verify", "jobs", "checks", "rows"),
     ("assemble",),
     ("compare",),
     ("recipes", "report", "single"),

@@ -222,6 +222,10 @@ def test_certified_and_robust_are_drawn_as_a_bracket(tmp_path):
     bare = Page(report.render(make_results(), tmp_path / "bare.html"))
     assert "certified" not in bare.text
     assert not [v for _, k, v in bare.attributes if k == "class" and v == "bracket"]
+    nothing = Page(report.render(make_results([proved(0.0, make_run(robust=0.41))]), tmp_path / "nothing.html"))
+    assert 'data-name="certified"' not in nothing.source  # the run's own details still say 0.0
+    assert "is proved" not in nothing.text
+    assert not [v for _, k, v in nothing.attributes if k == "class" and v == "bracket"]
     report.figures(make_results(runs), tmp_path)
     assert "certified" in "".join(ET.parse(tmp_path / "accuracy.svg").getroot().itertext())
 

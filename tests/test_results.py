@@ -477,6 +477,15 @@ def test_certified_has_a_column_before_robust_where_a_run_has_it():
         assert "certified" not in text(make_results())
 
 
+def test_a_certificate_that_proves_nothing_has_no_column_but_stays_in_the_data():
+    results = make_results([proved(0.0), make_run("mmc")])
+    for text in (R.markdown, R.latex, _printed):
+        assert "certified" not in text(results)
+    read = list(csv_module.DictReader(io.StringIO(R.csv(results))))
+    assert (float(read[0]["certified"]), read[1]["certified"]) == (0.0, "")
+    assert "certified" in R.markdown(make_results([proved(0.0), proved(0.01, make_run("mmc"))]))
+
+
 def test_certified_and_protocols_are_averaged_over_seeds():
     runs = [proved(c, make_run(seed=s), pgd10=a, cw=0.3) for s, (c, a) in enumerate([(0.1, 0.5), (0.12, 0.6)])]
     (row,) = R.rows(make_results(runs))

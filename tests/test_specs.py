@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast import specs
+from holdfast import rows, specs
 from holdfast.errors import UserError
 from holdfast.heads import HEADS
 from holdfast.losses import LOSSES, cosface, isce, sce
@@ -87,7 +87,7 @@ def test_values(text, value):
 
 def test_names_are_read_in_any_case():
     assert specs.parse("ISCE:s=1") == ("isce", {"s": 1})
-    assert specs.loss("ISCE:s=1").head == "linear"
+    assert rows.loss("ISCE:s=1").head == "linear"
 
 
 @pytest.mark.parametrize("text", ["isce:10", "isce:s=", "isce:=1", "isce:s", "isce:s=1,2", "isce:s:1"])
@@ -98,7 +98,7 @@ def test_what_cannot_be_read_is_quoted_with_an_example(text):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_chosen_by_name_with_its_own_head(name):
-    chosen = specs.loss(name)
+    chosen = rows.loss(name)
     entry = LOSSES[name]
     assert (chosen.text, chosen.head, chosen.score) == (name, entry.head, entry.score)
     assert chosen.loss is entry.loss
@@ -116,9 +116,9 @@ def test_every_setting_of_every_loss_can_be_written(name):
     settings = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
     if not settings:
         with pytest.raises(UserError, match=r"\(none\)"):
-            specs.loss(f"{name}:s=1")
+            rows.loss(f"{name}:s=1")
         return
-    chosen = specs.loss(written(name, settings))
+    chosen = rows.loss(written(name, settings))
     probe = head(6, 4, **chosen.head_settings)
     out, y = Outputs(*probe(torch.randn(5, 6))), torch.tensor([0, 1, 2, 3, 0])
     assert torch.equal(chosen.loss(out, y), LOSSES[name].loss(out, y))
@@ -126,25 +126,25 @@ def test_every_setting_of_every_loss_can_be_written(name):
 
 def test_settings_reach_the_loss_and_the_head():
     z, y = torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([0])
-    assert torch.equal(specs.loss("isce:s=5").loss(z, y), isce(z, y, s=5))
-    assert torch.equal(specs.loss("isce:s=1/4").loss(z, y), isce(z, y, s=0.25))
-    assert torch.equal(specs.loss("sce:smoothing=0.1").loss(z, y), sce(z, y, smoothing=0.1))
-    chosen = specs.loss("cosface:m=0.2,scale=15")
+    assert torch.equal(rows.loss("isce:s=5").loss(z, y), isce(z, y, s=5))
+    assert torch.equal(rows.loss("isce:s=1/4").loss(z, y), isce(z, y, s=0.25))
+    assert torch.equal(rows.loss("sce:smoothing=0.1").loss(z, y), sce(z, y, smoothing=0.1))
+    chosen = rows.loss("cosface:m=0.2,scale=15")
     assert torch.equal(chosen.loss(z, y), cosface(z, y, m=0.2, scale=15))
     assert chosen.head_settings == {"scale": 15}
-    assert specs.loss("mmc@mmc:radius=5").head_settings == {"radius": 5}
-    assert specs.loss("isce:s=2@cosine:scale=10").head_settings == {"scale": 10}
-    assert specs.loss("isce:s=2@cosine").head == "cosine"
-    assert specs.loss("lgm@gaussian:variances=true").head_settings == {"variances": True}
-    assert specs.loss("sce@mmc").head == "mmc"
-    assert specs.loss(" sce ").text == "sce"
+    assert rows.loss("mmc@mmc:radius=5").head_settings == {"radius": 5}
+    assert rows.loss("isce:s=2@cosine:scale=10").head_settings == {"scale": 10}
+    assert rows.loss("isce:s=2@cosine").head == "cosine"
+    assert rows.loss("lgm@gaussian:variances=true").head_settings == {"variances": True}
+    assert rows.loss("sce@mmc").head == "mmc"
+    assert rows.loss(" sce ").text == "sce"
 
 
 def test_one_choice_does_not_change_the_next():
-    first = specs.loss("cosface:m=0.2,scale=15")
+    first = rows.loss("cosface:m=0.2,scale=15")
     first.head_settings["scale"] = 1
-    assert specs.loss("cosface").head_settings == {"scale": 64.0}
-    assert specs.loss("cosface:m=0.2,scale=15").head_settings == {"scale": 15}
+    assert rows.loss("cosface").head_settings == {"scale": 64.0}
+    assert rows.loss("cosface:m=0.2,scale=15").head_settings == {"scale": 15}
 
 
 @pytest.mark.parametrize(
@@ -154,14 +154,14 @@ def test_one_choice_does_not_change_the_next():
 )  # fmt: skip
 def test_an_unknown_loss_names_the_nearest(text, near):
     with pytest.raises(UserError, match=rf"unknown loss '{text}'\. Did you mean '{near}'\?") as error:
-        specs.loss(f"{text}:s=1")
+        rows.loss(f"{text}:s=1")
     assert all(name in str(error.value) for name in LOSSES)
 
 
 @pytest.mark.parametrize("text", ["", ":s=1", "xyzzyqwv"])
 def test_a_loss_like_no_other_lists_what_there_is(text):
     with pytest.raises(UserError, match="unknown loss") as error:
-        specs.loss(text)
+        rows.loss(text)
     assert "isce" in str(error.value)
 
 
@@ -172,28 +172,28 @@ def test_a_loss_like_no_other_lists_what_there_is(text):
 )  # fmt: skip
 def test_an_unknown_setting_names_the_nearest(text, key, near):
     with pytest.raises(UserError, match=rf"unknown setting of loss '\w+' '{key}'\. Did you mean '{near}'\?"):
-        specs.loss(text)
+        rows.loss(text)
 
 
 @pytest.mark.parametrize("text", ["isce:y=1", "isce:out=1", "isce:tau=1", "mmc:s=1"])
 def test_settings_that_are_none_are_refused(text):
     with pytest.raises(UserError, match="unknown setting"):
-        specs.loss(text)
+        rows.loss(text)
 
 
 def test_an_unknown_head_or_head_setting_names_the_nearest():
     with pytest.raises(UserError, match=r"unknown head 'cosien'\. Did you mean 'cosine'\?"):
-        specs.loss("isce:s=1@cosien")
+        rows.loss("isce:s=1@cosien")
     with pytest.raises(UserError, match=r"unknown setting of head 'mmc' 'radios'\. Did you mean 'radius'\?"):
-        specs.loss("mmc@mmc:radios=3")
+        rows.loss("mmc@mmc:radios=3")
     with pytest.raises(UserError, match="unknown setting of head 'linear'"):
-        specs.loss("sce@linear:scale=3")
+        rows.loss("sce@linear:scale=3")
 
 
 @pytest.mark.parametrize("s", ["-1", "-1e-9", "-1/2", "nan", "inf", "1e400"])
 def test_s_must_be_a_finite_number_from_zero(s):
     with pytest.raises(UserError, match=r"s, the inference information, must be a finite number >= 0"):
-        specs.loss(f"isce:s={s}")
+        rows.loss(f"isce:s={s}")
 
 
 @pytest.mark.parametrize(
@@ -206,13 +206,13 @@ def test_s_must_be_a_finite_number_from_zero(s):
 )  # fmt: skip
 def test_text_is_no_number(text, key, value):
     with pytest.raises(UserError, match=rf"{key} of (loss|head) '\w+' must be a number, got '{value}'"):
-        specs.loss(text)
+        rows.loss(text)
 
 
 @pytest.mark.parametrize("value", ["yes", "2", "0.5"])
 def test_a_switch_is_true_or_false(value):
     with pytest.raises(UserError, match="variances"):
-        specs.loss(f"lgm@gaussian:variances={value}")
+        rows.loss(f"lgm@gaussian:variances={value}")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_switch_is_true_or_false(value):
 def test_a_value_out_of_its_range_is_refused_before_training(text):
     """Each range is the docstring's own."""
     with pytest.raises(UserError):
-        specs.loss(text)
+        rows.loss(text)
 
 
 @pytest.mark.parametrize(
@@ -237,25 +237,25 @@ def test_a_value_out_of_its_range_is_refused_before_training(text):
 )
 def test_two_scales_are_refused(text):
     with pytest.raises(UserError, match="two different scales: name it once, in the loss"):
-        specs.loss(text)
+        rows.loss(text)
 
 
 def test_the_same_scale_twice_is_one_scale():
-    assert specs.loss("cosface:m=0.1,scale=15@cosine:scale=15").head_settings == {"scale": 15}
+    assert rows.loss("cosface:m=0.1,scale=15@cosine:scale=15").head_settings == {"scale": 15}
 
 
 @pytest.mark.parametrize("name", ["cosface", "arcface"])
 @pytest.mark.parametrize("head", [name for name in HEADS if name != "cosine"])
 def test_an_angular_loss_needs_cosines(name, head):
     with pytest.raises(UserError, match=f"loss '{name}' works on cosines: it needs head 'cosine', got '{head}'"):
-        specs.loss(f"{name}@{head}")
+        rows.loss(f"{name}@{head}")
 
 
 @pytest.mark.parametrize("name", ["mmc", "center", "lgm"])
 @pytest.mark.parametrize("head", ["linear", "cosine"])
 def test_a_loss_of_distances_needs_centers(name, head):
     with pytest.raises(UserError, match="needs distances to centers"):
-        specs.loss(f"{name}@{head}")
+        rows.loss(f"{name}@{head}")
 
 
 def test_a_loss_that_is_not_per_sample_is_refused(monkeypatch):
@@ -266,27 +266,19 @@ def test_a_loss_that_is_not_per_sample_is_refused(monkeypatch):
 
     monkeypatch.setitem(LOSSES, "mean", type(entry)(mean, entry.score, "linear", "a mean"))
     with pytest.raises(UserError, match=r"loss 'mean' returned shape \(\) for 2 samples"):
-        specs.loss("mean")
+        rows.loss("mean")
 
 
 def test_choosing_a_loss_leaves_torchs_generator_as_it_was():
     """A spec is text: reading it must not move the random state of whoever reads it."""
     before = torch.get_rng_state()
     for name in LOSSES:
-        specs.loss(name)
+        rows.loss(name)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_names_that_rows_may_use_are_the_ones_there_are():
-    from holdfast.objectives import OBJECTIVES
-    from holdfast.sources import SOURCES
-
-    assert set(specs.OBJECTIVE_NAMES) == set(OBJECTIVES)
-    assert set(specs.SOURCE_NAMES) == set(SOURCES)
-
-
 def test_a_row_may_bring_its_own_objective_network_and_schedule():
-    row = specs.loss("isce:s=3@cosine:scale=10+trades:beta=2,steps=5+wideresnet:depth=10,width=1+fit:epochs=3,lr=1e-2")
+    row = rows.loss("isce:s=3@cosine:scale=10+trades:beta=2,steps=5+wideresnet:depth=10,width=1+fit:epochs=3,lr=1e-2")
     assert row.head == "cosine"
     assert row.objective == "trades:beta=2,steps=5"
     assert row.model == "wideresnet:depth=10,width=1"
@@ -300,9 +292,9 @@ def test_a_row_may_bring_its_own_objective_network_and_schedule():
 @pytest.mark.parametrize("text", ["sce+trades+mart", "sce+convnet+mlp"])
 def test_two_of_a_kind_are_refused(text):
     with pytest.raises(UserError, match="names two"):
-        specs.loss(text)
+        rows.loss(text)
 
 
 def test_a_word_for_s_must_be_a_source():
     with pytest.raises(UserError, match="unknown source of s 'ten'"):
-        specs.loss("isce:s=ten")
+        rows.loss("isce:s=ten")

@@ -490,3 +490,15 @@ def test_threats_are_values():
     assert len({threat, Threat("linf", 8 / 255), Threat("l2", 8 / 255)}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         threat.eps = 1.0
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_nothing_that_is_forgiven_lies_farther_than_farthest(norm):
+    """Proofs are about the points that ``violation`` passes, measured in float64."""
+    threat, x = Threat(norm, {"linf": 0.1, "l2": 1.5, "l1": 10.0}[norm]), torch.rand(200, 1, 28, 28)
+    stretch = torch.linspace(1 - 1e-5, 1 + 1e-4, 200).view(-1, 1, 1, 1)
+    at_the_edge = threat.project(x + torch.randn_like(x), x)
+    x_adv = (x + stretch * (at_the_edge - x)).clamp(0, 1)
+    passed = threat.violation(x_adv, x) == 0
+    assert passed.any()
+    assert (threat.size(x_adv.double() - x.double())[passed] <= threat.farthest(784)).all()

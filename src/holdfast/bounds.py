@@ -7,8 +7,10 @@ I-SCE, and gap_bounds < 0 for every competitor is what certifies a sample. To bo
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,18 +19,18 @@ from torch import Tensor, nn
 
 from . import heads, orthogonal
 from .errors import UserError
+from .information import lipschitz_pairwise
 from .models import Classifier, convnets, lipschitz
 from .outputs import Model, frozen_eval
-from .threat import TOLERANCE, Threat
+from .threat import Threat
 
 UNIT = 2.0**-24  # the unit roundoff of float32, in which networks are evaluated
-Box = tuple[Tensor, Tensor]  # center and radius
 # Backbones whose forward is their Sequential ``layers`` and nothing else.
 _CHAINS = (
-    convnets.Mlp, convnets.SmallConvNet, convnets.ConvNet, convnets.Madry, convnets.Trades,
+    convnets.Mlp, convnets.SmallConvNet, convnets.ConvNet, convnets.Madry, convnets.SmallCnn,
     lipschitz.LipMlp, lipschitz.LipConv,
 )  # fmt: skip
-_LINEAR_HEADS = (heads.Linear, heads.Orthogonal)
+_LINEAR_HEADS = (heads.Linear, heads.Centers, heads.Orthogonal)
 
 
 class CannotBound(UserError):
@@ -73,16 +75,28 @@ def gap_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, *, slack: bo
     return bounds.scatter(1, y[:, None], 0.0)
 
 
-def box_of(x: Tensor, threat: Threat, *, forgiven: bool = False) -> Box:
-    """(lo, hi): the smallest box that holds all of the threat. forgiven: with what ``Threat.violation`` forgives.
+def box_of(x: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
+    """(lo, hi): the smallest box that holds all of the threat.
 
     >>> box_of(torch.tensor([[0.95]]), Threat("linf", 0.1))
     (tensor([[0.8500]]), tensor([[1.]]))
     """
-    eps = threat.eps
-    if forgiven:
-        eps = eps * (1 + TOLERANCE) + 2 * torch.finfo(torch.float32).eps * max(abs(threat.lo), abs(threat.hi))
-    return (x - eps).clamp_min(threat.lo), (x + eps).clamp_max(threat.hi)
+    return (x - threat.eps).clamp_min(threat.lo), (x + threat.eps).clamp_max(threat.hi)
+
+
+def worst_gap(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
+    """Upper bounds of the largest gap, max_{j != y} logit_j - logit_y, that float32 can meet in the threat: (N,).
+
+    By intervals in float64, over the box that holds all that ``Threat.violation`` forgives, with slack for rounding:
+    below zero it is a proof. Raises CannotBound.
+    """
+    model, x, y = _with_float64(model, x, y)
+    whole = replace(threat, eps=threat.farthest(math.prod(x.shape[1:])))
+    found = [
+        gap_bounds(model, *box_of(here.double(), whole), labels, slack=True).scatter(1, labels[:, None], -math.inf)
+        for here, labels in zip(x.split(ROWS), y.split(ROWS), strict=True)
+    ]
+    return torch.cat([bounds.amax(1) for bounds in found])
 
 
 def lipschitz_constant(model: nn.Module, shape: tuple[int, ...], *, proved: bool = False) -> Tensor:
@@ -98,37 +112,38 @@ def lipschitz_constant(model: nn.Module, shape: tuple[int, ...], *, proved: bool
     1.0
     """
     device = next(iter(model.parameters())).device
+    dtype = torch.float64 if proved else next(model.parameters()).dtype
+    constants = _constants(model, torch.zeros(1, *shape, device=device, dtype=dtype), proved)
+    return torch.stack([torch.ones((), device=device, dtype=dtype), *constants]).prod()
+
+
+def _constants(model: nn.Module, probe: Tensor, proved: bool) -> list[Tensor]:
+    """Each layer's own constant, but for the last layer's; probe: (1, C, H, W)."""
     *layers, _ = _chain(model)
-    probe = torch.zeros(1, *shape, device=device, dtype=torch.float64 if proved else next(model.parameters()).dtype)
-    constant = torch.ones((), device=device, dtype=probe.dtype)
+    found = []
     for layer in layers:
-        constant = constant * (_proved_stretch if proved else _stretch)(layer, probe)
+        found.append((_proved_stretch if proved else _stretch)(layer, probe))
         with torch.no_grad():
             probe = _apply(layer, probe)
-    return constant
+    return found
 
 
-def reach(threat: Threat, dim: int) -> float:
-    """The l2 size of the largest perturbation: eps for l2 and l1, sqrt(dim) eps for linf.
+def reach(threat: Threat, dim: int, size: float | None = None) -> float:
+    """The l2 size of the largest perturbation: eps for l2 and l1, sqrt(dim) eps for linf. size: another one than eps.
 
     An l2 Lipschitz constant used with an linf eps as it stands would be a false certificate.
 
     >>> reach(Threat("l2", 0.5), 784), reach(Threat("linf", 0.5), 784)
     (0.5, 14.0)
     """
-    return threat.eps * (math.sqrt(dim) if threat.norm == "linf" else 1.0)
+    return (threat.eps if size is None else size) * (math.sqrt(dim) if threat.norm == "linf" else 1.0)
 
 
 def lipschitz_rises(model: nn.Module, shape: tuple[int, ...], threat: Threat, y: Tensor) -> Tensor:
-    """s_j = L reach ||w_j - w_y||_2: no gap rises further in the threat, up to the estimate of L; (N, K), with a graph.
-
-    Pairwise, since margin / sqrt(2) > L eps holds for orthonormal rows alone.
-    """
+    """s_j = L reach ||w_j - w_y||_2: no gap rises further, up to the estimate of L; (N, K), with a graph."""
     *_, last = _chain(model)
     weight, _ = _affine(last, next(model.parameters()).dtype)
-    apart = (weight[None] - weight[:, None] + torch.eye(len(weight), device=weight.device)[..., None]).norm(dim=2)
-    apart = apart * (1 - torch.eye(len(weight), device=weight.device))  # a norm has no gradient at zero
-    return lipschitz_constant(model, shape) * reach(threat, math.prod(shape)) * apart[y]
+    return lipschitz_pairwise(lipschitz_constant(model, shape), reach(threat, math.prod(shape)), weight, y)
 
 
 def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None:
@@ -147,17 +162,17 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None
     if not isinstance(model, nn.Module):
         return None
     with frozen_eval(model), torch.no_grad():
+        network, here, labels = _with_float64(model, x, y)
         try:
-            by_intervals = _proved_by_intervals(model, x.double(), y, threat)
-            return by_intervals | _proved_by_lipschitz(model, x.double(), y, threat)
+            proved = worst_gap(network, here, labels, threat) < 0
+            return (proved | _proved_by_lipschitz(network, here, labels, threat)).to(x.device)
         except CannotBound:
             return None
 
 
-def _proved_by_intervals(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
-    lo, hi = box_of(x, threat, forgiven=True)
-    bounds = gap_bounds(model, lo, hi, y, slack=True)
-    return (bounds.scatter(1, y[:, None], -math.inf) < 0).all(1)
+def _with_float64(model: nn.Module, x: Tensor, y: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+    """All three where float64 exists: on the CPU for mps, which has none."""
+    return (copy.deepcopy(model).cpu(), x.cpu(), y.cpu()) if x.device.type == "mps" else (model, x, y)
 
 
 def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
@@ -165,26 +180,28 @@ def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat)
 
     With |W| (|h| + far) as the size of the terms, layer by layer:  off' = L off + gamma (| |W| |h| + |b| | + |W| far).
     """
-    shape = tuple(x.shape[1:])
-    rounding = 2 * torch.finfo(torch.float32).eps * max(abs(threat.lo), abs(threat.hi))
-    wide = reach(threat, math.prod(shape)) * (1 + TOLERANCE) + rounding * math.sqrt(math.prod(shape))
-    far = torch.full((len(x),), wide, dtype=x.dtype, device=x.device)
-    off, h = torch.zeros_like(far), x
+    dim = math.prod(x.shape[1:])
     *layers, last = _chain(model)
-    for layer in layers:
-        constant, terms = _proved_stretch(layer, h[:1]), _terms(layer)
-        off = off * constant
-        if terms:
-            size, stretch = _sizes(layer, h)
-            off = off + _gamma(terms) * (size.flatten(1).norm(dim=1) + stretch * (far + off))
-        h, far = _apply(layer, h), constant * far
-    weight, bias = _affine(last, h.dtype)
-    apart = (weight[None] - weight[:, None]).norm(dim=2)[y]
-    logits = h @ weight.T + bias
-    size = h.abs() @ weight.abs().T + bias.abs() + weight.norm(dim=1) * (far + off)[:, None]
-    slack = _gamma(weight.shape[1]) * (size + size.gather(1, y[:, None]))
-    gaps = logits - logits.gather(1, y[:, None]) + apart * (far + off)[:, None] + slack
-    return (gaps.scatter(1, y[:, None], -math.inf) < 0).all(1)
+    constants = _constants(model, x[:1].double(), proved=True)
+    weight, bias = _affine(last, torch.float64)
+    apart, long = (weight[None] - weight[:, None]).norm(dim=2), weight.norm(dim=1)
+    found = []
+    for h, labels in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        h = h.double()
+        far = torch.full((len(h),), reach(threat, dim, threat.farthest(dim)), dtype=h.dtype, device=h.device)
+        off = torch.zeros_like(far)
+        for layer, constant in zip(layers, constants, strict=True):
+            off = off * constant
+            if terms := _terms(layer):
+                size, stretch = _sizes(layer, h)
+                off = off + _gamma(terms) * (size.flatten(1).norm(dim=1) + stretch * (far + off))
+            h, far = _apply(layer, h), constant * far
+        logits = h @ weight.T + bias
+        size = h.abs() @ weight.abs().T + bias.abs() + long * (far + off)[:, None]
+        slack = _gamma(weight.shape[1]) * (size + size.gather(1, labels[:, None]))
+        gaps = logits - logits.gather(1, labels[:, None]) + apart[labels] * (far + off)[:, None] + slack
+        found.append((gaps.scatter(1, labels[:, None], -math.inf) < 0).all(1))
+    return torch.cat(found)
 
 
 def _chain(model: nn.Module) -> Iterator[nn.Module]:
@@ -240,21 +257,19 @@ _DENSE = (nn.Linear, orthogonal.OrthogonalLinear)
 _CONVOLUTIONS = (nn.Conv2d, orthogonal.OrthogonalConv)
 _MONOTONE = (nn.ReLU, nn.MaxPool2d, orthogonal.MaxMin)  # none of them rounds, none stretches
 _KNOWN = (*_DENSE, *_CONVOLUTIONS, *_MONOTONE, nn.AvgPool2d, nn.Flatten, nn.BatchNorm2d, _Shift)
+ROWS = 256  # samples that are proved at a time
 SMALL = 4096  # up to so many rows or columns the singular values of a layer are computed
 
 
 def _affine(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(weight, bias) of the last layer, as numbers of this dtype."""
-    scale, bias = 1.0, None
-    if isinstance(layer, _Last):
-        scale, bias = layer.scale, layer.head.bias if isinstance(layer.head, heads.Orthogonal) else None
-        steep = layer.head.scale if isinstance(layer.head, heads.Orthogonal) else 1.0
-        layer = layer.head.linear
-    else:
-        steep = 1.0
-    if not isinstance(layer, _DENSE):
-        raise CannotBound(f"bounds need a network that ends with a linear layer, not with {type(layer).__name__}.")
-    weight, bias = layer.weight.to(dtype) * (scale * steep), layer.bias if bias is None else bias
+    head, scale = (layer.head, layer.scale) if isinstance(layer, _Last) else (None, 1.0)
+    dense = layer if head is None else head.linear
+    if not isinstance(dense, _DENSE):
+        raise CannotBound(f"bounds need a network that ends with a linear layer, not with {type(dense).__name__}.")
+    weight, bias = dense.weight.to(dtype) * scale, dense.bias
+    if isinstance(head, heads.Orthogonal):
+        weight, bias = weight * head.scale, head.bias
     return weight, weight.new_zeros(len(weight)) if bias is None else bias.to(dtype) * scale
 
 
@@ -312,8 +327,8 @@ def _gamma(terms: int) -> float:
     return (terms + 2) * UNIT / (1 - (terms + 2) * UNIT)
 
 
-def _through(layer: Any, center: Tensor, radius: Tensor, slack: bool) -> Box:
-    """The box that holds the layer's answers for all h in the box."""
+def _through(layer: Any, center: Tensor, radius: Tensor, slack: bool) -> tuple[Tensor, Tensor]:
+    """(center, radius) of the box that holds the layer's answers for all h in a box."""
     if isinstance(layer, nn.Flatten):
         return layer(center), layer(radius)
     if isinstance(layer, _MONOTONE):

@@ -13,19 +13,21 @@ from .losses import LOSSES
 from .models import MODELS
 from .objectives import OBJECTIVES
 from .recipes import RECIPES
+from .sources import SOURCES
 
 
 def catalogue() -> dict[str, dict[str, str]]:
     """kind -> name -> one line.
 
     >>> sorted(catalogue())
-    ['attacks', 'checks', 'datasets', 'heads', 'losses', 'models', 'objectives', 'recipes']
+    ['attacks', 'checks', 'datasets', 'heads', 'losses', 'models', 'objectives', 'recipes', 'sources']
     """
     return {
         "losses": {name: entry.about for name, entry in LOSSES.items()},
         "heads": _first_lines(HEADS),
         "attacks": {name: entry.about for name, entry in ATTACKS.items()},
         "objectives": _first_lines(OBJECTIVES),
+        "sources": {name: about for name, (_, about) in SOURCES.items()},
         "models": _first_lines(MODELS),
         "datasets": {name: entry.about for name, entry in DATASETS.items()},
         "checks": {check.function.__name__: (check.function.__doc__ or "").splitlines()[0] for check in CHECKS},

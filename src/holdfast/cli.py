@@ -174,21 +174,10 @@ def _fit(
     augment: str | None,
 ) -> Any:
     from .recipes import fit_for, override
+    from .specs import augmentation
 
     given = {"epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
-    return override(fit_for(data), **given, **_augment(augment))
-
-
-def _augment(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    if text == "none":
-        return {"pad": 0, "flip": False}
-    crop, _, flip = text.partition("+")
-    name, _, pad = crop.partition(":")
-    if name != "crop" or not pad.isdigit() or flip not in ("", "flip"):
-        raise UserError(f"cannot read the augmentation '{text}': expected none, crop:PAD or crop:PAD+flip.")
-    return {"pad": int(pad), "flip": flip == "flip"}
+    return override(fit_for(data), **given, **augmentation(augment))
 
 
 def _show(results: Any, as_json: bool) -> None:
@@ -293,11 +282,11 @@ def evaluate(
     if is_foreign(model):
         from .foreign import Foreign
         from .single import from_file
+        from .specs import numbers
 
         if not data:
             raise UserError("your own model needs --data: a folder of images per class, a parquet file, a hub name.")
-        numbers = _numbers("pixels", pixels or "0,1"), _numbers("mean", mean), _numbers("std", std)
-        source = Foreign(model, weights, *numbers)
+        source = Foreign(model, weights, *map(numbers, ("pixels", "mean", "std"), (pixels or "0,1", mean, std)))
         folder = out or Path("out") / f"{Path(model).stem}-{file_text(threat)}-{suite}"
         if not quiet:
             errors.print(f"opening {model}: what it holds is executed.", soft_wrap=True)
@@ -319,15 +308,6 @@ def evaluate(
     _show(results, as_json)
     if not as_json and not quiet:
         screen.print(f"\n{folder / 'results.json'}\n{page}", soft_wrap=True)
-
-
-def _numbers(name: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.replace(":", ",").split(",") if part.strip())
-    except ValueError:
-        raise UserError(
-            f"cannot read --{name} '{text}': expected numbers with commas between, such as 0,255."
-        ) from None
 
 
 def _attack(

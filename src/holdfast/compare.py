@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import jobs, models, runs, specs
+from . import jobs, models, rows, runs, specs
 from .assemble import Judged, assemble
 from .attacks import SUITES
 from .checks import CHECKS, audit, name_of
@@ -71,14 +71,14 @@ class Comparison:
         """The same with its defaults filled in. Raises UserError for whatever could only fail later."""
         if len(set(self.threats)) < len(self.threats):
             raise UserError(f"the threats '{self.threat}' name one twice: name each once.")
-        chosen = [specs.loss(text).text for text in self.losses]
+        chosen = [rows.loss(text).text for text in self.losses]
         if not chosen:
             raise UserError("there is no loss to compare: name at least one, such as sce.")
         twice = sorted({text for text in chosen if chosen.count(text) > 1})
         if twice:
             raise UserError(f"the loss '{twice[0]}' is named twice: name each once, and use seeds for repetitions.")
         for text in chosen:
-            row = specs.loss(text)
+            row = rows.loss(text)
             _objective(self, row)
             _fit(self, row)
             if row.model:
@@ -106,7 +106,7 @@ class Job:
     device: str
 
 
-def _objective(comparison: Comparison, row: specs.LossChoice, counts: Tensor | None = None) -> Schedule:
+def _objective(comparison: Comparison, row: rows.LossChoice, counts: Tensor | None = None) -> Schedule:
     """The row's own objective, or the comparison's, with the row's loss and its source of s."""
     name, settings = specs.parse(row.objective or comparison.objective)
     if name not in OBJECTIVES:
@@ -125,7 +125,7 @@ def _objective(comparison: Comparison, row: specs.LossChoice, counts: Tensor | N
     return factory(row.loss, **settings)
 
 
-def _fit(comparison: Comparison, row: specs.LossChoice, seed: int = 0) -> FitConfig:
+def _fit(comparison: Comparison, row: rows.LossChoice, seed: int = 0) -> FitConfig:
     """The comparison's schedule with the row's own changes."""
     known = {f.name: getattr(comparison.fit, f.name) for f in fields(comparison.fit)}
     for key in row.fit:
@@ -137,7 +137,7 @@ def _fit(comparison: Comparison, row: specs.LossChoice, seed: int = 0) -> FitCon
         raise UserError(f"the schedule of '{row.text}' cannot be read: {row.fit}.") from None
 
 
-def _adversarial(comparison: Comparison, row: specs.LossChoice) -> bool:
+def _adversarial(comparison: Comparison, row: rows.LossChoice) -> bool:
     """Whether training asks for the threat: by its objective, or by its source of s."""
     return bool(row.source) or specs.parse(row.objective or comparison.objective)[0] != "standard"
 
@@ -145,7 +145,7 @@ def _adversarial(comparison: Comparison, row: specs.LossChoice) -> bool:
 def train_one(job: Job, tell: Tell) -> tuple[nn.Module, dict[str, Any], Split]:
     """Train a job's network, or load it if that is done. Returns (model, summary, data)."""
     runs.check_device(job.device)
-    comparison, loss, cut = job.comparison, specs.loss(job.loss), _cut(job.comparison, job.fold)
+    comparison, loss, cut = job.comparison, rows.loss(job.loss), _cut(job.comparison, job.fold)
     split = load(comparison.data, **cut)
     built: dict[str, Any] = {
         "name": loss.model or comparison.model or models.default_model(split.shape),
@@ -217,7 +217,7 @@ def train_and_attack(job: Job, tell: Tell) -> tuple[nn.Module, list[Judged]]:
             split.test,
             threat,
             comparison.suite,
-            trained_with=specs.loss(job.loss).loss,
+            trained_with=rows.loss(job.loss).loss,
             seed=job.seed,
             record=_record(job.folder, "evaluation", threat),
             key=f"{split.fingerprint} {runs.weights_mark(model)}",
@@ -260,7 +260,7 @@ def audited(one: Judged, model: nn.Module, record: Path, twin: Tensor | None, te
             model,
             one.split.test,
             one.evaluation,
-            trained_with=specs.loss(one.loss).loss,
+            trained_with=rows.loss(one.loss).loss,
             twin=twin,
             seed=seed,
             progress=lambda name, done, total: tell(one.folder.name, f"checking: {name}", done, total),

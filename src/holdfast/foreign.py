@@ -74,7 +74,7 @@ def is_foreign(text: str) -> bool:
 
 def code_mark(source: Foreign) -> str:
     """A short hash of the file that a network comes from: weights alone do not tell a changed forward pass."""
-    return hashlib.blake2b(_existing(_split(source.path)[0]).read_bytes(), digest_size=8).hexdigest()
+    return hashlib.blake2b(existing(_split(source.path)[0]).read_bytes(), digest_size=8).hexdigest()
 
 
 def open_model(source: Foreign, device: str | torch.device = "cpu") -> nn.Module:
@@ -95,7 +95,7 @@ def open_model(source: Foreign, device: str | torch.device = "cpu") -> nn.Module
     elif ending == ".pt2":
         model = _exported(path, device)
     elif ending == ".py":
-        model = _built(_existing(path), name)
+        model = _built(existing(path), name)
         if source.weights:
             notes = _load_weights(model, source.weights)
     elif ending in WEIGHTS_ALONE:
@@ -167,7 +167,7 @@ class Wrapped(nn.Module):
                     f"{tuple(x.shape)}: give as many as there are channels, or one for all."
                 )
             x = (x - self.mean) / self.std
-        with _blame("the network"):
+        with blame("the network"):
             return self.inner(x)
 
     def train(self, mode: bool = True) -> Wrapped:
@@ -214,14 +214,15 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _existing(path: str) -> Path:
+def existing(path: str) -> Path:
+    """The whole path of a file. Raises UserError where there is none."""
     if not Path(path).is_file():
         raise UserError(f"there is no file at {path}.")
     return Path(path).resolve()
 
 
 @contextmanager
-def _blame(who: str, path: Path | None = None) -> Iterator[None]:
+def blame(who: str, path: Path | None = None) -> Iterator[None]:
     """Errors of the user's code become UserErrors that name the line: the last one in his folder, or outside torch."""
     try:
         yield
@@ -242,7 +243,7 @@ def _blame(who: str, path: Path | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
+def importing_from(folder: Path) -> Iterator[None]:
     """The folder first on the path. What it imports is marked as its own: another folder's namesake is not taken."""
     siblings = {entry.stem for entry in folder.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").exists()}
     for name, module in list(sys.modules.items()):
@@ -264,16 +265,16 @@ def _importing_from(folder: Path) -> Iterator[None]:
 def _built(path: Path, name: str) -> Model:
     if not name:
         raise UserError(f"{path.name} is not enough: say what in it makes the network, {path.name}:build.")
-    with _importing_from(path.parent):
-        with _blame(f"importing {path.name}", path):
-            module = _executed(path)
+    with importing_from(path.parent):
+        with blame(f"importing {path.name}", path):
+            module = executed(path)
         public = [key for key, value in vars(module).items() if not key.startswith("_") and callable(value)]
         if not hasattr(module, name):
             raise unknown(f"name in {path.name}", name, public)
         made = getattr(module, name)
         if not isinstance(made, nn.Module):
             _takes_nothing(made, f"{path.name}:{name}")
-            with _blame(f"{path.name}:{name}", path):
+            with blame(f"{path.name}:{name}", path):
                 made = made()
     if isinstance(made, type) or not callable(made):
         raise UserError(f"{path.name}:{name} must return a torch module or a function, it returned {_kind(made)}.")
@@ -281,7 +282,7 @@ def _built(path: Path, name: str) -> Model:
     return model
 
 
-def _executed(path: Path) -> ModuleType:
+def executed(path: Path) -> ModuleType:
     """The file as a module of its own name; a class in it can be found again through sys.modules."""
     name = f"_holdfast_{path.stem}_{abs(hash(path)):x}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -320,7 +321,7 @@ def _load_weights(model: Model, path: str) -> list[str]:
     """Put a file's weights into the module, every one of them; returns what was done to make them fit."""
     if not isinstance(model, nn.Module):
         raise UserError(f"weights ({path}) need a torch module, and what was built is {_kind(model)}.")
-    tensors, notes = _unnested(_read_weights(_existing(path)), path)
+    tensors, notes = _unnested(_read_weights(existing(path)), path)
     wanted = model.state_dict()
     for _ in range(len(PREFIXES)):
         prefix = next((p for p in PREFIXES if tensors and all(key.startswith(p) for key in tensors)), None)
@@ -409,7 +410,7 @@ class Sized(nn.Module):
 
 
 def _exported(path: str, device: str | torch.device) -> nn.Module:
-    file = _existing(path)
+    file = existing(path)
     try:
         program = torch.export.load(file)
     except Exception as error:

@@ -62,7 +62,7 @@ def lipschitz(constant: float, eps: float) -> float:
     return math.sqrt(2.0) * constant * eps
 
 
-def lipschitz_pairwise(constant: float, eps: float, weight: Tensor, y: Tensor) -> Tensor:
+def lipschitz_pairwise(constant: float | Tensor, eps: float, weight: Tensor, y: Tensor) -> Tensor:
     """s_j = L eps ||w_j - w_y||_2: (N, K), for a linear head on L-Lipschitz features; tighter than sqrt(2) L ||W|| eps.
 
     Args: constant: L of the features, from the threat's norm to l2; weight: (K, D) of the head; y: (N,).
@@ -71,8 +71,8 @@ def lipschitz_pairwise(constant: float, eps: float, weight: Tensor, y: Tensor) -
     >>> lipschitz_pairwise(1.0, 0.5, torch.eye(2), torch.tensor([0]))
     tensor([[0.0000, 0.7071]])
     """
-    differences = weight[None, :, :] - weight[y][:, None, :]
-    return constant * eps * differences.norm(dim=2)
+    apart = (weight[None] - weight[:, None]).norm(dim=2)  # of labels, (K, K), not of samples
+    return constant * eps * apart[y]
 
 
 def needed_gap(probability: float, s: float = 0.0) -> float:

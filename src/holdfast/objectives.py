@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from .bounds import box_of, gap_bounds
 from .errors import UserError, at_least
 from .losses import Loss, isce, score_of
 from .noise import Noise
-from .outputs import as_outputs, logits_of
-from .sources import Moment, Source
+from .outputs import as_outputs, frozen_eval, logits_of
+from .sources import Moment, Source, risen, share_of_one
 from .threat import Threat
 
 
@@ -106,18 +107,13 @@ def adversarial(
         batch_norm: "eval": the attack sees running statistics; "train": those of its own batch, as the outer loss does.
         awp: gamma of adversarial weight perturbation, 0 is none; see ``_perturbed_weights``.
     """
-    _checked(steps, step_size, ramp, factor, batch_norm, awp)
     climb = score_of(loss) if score is None else score
+    inner = _Inner(threat, steps, step_size, ramp, factor, batch_norm)
+    at_least("awp", awp)
     pay = _paid(loss, s)
 
     def schedule(progress: float) -> Objective:
-        now, size = _ramped(threat, step_size, factor, ramp, progress)
-
-        def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-            with _batch_norm(model, batch_norm):
-                return pgd(model, x, y, now, score=climb, noise=noise, steps=steps, step_size=size, keep="last")
-
-        return _guarded(perturb, lambda model, x, x_adv, y: pay(model, x, x_adv, x_adv, y, progress)[1], awp)
+        return _guarded(partial(inner, progress, score=climb), partial(_at_x_adv, pay, progress), awp)
 
     return schedule
 
@@ -131,6 +127,7 @@ def fast(
     step: float = 1.0,
     score: Loss | None = None,
     ramp: float = 0.0,
+    batch_norm: str = "eval",
     awp: float = 0.0,
 ) -> Schedule:
     """Adversarial training with one gradient: a random start, then one step that is not projected (N-FGSM).
@@ -142,26 +139,22 @@ def fast(
     can lie (start + step) eps from x. Watch the robust accuracy of validation, and keep the best epoch.
     Source: de Jorge et al. 2022.
     """
-    _checked(1, None, ramp, 1.0, "eval", awp)
     at_least("start", start)
     at_least("step", step, above=True)
     climb = score_of(loss) if score is None else score
+    # The step is held only by the box: the ball around its start is as wide as the step.
+    inner = _Inner(threat, 1, threat.eps, ramp, step, batch_norm, random_start=False)
+    at_least("awp", awp)
     pay = _paid(loss, s)
 
     def schedule(progress: float) -> Objective:
-        now, _ = _ramped(threat, None, 1.0, ramp, progress)
-        wide = replace(now, eps=(start + step) * now.eps)
+        wide = replace(threat, eps=start * risen(progress, ramp, LEAST) * threat.eps) if start else None
 
         def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-            begin = replace(now, eps=start * now.eps).random_start(x, noise) if start else x
-            # One step from ``begin``, held only by the box: the ball around it is as wide as the step.
-            one = pgd(
-                model, begin, y, replace(now, eps=step * now.eps), score=climb, noise=noise, steps=1,
-                step_size=step * now.eps, random_start=False, keep="last",
-            )  # fmt: skip
-            return wide.project(one, x)
+            begin = x if wide is None else wide.random_start(x, noise)
+            return inner(progress, model, begin, y, noise, score=climb)
 
-        return _guarded(perturb, lambda model, x, x_adv, y: pay(model, x, x_adv, x_adv, y, progress)[1], awp)
+        return _guarded(perturb, partial(_at_x_adv, pay, progress), awp)
 
     return schedule
 
@@ -182,26 +175,20 @@ def trades(
 
     Args: loss: of the clean images; beta >= 0: 6 for CIFAR-10, 1 for MNIST; the others as of ``adversarial``.
     """
-    _checked(steps, step_size, ramp, 1.0, batch_norm, awp)
     at_least("beta", beta)
+    inner = _Inner(threat, steps, step_size, ramp, 1.0, batch_norm)
+    at_least("awp", awp)
     pay = _paid(loss, s)
 
     def schedule(progress: float) -> Objective:
-        now, size = _ramped(threat, step_size, 1.0, ramp, progress)
-
         def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-            with _batch_norm(model, batch_norm):
-                with torch.no_grad(), _eval(model):
-                    z = logits_of(as_outputs(model(x)))
-
-                def climb(out: Any, target: Any) -> Tensor:
-                    return divergence(z, logits_of(as_outputs(out)))
-
-                return pgd(model, x, y, now, score=climb, noise=noise, steps=steps, step_size=size, keep="last")
+            with _batch_norm(model, batch_norm), frozen_eval(model), torch.no_grad():
+                z = _logits(model(x))
+            return inner(progress, model, x, y, noise, score=lambda out, y: divergence(z, _logits(out)))
 
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
             out, first = pay(model, x, x_adv, x, y, progress)
-            return first + beta * divergence(logits_of(as_outputs(out)), logits_of(as_outputs(model(x_adv))))
+            return first + beta * divergence(_logits(out), _logits(model(x_adv)))
 
         return _guarded(perturb, outer, awp)
 
@@ -227,26 +214,21 @@ def mart(
 
     Args: weight >= 0: 5 for CIFAR-10; the others as of ``adversarial``. With SCE the first two terms are its BCE.
     """
-    _checked(steps, step_size, ramp, 1.0, batch_norm, awp)
     at_least("weight", weight)
+    if s is not None and s.adversary:
+        raise UserError("objective 'mart' pays for x_adv, and an s that the attack measures is paid for at x.")
     climb = score_of(loss) if score is None else score
+    inner = _Inner(threat, steps, step_size, ramp, 1.0, batch_norm)
+    at_least("awp", awp)
     pay = _paid(loss, s)
 
     def schedule(progress: float) -> Objective:
-        now, size = _ramped(threat, step_size, 1.0, ramp, progress)
-
-        def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-            with _batch_norm(model, batch_norm):
-                return pgd(model, x, y, now, score=climb, noise=noise, steps=steps, step_size=size, keep="last")
-
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-            clean = logits_of(as_outputs(model(x)))
-            if s is not None and s.adversary:
-                raise UserError("mart pays for x_adv, so s cannot be measured by the attack there.")
+            clean = _logits(model(x))
             out, first = pay(model, x, x_adv, x_adv, y, progress)
-            return first + mart_terms(clean, logits_of(as_outputs(out)), y, weight)
+            return first + mart_terms(clean, _logits(out), y, weight)
 
-        return _guarded(perturb, outer, awp)
+        return _guarded(partial(inner, progress, score=climb), outer, awp)
 
     return schedule
 
@@ -262,12 +244,12 @@ def interval(loss: Loss, threat: Threat, *, kappa: float = 0.5, ramp: float = 0.
     training over which eps and k move; factor: the eps of training over that of the threat.
     Raises UserError for a network that has no interval bounds (``bounds.gap_bounds``).
     """
-    _checked(1, None, ramp, factor, "eval", 0.0)
-    if not 0 <= kappa <= 1:
-        raise UserError(f"kappa, the clean share of interval training, must lie in [0, 1], got {kappa}.")
+    share_of_one("ramp, over which eps rises,", ramp)
+    share_of_one("kappa, the clean share of interval training,", kappa)
+    at_least("factor", factor, above=True)
 
     def schedule(progress: float) -> Objective:
-        share = 1.0 if progress >= ramp else max(progress / ramp, 1e-6)
+        share = risen(progress, ramp)
         now, clean = replace(threat, eps=share * factor * threat.eps), 1 - share * (1 - kappa)
 
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
@@ -305,28 +287,58 @@ def mart_terms(z: Tensor, z_adv: Tensor, y: Tensor, weight: float) -> Tensor:
     return -torch.log1p(-rival.clamp_max(1 - 1e-6)) + weight * wrong * divergence(z, z_adv)
 
 
-def _checked(steps: int, step_size: float | None, ramp: float, factor: float, batch_norm: str, awp: float) -> None:
-    if not steps >= 1:
-        raise UserError(f"adversarial training needs steps >= 1, got {steps}.")
-    if step_size is not None:
-        at_least("step_size", step_size, above=True)
-    if not 0 <= ramp <= 1:
-        raise UserError(f"ramp, the share of training over which eps rises, must lie in [0, 1], got {ramp}.")
-    at_least("factor", factor, above=True)
-    if batch_norm not in ("eval", "train"):
-        raise UserError(f"batch_norm of the inner attack must be 'eval' or 'train', got '{batch_norm}'.")
-    at_least("awp", awp)
+LEAST = 0.01  # of eps, where an attack's rises: less would move nothing
 
 
-def _ramped(
-    threat: Threat, step_size: float | None, factor: float, ramp: float, progress: float
-) -> tuple[Threat, float | None]:
-    share = 1.0 if progress >= ramp else max(progress / ramp, 0.01)
-    size = None if step_size is None else share * factor * step_size
-    return replace(threat, eps=share * factor * threat.eps), size
+@dataclass(frozen=True)
+class _Inner:
+    """The inner player: the last iterate of PGD, its eps rising with progress. Settings as of ``adversarial``."""
+
+    threat: Threat
+    steps: int
+    step_size: float | None
+    ramp: float
+    factor: float
+    batch_norm: str
+    random_start: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.steps >= 1:
+            raise UserError(f"adversarial training needs steps >= 1, got {self.steps}.")
+        if self.step_size is not None:
+            at_least("step_size", self.step_size, above=True)
+        share_of_one("ramp, the share of training over which eps rises,", self.ramp)
+        at_least("factor", self.factor, above=True)
+        if self.batch_norm not in ("eval", "train"):
+            raise UserError(f"batch_norm of the inner attack must be 'eval' or 'train', got '{self.batch_norm}'.")
+
+    def __call__(self, progress: float, model: Model, x: Tensor, y: Tensor, noise: Noise, *, score: Loss) -> Tensor:
+        share = self.factor * risen(progress, self.ramp, LEAST)
+        with _batch_norm(model, self.batch_norm):
+            return pgd(
+                model,
+                x,
+                y,
+                replace(self.threat, eps=share * self.threat.eps),
+                score=score,
+                noise=noise,
+                steps=self.steps,
+                step_size=None if self.step_size is None else share * self.step_size,
+                random_start=self.random_start,
+                keep="last",
+            )
+
+
+def _at_x_adv(pay: Paid, progress: float, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+    return pay(model, x, x_adv, x_adv, y, progress)[1]
+
+
+def _logits(answer: Any) -> Tensor:
+    return logits_of(as_outputs(answer))
 
 
 def _guarded(perturb: Any, outer: Any, awp: float) -> Objective:
+    """With weight perturbation around it, where awp > 0."""
     if not awp:
         return Objective(perturb, outer)
 
@@ -361,20 +373,6 @@ def _perturbed_weights(model: Model, loss: Callable[[], Tensor], gamma: float) -
         with torch.no_grad():
             for w, before in zip(weights, kept, strict=True):
                 w.copy_(before)
-
-
-@contextmanager
-def _eval(model: Model) -> Iterator[None]:
-    """The model in eval mode for one look, each module restored."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from . import runs, specs
+from . import rows, runs
 from .asking import Counted
 from .assemble import Judged, assemble
 from .attacks import SUITES
@@ -128,7 +128,7 @@ def attack(
     against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
     if suite not in SUITES:
         raise unknown("suite", suite, SUITES)
-    trained_with = specs.loss(subject.loss).loss
+    trained_with = rows.loss(subject.loss).loss
     settings = {**subject.about, "threat": threat, "suite": suite, "seed": seed, "cut": subject.cut}
     if budget:
         settings["budget"] = {name: value for name, value in asdict(budget).items() if value < math.inf}

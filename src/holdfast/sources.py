@@ -102,7 +102,7 @@ def ibp(threat: Threat, ramp: float = 0.5, counts: Tensor | None = None) -> Sour
 
     ramp: the share of training over which eps rises from 0: from the first step it would teach nothing.
     """
-    _share("ramp", ramp)
+    share_of_one("ramp", ramp)
 
     def infer(now: Moment) -> Tensor:
         return bounded(now.out.logits, _worst_gaps(now, threat, ramp), now.y)
@@ -117,7 +117,7 @@ def attack(threat: Threat, counts: Tensor | None = None) -> Source:
 
 def mix(threat: Threat, kappa: float = 0.3, counts: Tensor | None = None, ramp: float = 0.5) -> Source:
     """s = (1 - kappa) s_attack + kappa s_ibp: what certified training does best with (De Palma et al. 2024)."""
-    _share("kappa of s=mix", kappa)
+    share_of_one("kappa of s=mix", kappa)
 
     def infer(now: Moment) -> Tensor:
         bound = bounded(now.out.logits, _worst_gaps(now, threat, ramp), now.y)
@@ -131,11 +131,21 @@ def _measured(now: Moment) -> Tensor:
 
 
 def _worst_gaps(now: Moment, threat: Threat, ramp: float) -> Tensor:
-    share = 1.0 if now.progress >= ramp else max(now.progress / ramp, 1e-6)
-    return gap_bounds(now.model, *box_of(now.x, replace(threat, eps=share * threat.eps)), now.y)
+    smaller = replace(threat, eps=risen(now.progress, ramp) * threat.eps)
+    return gap_bounds(now.model, *box_of(now.x, smaller), now.y)
 
 
-def _share(name: str, value: float) -> None:
+def risen(progress: float, ramp: float, least: float = 1e-6) -> float:
+    """What of eps has risen by now: straight from ``least`` to all of it over the share ``ramp`` of training.
+
+    >>> risen(0.25, 0.5), risen(0.5, 0.5), risen(0.0, 0.0), risen(0.0, 0.5)
+    (0.5, 1.0, 1.0, 1e-06)
+    """
+    return 1.0 if progress >= ramp else max(progress / ramp, least)
+
+
+def share_of_one(name: str, value: float) -> None:
+    """Raise UserError unless the value lies in [0, 1]."""
     if not 0 <= value <= 1:
         raise UserError(f"{name} must lie in [0, 1], got {value}.")
 

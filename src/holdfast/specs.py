@@ -1,22 +1,13 @@
-"""What a user writes on a command line, read once: ``isce:s=10``, ``isce:s=2@cosine:scale=10``, ``sce*100``."""
+"""What a user writes on a command line, read once: names with settings, lists of them, numbers, augmentations."""
 
 from __future__ import annotations
 
 import inspect
-import math
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
 from typing import Any
 
-import torch
-
 from .errors import UserError, unknown
-from .heads import HEADS
-from .losses import LOSSES, Loss
-from .outputs import Outputs
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -31,11 +22,16 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise UserError(f"cannot read '{part}' in '{text}': expected name:key=value,key=value, such as isce:s=10.")
-        settings[key.strip()] = _value(value.strip())
+        settings[key.strip()] = value_of(value.strip())
     return name.strip().lower(), settings
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """A number (fractions too), true or false, or the word itself.
+
+    >>> value_of("1/4"), value_of("true"), value_of("last")
+    (0.25, True, 'last')
+    """
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -87,103 +83,32 @@ def _writable(parameter: inspect.Parameter) -> bool:
     return parameter.default is not parameter.empty and "Loss" not in str(parameter.annotation)
 
 
-@dataclass(frozen=True)
-class LossChoice:
-    """A loss as a user chose it, and the head that it trains with.
+def augmentation(text: str | None) -> dict[str, Any]:
+    """The settings of FitConfig that ``none``, ``crop:PAD`` or ``crop:PAD+flip`` names; none of them for None.
 
-    text: as written, the row's name; loss: (out, y) -> (N,); score: what attacks climb; head, head_settings: for
-    ``models.build``; logit_scale: what the logits are multiplied by after training; source: of I-SCE's s, where that is
-    no number; objective, model: specs of this row's own, or ""; fit: changes to the schedule.
+    >>> augmentation("crop:4+flip"), augmentation("none")
+    ({'pad': 4, 'flip': True}, {'pad': 0, 'flip': False})
     """
-
-    text: str
-    loss: Loss
-    score: Loss
-    head: str
-    head_settings: dict[str, Any] = field(default_factory=dict)
-    logit_scale: float = 1.0
-    source: str = ""
-    objective: str = ""
-    model: str = ""
-    fit: dict[str, Any] = field(default_factory=dict)
+    if text is None:
+        return {}
+    if text == "none":
+        return {"pad": 0, "flip": False}
+    crop, _, flip = text.partition("+")
+    name, _, pad = crop.partition(":")
+    if name != "crop" or not pad.isdigit() or flip not in ("", "flip"):
+        raise UserError(f"cannot read the augmentation '{text}': expected none, crop:PAD or crop:PAD+flip.")
+    return {"pad": int(pad), "flip": flip == "flip"}
 
 
-def loss(text: str) -> LossChoice:
-    """A loss from ``name:settings`` with, after @, another head than its own: ``isce:s=2@cosine:scale=10``.
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """The numbers of an option of this name, with commas (or colons) between.
 
-    s may name where it comes from (``sources``): ``isce:s=gradient:0.5``, ``isce:s=ibp``. After + come an objective, a
-    network, and changes to the schedule, of this row alone: ``isce:s=3+trades:beta=2+wideresnet:depth=16,width=2``,
-    ``sce+fit:weight_decay=5e-4``.
-
-    ``sce*100`` trains with sce and multiplies the logits by 100 afterwards. No prediction changes, so no robustness
-    does: the honest control for whatever is said of a loss that makes logits large.
-    Raises UserError for an unknown loss, head or setting (with the nearest name), a value the loss refuses (s < 0), a
-    head that lacks what the loss needs, or a factor that is not a positive number.
-
-    >>> chosen = loss("cosface:m=0.2,scale=15")
-    >>> chosen.head, chosen.head_settings
-    ('cosine', {'scale': 15})
-    >>> loss("isce:s=attack+adversarial:steps=5").source, loss("sce+adversarial:steps=5").objective
-    ('attack', 'adversarial:steps=5')
+    >>> numbers("mean", "0.5,0.25")
+    (0.5, 0.25)
     """
-    text, scale = text.strip(), 1.0
-    row, *parts = re.split(r"\+(?=[a-zA-Z])", text)
-    objective, model, fit = _parts(text, parts)
-    trained, times, factor = row.rpartition("*")
-    if times:
-        value = _value(factor.strip())
-        if isinstance(value, (str, bool)) or not 0 < value < math.inf:
-            raise UserError(
-                f"'{text}' multiplies its logits by '{factor}': expected a positive number, such as sce*100."
-            )
-        scale = float(value)
-    before, _, after = (trained if times else row).partition("@")
-    name, settings = parse(before)
-    if name not in LOSSES:
-        raise unknown("loss", name, LOSSES)
-    entry = LOSSES[name]
-    source = str(settings.pop("s")) if name == "isce" and isinstance(settings.get("s"), str) else ""
-    if source and source.partition(":")[0] not in SOURCE_NAMES:
-        raise unknown("source of s", source, [*SOURCE_NAMES, "a number"])
-    accepts("loss", name, entry.loss, settings)
-    chosen = partial(entry.loss, **settings) if settings else entry.loss
-    head, head_settings = parse(after) if after else (entry.head, {})
-    if head not in HEADS:
-        raise unknown("head", head, HEADS)
-    accepts("head", head, HEADS[head], head_settings)
-    parameters = inspect.signature(entry.loss).parameters
-    if head == "cosine" and "scale" in parameters:  # one scale for both: the loss divides by the head's
-        head_settings.setdefault("scale", settings.get("scale", parameters["scale"].default))
-        if head_settings["scale"] != settings.get("scale", parameters["scale"].default):
-            raise UserError(f"'{text}' gives loss and head two different scales: name it once, in the loss.")
-    if head != "cosine" and entry.head == "cosine":
-        raise UserError(f"loss '{name}' works on cosines: it needs head 'cosine', got '{head}'.")
-    with torch.random.fork_rng(devices=[]):
-        probe = HEADS[head](4, 3, **head_settings)(torch.zeros(2, 4))
-    answer = chosen(Outputs(*probe), torch.tensor([0, 1]))  # refuses bad values now, not after an hour
-    if answer.shape != (2,):
-        raise UserError(f"loss '{name}' returned shape {tuple(answer.shape)} for 2 samples: a loss must return (N,).")
-    return LossChoice(text, chosen, entry.score, head, head_settings, scale, source, objective, model, fit)
-
-
-# Of OBJECTIVES and SOURCES, which stand above this file; a test holds them together.
-SOURCE_NAMES = (
-    "class", "gradient", "gradient-stopped", "lipschitz", "lipschitz-capped", "ibp", "attack", "mix",
-)  # fmt: skip
-OBJECTIVE_NAMES = ("standard", "adversarial", "fast", "trades", "mart", "interval")
-
-
-def _parts(text: str, parts: list[str]) -> tuple[str, str, dict[str, Any]]:
-    """(objective, model, changes to the schedule) of what stands after the plus signs."""
-    objective, model, fit = "", "", {}
-    for part in parts:
-        name, settings = parse(part)
-        if name == "fit":
-            fit = settings
-        elif name in OBJECTIVE_NAMES and not objective:
-            objective = part.strip()
-        elif not model and name not in OBJECTIVE_NAMES:
-            model = part.strip()
-        else:
-            raise UserError(f"'{text}' names two objectives or two networks: name one of each.")
-    return objective, model, fit
+    try:
+        return tuple(float(part) for part in text.replace(":", ",").split(",") if part.strip())
+    except ValueError:
+        raise UserError(
+            f"cannot read --{name} '{text}': expected numbers with commas between, such as 0,255."
+        ) from None

@@ -233,12 +233,26 @@ class Threat:
 
         Forgives a relative ``TOLERANCE`` of eps and the rounding of float32 pixels, and nothing else.
         """
-        rounding = torch.finfo(torch.float32).eps * max(abs(self.lo), abs(self.hi))
-        dim = math.prod(x.shape[1:])
-        rounding *= {"linf": 1.0, "l2": math.sqrt(dim), "l1": dim}[self.norm]
-        over = (self.size(x_adv - x) - self.eps * (1 + TOLERANCE) - rounding).clamp_min(0.0)
+        allowed = self.eps * (1 + TOLERANCE) + self._rounding(math.prod(x.shape[1:]))
+        over = (self.size(x_adv - x) - allowed).clamp_min(0.0)
         outside = torch.maximum(self.lo - x_adv, x_adv - self.hi).flatten(1).amax(1).clamp_min(0.0)
         return torch.maximum(over, outside).nan_to_num(nan=math.inf)
+
+    def farthest(self, dim: int) -> float:
+        """No x_adv with ``dim`` values that ``violation`` forgives is farther from x, in the threat's norm: for proofs.
+
+        More than eps by the tolerance, the rounding of pixels, and what float32 may lose while it sums up a size.
+
+        >>> 0.1 < Threat("linf", 0.1).farthest(784) < 0.10001 and 1 < Threat("l2", 1.0).farthest(784) < 1.0001
+        True
+        """
+        summing = 0.0 if self.norm == "linf" else (dim + 2) * 2.0**-24
+        return self.eps * (1 + TOLERANCE) * (1 + summing) + 2 * self._rounding(dim)
+
+    def _rounding(self, dim: int) -> float:
+        """What float32 pixels can add to a size."""
+        pixel = torch.finfo(torch.float32).eps * max(abs(self.lo), abs(self.hi))
+        return pixel * {"linf": 1.0, "l2": math.sqrt(dim), "l1": dim}[self.norm]
 
     def describe(self) -> dict[str, float | str]:
         """The threat as JSON holds it."""

@@ -12,7 +12,7 @@ import inspect
 from functools import partial
 from pathlib import Path
 
-from .. import runs, specs
+from .. import rows, runs
 from ..compare import file_text
 from ..errors import at_least
 from ..jobs import Tell
@@ -32,7 +32,7 @@ def constant_s(loss: str) -> float | None:
     >>> constant_s("isce:s=10"), constant_s("isce"), constant_s("isce:s=2*3"), constant_s("sce")
     (10.0, 1.0, 6.0, None)
     """
-    chosen = specs.loss(loss)
+    chosen = rows.loss(loss)
     if getattr(chosen.loss, "func", chosen.loss) is not isce or chosen.source:
         return None
     given = getattr(chosen.loss, "keywords", {}).get("s", inspect.signature(isce).parameters["s"].default)

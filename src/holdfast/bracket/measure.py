@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..asking import Counted, batch_of, device_of, exact_arithmetic
 from ..attacks import pgd
-from ..bounds import CannotBound, box_of, gap_bounds
+from ..bounds import CannotBound, worst_gap
 from ..data import Data, pixels
 from ..errors import UserError, at_least
 from ..exact import layers_of, worst_gaps
@@ -171,15 +170,11 @@ def _certified(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | N
     """Upper bounds of the largest gap in the threat, (N,) float64; None where no bound is known."""
     if not isinstance(model, nn.Module):
         return None
-    twin, found = copy.deepcopy(model).cpu().double(), []
     try:
         with torch.no_grad():
-            for here, labels in zip(x.cpu().double().split(256), y.cpu().split(256), strict=True):
-                bounds = gap_bounds(twin, *box_of(here, threat, forgiven=True), labels, slack=True)
-                found.append(bounds.scatter(1, labels[:, None], -math.inf).amax(1))
+            return worst_gap(model, x, y, threat).cpu()
     except CannotBound:
         return None
-    return torch.cat(found)
 
 
 def _readable(model: Model) -> list[tuple[Tensor, Tensor]] | None:

@@ -14,7 +14,7 @@ from ..heads import Linear as LinearHead
 from ..models import Classifier
 from ..models.convnets import Linear as Pixels
 from ..models.convnets import Mlp
-from ..threat import TOLERANCE, Threat
+from ..threat import Threat
 
 Array = NDArray[np.float64]
 Affine = tuple[Array, Array]  # weight (out, in), bias (out,)
@@ -105,8 +105,7 @@ def checked(layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, threa
 def around(x: Tensor, threat: Threat) -> tuple[Array, Array]:
     """The box of all that ``Threat.violation`` forgives, in float64: x (1, ...) -> (in,), (in,)."""
     middle = x.flatten().double().numpy()
-    rounding = 2 * torch.finfo(torch.float32).eps * max(abs(threat.lo), abs(threat.hi))
-    reach = threat.eps * (1 + TOLERANCE) + rounding
+    reach = threat.farthest(len(middle))
     return np.maximum(middle - reach, threat.lo), np.minimum(middle + reach, threat.hi)
 
 

@@ -17,7 +17,7 @@ from .. import specs
 from ..errors import UserError, unknown
 from ..heads import HEADS
 from ..outputs import Outputs
-from .convnets import ConvNet, Linear, Madry, Mlp, SmallConvNet, Trades
+from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet
 from .dense import DenseNet
 from .fractal import FractalNet
 from .inception import Inception
@@ -34,7 +34,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "smallconv": SmallConvNet,
     "convnet": ConvNet,
     "madry": Madry,
-    "smallcnn": Trades,
+    "smallcnn": SmallCnn,
     "preactresnet8": PreActResNet8,
     "preactresnet18": PreActResNet18,
     "resnet": ResNet,

@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor, nn
 
+from ..errors import at_least
 from .base import Shape, need_side
 
 
@@ -21,14 +22,17 @@ class Linear(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two hidden layers of 256 ReLU units."""
+    """Two hidden layers of 256 ReLU units.
 
-    features = 256
+    Args: width >= 1: units a layer; about 32 are as many as exact answers (``exact``) can follow.
+    """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, width: int = 256) -> None:
         super().__init__()
+        at_least("width of model 'mlp'", width, 1)
+        self.features = width
         self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(math.prod(shape), 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
+            nn.Flatten(), nn.Linear(math.prod(shape), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ class Madry(nn.Module):
         return features
 
 
-class Trades(nn.Module):
+class SmallCnn(nn.Module):
     """conv32 3x3 twice, pool, conv64 3x3 twice, pool, fc 200 twice: SmallCNN, the MNIST network of TRADES.
 
     312,202 parameters on 28x28 with a linear head of 10 classes. Convolutions without padding; dropout 1/2 between the

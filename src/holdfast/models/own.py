@@ -32,26 +32,26 @@ def own_backbone(text: str, shape: Shape) -> tuple[nn.Module, int]:
     Raises UserError when the file is missing, lacks the name, or raises (with file and line); when what it names cannot
     be called with a shape, makes no module, or the module does not answer with (N, D) features.
     """
-    from ..foreign import _blame, _executed, _existing, _importing_from  # here, since it loads all that reads files
+    from ..foreign import blame, executed, existing, importing_from  # here, since it loads all that reads files
 
     found = re.fullmatch(r"(.+\.py):(\w+)", text)
     if found is None:
         raise UserError(f"'{text}' is not enough: say what in it makes the backbone, mymodel.py:backbone.")
-    path, name = _existing(found[1]), found[2]
+    path, name = existing(found[1]), found[2]
     what = f"{path.name}:{name}"
-    with _importing_from(path.parent):
-        with _blame(f"importing {path.name}", path):
-            module = _executed(path)
+    with importing_from(path.parent):
+        with blame(f"importing {path.name}", path):
+            module = executed(path)
         if not hasattr(module, name):
             public = [key for key, value in vars(module).items() if not key.startswith("_") and callable(value)]
             raise unknown(f"name in {path.name}", name, public)
         make = getattr(module, name)
         _takes_a_shape(make, what)
-        with _blame(what, path):
+        with blame(what, path):
             backbone = make(shape)
         if not isinstance(backbone, nn.Module) or isinstance(backbone, type):
             raise UserError(f"{what} must return an nn.Module from images to (N, D) features, got {_kind(backbone)}.")
-        with _blame(f"the backbone of {what}", path), frozen_eval(backbone), torch.no_grad():
+        with blame(f"the backbone of {what}", path), frozen_eval(backbone), torch.no_grad():
             answer = backbone(torch.zeros(2, *shape))
     if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != 2 or not answer.is_floating_point():
         got = f"shape {tuple(answer.shape)}, {answer.dtype}" if isinstance(answer, Tensor) else _kind(answer)

@@ -11,7 +11,19 @@ from typing import Any
 import jinja2
 
 from ..errors import UserError
-from ..results import Results, Row, Run, load, percent, protocols, remainder_text, rows, threat_text, write_atomic
+from ..results import (
+    Results,
+    Row,
+    Run,
+    any_proved,
+    load,
+    percent,
+    protocols,
+    remainder_text,
+    rows,
+    threat_text,
+    write_atomic,
+)
 from .figures import (
     CERTIFIED,
     CLEAN,
@@ -102,7 +114,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "facts": [(k, v) for k, v in facts if v],
         "finding": finding(results),
         "rows": shown,
-        "certified": any(row.certified for row in shown),
+        "certified": any_proved(shown),
         "protocols": protocols(shown) if any(row.alone for row in shown) else [],
         "accuracy": inline(draw_accuracy, results, prefix + "a"),
         "stages": inline(draw_stages, results, prefix + "s"),

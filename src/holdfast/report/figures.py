@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..results import Results, percent, rows, write_atomic
+from ..results import Results, any_proved, percent, rows, write_atomic
 from .findings import per_class, runs_of, stage_totals
 
 # Colours that stay apart for colour-blind eyes (Okabe and Ito). In HTML each becomes a CSS variable, for dark mode.
@@ -79,7 +79,7 @@ def draw_accuracy(results: Results) -> Figure:
     shown = rows(results)
     figure, ax = axes(len(shown), 0.46, 0.3)
     looks = [("clean", CLEAN, "o", PAPER), ("published", PUBLISHED, "D", PUBLISHED), ("robust", ROBUST, "o", ROBUST)]
-    proved = any(row.certified for row in shown)
+    proved = any_proved(shown)
     if proved:
         looks.insert(2, ("certified", CERTIFIED, "s", CERTIFIED))
     for i, row in enumerate(shown):
@@ -87,7 +87,7 @@ def draw_accuracy(results: Results) -> Figure:
         ax.text(0, i + 0.34, _short(row.label), va="center", fontweight="bold")
         if row.robust is not None:
             ax.plot([100 * row.robust.value, 100 * row.published.value], [at, at], color=RULE, linewidth=4, zorder=1.5)
-        if row.robust is not None and row.certified is not None:
+        if proved and row.robust is not None and row.certified is not None:
             ends = [100 * row.certified.value, 100 * row.robust.value]
             ax.plot(ends, [at, at], color=ROBUST, alpha=0.25, linewidth=7, solid_capstyle="butt", zorder=1.6)
             for end, colour in zip(ends, (CERTIFIED, ROBUST), strict=True):

@@ -24,8 +24,8 @@ def finding(results: Results) -> str:
         names = " and ".join(row.label for row, r in here if r.value == best.value)
         where = f" under {threat}" if len(threats) > 1 else ""
         interval = f"95% interval {percent(best.low)} to {percent(best.high)}"
-        proved = [row.certified.value for row, r in here if r.value == best.value and row.certified is not None]
-        least = f", and {percent(max(proved))}% is proved" if proved else ""
+        proved = max((row.certified.value for row, r in here if r.value == best.value and row.certified), default=0.0)
+        least = f", and {percent(proved)}% is proved" if proved else ""
         said.append(f"Most robust{where}: {names}, at most {percent(best.value)}% ({interval}){least}.")
     return " ".join(said)
 

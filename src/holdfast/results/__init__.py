@@ -20,11 +20,24 @@ from .schema import (
     write_atomic,
 )
 from .statistics import Drawn, Paired, Remainder, holm, mcnemar, over_seeds, paired_t, proportion, remainder
-from .tables import Row, csv, doubts, latex, markdown, percent, protocols, remainder_text, robust_text, rows, table
+from .tables import (
+    Row,
+    any_proved,
+    csv,
+    doubts,
+    latex,
+    markdown,
+    percent,
+    protocols,
+    remainder_text,
+    robust_text,
+    rows,
+    table,
+)
 
 __all__ = [
     "CLOPPER_PEARSON", "FILE", "SCHEMA", "Drawn", "Example", "Interval", "Paired", "Remainder", "Results", "Row", "Run",
-    "Samples", "Stage", "Verdict", "csv", "doubts", "holm", "latex", "load", "markdown", "mcnemar", "over_seeds",
-    "paired_t", "percent", "proportion", "protocols", "remainder", "remainder_text", "robust_text", "rows", "save",
-    "table", "threat_text", "to_json", "write_atomic",
+    "Samples", "Stage", "Verdict", "any_proved", "csv", "doubts", "holm", "latex", "load", "markdown", "mcnemar",
+    "over_seeds", "paired_t", "percent", "proportion", "protocols", "remainder", "remainder_text", "robust_text",
+    "rows", "save", "table", "threat_text", "to_json", "write_atomic",
 ]  # fmt: skip

@@ -136,13 +136,18 @@ def _name(row: Row) -> str:
     return re.sub(r"\s+", " ", row.label)
 
 
+def any_proved(found: Sequence[Row]) -> bool:
+    """Whether a certificate holds of any sample: one that proves nothing is not worth a column to a reader."""
+    return any(row.certified is not None and row.certified.value > 0 for row in found)
+
+
 def protocols(found: Sequence[Row]) -> list[tuple[str, ...]]:
     """The papers' table as text, head first: a row per loss, a column per attack alone, then what the row is worth.
 
-    clean, each of ``alone`` in order of first appearance, certified where some row has it, robust, and its verdict.
+    clean, each of ``alone`` in order of first appearance, certified where any is, robust, and its verdict.
     """
     names = list(dict.fromkeys(name for row in found for name in row.alone))
-    proved = ["certified"] if any(row.certified for row in found) else []
+    proved = ["certified"] if any_proved(found) else []
     lines = [("loss", "clean", *names, *proved, "robust, 95%", "verdict")]
     for row in found:
         figures = [row.clean, *(row.alone.get(name) for name in names), *([row.certified] if proved else [])]
@@ -152,11 +157,11 @@ def protocols(found: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def _lines(found: Sequence[Row]) -> list[tuple[str, ...]]:
     """Head and rows as text: the papers' table where attacks stood alone; else a verdict's column only where something
-    was judged, the own loss's where it was run, certified where a bound is known."""
+    was judged, the own loss's where it was run, certified where something was proved."""
     if any(row.alone for row in found):
         return protocols(found)
     seen = {3: any(r.published_status for r in found), 4: any(r.own for r in found)}
-    seen |= {5: any(r.certified for r in found), 7: any(r.status for r in found)}
+    seen |= {5: any_proved(found), 7: any(r.status for r in found)}
     return [tuple(c for i, c in enumerate(line) if seen.get(i, True)) for line in (_HEAD, *map(_cells, found))]
 
 
