@@ -465,6 +465,19 @@ def quiet(*_):
     pass
 
 
+@pytest.mark.parametrize("row", ["isce:s=attack+adversarial:steps=2", "isce:s=lipschitz@orthogonal+lipmlp:width=16",
+                                 "sce+trades:steps=2+fit:epochs=1,keep=best"])  # fmt: skip
+def test_a_row_with_an_objective_of_its_own_is_trained_once_and_opened_again(row, tmp_path, monkeypatch):
+    one = job(tmp_path / "run", loss=row)
+    model, trained, _ = train_one(one, quiet)
+    monkeypatch.setattr(comparing, "fit", lambda *_, **__: pytest.fail("trained again"))
+    again, same, _ = train_one(one, quiet)
+    assert same == trained
+    assert runs.weights_mark(again) == runs.weights_mark(model)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all("val_robust" in line for line in lines)
+
+
 def test_a_finished_run_folder_is_not_handed_out_for_another_job(tmp_path):
     """Asked for another loss, seed, fold or schedule, the folder of a finished run is refused, not returned."""
     train_one(job(tmp_path / "run"), quiet)

@@ -29,7 +29,7 @@ from .objectives import OBJECTIVES, Schedule
 from .results import Results, write_atomic
 from .sources import source
 from .threat import Threat
-from .train import FitConfig, accuracy, fit
+from .train import FitConfig, accuracy, claimed, fit
 
 TWIN = "sce"  # the loss whose adversarial images are tried on every other network
 
@@ -168,8 +168,7 @@ def train_one(job: Job, tell: Tell) -> tuple[nn.Module, dict[str, Any], Split]:
     watch = comparison.threats[0] if _adversarial(comparison, loss) and len(split.val) else None
     summary = job.folder / "train.json"
     if summary.exists():
-        watched = {} if watch is None else {"watch": watch.describe()}
-        runs.claim(job.folder, {"fit": asdict(config), **watched, **about})
+        runs.claim(job.folder, claimed(config, watch, about))
         return runs.load(job.folder, device=job.device)[0], runs.read_json(summary), split
     mean, std = standardisation(split.train)
     model = models.build(**built, mean=mean, std=std)

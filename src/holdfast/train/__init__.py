@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from .config import SCHEDULES, FitConfig, Fitted, Progress, best_epoch
+from .config import SCHEDULES, FitConfig, Fitted, Progress, best_epoch, claimed
 from .judging import accuracy, robust_accuracy
 from .loop import fit
 
-__all__ = ["SCHEDULES", "FitConfig", "Fitted", "Progress", "accuracy", "best_epoch", "fit", "robust_accuracy"]
+__all__ = [
+    "SCHEDULES",
+    "FitConfig",
+    "Fitted",
+    "Progress",
+    "accuracy",
+    "best_epoch",
+    "claimed",
+    "fit",
+    "robust_accuracy",
+]

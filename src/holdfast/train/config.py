@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..threat import Threat
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (epochs done, epochs, the epoch's log line)
 
@@ -83,6 +84,11 @@ class Fitted:
     seconds: float
     best_epoch: int | None
     kept_epoch: int
+
+
+def claimed(config: FitConfig, watch: Threat | None, about: dict[str, Any] | None) -> dict[str, Any]:
+    """What a run folder's config.json says, and must say again for the run to go on in it."""
+    return {"fit": asdict(config), **({} if watch is None else {"watch": watch.describe()}), **(about or {})}
 
 
 def best_epoch(history: Sequence[dict[str, Any]]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..noise import Noise
 from ..objectives import Schedule
 from ..runs import claim
 from ..threat import Threat
-from .config import SCHEDULES, FitConfig, Fitted, Progress, best_epoch
+from .config import SCHEDULES, FitConfig, Fitted, Progress, best_epoch, claimed
 from .inner import InBfloat16, quick
 from .judging import check_finite, check_task, judged, standing_in
 from .keeping import CHECKPOINT_FILE, finish, resume, save, write_log
@@ -69,8 +69,7 @@ def fit(
         history: list[dict[str, Any]] = []
         spent = 0.0
         if out is not None:
-            watched = {} if watch is None else {"watch": watch.describe()}
-            claim(out, {"fit": asdict(config), **watched, **(about or {})}, write=accelerator.is_main_process)
+            claim(out, claimed(config, watch, about), write=accelerator.is_main_process)
             if (out / CHECKPOINT_FILE).exists():
                 history, spent = resume(out, bench.plain, bench.optimizer, bench.averaged, bench.best)
                 if accelerator.is_main_process:
