@@ -20,6 +20,7 @@ from holdfast import compare as comparing
 from holdfast import results, runs
 from holdfast.attacks import SUITES, Stage
 from holdfast.compare import Comparison, Job, compare, default_out, train_one
+from holdfast.data import load
 from holdfast.errors import UserError
 from holdfast.single import attack, from_run
 from holdfast.storage import load_tensors, save_tensors
@@ -250,6 +251,20 @@ def test_seeds_are_networks_of_their_own(tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == 4
 
 
+def test_settings_are_chosen_on_validation_images_and_judged_on_fresh_seeds(tmp_path):
+    comparison = dataclasses.replace(
+        TINY, losses=("sce",), folds=1, seeds=2, first_seed=3, on="val", fit=dataclasses.replace(FIT, epochs=1)
+    )
+    found = compare(comparison, tmp_path)
+    split = load("digits", limit_train=200)
+    assert [run.seed for run in found.runs] == [3, 4]
+    assert sorted(found.runs[0].samples.index) == sorted(split.val.index.tolist())
+    assert found.data["name"] == "digits, validation images"
+    assert all(proof.holds for proof in verify(tmp_path))
+    judged = from_run(next((tmp_path / "runs").iterdir()))  # the same network, judged on its own: on test images
+    assert judged.split.fingerprint == load("digits").fingerprint
+
+
 # Refusals: before anything is trained, and before the folder is anybody's.
 
 
@@ -279,6 +294,7 @@ def test_seeds_are_networks_of_their_own(tmp_path):
         ({"folds": -1}, r"folds"),
         ({"limit": -1}, r"limit"),
         ({"limit_train": -5}, r"limit_train"),
+        ({"first_seed": -1}, r"first_seed"),
         ({"data": "digts"}, r"unknown data set 'digts'\. Did you mean 'digits'"),
     ],
 )

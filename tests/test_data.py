@@ -165,6 +165,16 @@ def test_limits_are_balanced_and_nested():
     assert small.fingerprint != large.fingerprint
 
 
+def test_on_val_judges_validation_images_and_touches_no_test_image():
+    given = data.load("digits", fold=(2, 5))
+    chosen, few = (data.load("digits", fold=(2, 5), on="val", limit=n) for n in (None, 20))
+    assert chosen.test.index.tolist() == given.val.index.tolist()
+    assert chosen.train.index.tolist() == given.train.index.tolist()
+    assert len(few.test) == 20
+    assert set(few.test.index.tolist()) < set(given.val.index.tolist())
+    assert chosen.fingerprint not in (given.fingerprint, few.fingerprint)
+
+
 def test_val_zero_is_empty():
     split = data.load("digits", val=0)
     assert len(split.val) == 0
@@ -184,6 +194,8 @@ def test_val_zero_is_empty():
         ({"limit_train": -3}, r"limit_train is -3"),
         ({"limit_train": 3}, r"val=0.1 of 3 samples leaves none of class '.' to train on: .* raise limit_train"),
         ({"limit_train": 1}, r"of 1 samples leaves none of class .* raise limit_train"),
+        ({"on": "train"}, r"on is 'train': expected 'test', or 'val'"),
+        ({"on": "val", "val": 0.0}, r"nothing is held out"),
         ({"device": "no-such"}, r"device 'no-such' cannot be used"),
     ],
 )

@@ -47,6 +47,9 @@ Information = Annotated[
     str, _option("Where I-SCE's s comes from: 10, class:3, gradient:0.5, lipschitz, ibp, attack, mix:0.3.", "--s")
 ]
 Seeds = Annotated[int, _option("Networks per loss; with more than one the interval is over seeds.")]
+FirstSeed = Annotated[int, _option("The first of those seeds: fresh ones for the figures that are published.")]
+On = Annotated[str, _option("test; or val: judge on validation images, where settings are chosen.")]
+Keep = Annotated[str | None, _option("Weights of the last epoch, or of the best by (robust) validation accuracy.")]
 Epochs = Annotated[int | None, _option("Default: 30 for digits and photographs, 10 elsewhere.")]
 Limit = Annotated[int, _option("Attack at most so many test images, 0 for all. Cross-validated data is used whole.")]
 LimitTrain = Annotated[int, _option("Train on at most so many images, 0 for all.")]
@@ -102,9 +105,11 @@ def compare(
     suite: Suite = "standard",
     objective: Objective = "standard",
     seeds: Seeds = 1,
+    first_seed: FirstSeed = 0,
     epochs: Epochs = None,
     limit: Limit = 1000,
     limit_train: LimitTrain = 0,
+    on: On = "test",
     folds: Folds = 0,
     model: Network = "",
     batch_size: BatchSize = None,
@@ -112,6 +117,7 @@ def compare(
     lr: Rate = None,
     weight_decay: Decay = None,
     augment: Augment = None,
+    keep: Keep = None,
     jobs: Jobs = 0,
     device: Device = "auto",
     out: Out = None,
@@ -130,11 +136,11 @@ def compare(
     from .compare import Comparison, default_out
     from .compare import compare as run
 
-    fit = _fit(data, epochs, batch_size, optimizer, lr, weight_decay, augment)
+    fit = _fit(data, epochs, batch_size, optimizer, lr, weight_decay, augment, keep)
     given = {"losses": tuple(_split(losses))} if losses else {}
     comparison = Comparison(
-        data=data, threat=threat, suite=suite, objective=objective, model=model, seeds=seeds, folds=folds, limit=limit,
-        limit_train=limit_train, fit=fit, **given,
+        data=data, threat=threat, suite=suite, objective=objective, model=model, seeds=seeds, first_seed=first_seed,
+        folds=folds, limit=limit, limit_train=limit_train, on=on, fit=fit, **given,
     ).checked()  # fmt: skip
     folder = out or default_out(comparison)
     where = _best(device)
@@ -172,12 +178,13 @@ def _fit(
     lr: float | None,
     weight_decay: float | None,
     augment: str | None,
+    keep: str | None,
 ) -> Any:
     from .recipes import fit_for, override
     from .specs import augmentation
 
     given = {"epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
-    return override(fit_for(data), **given, **augmentation(augment))
+    return override(fit_for(data), **given, keep=keep, **augmentation(augment))
 
 
 def _show(results: Any, as_json: bool) -> None:
@@ -213,6 +220,7 @@ def train(
     lr: Rate = None,
     weight_decay: Decay = None,
     augment: Augment = None,
+    keep: Keep = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -223,7 +231,7 @@ def train(
         if loss not in ("sce", "isce"):
             raise UserError(f"--s is I-SCE's: leave --loss out, or write the loss as isce:s={s}@HEAD, not '{loss}'.")
         loss = f"isce:s={s}"
-    fit = _fit(data, epochs, batch_size, optimizer, lr, weight_decay, augment)
+    fit = _fit(data, epochs, batch_size, optimizer, lr, weight_decay, augment, keep)
     comparison = Comparison(
         data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit
     ).checked()

@@ -41,8 +41,9 @@ class Comparison:
     data: a name or path for ``data.load``; losses: specs such as "isce:s=10"; threat: "linf:0.1", or several
     with commas between, of which adversarial training takes the first; suite: a key of
     SUITES; objective: a key of OBJECTIVES with settings, such as "adversarial:steps=10"; model: a key of MODELS or ""
-    for the size's own; seeds: networks per loss; folds: 0 for the data's own number; limit, limit_train: at most so
-    many test and training images, 0 for all; fit: how each network is trained.
+    for the size's own; seeds: networks per loss, from first_seed on; folds: 0 for the data's own number; limit,
+    limit_train: at most so many test and training images, 0 for all; on: "test", or "val" to judge, and choose, on
+    validation images; fit: how each network is trained.
     """
 
     data: str = "digits"
@@ -52,9 +53,11 @@ class Comparison:
     objective: str = "standard"
     model: str = ""
     seeds: int = 1
+    first_seed: int = 0
     folds: int = 0
     limit: int = 1000
     limit_train: int = 0
+    on: str = "test"
     fit: FitConfig = field(default_factory=FitConfig)
 
     @property
@@ -87,9 +90,9 @@ class Comparison:
             raise unknown("suite", self.suite, SUITES)
         if self.model:
             models.check(self.model)
-        if self.seeds < 1 or self.folds < 0 or self.limit < 0 or self.limit_train < 0:
+        if self.seeds < 1 or min(self.first_seed, self.folds, self.limit, self.limit_train) < 0:
             raise UserError(
-                "seeds must be >= 1; folds, limit and limit_train must be >= 0 (0: the data's own, or all)."
+                "seeds must be >= 1; first_seed, folds, limit, limit_train >= 0 (0: the data's own folds, all images)."
             )
         return replace(self, losses=tuple(chosen), folds=self.folds or default_folds(self.data))
 
@@ -201,6 +204,8 @@ def train_one(job: Job, tell: Tell) -> tuple[nn.Module, dict[str, Any], Split]:
 def _cut(comparison: Comparison, fold: int) -> dict[str, Any]:
     """How a network's data is cut, as JSON keeps it: cross-validated data is attacked whole."""
     cut: dict[str, Any] = {"limit_train": comparison.limit_train or None}
+    if comparison.on != "test":
+        cut["on"] = comparison.on
     if comparison.folds > 1:
         return {**cut, "fold": [fold, comparison.folds]}
     return {**cut, "limit": comparison.limit or None}
@@ -313,7 +318,7 @@ def compare(
     todo = [
         Job(comparison, loss, seed, fold, out / "runs" / runs.folder_name(loss, seed, fold), device)
         for fold in range(comparison.folds)
-        for seed in range(comparison.seeds)
+        for seed in range(comparison.first_seed, comparison.first_seed + comparison.seeds)
         for loss in comparison.losses
     ]
     ended: list[Job] = []
@@ -329,7 +334,8 @@ def compare(
     judged = [one for job in todo for one in check(job, _quiet)]
     order = comparison.threats.index
     judged.sort(key=lambda one: (order(one.evaluation.threat), comparison.losses.index(one.loss), one.seed))
-    return assemble(judged, out, comparison.data, asdict(comparison), command)
+    name = comparison.data + (", validation images" if comparison.on == "val" else "")
+    return assemble(judged, out, name, asdict(comparison), command)
 
 
 def default_out(comparison: Comparison) -> Path:

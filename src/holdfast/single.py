@@ -74,7 +74,9 @@ def from_run(run: Path, *, limit: int = 1000, device: str = "cpu") -> Subject:
     model, config = runs.load(run, device=device)
     if not {"data", "cut", "loss", "fit"} <= config.keys():
         raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
-    cut = config["cut"] if config["cut"].get("fold") else {**config["cut"], "limit": limit or None}
+    cut = {key: value for key, value in config["cut"].items() if key != "on"}  # chosen on val, judged on test
+    if not cut.get("fold"):
+        cut["limit"] = limit or None
     summary = run / "train.json"
     trained = runs.read_json(summary) if summary.exists() else NOT_TRAINED
     return Subject(

@@ -77,6 +77,7 @@ def load(
     limit: int | None = None,
     limit_train: int | None = None,
     whole: bool = False,
+    on: str = "test",
 ) -> Split:
     """Read, check and cut a data set.
 
@@ -88,6 +89,8 @@ def load(
     limit, limit_train: at most so many samples of test, and of train before val is cut: classes in equal numbers as far
         as they reach, always the same samples, a smaller limit a subset of a larger one.
     whole: nothing is to be trained on: train and val are empty, and without a test split all samples are test.
+    on: "test"; or "val": the validation images stand in the place of the test images, which are not touched. That is
+        where settings are chosen.
     Returns tensors on `device`, each part in source order. Errors: `UserError`, saying what is wrong and what to do.
 
     >>> digits = load("digits", fold=(2, 5))
@@ -96,7 +99,7 @@ def load(
     """
     name = os.fspath(name)
     cut = partial(cut_source, name, partial(_find, name), device=device, fold=fold, val=val, seed=seed)
-    return cut(limit=limit, limit_train=limit_train, whole=whole)
+    return cut(limit=limit, limit_train=limit_train, whole=whole, on=on)
 
 
 def from_arrays(
@@ -111,7 +114,7 @@ def from_arrays(
     """A user's own numpy arrays or tensors, checked, and cut as in `load`.
 
     x: (N, C, H, W), uint8, or float in [0, 1]. y: (N,) integers 0..K-1. test: (x, y) of the test set; without it a fold
-    is cut off. classes: K names, default "0".."K-1". cut: device, fold, val, seed, limit, limit_train as in `load`.
+    is cut off. classes: K names, default "0".."K-1". cut: device, fold, val, seed, limit, limit_train, on as in `load`.
 
     >>> split = from_arrays(torch.rand(20, 3, 8, 8), torch.arange(20) % 2, classes=["cat", "dog"])
     >>> len(split.train), len(split.val), len(split.test), split.classes

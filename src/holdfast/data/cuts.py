@@ -36,6 +36,10 @@ def _divide(data: Data, rows: np.ndarray) -> tuple[Data, Data]:
     return data.take(chosen), data.take(~chosen)
 
 
+def _limited(data: Data, limit: int | None) -> Data:
+    return data if limit is None else _divide(data, _prefix(data, LIMIT_SEED, balanced=True)[:limit])[0]
+
+
 def cut_source(
     name: str,
     source: Callable[[], Source],
@@ -47,6 +51,7 @@ def cut_source(
     limit: int | None = None,
     limit_train: int | None = None,
     whole: bool = False,
+    on: str = "test",
 ) -> Split:
     """Check the wishes, then read the source (which may mean a download), then cut. See `load`."""
     try:
@@ -61,6 +66,11 @@ def cut_source(
     for key, count in (("limit", limit), ("limit_train", limit_train)):
         if count is not None and count < 1:
             raise UserError(f"{key} is {count}: expected a number of samples, 1 or more, or None for all.")
+
+    if on not in ("test", "val"):
+        raise UserError(f"on is '{on}': expected 'test', or 'val' to judge on the validation images.")
+    if on == "val" and (whole or not val):
+        raise UserError("on is 'val', but nothing is held out for validation: give val a share above 0.")
 
     train, given, classes = source()
     if given is not None and fold is not None:
@@ -78,16 +88,16 @@ def cut_source(
             raise UserError(f"{name} cannot be cut into {n} folds ({why}): add samples, or a test split of its own.")
         dealt = np.lexsort((_keys(train, FOLD_SEED), train.y.numpy()))  # class by class, to one fold after the other
         test, train = _divide(train, dealt[k::n])
-    if limit is not None:
-        test, _ = _divide(test, _prefix(test, LIMIT_SEED, balanced=True)[:limit])
-    if limit_train is not None:
-        train, _ = _divide(train, _prefix(train, LIMIT_SEED, balanced=True)[:limit_train])
+    test = _limited(test, limit)
+    train = _limited(train, limit_train)
     held, count = max(1, round(val * len(train))) if val else 0, len(train)
     validation, train = _divide(train, _prefix(train, seed, balanced=False)[:held])
     lost = sorted(present - set(train.y.tolist()))
     if lost:
         why = f"val={val} of {count} samples leaves none of class '{classes[lost[0]]}' to train on"
         raise UserError(f"{why}: lower val or raise limit_train.")
+    if on == "val":
+        test = _limited(validation, limit)
     digest = hashlib.sha256(f"{tuple(test.x.shape)} {test.x.dtype}".encode())
     digest.update(test.x.numpy().data)
     digest.update(test.y.numpy().data)

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The runs of this record. From the repository's root: bash records/2026-11-24_forms-of-s/run.sh STAGE [OUT]
+# STAGE: choose-l2 | choose-adversarial | choose-standard | confirm-*. Every stage resumes where it was stopped.
+set -euo pipefail
+stage=$1 out=${2:-out/forms-of-s}
+export OMP_NUM_THREADS=1
+data=${MNIST:-mnist}
+
+run() { holdfast compare --data "$data" --out "$out/$stage" --quiet "$@"; }
+choose() { run --on val --seeds 3 --suite quick --limit 0 "$@"; }
+confirm() { run --first-seed 10 --seeds 8 --suite standard --limit 500 "$@"; }
+rows() { local IFS=,; echo "$*"; }
+
+linf=(--limit-train 10000 --lr 2e-3 --epochs 8)
+l2=(--threat l2:1.58 --limit-train 12000 --lr 5e-3 --epochs 10 --model lipmlp)
+
+case $stage in
+choose-l2)
+  choose "${l2[@]}" --losses "$(rows sce@orthogonal:scale={1,1.5,2,3,10} \
+    isce:s=lipschitz:{0.6,1,1.6}@orthogonal:scale={10,30})" ;;
+choose-adversarial)
+  at=adversarial:steps=5,ramp=0.3 tr=steps=5,ramp=0.3
+  choose "${linf[@]}" --threat linf:0.2 --losses "$(rows sce+$at sce+$at,factor={1.1,1.2} sce+$at+fit:lr=5e-3 \
+    isce:s={1,3,5}+$at \
+    sce+trades:beta={1,6},$tr+fit:epochs=6 isce:s=3+trades:beta={1,6},$tr+fit:epochs=6 \
+    sce+interval+fit:epochs=16 sce+interval:factor=1.1+fit:epochs=16 isce:s={1,3}+interval+fit:epochs=16 \
+    isce:s=mix:{0.1,0.3}+$at+fit:epochs=5)" ;;
+choose-standard)
+  choose "${linf[@]}" --threat linf:0.1 --epochs 48 --losses "$(rows sce sce+fit:lr=5e-3 sce+fit:weight_decay=0.3 \
+    sce:smoothing=0.1 isce:s={3,10} cosface:m={0.1,0.2,0.5},scale=15 \
+    isce:s=gradient:{0.1,0.25,0.5}+fit:epochs=16 isce:s=gradient-stopped:1+fit:epochs=16)" ;;
+*) echo "no such stage: $stage" >&2; exit 2 ;;
+esac
