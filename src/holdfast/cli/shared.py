@@ -1,0 +1,96 @@
+"""What several commands do: choose a device, read a schedule, attack one network, show results."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..display import Display, screen
+from ..errors import UserError
+
+
+def best_device(device: str) -> str:
+    """The device asked for; auto is the GPU where there is one."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def workers_for(asked: int, device: str) -> int:
+    """How many networks at a time: what was asked for, else one per core of a CPU."""
+    if asked < 0:
+        raise UserError(f"jobs must be >= 0 (0: as many as fit), got {asked}.")
+    if asked:
+        return asked
+    return len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
+
+
+def split_rows(text: str) -> list[str]:
+    """The rows of --losses: commas split them, but not the settings of one."""
+    from .. import specs
+
+    return specs.split(text)
+
+
+def schedule_from(
+    data: str,
+    epochs: int | None,
+    batch_size: int | None,
+    optimizer: str | None,
+    lr: float | None,
+    weight_decay: float | None,
+    augment: str | None,
+    keep: str | None,
+) -> Any:
+    """The data's own schedule with every option that was given in its place."""
+    from ..recipes import fit_for, override
+    from ..specs import augmentation
+
+    given = {"epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
+    return override(fit_for(data), **given, keep=keep, **augmentation(augment))
+
+
+def show(results: Any, as_json: bool) -> None:
+    """Print the table, what is in doubt and the sentence that sums it up; or JSON."""
+    from .. import report as reporting
+    from ..results import doubts, table
+
+    if as_json:
+        from ..results import to_json
+
+        print(to_json(results))
+        return
+    screen.print(table(results))
+    for line in doubts(results):
+        screen.print(line, soft_wrap=True)
+    screen.print(reporting.finding(results), soft_wrap=True)
+
+
+def attack_one(
+    opened: Any,
+    threat: str,
+    suite: str,
+    folder: Path,
+    seed: int,
+    device: str,
+    quiet: bool,
+    budget: str = "",
+    batch_size: int | None = None,
+) -> tuple[Any, Path] | None:
+    """Attack one network with its progress shown; (results, page), None in all but the first of several processes."""
+    from .. import report as reporting
+    from ..evaluate import Budget
+    from ..single import attack, processes
+
+    limited = Budget.parse(budget) if budget else None
+    with processes(best_device(device)) as (where, first), Display(quiet or not first) as display:
+        results = attack(
+            opened(device=where), threat, suite, folder, seed=seed, budget=limited, batch_size=batch_size,
+            tell=display.tell, command=shlex.join(["holdfast", *sys.argv[1:]]),
+        )  # fmt: skip
+    return (results, reporting.render([results], folder / "report.html")) if results else None

@@ -1,0 +1,234 @@
+"""The commands that train and attack: compare, train, evaluate."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..display import Display, errors, screen
+from ..errors import UserError
+from .app import app
+from .options import (
+    OWN,
+    Against,
+    AsJson,
+    Augment,
+    BatchSize,
+    Data,
+    Decay,
+    Device,
+    Epochs,
+    FirstSeed,
+    Fold,
+    Folds,
+    Information,
+    Jobs,
+    Keep,
+    Limit,
+    LimitTrain,
+    Losses,
+    Network,
+    Objective,
+    On,
+    OneLoss,
+    Optimizer,
+    Out,
+    Quiet,
+    Rate,
+    RunFolder,
+    Seed,
+    Seeds,
+    Several,
+    Suite,
+    option,
+)
+from .shared import attack_one, best_device, schedule_from, show, split_rows, workers_for
+
+
+@app.command(rich_help_panel="The main job")
+def compare(
+    data: Data = "digits",
+    losses: Losses = None,
+    threat: Several = "linf:0.1",
+    suite: Suite = "standard",
+    objective: Objective = "standard",
+    seeds: Seeds = 1,
+    first_seed: FirstSeed = 0,
+    epochs: Epochs = None,
+    limit: Limit = 1000,
+    limit_train: LimitTrain = 0,
+    on: On = "test",
+    folds: Folds = 0,
+    model: Network = "",
+    batch_size: BatchSize = None,
+    optimizer: Optimizer = None,
+    lr: Rate = None,
+    weight_decay: Decay = None,
+    augment: Augment = None,
+    keep: Keep = None,
+    jobs: Jobs = 0,
+    device: Device = "auto",
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network per loss, attack every one, and print clean, published and robust accuracy side by side.
+
+    *published* is the accuracy as papers report it: F.cross_entropy in float32, one random start, 50 PGD steps of
+    eps/4, the last iterate. *robust* is what is left after everything tried, with its 95% interval. Each carries a
+    verdict: *refuted* (other attacks broke more), *loose* (a check says that attacks may be failing), *tight*, *void*.
+
+    A stopped command goes on where it was when it is repeated.
+    """
+    from .. import report as reporting
+    from ..compare import Comparison, default_out
+    from ..compare import compare as run
+
+    fit = schedule_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, keep)
+    given = {"losses": tuple(split_rows(losses))} if losses else {}
+    comparison = Comparison(
+        data=data, threat=threat, suite=suite, objective=objective, model=model, seeds=seeds, first_seed=first_seed,
+        folds=folds, limit=limit, limit_train=limit_train, on=on, fit=fit, **given,
+    ).checked()  # fmt: skip
+    folder = out or default_out(comparison)
+    where = best_device(device)
+    with Display(quiet, comparison.networks) as display:
+        results = run(
+            comparison,
+            folder,
+            command=shlex.join(["holdfast", *sys.argv[1:]]),
+            device=where,
+            workers=workers_for(jobs, where),
+            tell=display.tell,
+            finished=display.finished,
+            checked=display.checked,
+        )
+    page = reporting.render([results], folder / "report.html")
+    show(results, as_json)
+    if not as_json and not quiet:
+        screen.print(
+            f"\n{folder / 'results.json'}\n{page}\nprove it again: holdfast verify {shlex.quote(str(folder))}",
+            soft_wrap=True,
+        )
+
+
+@app.command(rich_help_panel="Step by step")
+def train(
+    out: RunFolder,
+    data: Data = "digits",
+    loss: OneLoss = "sce",
+    s: Information = "",
+    threat: Against = "linf:0.1",
+    objective: Objective = "standard",
+    seed: Seed = 0,
+    fold: Fold = 0,
+    epochs: Epochs = None,
+    limit_train: LimitTrain = 0,
+    model: Network = "",
+    batch_size: BatchSize = None,
+    optimizer: Optimizer = None,
+    lr: Rate = None,
+    weight_decay: Decay = None,
+    augment: Augment = None,
+    keep: Keep = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Train one network. Writes config.json, env.json, log.jsonl, a checkpoint and model.safetensors."""
+    from ..compare import Comparison, Job, train_one
+
+    if s:
+        if loss not in ("sce", "isce"):
+            raise UserError(f"--s is I-SCE's: leave --loss out, or write the loss as isce:s={s}@HEAD, not '{loss}'.")
+        loss = f"isce:s={s}"
+    fit = schedule_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, keep)
+    comparison = Comparison(
+        data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit
+    ).checked()
+    with Display(quiet) as display:
+        _, trained, _ = train_one(Job(comparison, loss, seed, fold, out, best_device(device)), display.tell)
+    screen.print(
+        f"{loss}: train accuracy {trained['accuracy']:.1%}, validation {percent(trained['val'])}, "
+        f"{trained['epochs']} epochs in {trained['seconds']} s.\n"
+        f"attack it: holdfast evaluate {shlex.quote(str(out))} --threat {threat}",
+        soft_wrap=True,
+    )
+
+
+def percent(value: float | None) -> str:
+    """A share as 97.5%, or a dash where there is none."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+@app.command(rich_help_panel="Step by step")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A run folder of `holdfast train` or `compare`; or mymodel.py:build, a .onnx, a .pt2.")
+    ],
+    threat: Against = "linf:0.1",
+    suite: Suite = "standard",
+    budget: Annotated[str, option("Attack for so much, check, and say what is left: 10min, 2h, 1e6passes.")] = "",
+    limit: Limit = 1000,
+    seed: Seed = 0,
+    batch_size: Annotated[int | None, option("Default: by image size; halved when memory runs out.")] = None,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None, option("Default: evaluation-THREAT-SUITE in the run folder, or in out/.", "--out", "-o")
+    ] = None,
+    data: Annotated[str, option("Its data. All of it is used if it has no test split.", rich_help_panel=OWN)] = "",
+    weights: Annotated[str, option(".safetensors, or .pt (tensors alone are read).", rich_help_panel=OWN)] = "",
+    pixels: Annotated[str, option("The range that it takes pixels in. Default: 0,1.", rich_help_panel=OWN)] = "",
+    mean: Annotated[str, option("Then minus this, a number or one a channel.", rich_help_panel=OWN)] = "",
+    std: Annotated[str, option("Then divided by this.", rich_help_panel=OWN)] = "",
+    loss: Annotated[
+        str, option("The loss it was trained with, which attacks match. Default: sce.", rich_help_panel=OWN)
+    ] = "",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Attack one network and write results.json, witnesses and report.html.
+
+    The network is a run folder, or your own: **holdfast evaluate mymodel.py:build --weights w.safetensors --data FOLDER
+    --threat linf:8/255 --out DIR**. build() is called without arguments and returns what maps images to logits; your
+    code is executed. Images come in [0, 1]: say once, with --pixels, --mean and --std, what your network takes.
+
+    Stopped at any moment, the same command goes on where it was. Under torchrun (`torchrun --nproc-per-node 2 -m
+    holdfast evaluate ...`) processes share the samples and give the answer of one.
+    """
+    from ..compare import file_text
+    from ..foreign import is_foreign
+
+    if is_foreign(model):
+        from ..foreign import Foreign
+        from ..single import from_file
+        from ..specs import numbers
+
+        if not data:
+            raise UserError("your own model needs --data: a folder of images per class, a parquet file, a hub name.")
+        source = Foreign(model, weights, *map(numbers, ("pixels", "mean", "std"), (pixels or "0,1", mean, std)))
+        folder = out or Path("out") / f"{Path(model).stem}-{file_text(threat)}-{suite}"
+        if not quiet:
+            errors.print(f"opening {model}: what it holds is executed.", soft_wrap=True)
+        opened: Any = partial(from_file, source, data, loss=loss or "sce", limit=limit, seed=seed)
+    else:
+        from ..single import from_run
+
+        own = {"data": data, "weights": weights, "pixels": pixels, "mean": mean, "std": std, "loss": loss}
+        for name, value in own.items():
+            if value:
+                raise UserError(f"--{name} is for a model of your own; {model} is a run folder, which knows its own.")
+        folder = out or Path(model) / f"evaluation-{file_text(threat)}-{suite}"
+        opened = partial(from_run, Path(model), limit=limit)
+
+    answer = attack_one(opened, threat, suite, folder, seed, device, quiet, budget, batch_size)
+    if answer is None:
+        return
+    results, page = answer
+    show(results, as_json)
+    if not as_json and not quiet:
+        screen.print(f"\n{folder / 'results.json'}\n{page}", soft_wrap=True)
