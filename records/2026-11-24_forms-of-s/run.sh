@@ -31,5 +31,7 @@ choose-standard)
   choose "${linf[@]}" --threat linf:0.1 --epochs 48 --losses "$(rows sce sce+fit:lr=5e-3 sce+fit:weight_decay=0.3 \
     sce:smoothing=0.1 isce:s={3,10} cosface:m={0.1,0.2,0.5},scale=15 \
     isce:s=gradient:{0.1,0.25,0.5}+fit:epochs=16 isce:s=gradient-stopped:1+fit:epochs=16)" ;;
+confirm-l2)
+  confirm "${l2[@]}" --losses "$(rows sce@orthogonal:scale={0.2,0.3,0.5,0.7,1} isce:s=lipschitz:{1,1.6}@orthogonal:scale=10)" ;;
 *) echo "no such stage: $stage" >&2; exit 2 ;;
 esac
