@@ -18,12 +18,12 @@ from holdfast.models import MODELS, build
 from holdfast.noise import Noise
 from holdfast.threat import Threat
 
-CHAINS = ["linear", "mlp", "smallconv", "convnet", "madry", "smallcnn", "lipmlp", "lipconv"]
+CHAINS = ["linear", "mlp", "smallconv", "convnet", "stepnet", "madry", "smallcnn", "lipmlp", "lipconv"]
 N = 12
 
 
 def network(name, seed=0, classes=5):
-    side = 28 if name in ("madry", "smallcnn", "convnet") else 8
+    side = 28 if name in ("madry", "smallcnn", "convnet", "stepnet") else 8
     head = "orthogonal" if name.startswith("lip") else "linear"
     model = build(
         name, (1, side, side), classes, head=head, mean=torch.tensor([0.2]), std=torch.tensor([0.5]), seed=seed

@@ -18,7 +18,7 @@ from holdfast.outputs import Outputs
 SMALLEST = {
     "linear": 1, "mlp": 1, "lipmlp": 1, "smallconv": 4, "madry": 4, "lipconv": 4, "convnet": 8, "smallcnn": 16,
     "preactresnet8": 16, "preactresnet18": 16, "resnet": 16, "resnet18": 16, "wideresnet": 16, "densenet": 16,
-    "inception": 16, "fractalnet": 16,
+    "inception": 16, "fractalnet": 16, "stepnet": 8,
 }  # fmt: skip
 LIGHT = [name for name in MODELS if SMALLEST[name] <= 8]  # for the small images that most tests use
 DEEP = {  # as small as their settings let them be: what is tested here does not grow with depth
@@ -32,6 +32,7 @@ SHAPES = {
     "linear": [(1, 1, 1), (3, 5, 4)],
     "mlp": [(1, 1, 1), (3, 5, 4)],
     "smallconv": [(1, 4, 4), (1, 8, 8), (3, 5, 7), (2, 9, 6)],
+    "stepnet": [(1, 8, 8), (1, 28, 28)],
     "convnet": [(1, 8, 8), (1, 28, 28), (3, 11, 9), (2, 10, 13)],
     "lipmlp": [(1, 1, 1), (3, 5, 4)],
     "lipconv": [(1, 4, 4), (1, 28, 28), (3, 7, 9)],
@@ -101,6 +102,7 @@ def test_every_backbone_takes_every_head(head):
         ("linear", (1, 8, 8), 650),
         ("mlp", (1, 28, 28), 269322),
         ("convnet", (1, 28, 28), 166406),
+        ("stepnet", (1, 28, 28), 166406),
         ("preactresnet8", (3, 32, 32), 77850),
         ("preactresnet18", (3, 32, 32), 11172170),
         ("resnet:depth=20", (3, 32, 32), 269722),

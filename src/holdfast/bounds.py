@@ -27,7 +27,7 @@ from .threat import Threat
 UNIT = 2.0**-24  # the unit roundoff of float32, in which networks are evaluated
 # Backbones whose forward is their Sequential ``layers`` and nothing else.
 _CHAINS = (
-    convnets.Mlp, convnets.SmallConvNet, convnets.ConvNet, convnets.Madry, convnets.SmallCnn,
+    convnets.Mlp, convnets.SmallConvNet, convnets.ConvNet, convnets.StepNet, convnets.Madry, convnets.SmallCnn,
     lipschitz.LipMlp, lipschitz.LipConv,
 )  # fmt: skip
 _LINEAR_HEADS = (heads.Linear, heads.Centers, heads.Orthogonal)
@@ -256,7 +256,8 @@ class _Last(nn.Module):
 _DENSE = (nn.Linear, orthogonal.OrthogonalLinear)
 _CONVOLUTIONS = (nn.Conv2d, orthogonal.OrthogonalConv)
 _MONOTONE = (nn.ReLU, nn.MaxPool2d, orthogonal.MaxMin)  # none of them rounds, none stretches
-_KNOWN = (*_DENSE, *_CONVOLUTIONS, *_MONOTONE, nn.AvgPool2d, nn.Flatten, nn.BatchNorm2d, _Shift)
+_SLOPES = (nn.BatchNorm2d, _Shift)  # h * factor + offset
+_KNOWN = (*_DENSE, *_CONVOLUTIONS, *_MONOTONE, *_SLOPES, convnets.Step, nn.AvgPool2d, nn.Flatten)
 ROWS = 256  # samples that are proved at a time
 SMALL = 4096  # up to so many rows or columns the singular values of a layer are computed
 
@@ -306,7 +307,7 @@ def _apply(layer: Any, h: Tensor) -> Tensor:
     """The layer at h, in h's dtype."""
     if isinstance(layer, (*_DENSE, *_CONVOLUTIONS)):
         return _map(layer, h)
-    if isinstance(layer, (nn.BatchNorm2d, _Shift)):
+    if isinstance(layer, _SLOPES):
         factor, offset = _slope(layer, h)
         return h * factor + offset
     answer: Tensor = layer(h)
@@ -319,7 +320,7 @@ def _terms(layer: Any) -> int:
         return int(layer.weight[0].numel())
     if isinstance(layer, nn.AvgPool2d):
         return math.prod(_pair(layer.kernel_size))
-    return 4 if isinstance(layer, (nn.BatchNorm2d, _Shift)) else 0
+    return 4 if isinstance(layer, (*_SLOPES, convnets.Step)) else 0
 
 
 def _gamma(terms: int) -> float:
@@ -334,11 +335,15 @@ def _through(layer: Any, center: Tensor, radius: Tensor, slack: bool) -> tuple[T
     if isinstance(layer, _MONOTONE):
         low, high = layer(center - radius), layer(center + radius)
         return (low + high) / 2, (high - low) / 2
+    if isinstance(layer, convnets.Step):
+        low, high = layer(center - radius), layer(center + radius)
+        size = _sizes(layer, center.abs() + radius)[0] * _gamma(_terms(layer)) if slack else 0.0
+        return (low + high) / 2, (high - low) / 2 + size
     after = _apply(layer, center)
     if isinstance(layer, nn.AvgPool2d):
         spread = size = layer(radius)
         size = layer(center.abs() + radius) if slack else size
-    elif isinstance(layer, (nn.BatchNorm2d, _Shift)):
+    elif isinstance(layer, _SLOPES):
         factor, offset = _slope(layer, center)
         spread, size = factor.abs() * radius, factor.abs() * (center.abs() + radius) + 2 * offset.abs()
     else:
@@ -349,11 +354,13 @@ def _through(layer: Any, center: Tensor, radius: Tensor, slack: bool) -> tuple[T
 
 def _sizes(layer: Any, h: Tensor) -> tuple[Tensor, Tensor]:
     """(|W| |h| + |b|, a bound of the l2 norm of |W|)."""
-    if isinstance(layer, (nn.BatchNorm2d, _Shift)):
+    if isinstance(layer, _SLOPES):
         factor, offset = _slope(layer, h)
         return factor.abs() * h.abs() + 2 * offset.abs(), factor.abs().amax()
     if isinstance(layer, nn.AvgPool2d):
         return layer(h.abs()), h.new_ones(())
+    if isinstance(layer, convnets.Step):  # the sum of what its terms can be, as if nothing were clamped
+        return layer.steepest * (h.abs() + 1), h.new_tensor(layer.steepest)
     weight = layer.weight.to(h.dtype).abs()
     flat = weight.flatten(1)
     rows, columns = flat.sum(1).amax(), weight.flatten(2).sum((0, 2)).amax() if weight.ndim == 4 else flat.sum(0).amax()
@@ -385,8 +392,10 @@ def _proved_stretch(layer: Any, probe: Tensor) -> Tensor:
     if isinstance(layer, nn.AvgPool2d):
         kernel, stride = _pair(layer.kernel_size), _pair(layer.stride)
         return one * math.sqrt(math.prod(math.ceil(k / s) / k for k, s in zip(kernel, stride, strict=True)))
-    if isinstance(layer, (nn.BatchNorm2d, _Shift)):
+    if isinstance(layer, _SLOPES):
         return _slope(layer, probe)[0].abs().amax()
+    if isinstance(layer, convnets.Step):
+        return one * layer.steepest
     if isinstance(layer, orthogonal.Orthogonal) and layer.free.requires_grad and torch.is_grad_enabled():
         return one  # in training; a certificate measures the rounded matrix
     weight = layer.weight.to(probe.dtype)

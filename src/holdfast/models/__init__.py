@@ -17,7 +17,7 @@ from .. import specs
 from ..errors import UserError, unknown
 from ..heads import HEADS
 from ..outputs import Outputs
-from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet
+from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet, StepNet
 from .dense import DenseNet
 from .fractal import FractalNet
 from .inception import Inception
@@ -33,6 +33,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
     "smallconv": SmallConvNet,
     "convnet": ConvNet,
+    "stepnet": StepNet,
     "madry": Madry,
     "smallcnn": SmallCnn,
     "preactresnet8": PreActResNet8,
@@ -119,7 +120,7 @@ def build(
             function of the shape that returns a module from images to (N, D) features. The file is executed.
         shape: (C, H, W) of the images; classes: K >= 2.
         head: a key of HEADS; head_settings: its keyword arguments, such as scale or radius.
-        mean, std: (C,), default 0 and 1: no normalisation.
+        mean, std: (C,), default 0 and 1: no normalisation, and none for a backbone whose ``normalised`` is False.
 
     Raises UserError for an unknown name, setting or head, a setting that the head does not take, fewer than two
     classes, images too small for the network, or a file that does not make a backbone.
@@ -148,4 +149,6 @@ def build(
         except TypeError as error:
             raise UserError(f"head '{head}' does not take these settings: {head_settings}. {error}") from None
     zeros, ones = torch.zeros(channels), torch.ones(channels)
+    if not getattr(backbone, "normalised", True):
+        mean = std = None
     return Classifier(backbone, top, zeros if mean is None else mean, ones if std is None else std)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from ..errors import at_least
+from ..errors import UserError, at_least
 from .base import Shape, need_side
 
 
@@ -91,6 +91,44 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features: Tensor = self.layers(x)
         return features
+
+
+class StepNet(ConvNet):
+    """ConvNet behind a fixed step on every pixel: for near-binary images (MNIST) under linf. Pixels are not normalised.
+
+    What robustness the step adds is a property of such images, not of a loss.
+
+    Args: slope >= 1 and leak in (0, 1], see ``Step``. As many parameters as ConvNet: the step has none.
+    Source: Schott et al. 2019, whose binarised CNN has hard steps; those blind gradient attacks.
+    """
+
+    normalised = False
+
+    def __init__(self, shape: Shape, slope: float = 10.0, leak: float = 0.1) -> None:
+        need_side(8, shape, "stepnet")
+        super().__init__(shape)
+        if not 1 <= slope < math.inf or not 0 < leak <= 1:
+            raise UserError(f"model 'stepnet' needs slope >= 1 and leak in (0, 1], got {slope} and {leak}.")
+        self.layers = nn.Sequential(Step(slope, leak), *self.layers)
+
+
+class Step(nn.Module):
+    """(1 - leak) clamp(slope (x - 1/2) + 1/2, 0, 1) + leak x: pixels near 0 or 1 move leak times as far as in x.
+
+    The leak is there for attacks: where a step is flat, gradients are zero and attacks that follow them find nothing.
+    """
+
+    def __init__(self, slope: float, leak: float) -> None:
+        super().__init__()
+        self.slope, self.leak = slope, leak
+
+    @property
+    def steepest(self) -> float:
+        """The Lipschitz constant."""
+        return (1 - self.leak) * self.slope + self.leak
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 - self.leak) * (self.slope * (x - 0.5) + 0.5).clamp(0, 1) + self.leak * x
 
 
 class Madry(nn.Module):
