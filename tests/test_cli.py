@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,19 +20,22 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from typer.models import OptionInfo
 
 import holdfast
 from holdfast import cli, results
 from holdfast.attacks import ATTACKS, SUITES, Stage
+from holdfast.compare import Comparison
 from holdfast.data import DATASETS
 from holdfast.heads import HEADS
 from holdfast.losses import LOSSES
 from holdfast.models import MODELS
 from holdfast.objectives import OBJECTIVES
-from holdfast.recipes import RECIPES
+from holdfast.recipes import RECIPES, Recipe
 from holdfast.sources import SOURCES
+from holdfast.train import FitConfig
 
-COMMANDS = ("compare", "train", "evaluate", "report", "verify", "list")
+COMMANDS = ("compare", "recipe", "train", "evaluate", "curves", "report", "verify", "list")
 SMALL = ("--epochs", "2", "--batch-size", "32", "--suite", "tiny", "--device", "cpu")
 TINY_SUITE = (Stage("apgd", "apgd", settings={"steps": 3}),)
 
@@ -63,8 +67,8 @@ def holdfast_(capsys, monkeypatch):
     return run
 
 
-def write_parquet(folder, *, train=120, test=40, top=None):
-    """Digits as a parquet folder; with ``top``, every label is at most that."""
+def write_parquet(folder, *, train=120, test=40, top=None, photographs=False):
+    """Digits as a parquet folder; with ``top``, every label is at most that; photographs: 32x32, in colour."""
     digits = load_digits()
     folder.mkdir(parents=True, exist_ok=True)
     kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int32())])
@@ -72,7 +76,8 @@ def write_parquet(folder, *, train=120, test=40, top=None):
         cells = []
         for row in rows:
             buffer = io.BytesIO()
-            Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(buffer, "PNG")
+            picture = Image.fromarray((digits.images[row] * 15).astype(np.uint8))
+            (picture.resize((32, 32)).convert("RGB") if photographs else picture).save(buffer, "PNG")
             cells.append({"bytes": buffer.getvalue(), "path": None})
         labels = [int(digits.target[row]) if top is None else int(digits.target[row]) % (top + 1) for row in rows]
         pq.write_table(pa.table({"image": cells, "label": labels}, schema=kinds), folder / f"{name}.parquet")
@@ -118,7 +123,7 @@ def test_every_option_says_what_it_is(command, holdfast_):
     for name, parameter in inspect.signature(callback, eval_str=True).parameters.items():
         about = parameter.annotation.__metadata__[0]
         assert about.help, name
-        if parameter.default is not parameter.empty:
+        if parameter.default is not parameter.empty and isinstance(about, OptionInfo):
             flag = "--json" if name == "as_json" else "--" + name.replace("_", "-")
             assert re.search(rf"(?<![\w-]){flag}(?![\w-])", out), flag
 
@@ -162,6 +167,58 @@ def test_list_for_people_has_a_line_for_each(holdfast_):
     for named in (LOSSES, HEADS, ATTACKS, OBJECTIVES, MODELS, DATASETS, RECIPES, SOURCES):
         for name in named:
             assert re.search(rf"^  {name} +\S", out, re.MULTILINE), name
+
+
+# Recipes and curves.
+
+
+def test_recipe_without_a_name_lists_what_there_is(holdfast_):
+    status, out, _ = holdfast_("recipe")
+    assert status == 0
+    for name in RECIPES:
+        assert f"{name}: " in out
+
+
+def test_a_recipe_holds_its_numbers_against_those_it_expects(holdfast_, parquet, monkeypatch):
+    def small(data=parquet):
+        comparison = Comparison(data=data, losses=("sce",), suite="tiny", fit=FitConfig(epochs=2, batch_size=32))
+        return Recipe("small", comparison, "no time", {("sce", "clean"): (0.0, 1.0), ("sce", "robust"): (1.1, 1.2)})
+
+    monkeypatch.setitem(RECIPES, "small", small)
+    status, out, _ = holdfast_("recipe", "small", "--out", "out", "--device", "cpu", "--jobs", "1")
+    assert status == 1
+    assert "expected 0.0% to 100.0%: as expected" in out
+    assert "expected 110.0% to 120.0%: NOT as expected" in out
+    status, out, _ = holdfast_("curves", "out")
+    assert status == 0
+    assert re.search(r"sce, seed 0: 2 epochs, loss [\d.]+, validation [\d.]+%\.", out)
+    assert Path("out/curves.png").exists()
+
+
+def test_a_recipe_of_another_size_expects_nothing(holdfast_, parquet, monkeypatch):
+    status, out, _ = holdfast_(
+        "recipe", "mnist-l2", "--data", parquet, "--epochs", "1", "--suite", "tiny", "--model", "lipmlp:width=16",
+        "--out", "out", "--quiet", "--jobs", "1",
+    )  # fmt: skip
+    assert status == 0
+    assert "expected" not in out.replace("the recipe expects nothing", "")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-wide"])
+def test_the_recipes_of_photographs_run_end_to_end(name, holdfast_, tmp_path):
+    """At a size that fits: digits for photographs, a smaller network of the same kind."""
+    words = ("--epochs", "1", "--limit-train", "40", "--limit", "4", "--suite", "tiny", "--jobs", "1", "--quiet")
+    model = {"cifar10": "preactresnet8", "cifar10-wide": "wideresnet:depth=10,width=1"}[name]
+    photographs = write_parquet(tmp_path / "photographs", photographs=True)
+    status, out, _ = holdfast_("recipe", name, "--data", photographs, "--model", model, "--out", "out", *words)
+    assert status == 0
+    assert "owed" not in out
+
+
+def test_an_unknown_recipe_is_named(holdfast_):
+    status, _, err = holdfast_("recipe", "mnits")
+    assert status == 2
+    assert "Did you mean 'mnist'" in one_line(err)
 
 
 # Compare.

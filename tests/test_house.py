@@ -30,7 +30,7 @@ LAYERS = (
     ("assemble",),
     ("compare",),
     ("recipes", "report", "single"),
-    ("bracket", "waterfall"),
+    ("bracket", "curves", "waterfall"),
     ("catalogue", "display"),
     ("cli", "__main__"),
 )

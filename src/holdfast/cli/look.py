@@ -1,4 +1,4 @@
-"""The commands that look at what is there: explain, bracket, report, verify, list."""
+"""The commands that look at what is there: explain, bracket, curves, report, verify, list."""
 
 from __future__ import annotations
 
@@ -90,6 +90,25 @@ def bracket(
     screen.print(files[0].read_text() if as_json else sentence(found), soft_wrap=True)
     if not quiet and not as_json:
         screen.print("\n" + "\n".join(map(str, files)), soft_wrap=True)
+
+
+@app.command(rich_help_panel="Look")
+def curves(
+    folder: Annotated[list[Path], typer.Argument(help="Run folders, or output folders of `holdfast compare`.")],
+    out: Annotated[Path | None, option("Folder of the figure. Default: the first folder.", "--out", "-o")] = None,
+) -> None:
+    """How training went, from its log: the loss, and clean and robust validation accuracy by epoch.
+
+    What the best epoch had and the last one has lost is robust overfitting: --keep best keeps the best one's weights.
+    Works while training goes on. Writes curves.svg and .png.
+    """
+    from .. import curves as drawn
+
+    found = [drawn.read(run) for path in folder for run in drawn.folders(path)]
+    for curve in found:
+        screen.print(drawn.sentence(curve), soft_wrap=True)
+    for path in drawn.save(found, out or folder[0]):
+        screen.print(str(path), soft_wrap=True)
 
 
 @app.command(rich_help_panel="Look")

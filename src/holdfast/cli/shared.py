@@ -55,6 +55,33 @@ def schedule_from(
     return override(fit_for(data), **given, keep=keep, **augmentation(augment))
 
 
+def side_by_side(comparison: Any, out: Path | None, device: str, jobs: int, quiet: bool, as_json: bool) -> Any:
+    """Run a comparison with its progress shown, write its page, print its table; its Results."""
+    from .. import report as reporting
+    from ..compare import compare, default_out
+
+    folder, where = out or default_out(comparison), best_device(device)
+    with Display(quiet, comparison.networks) as display:
+        results = compare(
+            comparison,
+            folder,
+            command=shlex.join(["holdfast", *sys.argv[1:]]),
+            device=where,
+            workers=workers_for(jobs, where),
+            tell=display.tell,
+            finished=display.finished,
+            checked=display.checked,
+        )
+    page = reporting.render([results], folder / "report.html")
+    show(results, as_json)
+    if not as_json and not quiet:
+        screen.print(
+            f"\n{folder / 'results.json'}\n{page}\nprove it again: holdfast verify {shlex.quote(str(folder))}",
+            soft_wrap=True,
+        )
+    return results
+
+
 def show(results: Any, as_json: bool) -> None:
     """Print the table, what is in doubt and the sentence that sums it up; or JSON."""
     from .. import report as reporting

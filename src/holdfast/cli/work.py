@@ -1,9 +1,8 @@
-"""The commands that train and attack: compare, train, evaluate."""
+"""The commands that train and attack: compare, recipe, train, evaluate."""
 
 from __future__ import annotations
 
 import shlex
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +46,7 @@ from .options import (
     Suite,
     option,
 )
-from .shared import attack_one, best_device, schedule_from, show, split_rows, workers_for
+from .shared import attack_one, best_device, schedule_from, show, side_by_side, split_rows
 
 
 @app.command(rich_help_panel="The main job")
@@ -85,9 +84,7 @@ def compare(
 
     A stopped command goes on where it was when it is repeated.
     """
-    from .. import report as reporting
-    from ..compare import Comparison, default_out
-    from ..compare import compare as run
+    from ..compare import Comparison
 
     fit = schedule_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, keep)
     given = {"losses": tuple(split_rows(losses))} if losses else {}
@@ -95,26 +92,58 @@ def compare(
         data=data, threat=threat, suite=suite, objective=objective, model=model, seeds=seeds, first_seed=first_seed,
         folds=folds, limit=limit, limit_train=limit_train, on=on, fit=fit, **given,
     ).checked()  # fmt: skip
-    folder = out or default_out(comparison)
-    where = best_device(device)
-    with Display(quiet, comparison.networks) as display:
-        results = run(
-            comparison,
-            folder,
-            command=shlex.join(["holdfast", *sys.argv[1:]]),
-            device=where,
-            workers=workers_for(jobs, where),
-            tell=display.tell,
-            finished=display.finished,
-            checked=display.checked,
-        )
-    page = reporting.render([results], folder / "report.html")
-    show(results, as_json)
-    if not as_json and not quiet:
-        screen.print(
-            f"\n{folder / 'results.json'}\n{page}\nprove it again: holdfast verify {shlex.quote(str(folder))}",
-            soft_wrap=True,
-        )
+    side_by_side(comparison, out, device, jobs, quiet, as_json)
+
+
+@app.command(rich_help_panel="The main job")
+def recipe(
+    name: Annotated[str, typer.Argument(help="One of those that `holdfast recipe` lists.")] = "",
+    data: Annotated[str, option("Another place or set than the recipe's own: a path, a name.")] = "",
+    seeds: Annotated[int | None, option("Networks per row.")] = None,
+    epochs: Annotated[int | None, option("Of training.")] = None,
+    limit: Annotated[int | None, option("Attack at most so many test images, 0 for all.")] = None,
+    limit_train: Annotated[int | None, option("Train on at most so many images, 0 for all.")] = None,
+    model: Annotated[str | None, option("Another network.")] = None,
+    suite: Annotated[str | None, option("How hard to attack.")] = None,
+    jobs: Jobs = 0,
+    device: Device = "auto",
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a named experiment whole, training and attacks, and hold its numbers against those it expects.
+
+    Without a name: what there is. Exit status 1 where a number lies outside what the recipe expects. Run in another
+    size (--epochs, --limit, --model, ...) it expects nothing. A stopped recipe goes on where it was.
+    """
+    from .. import recipes
+
+    if not name:
+        for known in recipes.RECIPES:
+            found = recipes.named(known)
+            screen.print(f"{known}: {found.about}. Takes {found.cost}.", soft_wrap=True)
+        return
+    chosen = recipes.named(name, data)
+    size = {
+        "seeds": seeds, "epochs": epochs, "limit": limit, "limit_train": limit_train, "model": model, "suite": suite
+    }  # fmt: skip
+    comparison = recipes.resized(chosen.comparison, **size).checked()
+    if not quiet:
+        errors.print(f"{name}: {chosen.about}. Takes {chosen.cost}.", soft_wrap=True)
+    results = side_by_side(comparison, out, device, jobs, quiet, as_json)
+    whole = comparison == chosen.comparison.checked()
+    expected = recipes.held_against(chosen, results) if whole else []
+    say = errors.print if as_json else screen.print
+    if chosen.expects and not whole:
+        say("In this size the recipe expects nothing: run it without --seeds, --epochs, --limit and the like.")
+    for one in expected:
+        word = "as expected" if one.holds else "NOT as expected"
+        say(f"{one.row}, {one.column}: {percent(one.value)}, expected {one.low:.1%} to {one.high:.1%}: {word}",
+            soft_wrap=True)  # fmt: skip
+    if chosen.note and not quiet:
+        say(chosen.note, soft_wrap=True)
+    if not all(one.holds for one in expected):
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel="Step by step")

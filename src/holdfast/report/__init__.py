@@ -35,6 +35,8 @@ from .figures import (
     PAPER,
     PUBLISHED,
     ROBUST,
+    RULE,
+    WIDTH,
     axes,
     draw_accuracy,
     draw_margins,
@@ -48,8 +50,9 @@ from .figures import (
 from .findings import Comparison, class_name, compare, finding, per_class, runs_of, stage_totals
 
 __all__ = [
-    "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PUBLISHED", "ROBUST", "Comparison",
-    "axes", "compare", "figures", "finding", "per_class", "percent_axis", "render", "style", "write_figure",
+    "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PUBLISHED", "ROBUST", "RULE",
+    "WIDTH", "Comparison", "axes", "compare", "figures", "finding", "per_class", "percent_axis", "render", "style",
+    "write_figure",
 ]  # fmt: skip
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
