@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def room(module):
     return [*module.split("."), ""][1]
 
 
+@cache
 def imported(path):
     """The holdfast modules that a file imports, anywhere in it: under a function or TYPE_CHECKING too."""
     package = dotted(path).split(".") if path.name == "__init__.py" else dotted(path).split(".")[:-1]
@@ -72,6 +74,7 @@ def exists(module):
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
+@cache
 def graph():
     edges = {}
     for path in FILES:
