@@ -9,8 +9,11 @@ import inspect
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -878,6 +881,33 @@ def test_two_processes_train_the_network_of_one(sides):
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-6)
 
 
+DOUBLE_SCRIPT = SCRIPT.replace("epochs=2", "epochs=7").replace(
+    "config =",
+    """
+class Double(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x.double())
+
+model = Double(model.double())
+config =""",
+)
+
+
+@pytest.mark.slow
+def test_in_float64_two_processes_train_the_network_of_one_to_ten_digits(tmp_path):
+    """21 steps of adversarial training without batch norm: what differs is rounding alone."""
+    script = tmp_path / "script.py"
+    script.write_text(DOUBLE_SCRIPT)
+    one, two = (in_processes(count, script, tmp_path / f"by{count}", 0)[0] for count in (1, 2))
+    for name in one:
+        assert one[name].dtype == torch.float64
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-10)
+
+
 @pytest.mark.slow
 def test_two_processes_log_the_loss_of_one(sides):
     """The log tells the whole batch's loss, not the share of the process that writes it."""
@@ -899,3 +929,38 @@ def test_weights_are_perturbed_inside_and_restored_before_the_step(split):
         assert done.history[-1]["loss"] > 0
         ends.append(weights(model))
     assert not same(*ends)
+
+
+LONG_SCRIPT = (
+    SCRIPT.replace("epochs=2", "epochs=60").replace("ema=", "checkpoint_seconds=0, ema=")
+    + """
+print("done", len((Path(sys.argv[1]) / "log.jsonl").read_text().splitlines()))
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_lost_worker_ends_the_others_with_a_word_and_a_checkpoint_to_go_on_from(tmp_path):
+    script, out = tmp_path / "script.py", tmp_path / "run"
+    mark = "import os, pathlib; pathlib.Path(f\"pid{os.environ['RANK']}\").write_text(str(os.getpid()))\n"
+    script.write_text(mark + LONG_SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=127.0.0.1:0", str(script), str(out), "0"]  # fmt: skip
+    settings = {
+        "env": {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        "cwd": tmp_path,
+        "text": True,
+    }
+    group = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)
+    until = time.monotonic() + 120
+    while not (out / "log.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+    said, _ = group.communicate(timeout=120)
+    assert group.returncode != 0
+    assert "done" not in said
+    assert re.search(r"another process of this fit was lost|was told to end \(SIGTERM\)", said), said[-3000:]
+    assert re.search(r"The checkpoint in \S+ holds all up to epoch \d+: the same command goes on from there", said)
+    again = subprocess.run(command, capture_output=True, timeout=240, **settings)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "done 60" in again.stdout

@@ -1,0 +1,112 @@
+"""The judgement of this record: each frozen form against its control, paired over seeds, Holm over all that was tried.
+
+    python records/2026-11-24_forms-of-s/analyse.py [OUT] [MNIST]      # default: out/forms-of-s, mnist
+
+Reads OUT/confirm-*/results.json and, for l2, the networks themselves: their certificate on the first 5,000 test images
+is kept in OUT/certified-5000.json. Prints Markdown.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from holdfast import bounds, data, runs
+from holdfast.results import holm, load, paired_t
+from holdfast.threat import Threat
+
+OUT, MNIST = Path(sys.argv[1] if len(sys.argv) > 1 else "out/forms-of-s"), (sys.argv[2:] or ["mnist"])[0]
+# What each row is held against, frozen with the settings; the l2 rows have a frontier instead.
+CONTROLS = {}
+FIGURES = ("clean", "published", "robust", "certified")
+
+
+def of_stage(stage: Path) -> dict:
+    """(threat, row) -> seed -> figures on [0, 1] and the verdict of the robust one."""
+    found = {}
+    for run in load(stage).runs:
+        figures = {key: getattr(run, key) for key in FIGURES}
+        figures = {key: value and value.value for key, value in figures.items()}
+        figures["verdict"] = run.verdict.status if run.verdict else ""
+        found.setdefault((run.threat_text, run.loss), {})[run.seed] = figures
+    return found
+
+
+def on_5000(stage: Path, found: dict) -> dict:
+    """The same with clean and certified accuracy measured on 5,000 test images, under l2 1.58."""
+    kept = OUT / "certified-5000.json"
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    test = data.load(MNIST, limit=5000).test
+    x, y = data.pixels(test.x), test.y
+    for folder in sorted((stage / "runs").iterdir()):
+        config = runs.read_json(folder / "config.json")
+        if folder.name not in known:
+            model, _ = runs.load(folder)
+            with torch.no_grad():
+                clean = (model(x).logits.argmax(1) == y).double().mean().item()
+            known[folder.name] = [clean, bounds.certify(model, x, y, Threat("l2", 1.58)).double().mean().item()]
+            kept.write_text(json.dumps(known))
+        clean, certified = known[folder.name]
+        found["l2 1.58", config["loss"]][config["fit"]["seed"]] |= {"clean": clean, "certified": certified}
+    return found
+
+
+def at_equal_clean(found: dict, threat: str, form: str, column: str) -> tuple[list[float], list[float]]:
+    """Per seed: the form's value, and that of the SCE rows' frontier at its clean accuracy (linear in between)."""
+    controls = [row for where, row in found if where == threat and row.startswith("sce")]
+    ours, theirs = [], []
+    for seed, mine in sorted(found[threat, form].items()):
+        points = sorted((found[threat, row][seed]["clean"], found[threat, row][seed][column]) for row in controls)
+        ours.append(mine[column])
+        theirs.append(float(np.interp(mine["clean"], *zip(*points, strict=True))))
+    return ours, theirs
+
+
+def over(found: dict, threat: str, form: str, column: str) -> tuple[list[float], list[float]]:
+    """Per seed: the form's value, and its control's."""
+    mine, other = found[threat, form], found[threat, CONTROLS[form]]
+    return [mine[seed][column] for seed in sorted(mine)], [other[seed][column] for seed in sorted(mine)]
+
+
+def show(found: dict) -> None:
+    """A stage's means as a table."""
+    print("| threat | row | clean | published | robust | certified | verdicts of robust |")
+    print("|---|---|---:|---:|---:|---:|---|")
+    for (threat, row), seeds in found.items():
+        means = []
+        for key in FIGURES:
+            values = [one[key] for one in seeds.values()]
+            means.append("-" if None in values else f"{100 * np.mean(values):.1f}")
+        verdicts = [one["verdict"] for one in seeds.values()]
+        told = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts)))
+        print(f"| {threat} | `{row}` | {' | '.join(means)} | {told} |")
+
+
+def main() -> None:
+    tests = []
+    for stage in sorted(path.parent for path in OUT.glob("confirm-*/results.json")):
+        found = of_stage(stage)
+        if stage.name == "confirm-l2":
+            found = on_5000(stage, found)
+        print(f"\n### {stage.name}, {len(next(iter(found.values())))} seeds\n")
+        show(found)
+        for threat, row in found:
+            if stage.name == "confirm-l2" and row.startswith("isce"):
+                for column in ("certified", "robust"):
+                    sides = at_equal_clean(found, threat, row, column)
+                    tests.append((threat, row, f"{column}, over SCE x T at equal clean", paired_t(*sides)))
+            elif row in CONTROLS:
+                for column in ("robust", "certified") if "interval" in row else ("robust",):
+                    told = f"{column}, over `{CONTROLS[row]}`"
+                    tests.append((threat, row, told, paired_t(*over(found, threat, row, column))))
+    print("\n### Differences in points, 95% t interval over paired seeds, Holm over all of them\n")
+    print("| threat | form | what | difference | p | p, Holm |\n|---|---|---|---:|---:|---:|")
+    for (threat, row, what, t), adjusted in zip(tests, holm([t.p for *_, t in tests]), strict=True):
+        interval = f"{100 * t.difference:+.1f} [{100 * t.low:+.1f}, {100 * t.high:+.1f}]"
+        print(f"| {threat} | `{row}` | {what} | {interval} | {t.p:.2g} | {adjusted:.2g} |")
+
+
+if __name__ == "__main__":
+    main()
