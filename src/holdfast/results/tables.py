@@ -189,8 +189,24 @@ def table(results: Results) -> Table:
                 out.add_section()
                 out.add_row(Text(row.threat, style="bold"))
             before = row.threat
-        out.add_row(Text(label), *map(Text, cells))
+        out.add_row(Text(_broken(label, 12 if any_proved(found) else 20)), *map(Text, cells))
     return out
+
+
+def _broken(label: str, width: int) -> str:
+    """A long label on several lines, which end where its parts do; a part longer than that stays whole.
+
+    >>> print(_broken("sce+adversarial:steps=5,ramp=0.3+stepnet:slope=10", 20))
+    sce+adversarial
+    :steps=5,ramp=0.3
+    +stepnet:slope=10
+    """
+    lines = [""]
+    for part in re.findall(r"[+@:]?[^+@,:]*,?", label):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _narrow(line: tuple[str, ...]) -> tuple[str, ...]:
