@@ -27,6 +27,10 @@ choose-adversarial)
     sce+trades:beta={1,6},$tr+fit:epochs=6 isce:s=3+trades:beta={1,6},$tr+fit:epochs=6 \
     sce+interval+fit:epochs=16 sce+interval:factor=1.1+fit:epochs=16 isce:s={1,3}+interval+fit:epochs=16 \
     isce:s=mix:{0.1,0.3}+$at+fit:epochs=5)" ;;
+choose-adversarial-lr)
+  at=adversarial:steps=5,ramp=0.3 tr=trades:beta=6,steps=5,ramp=0.3
+  choose "${linf[@]}" --threat linf:0.2 --losses "$(rows {sce,isce:s=1,isce:s=3}+$at+fit:lr={5e-3,1e-2} \
+    sce+$at,factor=1.1+fit:lr=5e-3 {sce,isce:s=3}+$tr+fit:epochs=6,lr=5e-3 {sce,isce:s=1}+interval+fit:epochs=16,lr=5e-3)" ;;
 choose-standard)
   choose "${linf[@]}" --threat linf:0.1 --epochs 48 --losses "$(rows sce sce+fit:lr=5e-3 sce+fit:weight_decay=0.3 \
     sce:smoothing=0.1 isce:s={3,10} cosface:m={0.1,0.2,0.5},scale=15 \
