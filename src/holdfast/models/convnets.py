@@ -68,23 +68,23 @@ class SmallConvNet(nn.Module):
 class ConvNet(nn.Module):
     """conv16 4x4/2, conv32 4x4/2, fc 100: the small network of the certified-training literature, for about 28x28.
 
-    166,406 parameters on 28x28 with a linear head of 10 classes.
+    Args: width >= 1 multiplies channels and units. 166,406 parameters on 28x28 with a linear head of 10 classes.
     """
 
-    features = 100
-
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, width: int = 1) -> None:
         super().__init__()
-        channels, height, width = shape
+        channels, height, across = shape
         need_side(8, shape, "convnet")
-        flat = 32 * (height // 4) * (width // 4)
+        at_least("width of model 'convnet'", width, 1)
+        self.features = 100 * width
+        flat = 32 * width * (height // 4) * (across // 4)
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, 16, 4, stride=2, padding=1),
+            nn.Conv2d(channels, 16 * width, 4, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(16, 32, 4, stride=2, padding=1),
+            nn.Conv2d(16 * width, 32 * width, 4, stride=2, padding=1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(flat, 100),
+            nn.Linear(flat, 100 * width),
             nn.ReLU(),
         )
 
@@ -98,15 +98,15 @@ class StepNet(ConvNet):
 
     What robustness the step adds is a property of such images, not of a loss.
 
-    Args: slope >= 1 and leak in (0, 1], see ``Step``. As many parameters as ConvNet: the step has none.
+    Args: slope >= 1 and leak in (0, 1], see ``Step``; width as ConvNet's, and as many parameters: the step has none.
     Source: Schott et al. 2019, whose binarised CNN has hard steps; those blind gradient attacks.
     """
 
     normalised = False
 
-    def __init__(self, shape: Shape, slope: float = 10.0, leak: float = 0.1) -> None:
+    def __init__(self, shape: Shape, slope: float = 10.0, leak: float = 0.01, width: int = 1) -> None:
         need_side(8, shape, "stepnet")
-        super().__init__(shape)
+        super().__init__(shape, width)
         if not 1 <= slope < math.inf or not 0 < leak <= 1:
             raise UserError(f"model 'stepnet' needs slope >= 1 and leak in (0, 1], got {slope} and {leak}.")
         self.layers = nn.Sequential(Step(slope, leak), *self.layers)
