@@ -3,13 +3,14 @@
     python records/2026-11-24_forms-of-s/analyse.py [OUT] [MNIST]      # default: out/forms-of-s, mnist
 
 Reads OUT/confirm-*/results.json and, for l2, the networks themselves: their certificate on the first 5,000 test images
-is kept in OUT/certified-5000.json. Prints Markdown.
+is kept in OUT/certified-5000.json. Prints Markdown (table.md), writes per-seed.csv and frontier.png.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -84,14 +85,41 @@ def show(found: dict) -> None:
         print(f"| {threat} | `{row}` | {' | '.join(means)} | {told} |")
 
 
+def draw(found: dict) -> None:
+    """frontier.png beside this file: certified and robust accuracy against clean, a dot a seed, SCE joined."""
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharex=True)
+    for ax, column in zip(panels, ("certified", "robust"), strict=True):
+        line = []
+        for (_, row), seeds in found.items():
+            clean, value = (np.array([100 * one[key] for one in seeds.values()]) for key in ("clean", column))
+            form = not row.startswith("sce")
+            ax.scatter(clean, value, s=9, color="#0072b2" if form else "#6b7684", alpha=0.5)
+            name = row.removeprefix("isce:").partition("@")[0] if form else "T = " + row.rpartition("=")[2]
+            ax.annotate(name, (clean.mean(), value.mean()), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            if not form:
+                line.append((clean.mean(), value.mean()))
+        ax.plot(*zip(*sorted(line), strict=True), color="#6b7684", linewidth=1)
+        ax.set(xlabel="clean accuracy, % (5,000 test images)", ylabel=f"{column} accuracy, %")
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        "MNIST, l2 1.58: s = Lipschitz bound (blue) against SCE with its temperature swept (grey)", fontsize=9
+    )
+    figure.savefig(Path(__file__).parent / "frontier.png", dpi=130, metadata={"Software": None})
+
+
 def main() -> None:
-    tests = []
+    tests, lines = [], []
     for stage in sorted(path.parent for path in OUT.glob("confirm-*/results.json")):
         found = of_stage(stage)
         if stage.name == "confirm-l2":
             found = on_5000(stage, found)
+            draw(found)
         print(f"\n### {stage.name}, {len(next(iter(found.values())))} seeds\n")
         show(found)
+        for (threat, row), seeds in found.items():
+            for seed, one in seeds.items():
+                figures = ["" if one[key] is None else f"{one[key]:.4f}" for key in FIGURES]
+                lines.append(f'{stage.name},{threat},"{row}",{seed},{",".join(figures)},{one["verdict"]}')
         for threat, row in found:
             if stage.name == "confirm-l2" and row.startswith("isce"):
                 for column in ("certified", "robust"):
@@ -101,6 +129,8 @@ def main() -> None:
                 for column in ("robust", "certified") if "interval" in row else ("robust",):
                     told = f"{column}, over `{CONTROLS[row]}`"
                     tests.append((threat, row, told, paired_t(*over(found, threat, row, column))))
+    head = f"stage,threat,row,seed,{','.join(FIGURES)},verdict"
+    (Path(__file__).parent / "per-seed.csv").write_text("\n".join([head, *lines]) + "\n")
     print("\n### Differences in points, 95% t interval over paired seeds, Holm over all of them\n")
     print("| threat | form | what | difference | p | p, Holm |\n|---|---|---|---:|---:|---:|")
     for (threat, row, what, t), adjusted in zip(tests, holm([t.p for *_, t in tests]), strict=True):
