@@ -26,7 +26,7 @@ LINES = [
 
 def test_what_the_best_epoch_had_and_the_last_lost(tmp_path):
     curve = curves.read(run_folder(tmp_path / "run", *LINES, objective="fast"))
-    assert (curve.loss, curve.val, curve.robust) == ((2.0, 1.0, 0.5), (0.5, 0.8, 0.9), (0.3, 0.6, 0.45))
+    assert (curve.loss, curve.val, curve.robust) == ([2.0, 1.0, 0.5], [0.5, 0.8, 0.9], [0.3, 0.6, 0.45])
     assert curve.best == 2
     assert curve.lost == pytest.approx(0.15)
     assert curves.sentence(curve) == (

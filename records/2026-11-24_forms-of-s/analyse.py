@@ -19,8 +19,6 @@ from holdfast.results import holm, load, paired_t
 from holdfast.threat import Threat
 
 OUT, MNIST = Path(sys.argv[1] if len(sys.argv) > 1 else "out/forms-of-s"), (sys.argv[2:] or ["mnist"])[0]
-# What each row is held against, frozen with the settings; the l2 rows have a frontier instead.
-CONTROLS = {}
 FIGURES = ("clean", "published", "robust", "certified")
 
 
@@ -63,12 +61,6 @@ def at_equal_clean(found: dict, threat: str, form: str, column: str) -> tuple[li
         ours.append(mine[column])
         theirs.append(float(np.interp(mine["clean"], *zip(*points, strict=True))))
     return ours, theirs
-
-
-def over(found: dict, threat: str, form: str, column: str) -> tuple[list[float], list[float]]:
-    """Per seed: the form's value, and its control's."""
-    mine, other = found[threat, form], found[threat, CONTROLS[form]]
-    return [mine[seed][column] for seed in sorted(mine)], [other[seed][column] for seed in sorted(mine)]
 
 
 def show(found: dict) -> None:
@@ -125,10 +117,6 @@ def main() -> None:
                 for column in ("certified", "robust"):
                     sides = at_equal_clean(found, threat, row, column)
                     tests.append((threat, row, f"{column}, over SCE x T at equal clean", paired_t(*sides)))
-            elif row in CONTROLS:
-                for column in ("robust", "certified") if "interval" in row else ("robust",):
-                    told = f"{column}, over `{CONTROLS[row]}`"
-                    tests.append((threat, row, told, paired_t(*over(found, threat, row, column))))
     head = f"stage,threat,row,seed,{','.join(FIGURES)},verdict"
     (Path(__file__).parent / "per-seed.csv").write_text("\n".join([head, *lines]) + "\n")
     print("\n### Differences in points, 95% t interval over paired seeds, Holm over all of them\n")

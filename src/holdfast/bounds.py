@@ -320,7 +320,9 @@ def _terms(layer: Any) -> int:
         return int(layer.weight[0].numel())
     if isinstance(layer, nn.AvgPool2d):
         return math.prod(_pair(layer.kernel_size))
-    return 4 if isinstance(layer, (*_SLOPES, convnets.Step)) else 0
+    if isinstance(layer, convnets.Step):
+        return 8  # x, 1/2, the clamp's two terms and leak x, and the constants slope, leak and 1 - leak, round
+    return 4 if isinstance(layer, _SLOPES) else 0
 
 
 def _gamma(terms: int) -> float:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -19,18 +20,30 @@ from .train.keeping import LOG_FILE
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's log. name: its loss and seed; loss, val, robust: an entry an epoch, None where not watched."""
+    """One run's log. name: its loss and seed; history: a line an epoch, as fit wrote it."""
 
     name: str
-    loss: tuple[float, ...]
-    val: tuple[float | None, ...]
-    robust: tuple[float | None, ...]
+    history: tuple[dict[str, Any], ...]
+
+    @property
+    def loss(self) -> list[float]:
+        """Of training, an entry an epoch."""
+        return [line["loss"] for line in self.history]
+
+    @property
+    def val(self) -> list[float | None]:
+        """Accuracy on validation images, None without any."""
+        return [line["val"] for line in self.history]
+
+    @property
+    def robust(self) -> list[float | None]:
+        """Robust accuracy on validation images, None where no threat is watched."""
+        return [line.get("val_robust") for line in self.history]
 
     @property
     def best(self) -> int | None:
         """The epoch, counted from 1, with the highest robust accuracy on val, or plain one where none is watched."""
-        lines = zip(self.val, self.robust, strict=True)
-        return best_epoch([{"val": v, **({} if r is None else {"val_robust": r})} for v, r in lines])
+        return best_epoch(self.history)
 
     @property
     def lost(self) -> float | None:
@@ -46,9 +59,10 @@ def read(run: Path) -> Curve:
         raise UserError(f"{run} has no {LOG_FILE}: give a run folder that `holdfast train` or `compare` wrote to.")
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        loss = tuple(float(line["loss"]) for line in lines)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}): is it a log of holdfast's?") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): is it a log of holdfast's?") from None
+    if not all(isinstance(line, dict) and {"loss", "val"} <= line.keys() for line in lines):
+        raise UserError(f"{path} cannot be read: a line without loss and val. Is it a log of holdfast's?")
     if not lines:
         raise UserError(f"{path} is empty: no epoch has ended yet.")
     config = runs.read_json(run / "config.json") if (run / "config.json").is_file() else {}
@@ -57,7 +71,7 @@ def read(run: Path) -> Curve:
     objective = config.get("objective", "standard")
     if objective != "standard" and objective not in name:
         name += f", {objective}"
-    return Curve(name, loss, tuple(line.get("val") for line in lines), tuple(line.get("val_robust") for line in lines))
+    return Curve(name, tuple(lines))
 
 
 def folders(path: Path) -> list[Path]:

@@ -12,11 +12,21 @@ from .errors import UserError, unknown
 from .results import Results, rows
 from .train import FitConfig
 
+PHOTOGRAPHS = FitConfig(
+    epochs=30, optimizer="sgd", lr=0.1, schedule="onecycle", weight_decay=5e-4,
+    pad=DATASETS["cifar10"].pad, flip=DATASETS["cifar10"].flip,
+)  # fmt: skip
+AT = "adversarial:steps=5,ramp=0.3"
+FAMILY = (
+    "sce", "sce:smoothing=0.1", "isce:s=3", "isce:s=100", "isce_b:tau=10", "contrastive", "triplet", "center", "lgm",
+    "mmc", "cosface:m=0.2,scale=15", "arcface",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Recipe:
     """about: one line; comparison: what is run; cost: what that takes; expects: (row, column) -> (low, high) on the
-    first threat, column one of clean, published, robust, certified, on [0, 1]; note: where the numbers come from."""
+    first threat, column one of clean, published, robust, certified, on [0, 1]; note: what a reader must know."""
 
     about: str
     comparison: Comparison
@@ -43,8 +53,8 @@ class Expectation:
 
 def held_against(recipe: Recipe, results: Results) -> list[Expectation]:
     """Each expectation of the recipe beside what the results say, in the recipe's order."""
-    first = results.runs[0].threat if results.runs else {}
-    measured = {row.loss: row for row in rows(results) if results.runs[row.runs[0]].threat == first}
+    found = rows(results)
+    measured = {row.loss: row for row in found if row.threat == found[0].threat}
     answers = []
     for (row, column), (low, high) in recipe.expects.items():
         figure = getattr(measured[row], column) if row in measured else None
@@ -64,9 +74,6 @@ def digits() -> Recipe:
             ("isce:s=100", "robust"): (0.3, 0.7),
         },
     )
-
-
-AT = "adversarial:steps=5,ramp=0.3"
 
 
 def digits_adversarial() -> Recipe:
@@ -95,16 +102,10 @@ def mnist(data: str = "mnist") -> Recipe:
     )
 
 
-FAMILY = (
-    "sce", "sce:smoothing=0.1", "isce:s=3", "isce:s=100", "isce_b:tau=10", "contrastive", "triplet", "center", "lgm",
-    "mmc", "cosface:m=0.2,scale=15", "arcface",
-)  # fmt: skip
-
-
 def losses(data: str = "digits") -> Recipe:
     """The papers' comparison: every loss with and without adversarial training, two eps, protocols, the worst case."""
     photographs = "cifar" in data.lower()
-    digits = default_folds(data) > 1
+    dealt = default_folds(data) > 1  # into folds, of which one is enough for a table of 24 rows
     return Recipe(
         about="every loss with and without adversarial training: the papers' protocols at two eps, and the worst case",
         comparison=Comparison(
@@ -112,12 +113,12 @@ def losses(data: str = "digits") -> Recipe:
             losses=(*FAMILY, *(f"{loss}+{AT}" for loss in FAMILY)),
             threat="linf:8/255,linf:16/255" if photographs else "linf:0.1,linf:0.2",
             suite="protocols",
-            folds=1 if digits else 0,
-            limit=0 if digits else 500,
+            folds=1 if dealt else 0,
+            limit=0 if dealt else 500,
             limit_train=0 if photographs else 10_000,
             fit=fit_for(data),
         ),
-        cost="10 minutes on 2 cores for the digits, 40 for MNIST, a GPU for CIFAR-10",
+        cost="10 minutes on 2 cores for the digits, about an hour for MNIST, a GPU for CIFAR-10",
     )
 
 
@@ -192,10 +193,6 @@ def cifar10_wide(data: str = "cifar10") -> Recipe:
     )
 
 
-PHOTOGRAPHS = FitConfig(
-    epochs=30, optimizer="sgd", lr=0.1, schedule="onecycle", weight_decay=5e-4,
-    pad=DATASETS["cifar10"].pad, flip=DATASETS["cifar10"].flip,
-)  # fmt: skip
 # name -> recipe of the data it is run on; without data, on its own.
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "digits": digits,
@@ -226,6 +223,8 @@ def named(name: str, data: str = "") -> Recipe:
 
 def resized(comparison: Comparison, **changes: object) -> Comparison:
     """The comparison with another size: seeds, limit, limit_train, model, suite, epochs; None leaves one as it is.
+
+    A row that names its own network or epochs keeps them.
 
     >>> resized(Comparison(), seeds=3, epochs=1).fit.epochs
     1

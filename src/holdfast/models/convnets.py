@@ -71,11 +71,13 @@ class ConvNet(nn.Module):
     Args: width >= 1 multiplies channels and units. 166,406 parameters on 28x28 with a linear head of 10 classes.
     """
 
+    name = "convnet"
+
     def __init__(self, shape: Shape, width: int = 1) -> None:
         super().__init__()
         channels, height, across = shape
-        need_side(8, shape, "convnet")
-        at_least("width of model 'convnet'", width, 1)
+        need_side(8, shape, self.name)
+        at_least(f"width of model '{self.name}'", width, 1)
         self.features = 100 * width
         flat = 32 * width * (height // 4) * (across // 4)
         self.layers = nn.Sequential(
@@ -102,10 +104,9 @@ class StepNet(ConvNet):
     Source: Schott et al. 2019, whose binarised CNN has hard steps; those blind gradient attacks.
     """
 
-    normalised = False
+    name, normalised = "stepnet", False
 
     def __init__(self, shape: Shape, slope: float = 10.0, leak: float = 0.01, width: int = 1) -> None:
-        need_side(8, shape, "stepnet")
         super().__init__(shape, width)
         if not 1 <= slope < math.inf or not 0 < leak <= 1:
             raise UserError(f"model 'stepnet' needs slope >= 1 and leak in (0, 1], got {slope} and {leak}.")

@@ -181,6 +181,7 @@ def table(results: Results) -> Table:
     for name in lines[0][1:]:
         out.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
     threats = {row.threat for row in found}
+    width = 12 if any_proved(found) else 20  # a column more leaves the names less
     before = ""
     for row, (label, *cells) in zip(found, lines[1:], strict=True):
         if len(threats) > 1:
@@ -189,7 +190,7 @@ def table(results: Results) -> Table:
                 out.add_section()
                 out.add_row(Text(row.threat, style="bold"))
             before = row.threat
-        out.add_row(Text(_broken(label, 12 if any_proved(found) else 20)), *map(Text, cells))
+        out.add_row(Text(_broken(label, width)), *map(Text, cells))
     return out
 
 

@@ -1,6 +1,6 @@
 """Hard steps on pixels blind gradient attacks; steps with a leak do not: the same training, what each number is worth.
 
-    python benchmarks/bench_steps.py [DATA]          # default: mnist; 3 minutes on one core
+    python benchmarks/hard_steps.py [DATA]          # default: mnist; 3 minutes on one core
 
 Two networks, adversarially trained on 5,400 MNIST images at linf 0.3: one behind clamp(10 (x - 1/2) + 1/2, 0, 1), whose
 gradient is zero at most pixels, one behind ``Step``. Attacked on 300 validation images by each suite, checks included.
