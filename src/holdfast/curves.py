@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from . import report, runs
 from .errors import UserError
@@ -117,6 +118,7 @@ def figure(curves: Sequence[Curve]) -> Figure:
         top.set_ylabel("training loss")
         if all(value > 0 for curve in curves for value in curve.loss):
             top.set_yscale("log")
+            top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             top.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # no mathematics: names are users' text
             top.yaxis.set_minor_formatter(lambda value, _: "")
         if len(curves) <= 8:

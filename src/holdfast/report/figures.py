@@ -69,7 +69,7 @@ def percent_axis(ax: Axes, what: str, most: float = 100) -> None:
     ax.grid(axis="x", color=RULE, linewidth=0.6)
 
 
-def _short(text: str, most: int = 44) -> str:
+def _short(text: str, most: int = 64) -> str:
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
