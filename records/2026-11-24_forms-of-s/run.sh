@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The runs of this record. From the repository's root: bash records/2026-11-24_forms-of-s/run.sh STAGE [OUT]
-# STAGE: choose-l2 | choose-adversarial | choose-standard | confirm-*. Every stage resumes where it was stopped.
+# STAGE: choose-* or confirm-*, as below. Every stage resumes where it was stopped.
 set -euo pipefail
 stage=$1 out=${2:-out/forms-of-s}
 export OMP_NUM_THREADS=1
@@ -31,6 +31,12 @@ choose-adversarial-lr)
   at=adversarial:steps=5,ramp=0.3 tr=trades:beta=6,steps=5,ramp=0.3
   choose "${linf[@]}" --threat linf:0.2 --losses "$(rows {sce,isce:s=1,isce:s=3}+$at+fit:lr={5e-3,1e-2} \
     sce+$at,factor=1.1+fit:lr=5e-3 {sce,isce:s=3}+$tr+fit:epochs=6,lr=5e-3 {sce,isce:s=1}+interval+fit:epochs=16,lr=5e-3)" ;;
+choose-adversarial-lr2)
+  at=adversarial:steps=5,ramp=0.3 tr=trades:beta=6,steps=5,ramp=0.3
+  choose "${linf[@]}" --threat linf:0.2 --losses "$(rows {sce,isce:s=3}+$at+fit:lr=2e-2 \
+    {sce,isce:s=3}+$at,factor=1.1+fit:lr=1e-2 sce+$at,factor=1.2+fit:lr=1e-2 \
+    sce:smoothing=0.1+$at+fit:lr=1e-2 sce+$at+fit:lr=1e-2,weight_decay=0.1 isce:s={5,10}+$at+fit:lr=1e-2 \
+    {sce,isce:s=3}+$tr+fit:epochs=6,lr=1e-2 {sce,isce:s=1,isce:s=3}+interval+fit:epochs=16,lr=1e-2)" ;;
 choose-standard)
   choose "${linf[@]}" --threat linf:0.1 --epochs 48 --losses "$(rows sce sce+fit:lr=5e-3 sce+fit:weight_decay=0.3 \
     sce:smoothing=0.1 isce:s={3,10} cosface:m={0.1,0.2,0.5},scale=15 \
