@@ -37,6 +37,8 @@ choose-adversarial-lr2)
     {sce,isce:s=3}+$at,factor=1.1+fit:lr=1e-2 sce+$at,factor=1.2+fit:lr=1e-2 \
     sce:smoothing=0.1+$at+fit:lr=1e-2 sce+$at+fit:lr=1e-2,weight_decay=0.1 isce:s={5,10}+$at+fit:lr=1e-2 \
     {sce,isce:s=3}+$tr+fit:epochs=6,lr=1e-2 {sce,isce:s=1,isce:s=3}+interval+fit:epochs=16,lr=1e-2)" ;;
+choose-gradient)
+  choose "${linf[@]}" --threat linf:0.1 --epochs 16 --losses "$(rows isce:s=gradient:{1,1.5} isce:s=gradient:{0.5,1}+fit:lr=5e-3)" ;;
 choose-standard)
   choose "${linf[@]}" --threat linf:0.1 --epochs 48 --losses "$(rows sce sce+fit:lr=5e-3 sce+fit:weight_decay=0.3 \
     sce:smoothing=0.1 isce:s={3,10} cosface:m={0.1,0.2,0.5},scale=15 \
