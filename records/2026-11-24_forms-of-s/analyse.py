@@ -99,24 +99,55 @@ def draw(found: dict) -> None:
     figure.savefig(Path(__file__).parent / "frontier.png", dpi=130, metadata={"Software": None})
 
 
+def family(row: str) -> str:
+    """How a row trains: its control is the SCE row of the same family."""
+    return next((name for name in ("adversarial", "trades", "interval") if "+" + name in row), "standard")
+
+
+def tests_of(found: dict, stage: str) -> list[tuple]:
+    """(threat, row, what, paired t) of each form against the SCE row of its family; of l2, against SCE's frontier."""
+    tests = []
+    for threat, row in found:
+        if row.startswith("sce"):
+            continue
+        if stage == "confirm-l2":
+            for column in ("certified", "robust"):
+                sides = at_equal_clean(found, threat, row, column)
+                tests.append((threat, row, f"{column}, over SCE x T at equal clean", paired_t(*sides)))
+            continue
+        control = next(r for w, r in found if w == threat and r.startswith("sce") and family(r) == family(row))
+        for column in ("certified", "robust", "clean") if family(row) == "interval" else ("robust",):
+            ours, theirs = (
+                [found[threat, r][seed][column] for seed in sorted(found[threat, row])] for r in (row, control)
+            )
+            tests.append((threat, row, f"{column}, over `{control}`", paired_t(ours, theirs)))
+    return tests
+
+
 def main() -> None:
-    tests, lines = [], []
+    tests, lines, everything = [], [], {}
     for stage in sorted(path.parent for path in OUT.glob("confirm-*/results.json")):
         found = of_stage(stage)
         if stage.name == "confirm-l2":
             found = on_5000(stage, found)
             draw(found)
+        everything |= found
         print(f"\n### {stage.name}, {len(next(iter(found.values())))} seeds\n")
         show(found)
         for (threat, row), seeds in found.items():
             for seed, one in seeds.items():
                 figures = ["" if one[key] is None else f"{one[key]:.4f}" for key in FIGURES]
                 lines.append(f'{stage.name},{threat},"{row}",{seed},{",".join(figures)},{one["verdict"]}')
-        for threat, row in found:
-            if stage.name == "confirm-l2" and row.startswith("isce"):
-                for column in ("certified", "robust"):
-                    sides = at_equal_clean(found, threat, row, column)
-                    tests.append((threat, row, f"{column}, over SCE x T at equal clean", paired_t(*sides)))
+        tests += tests_of(found, stage.name)
+    # The first-order form trains without an attack; what it is up against is training with one, at the same passes.
+    attacked = [key for key in everything if key[0] == "linf 0.1" and key[1].startswith("sce+adversarial")]
+    for threat, row in everything:
+        if "gradient:" in row and attacked:
+            ours, theirs = (
+                [everything[key][seed]["robust"] for seed in sorted(everything[threat, row])]
+                for key in ((threat, row), attacked[0])
+            )
+            tests.append((threat, row, f"robust, over `{attacked[0][1]}`", paired_t(ours, theirs)))
     head = f"stage,threat,row,seed,{','.join(FIGURES)},verdict"
     (Path(__file__).parent / "per-seed.csv").write_text("\n".join([head, *lines]) + "\n")
     print("\n### Differences in points, 95% t interval over paired seeds, Holm over all of them\n")
