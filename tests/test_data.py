@@ -18,6 +18,7 @@ from PIL import Image
 
 from holdfast import data
 from holdfast.errors import UserError
+from holdfast.models import default_model
 
 ODD = ['Katze, 猫 & "co"', "l'été <b>", "a b\tc"]
 
@@ -86,6 +87,24 @@ def test_digits():
     assert split.train.y.dtype == split.train.index.dtype == torch.int64
     assert set(split.train.x.unique().tolist()) == {round(g * 255 / 16) for g in range(17)}
     assert len(split.train) + len(split.val) + len(split.test) == 1797
+
+
+def test_moons():
+    split = data.load("moons")
+    assert (split.name, split.shape, split.classes) == ("moons", (1, 1, 2), ("upper", "lower"))
+    assert [len(split.train), len(split.val), len(split.test)] == [1800, 200, 1000]
+    assert split.test.y.bincount().tolist() == [500, 500]
+    x = data.pixels(split.train.x).flatten(1)
+    assert x.min() > 0.01
+    assert x.max() < 0.99
+    # Back in scikit-learn's plane the upper moon lies around the unit circle, and so does the lower one around its own.
+    plane = x * torch.tensor([4.0, 2.5]) + torch.tensor([-1.5, -1.0])
+    for label, middle in ((0, (0.0, 0.0)), (1, (1.0, 0.5))):
+        radius = (plane[split.train.y == label] - torch.tensor(middle)).norm(dim=1)
+        assert abs(float(radius.mean()) - 1) < 0.02
+        assert abs(float(radius.std()) - 0.1) < 0.01
+    assert same(split.test, data.load("moons").test)
+    assert default_model(split.shape) == "mlp"
 
 
 def test_folds_cover_every_image_once():
@@ -627,7 +646,7 @@ def test_hub_errors(monkeypatch, answer, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mnits", r"unknown data set 'mnits'. Did you mean 'mnist'\? Known: cifar10, digits, mnist"),
+        ("mnits", r"unknown data set 'mnits'. Did you mean 'mnist'\? Known: cifar10, digits, mnist, moons"),
         ("./nowhere", r"there is no such path: './nowhere'"),
         ("nowhere/at/all", r"there is no such path"),
         ("/nowhere", r"there is no such path"),

@@ -27,7 +27,7 @@ LAYERS = (
     ("bounds",),
     ("sources",),
     ("objectives", "runs", "evaluate", "exact"),
-    ("train", "verify", "jobs", "checks", "rows"),
+    ("train", "verify", "jobs", "checks", "rows", "region"),
     ("assemble",),
     ("compare",),
     ("recipes", "report", "single"),

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import UserError, unknown
 from .cuts import FOLD_SEED, LIMIT_SEED, cut_source
-from .sources import IMAGE_SUFFIXES, SPLITS, digits, hub, image_folder, parquet
+from .sources import IMAGE_SUFFIXES, SPLITS, digits, hub, image_folder, moons, parquet
 from .tensors import Data, Source, Split, augment, check_arrays, check_source, pixels, standardisation
 
 __all__ = [
@@ -57,6 +57,7 @@ class Entry:
 
 DATASETS: dict[str, Entry] = {
     "digits": Entry(digits, "1,797 handwritten digits, 8x8 grey; no test split, so 5 folds; no network", 1, False, 5),
+    "moons": Entry(moons, "3,000 points of two half circles, images of 1x2 pixels: to look at; no network", 0, False),
     "mnist": Entry(partial(hub, "ylecun/mnist"), "70,000 handwritten digits, 28x28 grey, from the hub", 2, False),
     "cifar10": Entry(partial(hub, "uoft-cs/cifar10"), "60,000 photographs, 32x32 RGB, from the hub", 4, True),
 }

@@ -75,10 +75,12 @@ class Classifier(nn.Module):
 def default_model(shape: Sequence[int]) -> str:
     """The network for images of this size: small ones get the small one.
 
-    >>> default_model((1, 8, 8)), default_model((1, 28, 28)), default_model((3, 32, 32))
-    ('smallconv', 'convnet', 'preactresnet18')
+    >>> default_model((1, 1, 2)), default_model((1, 8, 8)), default_model((1, 28, 28)), default_model((3, 32, 32))
+    ('mlp', 'smallconv', 'convnet', 'preactresnet18')
     """
     side = min(shape[1:])
+    if side < 4:
+        return "mlp"
     return "smallconv" if side <= 16 else "convnet" if shape[0] == 1 or side < 32 else "preactresnet18"
 
 
