@@ -135,7 +135,7 @@ def test_the_columns_tell_one_story(original):
 
 def test_the_json_has_the_promised_fields(original):
     raw = json.loads((original[1] / "results.json").read_text())
-    assert raw["schema"] == 2
+    assert raw["schema"] == 3
     for run in raw["runs"]:
         wanted = {"name", "loss", "seed", "threat", "n", "clean", "published", "robust", "verdict", "checks", "cost"}
         assert wanted <= set(run)
@@ -163,6 +163,21 @@ def test_examples_are_broken_samples_as_pictures(original):
             assert run.samples.y[where[example.index]] == example.y != example.prediction_adv
             for png in (example.x_png, example.x_adv_png, example.delta_png):
                 assert base64.b64decode(png).startswith(b"\x89PNG")
+
+
+def test_the_inference_region_is_measured_in_every_fold(original):
+    found, _ = original
+    for run in found.runs:
+        assert run.region["n"] == 2 * 512  # of each fold
+        assert len(run.region["distances"]["distance"]) == 2 * 256
+        assert run.region["space"] == "features"
+        assert 0 <= run.region["two_sample"]["auc"] <= 1
+        assert run.picture["classes"] == 10
+        assert run.region["s"] == (10 if run.loss == "isce:s=10" else None)
+    column = dict(zip(found.runs[0].samples.index, found.runs[0].samples.clean, strict=True))
+    told = found.runs[0].region["distances"]
+    for index, distance in zip(told["index"], told["distance"], strict=True):
+        assert (distance == 0) == (not column[index])  # wrong already: no distance at all
 
 
 def test_the_same_again_does_no_work(original, copied, monkeypatch):

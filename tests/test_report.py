@@ -143,8 +143,9 @@ def test_the_same_data_make_the_same_bytes(tmp_path):
 def test_figures_are_files(tmp_path):
     written = report.figures(make_results(classes=["α", "日本", "🙂", *"0123456"]), tmp_path / "figures")
     names = ("accuracy", "stages", "margins", "classes")
-    assert [p.name for p in written] == [f"{n}.{form}" for n in names for form in ("svg", "png")]
-    for path in written:
+    pictures = [f"{n}.{form}" for n in names for form in ("svg", "png")]
+    assert [p.name for p in written] == [*pictures, "table.csv", "table.tex", "table.md"]
+    for path in written[: len(pictures)]:
         if path.suffix == ".svg":
             assert "isce:s=100" in "".join(ET.parse(path).getroot().itertext())
         else:
@@ -251,7 +252,9 @@ def test_the_barest_results_render(tmp_path):
     page = Page(report.render(results, tmp_path))
     assert (tmp_path / "report.html").exists()
     assert "not judged" in page.text
-    assert len(report.figures(results, tmp_path)) == 2
+    assert {path.name for path in report.figures(results, tmp_path)} == {
+        "accuracy.svg", "accuracy.png", "table.csv", "table.tex", "table.md"
+    }  # fmt: skip
 
 
 def test_files_and_several_results(tmp_path):
@@ -268,6 +271,107 @@ def test_files_and_several_results(tmp_path):
         report.render([], tmp_path / "r.html")
     with pytest.raises(UserError, match="could not read"):
         report.render(tmp_path / "nowhere", tmp_path / "r.html")
+
+
+def test_who_is_mistaken_for_whom(tmp_path):
+    run = make_run("sce", n=10)
+    samples = dataclasses.replace(
+        run.samples,
+        y=[0, 0, 0, 1, 1, 2, 2, 2, 2, 2],
+        prediction_adv=[1, 1, 0, 1, 1, 0, 0, 0, 1, 1],
+        robust=[0, 0, 1, 1, 1, 0, 0, 0, 0, 1],  # the last one's worst image is called 1, and it holds: a void detail
+    )
+    results = make_results([dataclasses.replace(run, samples=samples), make_run("mmc")], classes=["a", "<b>", "c"])
+    names, counts = report.mistakes(results, R.rows(results)[0])
+    assert names == ["a", "<b>", "c"]
+    assert counts == [[1, 2, 0], [0, 2, 0], [3, 1, 1]]
+    assert report.mistakes(results, R.rows(results)[1]) == ([], [])  # an older file: no column
+    page = Page(report.render(results, tmp_path / "r.html"))
+    assert "Who is mistaken for whom" in page.text
+    assert "sce c as a (3), a as <b> (2), c as <b> (1)" in page.text
+    assert "Who is mistaken" not in Page(report.render(make_results(), tmp_path / "old.html")).text
+    report.figures(results, tmp_path)
+    assert (tmp_path / "mistakes.png").exists()
+    many = make_results([dataclasses.replace(run, samples=samples)], classes=[f"c{i}" for i in range(30)])
+    assert "c2 as c0 (3)" in Page(report.render(many, tmp_path / "many.html")).text
+
+
+def surveyed(run, *, distances=(0.05, 0.15, None, 0.0), s=3.0, auc=0.8, grid=True, **region):
+    """A run with an inference region and a picture of it."""
+    told = {
+        "n": 4, "missed": 0, "s": s, "input_margin": {"median": 0.031}, "distance": {"median": None},
+        "distances": {"index": [0, 1, 2, 3], "distance": list(distances)}, "inference_region": 0.25,
+        "inference_region_adv": 0.5, "two_sample": {"auc": auc, "mmd2": 0.01},
+    }  # fmt: skip
+    points = [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    ground = {
+        "across": [-0.5, 0.5, 1.5], "up": [-0.5, 1.5], "prediction": [[0, 1, 1], [1, 1, 0]],
+        "margin": [[5.0, 1.0, None], [1.0, 9.0, 2.0]],
+    }  # fmt: skip
+    picture = {
+        "exact": False, "space": "features", "explained": 0.625, "s": s, "classes": 10, "y": [0, 1, 2, 0],
+        "prediction": [0, 1, 2, 0], "prediction_adv": [1, 1, 0, 0], "points": points, "points_adv": points[::-1],
+        "centers": [None] * 10, "grid": ground if grid else None,
+    }  # fmt: skip
+    return dataclasses.replace(run, region={**told, **region}, picture=picture)
+
+
+def test_the_inference_region_is_shown(tmp_path):
+    bare = Page(report.render(make_results(), tmp_path / "bare.html"))
+    for heading in ("Accuracy over eps", "The inference region", "Features in two dimensions"):
+        assert heading not in bare.text
+    runs = [surveyed(make_run("sce")), surveyed(make_run("mmc"), s=None, inference_region=None, auc=0.6, grid=False)]
+    results = make_results([*runs, make_run("center")])
+    page = Page(report.render(results, tmp_path / "r.html"))
+    for heading in ("Accuracy over eps", "The inference region", "Features in two dimensions"):
+        assert heading in page.text
+    assert page.tags.count("svg") == 5
+    assert "62% of centers' scatter" in page.text
+    labels, lines = report.measures(results)
+    assert labels == ["sce", "mmc"]
+    assert dict(lines) == {
+        "median distance to a mistake, first order": ["0.031", "0.031"],
+        "0 < margin ≤ s: clean, attacked": ["0.25 → 0.5", "– → 0.5"],
+        "told apart, AUC": ["0.8", "0.6"],
+        "MMD²": ["0.01", "0.01"],
+    }
+    assert "told apart, AUC 0.8 0.6" in page.text
+    assert "too high" not in page.text
+
+
+def test_seeds_share_a_line_of_measures():
+    runs = [surveyed(make_run("sce", seed=seed), auc=auc) for seed, auc in enumerate((0.5, 0.7))]
+    assert dict(report.measures(make_results(runs))[1])["told apart, AUC"] == ["0.6"]
+
+
+def test_accuracy_over_eps_is_the_share_that_lies_farther(tmp_path):
+    runs = [surveyed(make_run("sce", robust=0.5)), surveyed(make_run("l2", threat={**THREAT, "norm": "l2"}))]
+    figure = report.draw_eps(make_results(runs))
+    assert [ax.get_xlabel() for ax in figure.axes] == ["eps, linf", "eps, l2"]
+    line, dot = figure.axes[0].lines
+    at, left = line.get_data()
+    eps = THREAT["eps"]
+    assert at.tolist() == [0, 0, *(d for d in (0.05, 0.15) if d < 2 * eps), 2 * eps]  # 0: one was wrong already
+    assert left[:3].tolist() == [75, 75, 50]
+    assert left[-1] == (25 if eps > 0.075 else 50)
+    assert dot.get_data()[1] == [50]
+
+
+def test_what_the_evaluation_missed_is_said(tmp_path):
+    page = Page(report.render(make_results([surveyed(make_run("sce"), missed=3)]), tmp_path / "r.html"))
+    assert "sce: the minimal attack behind these measures broke 3 samples that stand above" in page.text
+
+
+def test_figures_of_different_data_do_not_overwrite_each_other(tmp_path):
+    one = make_results()
+    other = dataclasses.replace(one, data={**one.data, "name": "folder/other"})
+    written = report.figures([one, other], tmp_path)
+    assert len(set(written)) == len(written)
+    assert {path.parent.name for path in written} == {"1-digits", "2-folder-other"}
+
+
+def test_the_cost_stands_in_front(page):
+    assert re.search(r"cost of the evaluation [\d.,]+ (million )?passes, \d+ (s|min)", page.text)
 
 
 def test_margins_that_were_not_finite_and_huge_ones(tmp_path):

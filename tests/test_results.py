@@ -255,7 +255,7 @@ def test_json_is_what_the_page_says(tmp_path):
     path = R.save(make_results(), tmp_path / "new" / "folder")
     raw = json.loads(path.read_text())
     assert path.name == "results.json"
-    assert raw["schema"] == R.SCHEMA == 2
+    assert raw["schema"] == R.SCHEMA == 3
     first = raw["runs"][0]
     assert set(first["clean"]) == set(first["published"]) == set(first["robust"]) == {"value", "low", "high"}
     assert first["threat"] == THREAT
@@ -333,7 +333,7 @@ def _with(value, *keys):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (_with(3, "schema"), "written by a newer holdfast: schema 3"),
+        (_with(4, "schema"), "written by a newer holdfast: schema 4"),
         (_without("schema"), "not a holdfast results file"),
         (_without("runs"), "not a holdfast results file"),
         (_without("data"), "results.data is missing"),
@@ -349,7 +349,7 @@ def _with(value, *keys):
         (_with([], "runs", 0, "clean"), "should be an object"),
         (_with(7, "runs"), "should be tuple"),
         (_with(1.5, "runs", 0, "clean", "value"), "low <= value"),
-        (_with(1, "runs", 0, "novelty"), "'novelty', which schema 2 does not know"),
+        (_with(1, "runs", 0, "novelty"), "'novelty', which schema 3 does not know"),
     ],
 )
 def test_load_says_what_is_wrong(tmp_path, edit, says):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__, runs
+from . import __version__, region, runs
 from .checks import PUBLISHED, ROBUST, Audit, Claim, judge, merge
 from .data import Split, pixels
 from .evaluate import STANDS, Evaluation, StageCost
@@ -39,6 +39,8 @@ class Judged:
     cut: dict[str, Any]  # how ``data.load`` made that split
     audit: Audit | None = None  # its evaluation is the one above
     name: str | None = None  # of the row; default: loss and seed
+    region: dict[str, Any] | None = None  # as ``region.measure`` and ``region.picture`` return them
+    picture: dict[str, Any] | None = None
 
 
 def assemble(judged: Sequence[Judged], out: Path, data: str, settings: dict[str, Any], command: str) -> Results:
@@ -122,8 +124,11 @@ def _run(parts: list[Judged]) -> Run:
             margin=column("margin"),
             margin_adv=column("margin_adv"),
             certified=certified,
+            prediction_adv=column("prediction_adv"),
         ),
         examples=tuple(_examples(evaluations[0], parts[0].split)),
+        region=region.merge(surveys) if len(surveys := [p.region for p in parts if p.region]) == len(parts) else {},
+        picture=parts[0].picture or {},
         train={
             **trained[0],
             **mean,
@@ -183,12 +188,19 @@ def _added(costs: list[StageCost]) -> StageCost:
 
 
 def _examples(evaluation: Evaluation, split: Split, most: int = 6) -> list[Example]:
-    """One broken sample a class, the first of each, as pictures; the perturbation around mid-grey, full scale = eps."""
+    """The surest broken sample of each class, surest first, as pictures; the perturbation around mid-grey, full scale =
+    its largest change.
+
+    Those the network was surest of say most: what is near the boundary anyway falls to anything.
+    """
     broken = torch.nonzero(evaluation.broken_by > STANDS)[:, 0]
-    chosen = {int(evaluation.y[row]): int(row) for row in broken.flip(0)}  # the first of each class wins
+    surest = broken[evaluation.margin[broken].argsort(descending=True, stable=True)].tolist()
+    chosen: dict[int, int] = {}
+    for row in surest:
+        chosen.setdefault(int(evaluation.y[row]), row)
     x = pixels(split.test.x)
     examples = []
-    for _, row in sorted(chosen.items())[:most]:
+    for row in list(chosen.values())[:most]:
         delta = evaluation.x_adv[row] - x[row]
         full = float(delta.abs().max().clamp_min(1e-12))
         examples.append(

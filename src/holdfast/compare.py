@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import jobs, models, rows, runs, specs
+from . import jobs, models, region, rows, runs, specs
 from .assemble import Judged, assemble
 from .attacks import SUITES
 from .checks import CHECKS, audit, name_of
@@ -240,12 +240,13 @@ def check(job: Job, tell: Tell) -> list[Judged]:
     for one in judged:
         threat = one.evaluation.threat
         twin = None if beside is None else stored_x_adv(_record(beside, "evaluation", threat))
-        answers.append(audited(one, model, _record(job.folder, "audit", threat), twin, tell, seed=job.seed))
+        one = audited(one, model, _record(job.folder, "audit", threat), twin, tell, seed=job.seed)
+        answers.append(surveyed(one, model, _record(job.folder, "region", threat, "json"), tell, seed=job.seed))
     return answers
 
 
-def _record(folder: Path, what: str, threat: Threat) -> Path:
-    return folder / f"{what}-{threat.norm}{threat.eps:.6g}.safetensors"
+def _record(folder: Path, what: str, threat: Threat, kind: str = "safetensors") -> Path:
+    return folder / f"{what}-{threat.norm}{threat.eps:.6g}.{kind}"
 
 
 def audited(one: Judged, model: nn.Module, record: Path, twin: Tensor | None, tell: Tell, *, seed: int) -> Judged:
@@ -271,6 +272,25 @@ def audited(one: Judged, model: nn.Module, record: Path, twin: Tensor | None, te
         )
         save_audit(record, key, found)
     return replace(one, evaluation=found.evaluation, audit=found)
+
+
+def surveyed(one: Judged, model: nn.Module, record: Path, tell: Tell, *, seed: int) -> Judged:
+    """The same with its inference region measured: read from the record, or measured and written there."""
+    found = one.evaluation
+    asked = [one.split.fingerprint, runs.weights_mark(model), str(found.threat), seed, rows.loss(one.loss).s]
+    mark = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8)
+    mark.update(found.x_adv.cpu().numpy().tobytes())
+    key = mark.hexdigest()
+    kept = runs.read_json(record) if record.exists() else {}
+    if kept.get("key") != key:
+        tell(one.folder.name, "measuring the inference region", 1, 1)
+        s, test = rows.loss(one.loss).s, one.split.test
+        columns = model, test.x, test.y, found.x_adv
+        measured = region.measure(*columns, found.threat, s=s, index=test.index, seed=seed)
+        drawn = region.picture(*columns, s=s, index=test.index, seed=seed)
+        kept = {"key": key, "region": measured, "picture": drawn}
+        write_atomic(record, json.dumps(kept))
+    return replace(one, region=kept["region"], picture=kept["picture"])
 
 
 def teller(name: str, tell: Tell, threat: Threat, n: int) -> Any:

@@ -29,7 +29,8 @@ class LossChoice:
 
     text: as written, the row's name; loss: (out, y) -> (N,); score: what attacks climb; head, head_settings: for
     ``models.build``; logit_scale: what the logits are multiplied by after training; source: of I-SCE's s, where that is
-    no number; objective, model: specs of this row's own, or ""; fit: changes to the schedule.
+    no number; objective, model: specs of this row's own, or ""; fit: changes to the schedule; s: the constant
+    inference information in units of the logits, None where the loss has none or it is no number.
     """
 
     text: str
@@ -42,6 +43,7 @@ class LossChoice:
     objective: str = ""
     model: str = ""
     fit: dict[str, Any] = field(default_factory=dict)
+    s: float | None = None
 
 
 def loss(text: str) -> LossChoice:
@@ -59,6 +61,8 @@ def loss(text: str) -> LossChoice:
     >>> chosen = loss("cosface:m=0.2,scale=15")
     >>> chosen.head, chosen.head_settings
     ('cosine', {'scale': 15})
+    >>> loss("isce:s=3").s, chosen.s
+    (3.0, 3.0)
     >>> loss("isce:s=attack+adversarial:steps=5").source, loss("sce+adversarial:steps=5").objective
     ('attack', 'adversarial:steps=5')
     """
@@ -99,7 +103,16 @@ def loss(text: str) -> LossChoice:
     answer = chosen(Outputs(*probe), torch.tensor([0, 1]))  # refuses bad values now, not after an hour
     if answer.shape != (2,):
         raise UserError(f"loss '{name}' returned shape {tuple(answer.shape)} for 2 samples: a loss must return (N,).")
-    return LossChoice(text, chosen, entry.score, head, head_settings, scale, source, objective, model, fit)
+    s = None if source else _constant(name, {key: p.default for key, p in parameters.items()} | settings)
+    s = None if s is None else s * scale
+    return LossChoice(text, chosen, entry.score, head, head_settings, scale, source, objective, model, fit, s)
+
+
+def _constant(name: str, settings: dict[str, Any]) -> float | None:
+    """What a loss adds to the other logits: s of I-SCE, scale times m of CosFace."""
+    if name == "isce" and not isinstance(settings["s"], torch.Tensor):
+        return float(settings["s"])
+    return float(settings["m"] * settings["scale"]) if name == "cosface" else None
 
 
 def _parts(text: str, parts: list[str]) -> tuple[str, str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from . import rows, runs
 from .asking import Counted
 from .assemble import Judged, assemble
 from .attacks import SUITES
-from .compare import audited, teller
+from .compare import audited, surveyed, teller
 from .data import Split, load, pixels
 from .errors import UserError, unknown
 from .evaluate import Budget, evaluate
@@ -159,4 +159,5 @@ def attack(
         name=None if subject.folder else subject.name,
     )  # fmt: skip
     judged = audited(judged, subject.model, out / "audit.safetensors", None, tell, seed=seed)
+    judged = surveyed(judged, subject.model, out / "region.json", tell, seed=seed)
     return assemble([judged], out, subject.data, settings, command)

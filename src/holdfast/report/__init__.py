@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from matplotlib.figure import Figure
 
 from ..errors import UserError
 from ..results import (
@@ -16,7 +17,10 @@ from ..results import (
     Row,
     Run,
     any_proved,
+    csv,
+    latex,
     load,
+    markdown,
     percent,
     protocols,
     remainder_text,
@@ -39,20 +43,33 @@ from .figures import (
     WIDTH,
     axes,
     draw_accuracy,
+    draw_classes,
     draw_margins,
     draw_stages,
-    figures,
     inline,
     percent_axis,
     style,
     write_figure,
 )
-from .findings import Comparison, class_name, compare, finding, per_class, runs_of, stage_totals
+from .findings import (
+    Comparison,
+    class_name,
+    compare,
+    finding,
+    measures,
+    missed,
+    mistakes,
+    most_mistaken,
+    per_class,
+    runs_of,
+    stage_totals,
+)
+from .pictures import draw_eps, draw_features, draw_mistakes
 
 __all__ = [
     "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PUBLISHED", "ROBUST", "RULE",
-    "WIDTH", "Comparison", "axes", "compare", "figures", "finding", "per_class", "percent_axis", "render", "style",
-    "write_figure",
+    "WIDTH", "Comparison", "axes", "compare", "draw_eps", "figures", "finding", "measures", "mistakes", "per_class",
+    "percent_axis", "render", "style", "write_figure",
 ]  # fmt: skip
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
@@ -84,6 +101,31 @@ def render(results_list: Results | str | Path | Sequence[Results | str | Path], 
     return write_atomic(path / "report.html" if path.is_dir() or not path.suffix else path, html)
 
 
+FIGURES: dict[str, Callable[[Results], Figure | None]] = {
+    "accuracy": draw_accuracy, "stages": draw_stages, "margins": draw_margins, "classes": draw_classes,
+    "mistakes": draw_mistakes, "eps": draw_eps, "features": draw_features,
+}  # fmt: skip
+TABLES = {"csv": csv, "tex": latex, "md": markdown}
+
+
+def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[Path]:
+    """Writes each figure the data allow as SVG (text stays text) and PNG, and the table as CSV, LaTeX and Markdown,
+    into ``dir``; returns the paths. Results of different data go into folders of their own, named after the data."""
+    parts = _merged([results_list] if isinstance(results_list, Results) else results_list)
+    written = []
+    for i, part in enumerate(parts):
+        name = re.sub(r"\W+", "-", str(part.data.get("name", "data"))).strip("-")
+        folder = Path(dir) if len(parts) == 1 else Path(dir) / f"{i + 1}-{name}"
+        for kind, draw in FIGURES.items():
+            with style():
+                figure = draw(part) if part.runs else None
+            if figure is not None:
+                written += write_figure(figure, folder, kind)
+        if part.runs:
+            written += [write_atomic(folder / f"table.{end}", text(part)) for end, text in TABLES.items()]
+    return written
+
+
 def _merged(sources: Sequence[Results]) -> list[Results]:
     """One Results per data set; a run given twice counts once."""
     groups: dict[str, Results] = {}
@@ -110,6 +152,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         ("losses", ", ".join(dict.fromkeys(r.loss for r in results.runs))),
         ("seeds", ", ".join(seeds)),
         ("intervals", "; ".join(dict.fromkeys(r.interval for r in shown))),
+        ("cost of the evaluation", _cost(results)),
     ]
     return {
         "prefix": prefix,
@@ -126,6 +169,13 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "class_labels": labels,
         "classes": hardest,
         "class_count": len(cells),
+        "eps": inline(draw_eps, results, prefix + "e"),
+        "features": inline(draw_features, results, prefix + "f"),
+        "exact": any(run.picture.get("exact") for run in results.runs),
+        "region": measures(results),
+        "missed": missed(results),
+        "mistakes": inline(draw_mistakes, results, prefix + "w"),
+        "most_mistaken": most_mistaken(results),
         "examples": _examples(results, shown),
         "comparisons": compare(results),
         "runs": [
@@ -141,6 +191,17 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
             for r in results.runs
         ],
     }
+
+
+def _cost(results: Results) -> str:
+    """Passes and time of all evaluations together; empty where none was recorded."""
+    costs = [run.cost for run in results.runs if {"forwards", "backwards", "seconds"} <= run.cost.keys()]
+    if not costs:
+        return ""
+    passes = sum(cost["forwards"] + cost["backwards"] for cost in costs)
+    seconds = sum(cost["seconds"] for cost in costs)
+    time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{passes / 1e6:.1f} million passes, {time}" if passes >= 1e5 else f"{passes:,} passes, {time}"
 
 
 def _accuracies(run: Run) -> list[tuple[str, str]]:

@@ -69,7 +69,8 @@ def percent_axis(ax: Axes, what: str, most: float = 100) -> None:
     ax.grid(axis="x", color=RULE, linewidth=0.6)
 
 
-def _short(text: str, most: int = 64) -> str:
+def short(text: str, most: int = 64) -> str:
+    """Text on one line, cut to ``most`` characters."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -84,7 +85,7 @@ def draw_accuracy(results: Results) -> Figure:
         looks.insert(2, ("certified", CERTIFIED, "s", CERTIFIED))
     for i, row in enumerate(shown):
         at = i + 0.68
-        ax.text(0, i + 0.34, _short(row.label), va="center", fontweight="bold")
+        ax.text(0, i + 0.34, short(row.label), va="center", fontweight="bold")
         if row.robust is not None:
             ax.plot([100 * row.robust.value, 100 * row.published.value], [at, at], color=RULE, linewidth=4, zorder=1.5)
         if proved and row.robust is not None and row.certified is not None:
@@ -128,7 +129,7 @@ def draw_stages(results: Results) -> Figure | None:
         wrong = round((1 - row.clean.value) * n)
         parts = {"wrong already": wrong, **{k: t[1] for k, t in totals.items() if t[1]}}
         parts["holds"] = max(0, n - sum(parts.values()))
-        ax.text(0, i + 0.3, _short(row.label, 34), va="center", fontweight="bold")
+        ax.text(0, i + 0.3, short(row.label, 34), va="center", fontweight="bold")
         cost = f"{sum(t[2] for t in totals.values()) / n:,.0f} passes per sample"
         ax.text(100, i + 0.3, cost, va="center", ha="right", color=MUTED)
         left = 0.0
@@ -141,7 +142,7 @@ def draw_stages(results: Results) -> Figure | None:
                 ax.text(left + share / 2, i + 0.71, f"{share:.0f}", ha="center", va="center", color=ink)
             left += share
     percent_axis(ax, "samples, %")
-    _legend(ax, [Patch(color=c, label=_short(n, 24)) for n, c in colours.items()], 3)
+    _legend(ax, [Patch(color=c, label=short(n, 24)) for n, c in colours.items()], 3)
     return figure
 
 
@@ -172,7 +173,7 @@ def draw_margins(results: Results) -> Figure | None:
         some, all_lost = (percent((margins > dead).mean()) for dead in (DEAD_TRUE, DEAD_ALL))
         lost = f", {missing:,} without a finite margin" if missing else ""
         beyond = f"{some}% beyond {DEAD_TRUE:.1f}, {all_lost}% beyond {DEAD_ALL:.0f}{lost}"
-        ax.text(edges[0], i + 0.2, _short(row.label, 36), va="center", fontweight="bold")
+        ax.text(edges[0], i + 0.2, short(row.label, 36), va="center", fontweight="bold")
         ax.text(edges[0], i + 0.45, beyond, va="center", color=MUTED, fontsize=7)
     for dead in (DEAD_TRUE, DEAD_ALL):
         ax.axvline(_log(dead), color=PUBLISHED, linewidth=1, linestyle=(0, (4, 2)), zorder=3)
@@ -196,27 +197,12 @@ def draw_classes(results: Results) -> Figure | None:
     grid = np.array([[np.nan if v is None else 100 * v for v in values] for _, _, values in cells])
     mesh = ax.pcolormesh(grid, cmap="Blues", vmin=0, vmax=100, edgecolors=PAPER, linewidth=1)
     ax.set_xticks(
-        [j + 0.5 for j in range(len(labels))], [_short(label, 16) for label in labels], rotation=30, ha="right"
+        [j + 0.5 for j in range(len(labels))], [short(label, 16) for label in labels], rotation=30, ha="right"
     )
-    ax.set_yticks([i + 0.5 for i in range(len(cells))], [_short(name, 24) for name, _, _ in cells])
+    ax.set_yticks([i + 0.5 for i in range(len(cells))], [short(name, 24) for name, _, _ in cells])
     ax.invert_yaxis()
     figure.colorbar(mesh, label="robust accuracy, %")
     return figure
-
-
-_FIGURES: dict[str, Callable[[Results], Figure | None]] = {
-    "accuracy": draw_accuracy, "stages": draw_stages, "margins": draw_margins, "classes": draw_classes}  # fmt: skip
-
-
-def figures(results: Results, dir: str | Path) -> list[Path]:
-    """Writes each figure the data allow as SVG (text stays text) and PNG into ``dir``; returns the paths."""
-    written = []
-    for name, draw in _FIGURES.items():
-        with style():
-            figure = draw(results) if results.runs else None
-        if figure is not None:
-            written += write_figure(figure, dir, name)
-    return written
 
 
 def write_figure(figure: Figure, dir: str | Path, name: str) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from ..results import Results, Row, Run, holm, mcnemar, paired_t, percent, rows
 
@@ -93,6 +94,91 @@ def per_class(results: Results) -> tuple[list[str], list[tuple[str, int, list[fl
         (class_name(results, y), max(map(len, cells)), [sum(c) / len(c) if c else None for c in cells])
         for y, cells in sorted(held.items())
     ]
+
+
+def mistakes(results: Results, row: Row) -> tuple[list[str], list[list[int]]]:
+    """Who is mistaken for whom under attack: the class names, and how many samples of class i became class j.
+
+    A sample that holds is on the diagonal, one that was wrong already where it was. Empty without the column, or where
+    the row is void.
+    """
+    found = [run.samples for run in runs_of(results, row) if run.samples is not None and run.robust is not None]
+    columns = [(s.y, s.prediction_adv, s.robust) for s in found if s.prediction_adv is not None]
+    pairs = [pair for three in columns for pair in zip(*three, strict=True)]
+    if not pairs:
+        return [], []
+    names = results.data.get("classes")
+    k = max([1 + max(max(y, j) for y, j, _ in pairs), len(names) if isinstance(names, list) else 0])
+    counts = [[0] * k for _ in range(k)]
+    for y, j, held in pairs:
+        counts[y][y if held else j] += 1
+    return [class_name(results, y) for y in range(k)], counts
+
+
+def most_mistaken(results: Results, most: int = 5) -> list[tuple[str, str]]:
+    """Each row's most frequent mistakes under attack: ('sce', '8 as 3 (24), 1 as 7 (11)')."""
+    told = []
+    for row in rows(results):
+        names, counts = mistakes(results, row)
+        pairs = [(n, i, j) for i, line in enumerate(counts) for j, n in enumerate(line) if i != j and n]
+        pairs.sort(key=lambda p: (-p[0], p[1], p[2]))
+        if pairs:
+            told.append((row.label, ", ".join(f"{names[i]} as {names[j]} ({n:,})" for n, i, j in pairs[:most])))
+    return told
+
+
+# What of a run's region stands in the table: heading, and where it is found, clean and, where there is one, attacked.
+MEASURES = (
+    ("median distance to a mistake, first order", ("input_margin.median",)),
+    ("the same, found", ("distance.median",)),
+    ("0 < margin ≤ s: clean, attacked", ("inference_region", "inference_region_adv")),
+    ("features moved, in distances between centers", ("movement.relative.median",)),
+    ("nearer to another center: clean, attacked", ("movement.strayed_before", "movement.strayed_after")),
+    ("scatter within / between classes: clean, attacked", ("scatter", "scatter_adv")),
+    ("told apart, AUC", ("two_sample.auc",)),
+    ("told apart within a class, AUC, mean", ("per_class.auc",)),
+    ("MMD²", ("two_sample.mmd2",)),
+    ("Fréchet distance, relative", ("two_sample.frechet_relative",)),
+    ("local slope of the margin, median", ("lipschitz.median",)),
+    ("calibration error: clean, attacked", ("calibration.clean.ece", "calibration.adv.ece")),
+)
+
+
+def measures(results: Results) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The region's measures as a table: the labels of the rows that have any, and (measure, a cell each); means over
+    runs. A measure that no row has is left out.
+    """
+    told = []
+    for row in rows(results):
+        found = [run.region for run in runs_of(results, row) if run.region and row.robust is not None]
+        if found:
+            told.append((row.label, found))
+    lines = [(what, [[_mean_at(found, path) for path in paths] for _, found in told]) for what, paths in MEASURES]
+    return [label for label, _ in told], [
+        (what, [" → ".join(map(_figure, cell)) if any(v is not None for v in cell) else "–" for cell in cells])
+        for what, cells in lines
+        if any(value is not None for cell in cells for value in cell)
+    ]
+
+
+def _mean_at(found: list[dict[str, Any]], path: str) -> float | None:
+    values = []
+    for value in found:
+        at: Any = value
+        for name in path.split("."):
+            at = at.get(name) if isinstance(at, dict) else None
+        values += [v for v in (at if isinstance(at, list) else [at]) if isinstance(v, int | float)]
+    return sum(values) / len(values) if values else None
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def missed(results: Results) -> list[tuple[str, int]]:
+    """The rows of which the minimal attack broke samples that the evaluation left standing, and how many."""
+    told = [(r.label, sum(run.region.get("missed", 0) for run in runs_of(results, r))) for r in rows(results)]
+    return [(label, count) for label, count in told if count]
 
 
 def runs_of(results: Results, row: Row) -> list[Run]:

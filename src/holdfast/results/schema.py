@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 
-SCHEMA = 2
+SCHEMA = 3
 FILE = "results.json"
 CLOPPER_PEARSON = "95% Clopper-Pearson interval over samples"
 
@@ -49,7 +49,8 @@ class Samples:
     clean, published, robust: 1 = still right; robust means not broken by anything tried. stage: index of the stage that
     broke the sample, -1 none, -2 wrong already. margin, margin_adv: logit_y - max_{j != y} logit_j, clean and the worst
     found, rounded to 4 decimals; None where it was not finite. certified: 1 = proved to be right on all of the threat;
-    no column where no bound is known. Raises UserError when the columns differ in length.
+    no column where no bound is known. prediction_adv: the class predicted for the worst image found. Raises UserError
+    when the columns differ in length.
 
     >>> Samples([7], [3], [3], [True], [1], [0], [0], [1.23456], [float("nan")]).margin
     (1.2346,)
@@ -65,6 +66,7 @@ class Samples:
     margin: tuple[float | None, ...]
     margin_adv: tuple[float | None, ...]
     certified: tuple[int, ...] | None = None
+    prediction_adv: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -119,7 +121,8 @@ class Run:
     lower end of what ``robust`` is the upper end of; None where no bound is known, and when void; alone: accuracy under
     each attack that was run on all that is right, where a suite has such protocols, in its order; checks: what each
     trust check found; remainder: what may still be breakable (expected, low, high, in samples); measures: input_margin,
-    zero_gradient, zero_gradient_own.
+    zero_gradient, zero_gradient_own; region: measures of the inference region and of how features move; picture: what
+    is needed to draw them in two dimensions.
     """
 
     name: str
@@ -144,6 +147,8 @@ class Run:
     interval: str = CLOPPER_PEARSON
     certified: Interval | None = None
     alone: dict[str, Interval] = field(default_factory=dict)
+    region: dict[str, Any] = field(default_factory=dict)  # as holdfast.region.measure returns it
+    picture: dict[str, Any] = field(default_factory=dict)  # as holdfast.region.picture returns it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
