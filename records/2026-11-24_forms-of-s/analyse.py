@@ -115,12 +115,13 @@ def tests_of(found: dict, stage: str) -> list[tuple]:
                 sides = at_equal_clean(found, threat, row, column)
                 tests.append((threat, row, f"{column}, over SCE x T at equal clean", paired_t(*sides)))
             continue
-        control = next(r for w, r in found if w == threat and r.startswith("sce") and family(r) == family(row))
-        for column in ("certified", "robust", "clean") if family(row) == "interval" else ("robust",):
-            ours, theirs = (
-                [found[threat, r][seed][column] for seed in sorted(found[threat, row])] for r in (row, control)
-            )
-            tests.append((threat, row, f"{column}, over `{control}`", paired_t(ours, theirs)))
+        controls = [r for w, r in found if w == threat and r.startswith("sce") and family(r) == family(row)]
+        for control in controls:
+            for column in ("certified", "robust", "clean") if family(row) == "interval" else ("robust",):
+                ours, theirs = (
+                    [found[threat, r][seed][column] for seed in sorted(found[threat, row])] for r in (row, control)
+                )
+                tests.append((threat, row, f"{column}, over `{control}`", paired_t(ours, theirs)))
     return tests
 
 
