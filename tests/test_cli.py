@@ -35,7 +35,7 @@ from holdfast.recipes import RECIPES, Recipe
 from holdfast.sources import SOURCES
 from holdfast.train import FitConfig
 
-COMMANDS = ("compare", "recipe", "train", "evaluate", "curves", "report", "verify", "list")
+COMMANDS = ("compare", "recipe", "train", "evaluate", "explain", "bracket", "curves", "report", "verify", "list")
 SMALL = ("--epochs", "2", "--batch-size", "32", "--suite", "tiny", "--device", "cpu")
 TINY_SUITE = (Stage("apgd", "apgd", settings={"steps": 3}),)
 
@@ -256,7 +256,7 @@ def test_compare_prints_a_table_and_says_where_things_are(compared, holdfast_):
         assert name in out
     for name in ("results.json", "report.html", "witnesses.safetensors", "config.json", "env.json"):
         assert (folder / name).is_file(), name
-    lines = err.splitlines()
+    lines = [line for line in err.splitlines() if line.startswith("network")]  # more on a slow machine
     assert lines == [f"network {i} of 2 is trained and attacked: {name}" for i, name in
                      enumerate(("sce-seed0-fold0", "isce_s=10-seed0-fold0"), 1)]  # fmt: skip
     found = results.load(folder)
@@ -288,7 +288,7 @@ def test_quiet_is_the_answer_alone(parquet, holdfast_, tmp_path):
     assert "results.json" not in out
     status, out, err = holdfast_(*words, "--json", "--out", "out")
     assert (status, err) == (0, "")
-    assert json.loads(out)["schema"] == 2
+    assert json.loads(out)["schema"] == results.SCHEMA
 
 
 def test_the_default_folder_is_found_again(parquet, holdfast_, tmp_path):
@@ -389,12 +389,13 @@ def test_train_evaluate_report_verify(parquet, holdfast_, tmp_path):
     status, out, _ = holdfast_("report", "run/evaluation-linf8_255-tiny", "--out", "page.html", "--figures", "figures")
     assert status == 0
     assert (tmp_path / "page.html").stat().st_size > 1000
-    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".svg", ".png"}
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} >= {".svg", ".png"}
     assert all((tmp_path / line).exists() for line in out.splitlines())
 
     status, out, _ = holdfast_("verify", "run/evaluation-linf8_255-tiny", "--device", "cpu")
     assert status == 0
     assert re.search(r"isce:s=10 seed 0, linf 8/255: at most [\d.]+% of 40 are robust \(.*\): holds", out)
+    assert holdfast_("verify", "run/evaluation-linf8_255-tiny", "--device", "cpu", "-q") == (0, out, "")
     status, out, _ = holdfast_("verify", "run/evaluation-linf8_255-tiny", "--json")
     assert status == 0
     assert json.loads(out)[0]["holds"] is True

@@ -400,3 +400,12 @@ def test_ten_thousand_samples_of_eight_losses(tmp_path):
     assert time.perf_counter() - start < 10
     assert path.stat().st_size < 5_000_000
     assert "more are in the results file" in path.read_text()
+
+
+def test_a_tight_published_figure_is_not_called_untrue():
+    tight = R.Verdict("tight", "attacks agree")
+    run = make_run("sce", published=0.31, robust=0.3)
+    runs = [dataclasses.replace(run, published_verdict=tight)]
+    assert report.finding(make_results(runs)).startswith("No published figure is refuted.")
+    worse = dataclasses.replace(make_run("mmc", published=0.9, robust=0.3), published_verdict=R.Verdict("refuted", ""))
+    assert "mmc: published 90.0% but at most 30.0% is true." in report.finding(make_results([*runs, worse]))

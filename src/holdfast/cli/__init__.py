@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from . import look, work  # noqa: F401  # each registers its commands
+from . import work  # noqa: F401  # each registers its commands; those of work come first in --help
+
+# isort: split
+from . import look  # noqa: F401
 from .app import app, main
 
 __all__ = ["app", "main"]

@@ -2,149 +2,197 @@
 
 from __future__ import annotations
 
-import json
+import textwrap
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..display import Display, screen
-from .app import app
+from ..display import Display, aside, errors, is_terminal, screen, working
+from .app import app, exits
 from .options import (
+    RUN,
     Against,
     AsJson,
     Device,
     Figures,
     Limit,
+    NoiseSeed,
     Page,
     Quiet,
-    Seed,
     option,
 )
-from .shared import attack_one, best_device
+from .placing import Placed, page, page_at, parts, put, repeated, say, told_apart, writable
+from .shared import attack_one, best_device, print_json, say_files
 
 
-@app.command(rich_help_panel="Look")
+@app.command(rich_help_panel="Look", epilog=exits())
 def explain(
-    run: Annotated[Path, typer.Argument(help="A run folder that `holdfast train` or `compare` wrote.")],
+    run: Annotated[Path, typer.Argument(help=RUN)],
     threat: Against = "linf:0.1",
     limit: Limit = 500,
-    seed: Seed = 0,
+    seed: NoiseSeed = 0,
     device: Device = "auto",
     out: Annotated[Path | None, option("Default: explain-THREAT in the run folder.", "--out", "-o")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """From the published number to what is left: a waterfall of the attack, one change at a time.
+    """From the published number to what is left: the attack made stronger, one change at a time.
 
-    Stable arithmetic, best iterate, steps, restarts, targets, other scores, a black box. Each change attacks what the
-    ones before it left standing. Writes waterfall.svg and .png beside results.json and report.html.
+    The changes are stable arithmetic, best iterate, more steps, restarts, targets, other scores, a black box; each
+    attacks what the ones before it left standing. Prints what each took, and draws it as waterfall.svg and .png, beside
+    results.json and report.html.
     """
     from .. import waterfall
     from ..compare import file_text
-
-    folder = out or run / f"explain-{file_text(threat)}"
     from ..single import from_run
 
-    answer = attack_one(partial(from_run, run, limit=limit), threat, "explain", folder, seed, device, quiet)
+    folder = out or run / f"explain-{file_text(threat)}"
+    answer = attack_one(partial(from_run, run, limit=limit), threat, "explain", folder, seed, device, quiet, as_json)
     if answer is None:
         return
-    results, page = answer
+    results, its_page = answer
     explained = results.runs[0]
-    pictures = waterfall.save(explained, folder)
+    pictures = put(partial(waterfall.save, explained), folder)
     if as_json:
-        from dataclasses import asdict
-
-        print(json.dumps([{**asdict(step), "accuracy": step.accuracy} for step in waterfall.steps(explained)]))
-        return
-    screen.print(waterfall.table(explained))
-    screen.print(waterfall.sentence(explained), soft_wrap=True)
-    if not quiet:
-        screen.print("\n" + "\n".join(map(str, [*pictures, page])), soft_wrap=True)
+        print_json([{**asdict(step), "accuracy": step.accuracy} for step in waterfall.steps(explained)])
+    else:
+        screen.print(waterfall.table(explained))
+        screen.print(waterfall.sentence(explained), soft_wrap=True)
+    say_files([*pictures, its_page], quiet, as_json)
 
 
-@app.command(rich_help_panel="Look")
+@app.command(rich_help_panel="Look", epilog=exits())
 def bracket(
-    run: Annotated[Path, typer.Argument(help="A run folder that `holdfast train` or `compare` wrote.")],
+    run: Annotated[Path, typer.Argument(help=RUN)],
     threat: Against = "linf:0.1",
-    limit: Annotated[int, option("At most so many test images, 0 for all.")] = 100,
-    seconds: Annotated[float, option("At most so long on the exact answer of each sample; 0: none.")] = 10.0,
-    seed: Seed = 0,
+    limit: Annotated[int, option("At most so many test images; 0: all.")] = 100,
+    seconds: Annotated[
+        float, option("At most so long on the exact answer of each sample; 0: no exact answers.")
+    ] = 10.0,
+    seed: NoiseSeed = 0,
     device: Device = "auto",
     out: Annotated[Path | None, option("Default: bracket-THREAT in the run folder.", "--out", "-o")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """How far each margin can fall: found by attacks, proved by bounds, and in truth. s_att <= s* <= s_cert, drawn.
+    """How far the margin of each image can fall: as attacks find, as bounds prove, and in truth.
 
-    A sample whose margin exceeds s_cert is certified, one above s* robust, one at s_att or below broken. The truth, s*,
-    needs linf and a small fully connected ReLU network. Writes bracket.json, .svg and .png.
+    s_att is what attacks find, s_cert what bounds allow, and the truth s* lies between them. A sample whose margin is
+    above s_cert is certified, one above s* robust, one at s_att or below broken. s* needs linf and a small fully
+    connected ReLU network. Writes bracket.json, .svg and .png.
     """
     from ..bracket import of_run, sentence
+    from ..compare import file_text
 
-    with Display(quiet) as display:
+    writable(out or run / f"bracket-{file_text(threat)}", "--out")
+    with aside(as_json), Display(quiet) as display:
         found, files = of_run(
             run, threat, out, seconds=seconds, limit=limit, seed=seed, device=best_device(device), tell=display.tell
         )
-    screen.print(files[0].read_text() if as_json else sentence(found), soft_wrap=True)
-    if not quiet and not as_json:
-        screen.print("\n" + "\n".join(map(str, files)), soft_wrap=True)
+    if as_json:
+        print_json(files[0].read_text())
+    else:
+        screen.print(sentence(found), soft_wrap=True)
+        say_files([*files], quiet, as_json)
 
 
-@app.command(rich_help_panel="Look")
+@app.command(rich_help_panel="Look", epilog=exits())
 def curves(
     folder: Annotated[list[Path], typer.Argument(help="Run folders, or output folders of `holdfast compare`.")],
-    out: Annotated[Path | None, option("Folder of the figure. Default: the first folder.", "--out", "-o")] = None,
+    out: Annotated[
+        Path | None, option("Folder that the figure goes to. Default: the first one given.", "--out", "-o")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """How training went, from its log: the loss, and clean and robust validation accuracy by epoch.
 
-    What the best epoch had and the last one has lost is robust overfitting: --keep best keeps the best one's weights.
-    Works while training goes on. Writes curves.svg and .png.
+    Where the best epoch was more robust than the last one, training went on too long (robust overfitting): train with
+    --keep best to keep the best one's weights. Works while training goes on. Draws curves.svg and .png.
     """
     from .. import curves as drawn
 
     found = [drawn.read(run) for path in folder for run in drawn.folders(path)]
+    with working("drawing", quiet or as_json):
+        placed = put(partial(drawn.save, found), out or folder[0])
+    if as_json:
+        told = [{**asdict(one), "best": one.best, "lost": one.lost} for one in found]
+        print_json({"curves": told, **_files(placed)})
+        return
     for curve in found:
         screen.print(drawn.sentence(curve), soft_wrap=True)
-    for path in drawn.save(found, out or folder[0]):
-        screen.print(str(path), soft_wrap=True)
+    say(placed, quiet)
 
 
-@app.command(rich_help_panel="Look")
+@app.command(rich_help_panel="Look", epilog=exits())
 def report(
     results: Annotated[list[Path], typer.Argument(help="results.json files, or folders that hold one.")],
     out: Page = None,
     figures: Figures = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Draw results as one self-contained HTML page, and as figures."""
+    """Draw results as one HTML page that opens anywhere, and as figures and tables.
+
+    Several results become one page: of the same data as rows of one table, of different data as parts of their own. A
+    run that is given twice counts once. Prints where the page is, and "replaced" before it where another one was there.
+    """
     from .. import report as reporting
     from ..results import load
 
     loaded = [load(path) for path in results]
     beside = results[0] if results[0].is_dir() else results[0].parent
-    page = reporting.render(loaded, out or beside / "report.html")
-    screen.print(str(page), soft_wrap=True)
+    target = page_at(out or beside / "report.html")
+    writable(target.parent, "--out")
     if figures is not None:
-        for found in loaded:
-            for path in reporting.figures(found, figures):
-                screen.print(str(path), soft_wrap=True)
+        writable(figures, "--figures")
+    twice, found = repeated(results, loaded), parts(results, loaded)
+    with working("drawing", quiet or as_json):
+        placed = [page(loaded, target)]
+        if figures is not None:
+            placed += put(partial(reporting.figures, loaded), figures, "--figures")
+    if as_json:
+        print_json({"page": str(target), **_files(placed), "parts": found, "repeated": twice})
+        return
+    for line in twice:
+        errors.print(line, soft_wrap=True)
+    if quiet:
+        screen.print(str(target), soft_wrap=True)
+    else:
+        for line in told_apart(found):
+            screen.print(line, soft_wrap=True)
+    say(placed, quiet)
 
 
-@app.command(rich_help_panel="Look")
+def _files(placed: list[Placed]) -> dict[str, list[str]]:
+    """The files of a JSON answer, and those of them that another one had to make room for."""
+    return {
+        "files": [str(one.path) for one in placed],
+        "replaced": [str(one.path) for one in placed if one.replaced],
+    }
+
+
+@app.command(rich_help_panel="Look", epilog=exits("a proof fails"))
 def verify(
-    folder: Annotated[Path, typer.Argument(help="An output folder of compare or evaluate.")],
+    folder: Annotated[Path, typer.Argument(help="An output folder of compare, recipe, evaluate or explain.")],
     device: Device = "auto",
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prove the upper bounds again: stored adversarial images, stored networks, one forward pass, no attack code."""
-    from dataclasses import asdict
+    """Prove the upper bounds again: stored images through stored networks, one forward pass, no attack code.
 
+    A bound holds if every stored adversarial image lies within the threat and is misclassified, and their number is
+    the one that results.json claims.
+    """
     from ..verify import verify as check
 
-    proofs = check(folder, device=best_device(device))
+    with aside(as_json), working("proving the bounds again", quiet):
+        proofs = check(folder, device=best_device(device))
     if as_json:
-        print(json.dumps([{**asdict(p), "bound": p.bound, "holds": p.holds} for p in proofs], indent=1))
+        print_json([{**asdict(p), "bound": p.bound, "holds": p.holds} for p in proofs])
     else:
         for p in proofs:
             word = "holds" if p.holds else f"FAILS ({p.failed} witnesses do not hold, {p.claimed:.1%} was claimed)"
@@ -152,23 +200,31 @@ def verify(
                 f"{p.run}: at most {p.bound:.1%} of {p.n} are robust ({p.wrong} wrong, {p.broken} broken): {word}",
                 soft_wrap=True,
             )
+        if not proofs:
+            screen.print("every run is void, so no bound was claimed: there is nothing to prove.")
     if not all(p.holds for p in proofs):
         raise typer.Exit(1)
 
 
-@app.command(name="list", rich_help_panel="Look")
-def list_(as_json: AsJson = False) -> None:
-    """What there is: losses, heads, attacks, objectives, models, data sets, checks, recipes."""
+@app.command(name="list", rich_help_panel="Look", epilog=exits())
+def list_(
+    quiet: Annotated[bool, option("Names alone, without what they are.", "--quiet", "-q")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What there is: losses, heads, attacks, objectives, sources of s, networks, data sets, checks, recipes."""
     from ..catalogue import catalogue
 
     found = catalogue()
     if as_json:
-        print(json.dumps({kind: sorted(names) for kind, names in found.items()}, indent=1))
+        print_json({kind: sorted(names) for kind, names in found.items()})
         return
     for kind, names in found.items():
         screen.print(kind, style="bold")
         width = max((len(name) for name in names), default=0)
         for name, about in names.items():
-            screen.print(f"  {name:<{width}}  {about}", soft_wrap=True)
+            whole = f"  {name}" if quiet else f"  {name:<{width}}  {about}"
+            if is_terminal(screen.file):  # in a pipe a line each, for grep
+                whole = textwrap.fill(whole, screen.width, subsequent_indent=" " * (width + 4), drop_whitespace=True)
+            screen.print(whole, soft_wrap=True)
         if not names:
             screen.print("  none yet")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..display import Display, screen
+from ..display import Display, aside, screen
 from ..errors import UserError
+from .placing import Placed, page, say, writable
 
 
 def best_device(device: str) -> str:
@@ -55,13 +57,18 @@ def schedule_from(
     return override(fit_for(data), **given, keep=keep, **augmentation(augment))
 
 
+def print_json(value: Any) -> None:
+    """One JSON document on stdout; text is one already. Flushed, so that a pipe that was closed is noticed here."""
+    print(value.rstrip("\n") if isinstance(value, str) else json.dumps(value, indent=1), flush=True)
+
+
 def side_by_side(comparison: Any, out: Path | None, device: str, jobs: int, quiet: bool, as_json: bool) -> Any:
     """Run a comparison with its progress shown, write its page, print its table; its Results."""
-    from .. import report as reporting
     from ..compare import compare, default_out
 
     folder, where = out or default_out(comparison), best_device(device)
-    with Display(quiet, comparison.networks) as display:
+    writable(folder, "--out")
+    with aside(as_json), Display(quiet, comparison.networks) as display:
         results = compare(
             comparison,
             folder,
@@ -72,25 +79,28 @@ def side_by_side(comparison: Any, out: Path | None, device: str, jobs: int, quie
             finished=display.finished,
             checked=display.checked,
         )
-    page = reporting.render([results], folder / "report.html")
+    placed = page([results], folder / "report.html")
     show(results, as_json)
+    say_files([folder / "results.json", placed], quiet, as_json)
     if not as_json and not quiet:
-        screen.print(
-            f"\n{folder / 'results.json'}\n{page}\nprove it again: holdfast verify {shlex.quote(str(folder))}",
-            soft_wrap=True,
-        )
+        screen.print(f"prove it again: holdfast verify {shlex.quote(str(folder))}", soft_wrap=True)
     return results
+
+
+def say_files(files: list[Path | Placed], quiet: bool, as_json: bool) -> None:
+    """Where things are, after a blank line; when quiet or JSON, only what was replaced, on stderr."""
+    if not quiet and not as_json:
+        screen.print()
+    say([file if isinstance(file, Placed) else Placed(file) for file in files], quiet or as_json)
 
 
 def show(results: Any, as_json: bool) -> None:
     """Print the table, what is in doubt and the sentence that sums it up; or JSON."""
     from .. import report as reporting
-    from ..results import doubts, table
+    from ..results import doubts, table, to_json
 
     if as_json:
-        from ..results import to_json
-
-        print(to_json(results))
+        print_json(to_json(results))
         return
     screen.print(table(results))
     for line in doubts(results):
@@ -106,18 +116,19 @@ def attack_one(
     seed: int,
     device: str,
     quiet: bool,
+    as_json: bool,
     budget: str = "",
     batch_size: int | None = None,
-) -> tuple[Any, Path] | None:
+) -> tuple[Any, Placed] | None:
     """Attack one network with its progress shown; (results, page), None in all but the first of several processes."""
-    from .. import report as reporting
     from ..evaluate import Budget
     from ..single import attack, processes
 
     limited = Budget.parse(budget) if budget else None
-    with processes(best_device(device)) as (where, first), Display(quiet or not first) as display:
+    writable(folder, "--out")
+    with aside(as_json), processes(best_device(device)) as (where, first), Display(quiet or not first) as display:
         results = attack(
             opened(device=where), threat, suite, folder, seed=seed, budget=limited, batch_size=batch_size,
             tell=display.tell, command=shlex.join(["holdfast", *sys.argv[1:]]),
         )  # fmt: skip
-    return (results, reporting.render([results], folder / "report.html")) if results else None
+    return (results, page([results], folder / "report.html")) if results else None

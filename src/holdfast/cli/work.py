@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..display import Display, errors, screen
+from ..display import Display, aside, errors, screen
 from ..errors import UserError
-from .app import app
+from .app import app, exits
 from .options import (
     OWN,
     Against,
@@ -32,6 +32,7 @@ from .options import (
     LimitTrain,
     Losses,
     Network,
+    NoiseSeed,
     Objective,
     On,
     OneLoss,
@@ -46,10 +47,11 @@ from .options import (
     Suite,
     option,
 )
-from .shared import attack_one, best_device, schedule_from, show, side_by_side, split_rows
+from .placing import writable
+from .shared import attack_one, best_device, print_json, say_files, schedule_from, show, side_by_side, split_rows
 
 
-@app.command(rich_help_panel="The main job")
+@app.command(rich_help_panel="The main job", epilog=exits())
 def compare(
     data: Data = "digits",
     losses: Losses = None,
@@ -82,7 +84,11 @@ def compare(
     eps/4, the last iterate. *robust* is what is left after everything tried, with its 95% interval. Each carries a
     verdict: *refuted* (other attacks broke more), *loose* (a check says that attacks may be failing), *tight*, *void*.
 
-    A stopped command goes on where it was when it is repeated.
+    A row of --losses may name its own head after @, and its objective, network and schedule after +:
+    isce:s=2@cosine+adversarial:steps=5+fit:lr=5e-3.
+
+    Writes results.json, report.html and the adversarial images. A stopped command goes on where it was when it is
+    repeated.
     """
     from ..compare import Comparison
 
@@ -95,12 +101,14 @@ def compare(
     side_by_side(comparison, out, device, jobs, quiet, as_json)
 
 
-@app.command(rich_help_panel="The main job")
+@app.command(rich_help_panel="The main job", epilog=exits("a number lies outside what the recipe expects"))
 def recipe(
     name: Annotated[str, typer.Argument(help="One of those that `holdfast recipe` lists.")] = "",
-    data: Annotated[str, option("Another place or set than the recipe's own: a path, a name.")] = "",
+    data: Annotated[str, option("Other data than the recipe's own: a name, or the path where you have it.")] = "",
     seeds: Annotated[int | None, option("Networks per row.")] = None,
-    epochs: Annotated[int | None, option("Of training, for rows that do not name their own.")] = None,
+    epochs: Annotated[
+        int | None, option("Of training, for rows that do not name their own. Default: the recipe's, as for all below.")
+    ] = None,
     limit: Annotated[int | None, option("Attack at most so many test images, 0 for all.")] = None,
     limit_train: Annotated[int | None, option("Train on at most so many images, 0 for all.")] = None,
     model: Annotated[str | None, option("Another network, for rows that do not name their own.")] = None,
@@ -113,15 +121,18 @@ def recipe(
 ) -> None:
     """Run a named experiment whole, training and attacks, and hold its numbers against those it expects.
 
-    Without a name: what there is. Exit status 1 where a number lies outside what the recipe expects. Run in another
-    size (--epochs, --limit, --model, ...) it expects nothing. A stopped recipe goes on where it was.
+    Without a name: what there is. In another size (--epochs, --limit, --model, ...) a recipe expects nothing. Stopped,
+    it goes on where it was when it is repeated.
     """
     from .. import recipes
 
     if not name:
-        for known in recipes.RECIPES:
-            found = recipes.named(known)
-            screen.print(f"{known}: {found.about}. Takes {found.cost}.", soft_wrap=True)
+        every = {known: recipes.named(known) for known in recipes.RECIPES}
+        if as_json:
+            print_json([{"name": known, "about": found.about, "cost": found.cost} for known, found in every.items()])
+            return
+        for known, found in every.items():
+            screen.print(known if quiet else f"{known}: {found.about}. Takes {found.cost}.", soft_wrap=True)
         return
     chosen = recipes.named(name, data)
     size = {
@@ -146,7 +157,7 @@ def recipe(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel="Step by step")
+@app.command(rich_help_panel="Step by step", epilog=exits())
 def train(
     out: RunFolder,
     data: Data = "digits",
@@ -167,8 +178,13 @@ def train(
     keep: Keep = None,
     device: Device = "auto",
     quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Train one network. Writes config.json, env.json, log.jsonl, a checkpoint and model.safetensors."""
+    """Train one network, into a run folder that evaluate, explain, bracket and curves take.
+
+    Writes config.json, env.json, log.jsonl, a checkpoint and model.safetensors. Stopped, it goes on where it was when
+    it is repeated.
+    """
     from ..compare import Comparison, Job, train_one
 
     if s:
@@ -179,14 +195,19 @@ def train(
     comparison = Comparison(
         data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit
     ).checked()
-    with Display(quiet) as display:
+    writable(out, "--out")
+    with aside(as_json), Display(quiet) as display:
         _, trained, _ = train_one(Job(comparison, loss, seed, fold, out, best_device(device)), display.tell)
+    if as_json:
+        print_json({"run": str(out), "loss": loss, **trained})
+        return
     screen.print(
         f"{loss}: train accuracy {trained['accuracy']:.1%}, validation {percent(trained['val'])}, "
-        f"{trained['epochs']} epochs in {trained['seconds']} s.\n"
-        f"attack it: holdfast evaluate {shlex.quote(str(out))} --threat {threat}",
+        f"{trained['epochs']} epochs in {trained['seconds']} s.",
         soft_wrap=True,
     )
+    if not quiet:
+        screen.print(f"attack it: holdfast evaluate {shlex.quote(str(out))} --threat {threat}", soft_wrap=True)
 
 
 def percent(value: float | None) -> str:
@@ -194,40 +215,62 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-@app.command(rich_help_panel="Step by step")
+@app.command(rich_help_panel="Step by step", epilog=exits())
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A run folder of `holdfast train` or `compare`; or mymodel.py:build, a .onnx, a .pt2.")
+        str,
+        typer.Argument(
+            help="A run folder of `holdfast train` or `compare`; or a network of your own: mymodel.py:build, a .onnx, "
+            "a .pt2."
+        ),
     ],
     threat: Against = "linf:0.1",
     suite: Suite = "standard",
-    budget: Annotated[str, option("Attack for so much, check, and say what is left: 10min, 2h, 1e6passes.")] = "",
+    budget: Annotated[
+        str, option("Attack for no longer, check, and say what may be left: 10min, 2h, 1e6passes. Default: to the end.")
+    ] = "",
     limit: Limit = 1000,
-    seed: Seed = 0,
-    batch_size: Annotated[int | None, option("Default: by image size; halved when memory runs out.")] = None,
+    seed: NoiseSeed = 0,
+    batch_size: Annotated[
+        int | None, option("Of the attacks. Default: by image size; halved when memory runs out.")
+    ] = None,
     device: Device = "auto",
     out: Annotated[
-        Path | None, option("Default: evaluation-THREAT-SUITE in the run folder, or in out/.", "--out", "-o")
+        Path | None,
+        option(
+            "Default: evaluation-THREAT-SUITE in the run folder; of your own, NAME-THREAT-SUITE in out/.", "--out", "-o"
+        ),
     ] = None,
-    data: Annotated[str, option("Its data. All of it is used if it has no test split.", rich_help_panel=OWN)] = "",
-    weights: Annotated[str, option(".safetensors, or .pt (tensors alone are read).", rich_help_panel=OWN)] = "",
-    pixels: Annotated[str, option("The range that it takes pixels in. Default: 0,1.", rich_help_panel=OWN)] = "",
-    mean: Annotated[str, option("Then minus this, a number or one a channel.", rich_help_panel=OWN)] = "",
-    std: Annotated[str, option("Then divided by this.", rich_help_panel=OWN)] = "",
+    data: Annotated[
+        str, option("Its data, as for train. All of it is used if it has no test split.", rich_help_panel=OWN)
+    ] = "",
+    weights: Annotated[str, option("A .safetensors, or a .pt (tensors alone are read).", rich_help_panel=OWN)] = "",
+    pixels: Annotated[
+        str, option("The range that it takes pixels in: 0,1 or 0,255 or -1,1. Default: 0,1.", rich_help_panel=OWN)
+    ] = "",
+    mean: Annotated[
+        str, option("Subtracted after that: a number, or one a channel. Default: nothing.", rich_help_panel=OWN)
+    ] = "",
+    std: Annotated[
+        str, option("Divided by after that: a number, or one a channel. Default: 1.", rich_help_panel=OWN)
+    ] = "",
     loss: Annotated[
-        str, option("The loss it was trained with, which attacks match. Default: sce.", rich_help_panel=OWN)
+        str, option("The loss it was trained with, so that attacks climb that too. Default: sce.", rich_help_panel=OWN)
     ] = "",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Attack one network and write results.json, witnesses and report.html.
 
-    The network is a run folder, or your own: **holdfast evaluate mymodel.py:build --weights w.safetensors --data FOLDER
-    --threat linf:8/255 --out DIR**. build() is called without arguments and returns what maps images to logits; your
-    code is executed. Images come in [0, 1]: say once, with --pixels, --mean and --std, what your network takes.
+    The network is a run folder, or your own:
 
-    Stopped at any moment, the same command goes on where it was. Under torchrun (`torchrun --nproc-per-node 2 -m
-    holdfast evaluate ...`) processes share the samples and give the answer of one.
+    **holdfast evaluate mymodel.py:build --weights w.safetensors --data FOLDER --threat linf:8/255 --out DIR**
+
+    build() is called without arguments and returns what maps images to logits; your code is executed. Images come in
+    [0, 1]: say once, with --pixels, --mean and --std, what your network takes.
+
+    Stopped, it goes on where it was when it is repeated. Under torchrun (`torchrun --nproc-per-node 2 -m holdfast
+    evaluate ...`) processes share the samples and give the answer of one.
     """
     from ..compare import file_text
     from ..foreign import is_foreign
@@ -254,10 +297,9 @@ def evaluate(
         folder = out or Path(model) / f"evaluation-{file_text(threat)}-{suite}"
         opened = partial(from_run, Path(model), limit=limit)
 
-    answer = attack_one(opened, threat, suite, folder, seed, device, quiet, budget, batch_size)
+    answer = attack_one(opened, threat, suite, folder, seed, device, quiet, as_json, budget, batch_size)
     if answer is None:
         return
     results, page = answer
     show(results, as_json)
-    if not as_json and not quiet:
-        screen.print(f"\n{folder / 'results.json'}\n{page}", soft_wrap=True)
+    say_files([folder / "results.json", page], quiet, as_json)

@@ -76,6 +76,18 @@ class Evaluation:
         """(N,) bool: right, and not broken by anything tried."""
         return self.broken_by == STANDS
 
+    def _repr_html_(self) -> str:
+        """Itself in a notebook."""
+        from ..results.tables import notebook_counts
+
+        shares = {
+            "clean": self.clean, "published": self.published, "own loss": self.own, "certified": self.certified,
+            "robust": self.robust,
+        }  # fmt: skip
+        counts = {name: None if column is None else int(column.sum()) for name, column in shares.items()}
+        unjudged = "No verdict yet: holdfast.checks.audit judges it."
+        return notebook_counts(str(self.threat), len(self.y), counts, self.stages, unjudged)
+
     @property
     def forwards(self) -> int:
         return sum(stage.forwards for stage in self.stages)

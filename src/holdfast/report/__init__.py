@@ -68,8 +68,8 @@ from .pictures import draw_eps, draw_features, draw_mistakes
 
 __all__ = [
     "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PUBLISHED", "ROBUST", "RULE",
-    "WIDTH", "Comparison", "axes", "compare", "draw_eps", "figures", "finding", "measures", "mistakes", "per_class",
-    "percent_axis", "render", "style", "write_figure",
+    "WIDTH", "Comparison", "axes", "compare", "draw_eps", "figures", "finding", "measures", "merged", "mistakes",
+    "per_class", "percent_axis", "render", "style", "write_figure",
 ]  # fmt: skip
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
@@ -83,7 +83,7 @@ def render(results_list: Results | str | Path | Sequence[Results | str | Path], 
     """
     given = [results_list] if isinstance(results_list, Results | str | Path) else list(results_list)
     sources = [r if isinstance(r, Results) else load(r) for r in given]
-    parts = [_part(r, f"p{i}-") for i, r in enumerate(_merged(sources)) if r.runs]
+    parts = [_part(r, f"p{i}-") for i, r in enumerate(merged(sources)) if r.runs]
     if not parts:
         raise UserError("there are no runs to report. Give results that hold at least one.")
     folder = Path(__file__).parent.parent / "templates"
@@ -111,7 +111,7 @@ TABLES = {"csv": csv, "tex": latex, "md": markdown}
 def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[Path]:
     """Writes each figure the data allow as SVG (text stays text) and PNG, and the table as CSV, LaTeX and Markdown,
     into ``dir``; returns the paths. Results of different data go into folders of their own, named after the data."""
-    parts = _merged([results_list] if isinstance(results_list, Results) else results_list)
+    parts = merged([results_list] if isinstance(results_list, Results) else results_list)
     written = []
     for i, part in enumerate(parts):
         name = re.sub(r"\W+", "-", str(part.data.get("name", "data"))).strip("-")
@@ -126,7 +126,7 @@ def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[
     return written
 
 
-def _merged(sources: Sequence[Results]) -> list[Results]:
+def merged(sources: Sequence[Results]) -> list[Results]:
     """One Results per data set; a run given twice counts once."""
     groups: dict[str, Results] = {}
     for r in sources:

@@ -181,6 +181,12 @@ class Results:
     def __post_init__(self) -> None:
         object.__setattr__(self, "runs", tuple(self.runs))
 
+    def _repr_html_(self) -> str:
+        """Itself in a notebook."""
+        from .tables import notebook
+
+        return notebook(self)
+
 
 def threat_text(threat: dict[str, Any]) -> str:
     """The threat in words.
@@ -268,7 +274,8 @@ def load(path: str | Path) -> Results:
         ) from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not readable JSON ({e}). Was it cut short or edited by hand?") from e
-    if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int) or "runs" not in raw:
+    known = isinstance(raw, dict) and type(raw.get("schema")) is int and raw["schema"] >= 1
+    if not known or "runs" not in raw:
         raise UserError(f"{path} is not a holdfast results file: 'schema' and 'runs' were expected at the top.")
     if raw["schema"] > SCHEMA:
         newer = f"schema {raw['schema']}, this one reads {SCHEMA}. Upgrade holdfast."

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from csv import writer as csv_writer
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
 from typing import Any
 
-from rich import box
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 from .schema import Interval, Results, Run, Verdict
-from .statistics import over_seeds
+from .statistics import over_seeds, proportion
 
 _WORST_FIRST = ("void", "refuted", "loose", "tight")
 
@@ -165,49 +166,120 @@ def _lines(found: Sequence[Row]) -> list[tuple[str, ...]]:
     return [tuple(c for i, c in enumerate(line) if seen.get(i, True)) for line in (_HEAD, *map(_cells, found))]
 
 
-def table(results: Results) -> Table:
-    """A rich table that fits 80 columns, in percent; with several threats, a part for each.
+@dataclass(frozen=True)
+class Printed:
+    """A table for a terminal, laid out when the width is known. A line of one cell is the head of a part."""
 
-    The papers' table has heads of two lines, and robust, verdict and interval in one cell of two lines.
+    head: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield from _laid_out(self.head, self.lines, options.max_width, "-" if options.ascii_only else "\u2500")
+        if self.caption:
+            yield Text(self.caption + "\n", style="dim")
+
+
+def table(results: Results) -> Printed:
+    """The table for a terminal, 80 columns or more, in percent; with several threats, a part for each.
+
+    A loss whose name is too long for a column has it on a line of its own, above its figures. The papers' table has
+    heads of two lines, and robust, verdict and interval in one cell of two lines.
     """
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
-    out.add_column(_HEAD[0], overflow="fold", max_width=26)
     found = rows(results)
-    lines = _lines(found)
+    head, *cells = _lines(found)
     if any(row.alone for row in found):
-        head = [name.replace("certified", "certi-fied").replace("-", "-\n") for name in lines[0][:-2]]
-        lines = [(*head, "robust,\n95%"), *map(_narrow, lines[1:])]
-        out.padding = 0
-    for name in lines[0][1:]:
-        out.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
-    threats = {row.threat for row in found}
-    width = 12 if any_proved(found) else 20  # a column more leaves the names less
-    before = ""
-    for row, (label, *cells) in zip(found, lines[1:], strict=True):
+        names = [name.replace("certified", "certi-fied").replace("-", "-\n") for name in head[:-2]]
+        head, cells = (*names, "robust,\n95%"), [_narrow(line) for line in cells]
+    lines: list[tuple[str, ...]] = []
+    threats, before = list(dict.fromkeys(row.threat for row in found)), ""
+    for row, (label, *rest) in zip(found, cells, strict=True):
         if len(threats) > 1:
             label = label.removesuffix(f" ({row.threat})")
             if row.threat != before:
-                out.add_section()
-                out.add_row(Text(row.threat, style="bold"))
+                lines.append((row.threat,))
             before = row.threat
-        out.add_row(Text(_broken(label, width)), *map(Text, cells))
-    return out
+        lines.append((label, *rest))
+    return Printed(head, tuple(lines), caption(results, found) if found else "")
+
+
+def caption(results: Results, found: Sequence[Row]) -> str:
+    """What the figures of a table are of: the data, how many samples, the threat where there is one, the interval."""
+    threats = list(dict.fromkeys(row.threat for row in found))
+    about = [
+        str(results.data.get("name", "")),
+        " or ".join(f"{n:,}" for n in dict.fromkeys(row.n for row in found)) + " samples",
+        *(threats if len(threats) == 1 else []),
+        "in percent",
+    ]
+    return f"{', '.join(filter(None, about))}; {'; '.join(dict.fromkeys(row.interval for row in found))}"
+
+
+_COLOURS = {"tight": "green", "loose": "yellow", "refuted": "red", "void": "bold red"}
+_COLUMN = 16  # up to here, a wider column for names is worth closer figures
+
+
+def _laid_out(head: tuple[str, ...], lines: Sequence[tuple[str, ...]], width: int, rule: str) -> Iterator[Text]:
+    """Head, rule and rows as lines: names that fit beside the figures stand there, longer ones above them."""
+    figures = [line for line in lines if len(line) > 1]
+    widths = [
+        max(cell_len(part) for line in (head, *figures) for part in line[i].split("\n")) for i in range(1, len(head))
+    ]
+    labels = [cell_len(line[0]) for line in figures]
+    rooms = {gap: width - 1 - sum(widths) - gap * len(widths) for gap in (1, 2)}
+    beside = {gap: sum(n <= room for n in labels) for gap, room in rooms.items()}
+    roomy = rooms[2] >= (_COLUMN if beside[2] < beside[1] else cell_len(head[0]))
+    gap = 2 if roomy else 1
+    room = rooms[gap]
+    column = max([cell_len(head[0]), *(n for n in labels if n <= room)])
+    lefts = [name == "verdict" for name in head[1:]]
+
+    def row(label: str, cells: Sequence[str], styles: tuple[str, str], foot: bool = False) -> Iterator[Text]:
+        parts = [cell.split("\n") for cell in cells]
+        height = max(map(len, parts), default=1)
+        if foot:  # the words of a head stand on its rule
+            parts = [[""] * (height - len(part)) + part for part in parts]
+        for k in range(height):
+            at_label = label if k == (height - 1 if foot else 0) else ""
+            line = Text(
+                at_label + " " * (column - cell_len(at_label)), style=styles[0], no_wrap=True, overflow="ignore"
+            )
+            for part, wide, to_left in zip(parts, widths, lefts, strict=True):
+                cell = part[k] if k < len(part) else ""
+                space = " " * (wide - cell_len(cell))
+                said, blank, word = cell.rpartition(" ")
+                line.append(" " * gap + ("" if to_left else space))
+                line.append(said + blank).append(word, styles[1] or _COLOURS.get(word, ""))
+                line.append(space if to_left else "")
+            yield line.append(" ")
+
+    yield from row(head[0], head[1:], ("bold", "bold"), foot=True)
+    yield Text(rule * (column + sum(widths) + gap * len(widths)), no_wrap=True, overflow="ignore")
+    for number, (label, *cells) in enumerate(lines):
+        if not cells:
+            yield Text(("\n" if number else "") + label, style="bold")
+            continue
+        if cell_len(label) > column:
+            yield Text(_broken(label, width - 2), no_wrap=True, overflow="ignore")
+            label = ""
+        yield from row(label, cells, ("", ""))
 
 
 def _broken(label: str, width: int) -> str:
-    """A long label on several lines, which end where its parts do; a part longer than that stays whole.
+    """A name on as many lines as it takes, which end where its parts do; a part longer than a line is cut.
 
     >>> print(_broken("sce+adversarial:steps=5,ramp=0.3+stepnet:slope=10", 20))
     sce+adversarial
-    :steps=5,ramp=0.3
-    +stepnet:slope=10
+      :steps=5,ramp=0.3
+      +stepnet:slope=10
     """
     lines = [""]
-    for part in re.findall(r"[+@:]?[^+@,:]*,?", label):
-        if lines[-1] and len(lines[-1] + part) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
+    for whole in re.findall(r"[+@:]?[^+@,:]*,?", label):
+        for part in re.findall(f".{{1,{max(1, width - 2)}}}", whole):
+            if lines[-1] and cell_len(lines[-1] + part) > width - 2 * (len(lines) > 1):
+                lines.append("")
+            lines[-1] += part
+    return "\n  ".join(lines)
 
 
 def _narrow(line: tuple[str, ...]) -> tuple[str, ...]:
@@ -256,6 +328,73 @@ def remainder_text(run: Run) -> str:
         f"{left['second']}, {left['both']} of them alike: {left['expected']:.1f} more of {run.n:,} are expected to be "
         f"breakable (95% interval {left['low']:.0f} to {left['high']:.0f}).{full}{ended}{votes}"
     )
+
+
+_CELL = "padding:.15em .6em;white-space:nowrap;text-align:"
+_RULE = "border-bottom:1px solid rgba(128,128,128,.5)"  # a grey that shows on white and on black; no other colour
+
+
+def notebook(results: Results) -> str:
+    """The table as HTML for a notebook: self-contained, escaped, in the notebook's own colours; doubts below it."""
+    found = rows(results)
+    if not found:
+        return "<p>No runs.</p>"
+    head, *cells = _lines(found)
+    several = len({row.threat for row in found}) > 1
+    lines, before = [], ""
+    for row, (label, *rest) in zip(found, cells, strict=True):
+        if several and row.threat != before:
+            part = f'<th colspan="{len(head)}" style="{_CELL}left;padding-top:.8em">{escape(row.threat)}</th>'
+            lines.append(f"<tr>{part}</tr>")
+            before = row.threat
+        name = label.removesuffix(f" ({row.threat})") if several else label
+        lines.append(_html_row(head, [name, *rest], "td"))
+    doubtful = [f"<li>{escape(line)}</li>" for line in doubts(results)]
+    why = f"<details><summary>what is in doubt: {len(doubtful)}</summary><ul>{''.join(doubtful)}</ul></details>"
+    return _html_table(_html_row(head, head, "th"), lines, caption(results, found)) + (why if doubtful else "")
+
+
+def notebook_counts(
+    about: str, n: int, counts: Mapping[str, int | None], stages: Sequence[Any] = (), note: str = ""
+) -> str:
+    """One evaluation as HTML for a notebook, from plain numbers.
+
+    counts: of n samples, how many are clean, robust, ...: each as a share with its 95% interval, None is left out;
+    stages: whatever has name, attacked, broken, forwards, backwards and seconds; note: a sentence below.
+    """
+    head = ("accuracy", "%", "95%")
+    shares = {name: proportion(k, n) for name, k in counts.items() if k is not None and n}
+    lines = [
+        _html_row(head, (name, percent(share.value), f"[{percent(share.low)}, {percent(share.high)}]"), "td")
+        for name, share in shares.items()
+    ]
+    out = _html_table(_html_row(head, head, "th"), lines, f"{about}, {n:,} samples; Clopper-Pearson intervals")
+    if stages:
+        heads = ("stage", "attacked", "broken", "passes", "seconds")
+        told = [
+            (s.name, f"{s.attacked:,}", f"{s.broken:,}", f"{s.forwards + s.backwards:,}", f"{s.seconds:.1f}")
+            for s in stages
+        ]
+        whole = _html_table(_html_row(heads, heads, "th"), [_html_row(heads, cells, "td") for cells in told], "")
+        out += f"<details><summary>stages: {len(told)}</summary>{whole}</details>"
+    return out + (f"<p>{escape(note)}</p>" if note else "")
+
+
+def _html_row(head: Sequence[str], cells: Sequence[str], tag: str) -> str:
+    told = []
+    for name, cell in zip(head, cells, strict=True):
+        words = name in (head[0], "verdict")
+        look = _CELL + ("left" if words else "right")
+        if name == head[0]:  # names may be long
+            look = look.replace("nowrap", "normal;overflow-wrap:anywhere")
+        told.append(f'<{tag} style="{look};{_RULE if tag == "th" else ""}">{escape(cell)}</{tag}>')
+    return f"<tr>{''.join(told)}</tr>"
+
+
+def _html_table(head: str, lines: Sequence[str], below: str) -> str:
+    said = f'<div style="opacity:.75;margin:.3em 0">{escape(below)}</div>' if below else ""
+    whole = f'<table style="border-collapse:collapse"><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table>'
+    return f'<div style="overflow-x:auto">{whole}{said}</div>'
 
 
 def markdown(results: Results) -> str:
