@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compare test slow bench clean
+.PHONY: compare test docs slow bench clean
 compare: .venv/ready
 	$(BIN)/holdfast compare
 
@@ -11,6 +11,10 @@ test: .venv/ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+docs: .venv/ready-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 slow: .venv/ready-test
 	$(BIN)/pytest -m slow
