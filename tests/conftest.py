@@ -19,6 +19,15 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 torch.set_num_threads(1)  # ten times faster here than two threads that wait for each other
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_are_walked(request):
+    """Fewer samples whose smallest perturbation is looked for, but where that is tested: each network pays for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "test_region" not in request.node.nodeid:
+            patch.setattr("holdfast.region.summary.WALKED", 24)
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits():
     """(net, x, y): a tiny convolutional network and 40 test digits that it gets right."""

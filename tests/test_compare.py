@@ -22,6 +22,7 @@ from holdfast.attacks import SUITES, Stage
 from holdfast.compare import Comparison, Job, compare, default_out, train_one
 from holdfast.data import load
 from holdfast.errors import UserError
+from holdfast.region import summary
 from holdfast.single import attack, from_run
 from holdfast.storage import load_tensors, save_tensors
 from holdfast.train import FitConfig
@@ -169,7 +170,7 @@ def test_the_inference_region_is_measured_in_every_fold(original):
     found, _ = original
     for run in found.runs:
         assert run.region["n"] == 2 * 512  # of each fold
-        assert len(run.region["distances"]["distance"]) == 2 * 256
+        assert len(run.region["distances"]["distance"]) == 2 * summary.WALKED
         assert run.region["space"] == "features"
         assert 0 <= run.region["two_sample"]["auc"] <= 1
         assert run.picture["classes"] == 10
