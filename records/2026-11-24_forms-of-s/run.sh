@@ -53,7 +53,7 @@ confirm-0.2)
     sce+interval:factor=1.2+fit:epochs=16 isce:s=3+interval:factor=1.1+fit:epochs=16)" ;;
 confirm-0.1)
   confirm "${linf[@]}" --threat linf:0.1 --losses "$(rows sce+adversarial:steps=5,ramp=0.3,factor=1.3+fit:lr=1e-2 \
-    sce+fit:epochs=48,weight_decay=0.3 isce:s=gradient:1+fit:epochs=16 isce:s=gradient-stopped:1+fit:epochs=16)" ;;
+    sce+fit:epochs=48,weight_decay=0.3 isce:s=gradient:1+fit:epochs=16)" ;;
 confirm-l2)
   confirm "${l2[@]}" --losses "$(rows sce@orthogonal:scale={0.2,0.3,0.5,0.7,1} isce:s=lipschitz:{1,1.6}@orthogonal:scale=10)" ;;
 *) echo "no such stage: $stage" >&2; exit 2 ;;
