@@ -394,6 +394,14 @@ def test_ten_thousand_samples_of_eight_losses(tmp_path):
     runs = [make_run(f"loss{'x' * i}", n=10_000, robust=0.1 + 0.02 * i) for i in range(8)]
     heavy = "A" * 400_000
     runs = [dataclasses.replace(r, examples=[dataclasses.replace(e, x_png=heavy) for e in r.examples]) for r in runs]
+    runs = [surveyed(r, distances=[0.001 * i for i in range(256)]) for r in runs]
+    at = [[float(i % 20), i / 10] for i in range(200)]
+    side = list(map(float, range(61)))
+    ground = {"across": side, "up": side, "prediction": [[i % 10] * 61 for i in range(61)], "margin": [side] * 61}
+    points = {"points": at, "points_adv": at[::-1], "y": [i % 10 for i in range(200)], "grid": ground}
+    runs = [dataclasses.replace(r, picture={**r.picture, **points}) for r in runs]
+    column = {"prediction_adv": [i % 10 for i in range(10_000)]}
+    runs = [dataclasses.replace(r, samples=dataclasses.replace(r.samples, **column)) for r in runs]
     folder = R.save(make_results(runs), tmp_path).parent
     start = time.perf_counter()
     path = report.render(folder, tmp_path / "report.html")
