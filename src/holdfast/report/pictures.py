@@ -39,7 +39,7 @@ def panels(count: int, draw: Callable[[int, Axes], None], height: float, across:
 def draw_mistakes(results: Results) -> Figure | None:
     """Of each class, the share that an attack turns into each other one; None without the column or for many."""
     told = [(row, *mistakes(results, row)) for row in rows(results)]
-    found = [(row, names, np.array(counts, dtype=float)) for row, names, counts in told if counts]
+    found = [(row, names, np.array(counts, dtype=float)) for row, names, counts in told if counts][:MOST_PANELS]
     if not found or len(found[0][1]) > MOST_CLASSES:
         return None
     for _, _, share in found:
