@@ -351,8 +351,8 @@ def test_accuracy_over_eps_is_the_share_that_lies_farther(tmp_path):
     line, dot = figure.axes[0].lines
     at, left = line.get_data()
     eps = THREAT["eps"]
-    assert at.tolist() == [0, 0, *(d for d in (0.05, 0.15) if d < 2 * eps), 2 * eps]  # 0: one was wrong already
-    assert left[:3].tolist() == [75, 75, 50]
+    assert at.tolist() == [0, *(d for d in (0.05, 0.15) if d < 2 * eps), 2 * eps]  # 0: one was wrong already
+    assert left[:2].tolist() == [75, 50]
     assert left[-1] == (25 if eps > 0.075 else 50)
     assert dot.get_data()[1] == [50]
 
@@ -360,6 +360,32 @@ def test_accuracy_over_eps_is_the_share_that_lies_farther(tmp_path):
 def test_what_the_evaluation_missed_is_said(tmp_path):
     page = Page(report.render(make_results([surveyed(make_run("sce"), missed=3)]), tmp_path / "r.html"))
     assert "sce: the minimal attack behind these measures broke 3 samples that stand above" in page.text
+    runs = [surveyed(make_run("one"), missed=1), surveyed(make_run("varied"), missed=None)]
+    runs.append(surveyed(make_run("void", status="void"), missed=5))  # of no figure can be said that it is too high
+    page = Page(report.render(make_results(runs), tmp_path / "r.html"))
+    assert "one: the minimal attack behind these measures broke 1 sample that stands above" in page.text
+    assert page.text.count("is too high") == 1
+
+
+def test_a_void_row_has_no_curve_and_what_was_wrong_already_no_step():
+    runs = [surveyed(make_run("void", status="void")), surveyed(make_run("sce"), distances=(0.0, 0.0, 0.05, None))]
+    figure = report.draw_eps(make_results(runs))
+    curve, _ = figure.axes[0].lines
+    assert curve.get_label() == "sce"
+    assert curve.get_data()[1].tolist()[:2] == [50, 25]
+    assert report.draw_eps(make_results(runs[:1])) is None
+
+
+def test_one_class_has_no_mistakes(tmp_path):
+    run = make_run("sce", n=10)
+    samples = dataclasses.replace(run.samples, y=[0] * 10, prediction_adv=[0] * 10)
+    results = make_results([dataclasses.replace(run, samples=samples)], classes=["a"])
+    assert "Who is mistaken" not in Page(report.render(results, tmp_path / "r.html")).text
+
+
+def test_measures_are_never_written_with_an_exponent_for_their_size():
+    runs = [surveyed(make_run(f"loss{i}"), auc=value) for i, value in enumerate((99.4, 99.7, 1234.0))]
+    assert dict(report.measures(make_results(runs))[1])["told apart, AUC"] == ["99", "100", "1,234"]
 
 
 def test_figures_of_different_data_do_not_overwrite_each_other(tmp_path):

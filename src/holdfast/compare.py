@@ -10,6 +10,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .errors import UserError, unknown
 from .evaluate import evaluate, stored_x_adv
 from .jobs import Tell
 from .objectives import OBJECTIVES, Schedule
+from .outputs import out_of_memory
 from .results import Results, write_atomic
 from .sources import source
 from .threat import Threat
@@ -275,7 +277,10 @@ def audited(one: Judged, model: nn.Module, record: Path, twin: Tensor | None, te
 
 
 def surveyed(one: Judged, model: nn.Module, record: Path, tell: Tell, *, seed: int) -> Judged:
-    """The same with its inference region measured: read from the record, or measured and written there."""
+    """The same with its inference region measured: read from the record, or measured and written there.
+
+    What was missed is not counted of a model whose answers differ: one of them says nothing of their majority.
+    """
     found = one.evaluation
     asked = [one.split.fingerprint, runs.weights_mark(model), str(found.threat), seed, rows.loss(one.loss).s]
     mark = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8)
@@ -286,11 +291,25 @@ def surveyed(one: Judged, model: nn.Module, record: Path, tell: Tell, *, seed: i
         tell(one.folder.name, "measuring the inference region", 1, 1)
         s, test = rows.loss(one.loss).s, one.split.test
         columns = model, test.x, test.y, found.x_adv
-        measured = region.measure(*columns, found.threat, s=s, index=test.index, seed=seed)
-        drawn = region.picture(*columns, s=s, index=test.index, seed=seed)
+        measured = _fitting(partial(region.measure, *columns, found.threat, s=s, index=test.index, seed=seed))
+        drawn = _fitting(partial(region.picture, *columns, s=s, index=test.index, seed=seed))
+        if found.votes > 1:
+            measured["missed"] = None
         kept = {"key": key, "region": measured, "picture": drawn}
         write_atomic(record, json.dumps(kept))
     return replace(one, region=kept["region"], picture=kept["picture"])
+
+
+def _fitting(ask: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """What ``ask(batch_size=...)`` answers: in batches of its own size, smaller ones where memory runs out."""
+    for size in (None, 64, 16, 4):
+        try:
+            return ask(batch_size=size)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()  # does nothing where CUDA was not used
+    return ask(batch_size=1)
 
 
 def teller(name: str, tell: Tell, threat: Threat, n: int) -> Any:

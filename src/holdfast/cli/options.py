@@ -63,7 +63,7 @@ Augment = Annotated[str | None, option("none, crop:PAD or crop:PAD+flip. Default
 Jobs = Annotated[int, option("Networks at a time; 0: one per core on a CPU, one on a GPU.")]
 Quiet = Annotated[bool, option("No progress; the answer alone.", "--quiet", "-q")]
 AsJson = Annotated[bool, option("Print one JSON document and nothing else; progress goes to stderr.", "--json")]
-Device = Annotated[str, option("cpu, cuda, cuda:1 or mps; auto takes the best there is.")]
+Device = Annotated[str, option("cpu, cuda, cuda:1 or mps; auto: cuda where there is one, else cpu.")]
 Out = Annotated[
     Path | None, option("Output folder. Default: out/DATA-THREAT-HASH, found again by the same command.", "--out", "-o")
 ]

@@ -134,7 +134,7 @@ def most_mistaken(results: Results, most: int = 5) -> list[tuple[str, str]]:
 # What of a run's region stands in the table: heading, and where it is found, clean and, where there is one, attacked.
 MEASURES = (
     ("median distance to a mistake, first order", ("input_margin.median",)),
-    ("the same, found", ("distance.median",)),
+    ("smallest perturbation found, median (wrong already: 0)", ("distance.median",)),
     ("0 < margin ≤ s: clean, attacked", ("inference_region", "inference_region_adv")),
     ("features moved, in distances between centers", ("movement.relative.median",)),
     ("nearer to another center: clean, attacked", ("movement.strayed_before", "movement.strayed_after")),
@@ -176,12 +176,13 @@ def _mean_at(found: list[dict[str, Any]], path: str) -> float | None:
 
 
 def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}" if abs(value) < 100 else f"{value:,.0f}"
+    return "–" if value is None else f"{value:.2g}" if abs(value) < 99.5 else f"{value:,.0f}"
 
 
 def missed(results: Results) -> list[tuple[str, int]]:
     """The rows of which the minimal attack broke samples that the evaluation left standing, and how many."""
-    told = [(r.label, sum(run.region.get("missed", 0) for run in runs_of(results, r))) for r in rows(results)]
+    shown = [row for row in rows(results) if row.robust is not None]
+    told = [(row.label, sum(run.region.get("missed") or 0 for run in runs_of(results, row))) for row in shown]
     return [(label, count) for label, count in told if count]
 
 

@@ -40,7 +40,7 @@ def draw_mistakes(results: Results) -> Figure | None:
     """Of each class, the share that an attack turns into each other one; None without the column or for many."""
     told = [(row, *mistakes(results, row)) for row in rows(results)]
     found = [(row, names, np.array(counts, dtype=float)) for row, names, counts in told if counts][:MOST_PANELS]
-    if not found or len(found[0][1]) > MOST_CLASSES:
+    if not found or not 1 < len(found[0][1]) <= MOST_CLASSES:
         return None
     for _, _, share in found:
         share /= np.maximum(1, share.sum(1, keepdims=True))
@@ -79,12 +79,12 @@ def _fading(colour: str) -> Any:
 def draw_eps(results: Results) -> Figure | None:
     """Accuracy left at every eps, from the smallest perturbation found of each sample measured; a panel for each norm.
 
-    Dots: the robust accuracy at the threat itself, of all samples. None without distances.
+    Dots: the robust accuracy at the threat itself, of all samples. A void row has neither. None without distances.
     """
     norms: dict[str, list[tuple[Row, np.ndarray]]] = {}
     for row in rows(results):
         told = [run.region["distances"]["distance"] for run in runs_of(results, row) if "distances" in run.region]
-        if known := [math.inf if d is None else float(d) for distances in told for d in distances]:
+        if row.robust is not None and (known := [math.inf if d is None else float(d) for distances in told for d in distances]):
             norms.setdefault(results.runs[row.runs[0]].threat["norm"], []).append((row, np.sort(known)))
     if not norms:
         return None
@@ -95,9 +95,9 @@ def draw_eps(results: Results) -> Figure | None:
         most = 2 * at
         for i, (row, far) in enumerate(found):
             colour, dashes = LINES[i % len(LINES)], ("-", "--", ":")[i // len(LINES) % 3]
-            shown = far[far < most]
-            left = 100 * (1 - np.arange(1, len(shown) + 1) / len(far))
+            shown = far[(far > 0) & (far < most)]
             start = 100 * float(np.mean(far > 0))
+            left = start - 100 * np.arange(1, len(shown) + 1) / len(far)
             ax.step([0, *shown, most], [start, *left, left[-1] if len(left) else start], where="post", color=colour,
                     linestyle=dashes, linewidth=1.2, label=short(row.label, 40))  # fmt: skip
             if row.robust is not None:
