@@ -181,20 +181,21 @@ def test_the_inference_region_is_measured_in_every_fold(original):
         assert (distance == 0) == (not column[index])  # wrong already: no distance at all
 
 
-def test_where_memory_runs_out_the_region_is_asked_for_in_smaller_batches():
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(16, [None, 64, 16]), (1, [None, 64, 16, 4, 1]), (0, [None, 64, 16, 4, 1])]
+)
+def test_where_memory_runs_out_the_region_is_asked_for_in_smaller_batches(most, sizes):
+    asked = []
+
     def ask(batch_size):
         asked.append(batch_size)
-        if batch_size is None or batch_size > least:
+        if batch_size is None or batch_size > most:
             raise torch.OutOfMemoryError
         return {"size": batch_size}
 
-    for least, sizes in ((16, [None, 64, 16]), (1, [None, 64, 16, 4, 1])):
-        asked = []
-        assert compare._fitting(ask) == {"size": sizes[-1]}
-        assert asked == sizes
-    least = 0
-    with pytest.raises(torch.OutOfMemoryError):
-        compare._fitting(ask)
+    with pytest.raises(torch.OutOfMemoryError) if most == 0 else contextlib.nullcontext():
+        assert comparing._fitting(ask) == {"size": sizes[-1]}
+    assert asked == sizes
 
 
 def test_the_same_again_does_no_work(original, copied, monkeypatch):

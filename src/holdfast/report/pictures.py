@@ -82,9 +82,9 @@ def draw_eps(results: Results) -> Figure | None:
     Dots: the robust accuracy at the threat itself, of all samples. A void row has neither. None without distances.
     """
     norms: dict[str, list[tuple[Row, np.ndarray]]] = {}
-    for row in rows(results):
+    for row in (row for row in rows(results) if row.robust is not None):
         told = [run.region["distances"]["distance"] for run in runs_of(results, row) if "distances" in run.region]
-        if row.robust is not None and (known := [math.inf if d is None else float(d) for distances in told for d in distances]):
+        if known := [math.inf if d is None else float(d) for distances in told for d in distances]:
             norms.setdefault(results.runs[row.runs[0]].threat["norm"], []).append((row, np.sort(known)))
     if not norms:
         return None
@@ -100,9 +100,9 @@ def draw_eps(results: Results) -> Figure | None:
             left = start - 100 * np.arange(1, len(shown) + 1) / len(far)
             ax.step([0, *shown, most], [start, *left, left[-1] if len(left) else start], where="post", color=colour,
                     linestyle=dashes, linewidth=1.2, label=short(row.label, 40))  # fmt: skip
-            if row.robust is not None:
-                eps = float(results.runs[row.runs[0]].threat["eps"])
-                ax.plot([eps], [100 * row.robust.value], "o", color=colour, markersize=4, zorder=3)
+            eps, robust = float(results.runs[row.runs[0]].threat["eps"]), row.robust
+            if robust is not None:
+                ax.plot([eps], [100 * robust.value], "o", color=colour, markersize=4, zorder=3)
         ax.set_xlim(0, most)
         ax.set_ylim(0, 100)
         ax.set_xlabel(f"eps, {norm}")
