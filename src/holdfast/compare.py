@@ -282,14 +282,15 @@ def surveyed(one: Judged, model: nn.Module, record: Path, tell: Tell, *, seed: i
     What was missed is not counted of a model whose answers differ: one of them says nothing of their majority.
     """
     found = one.evaluation
-    asked = [one.split.fingerprint, runs.weights_mark(model), str(found.threat), seed, rows.loss(one.loss).s]
+    threat, s = found.threat.describe(), rows.loss(one.loss).s
+    asked = [region.VERSION, one.split.fingerprint, runs.weights_mark(model), threat, seed, s]
     mark = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8)
     mark.update(found.x_adv.cpu().numpy().tobytes())
     key = mark.hexdigest()
     kept = runs.read_json(record) if record.exists() else {}
     if kept.get("key") != key:
         tell(one.folder.name, "measuring the inference region", 1, 1)
-        s, test = rows.loss(one.loss).s, one.split.test
+        test = one.split.test
         columns = model, test.x, test.y, found.x_adv
         measured = _fitting(partial(region.measure, *columns, found.threat, s=s, index=test.index, seed=seed))
         drawn = _fitting(partial(region.picture, *columns, s=s, index=test.index, seed=seed))

@@ -13,8 +13,10 @@ from .margins import input_margin, local_lipschitz, share_within, smallest
 from .misalignment import auc, frechet, median_distance, mmd2, shrunk_covariance
 from .summary import measure, merge, spread
 
+VERSION = 1  # of the measures and the picture: what was measured by another is measured again
+
 __all__ = [
-    "Movement", "auc", "choose", "class_centers", "frechet", "input_margin", "local_lipschitz", "measure",
+    "VERSION", "Movement", "auc", "choose", "class_centers", "frechet", "input_margin", "local_lipschitz", "measure",
     "median_distance", "merge", "mmd2", "movement", "picture", "plane", "reliability", "scatter_ratio", "share_within",
     "shrunk_covariance", "smallest", "spread",
 ]  # fmt: skip

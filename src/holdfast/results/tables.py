@@ -300,6 +300,11 @@ def doubts(results: Results) -> list[str]:
         )
     ]
     said = [f"{label}: {name} {why}" for label, name, status, why in judged if status not in ("", "tight")]
+    said += [
+        f"{run.name}: the minimal attack behind the region's measures broke {missed:,} more: robust is too high"
+        for run in results.runs
+        if run.robust is not None and (missed := run.region.get("missed"))
+    ]
     return said + [
         f"{run.name}: the budget ended the suite before its end; {run.remainder['expected']:.1f} more of {run.n:,} are "
         f"expected to fall, at most {run.remainder['high']:.0f}"
