@@ -454,9 +454,7 @@ def test_what_the_minimal_attack_broke_is_in_doubt():
     void = dataclasses.replace(make_run("mmc", status="void"), region={"missed": 2})
     none = dataclasses.replace(make_run("center"), region={"missed": None})
     said = [line for line in R.doubts(make_results([run, void, none])) if "minimal attack" in line]
-    assert said == [
-        f"{run.name}: the minimal attack behind the region's measures broke 2 more: the robust figure is too high"
-    ]
+    assert said == [f"{run.name}: the minimal attack behind the region's measures broke 2 more: robust is too high"]
 
 
 def test_a_file_of_schema_1_is_read(tmp_path):
