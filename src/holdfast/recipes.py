@@ -118,7 +118,7 @@ def losses(data: str = "digits") -> Recipe:
             limit_train=0 if photographs else 10_000,
             fit=fit_for(data),
         ),
-        cost="10 minutes on 2 cores for the digits, about an hour for MNIST, a GPU for CIFAR-10",
+        cost="10 minutes on 2 cores for the digits, 20 to 30 for MNIST, a GPU for CIFAR-10",
     )
 
 
