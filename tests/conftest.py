@@ -4,12 +4,14 @@ And a small trained network that several files attack.
 """
 
 import os
+import sys
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import nn
 
+from holdfast import cli
 from small_nets import on_digits, right_ones
 
 settings.register_profile("here", deadline=None, max_examples=40)
@@ -40,3 +42,21 @@ def digits():
         epochs=6,
     )  # fmt: skip
     return net, *right_ones(net, split, 40)
+
+
+@pytest.fixture
+def holdfast_(capsys, monkeypatch):
+    """Runs a command as ``main`` does, in this process: (status, stdout, stderr). A traceback is the test's failure."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["holdfast", *map(str, words)])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run

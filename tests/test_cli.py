@@ -49,24 +49,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setitem(SUITES, "tiny", TINY_SUITE)
 
 
-@pytest.fixture
-def holdfast_(capsys, monkeypatch):
-    """Runs a command as ``main`` does, in this process: (status, stdout, stderr). A traceback is the test's failure."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["holdfast", *map(str, words)])
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
-
-
 def write_parquet(folder, *, train=120, test=40, top=None, photographs=False):
     """Digits as a parquet folder; with ``top``, every label is at most that; photographs: 32x32, in colour."""
     digits = load_digits()

@@ -209,6 +209,12 @@ def test_the_same_again_does_no_work(original, copied, monkeypatch):
     assert again.data == original[0].data
 
 
+def test_a_damaged_record_of_the_region_is_measured_again(original, copied):
+    for path in (copied / "runs").glob("*/region-*.json"):
+        path.write_text('{"key": ')
+    assert compare(TINY, copied, command="holdfast compare --tiny").runs == original[0].runs
+
+
 def test_lost_results_are_assembled_from_what_is_there(original, copied):
     for name in ("results.json", "witnesses.safetensors"):
         (copied / name).unlink()

@@ -48,23 +48,11 @@ def printed(found, width=80, **more):
 
 
 @pytest.fixture
-def holdfast_(capsys, monkeypatch, tmp_path):
-    """Runs a command as ``main`` does, in this process and in tmp_path: (status, stdout, stderr)."""
+def holdfast_(holdfast_, monkeypatch, tmp_path):
+    """The same in tmp_path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["holdfast", *map(str, words)])
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    return holdfast_
 
 
 def refused(answer):

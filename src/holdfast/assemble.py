@@ -98,6 +98,7 @@ def _run(parts: list[Judged]) -> Run:
     judged = _verdicts(parts, published, robust)
     void = bool(judged) and judged["verdict"].status == "void"
     certified = None if any(e.certified is None for e in evaluations) else column("certified")
+    surveys = [part.region for part in parts if part.region]
     protocols = [name for name in evaluations[0].alone if all(name in e.alone for e in evaluations)]
     return Run(
         name=_name(parts[0]),
@@ -127,7 +128,7 @@ def _run(parts: list[Judged]) -> Run:
             prediction_adv=column("prediction_adv"),
         ),
         examples=tuple(_examples(evaluations[0], parts[0].split)),
-        region=region.merge(surveys) if len(surveys := [p.region for p in parts if p.region]) == len(parts) else {},
+        region=region.merge(surveys) if len(surveys) == len(parts) else {},
         picture=parts[0].picture or {},
         train={
             **trained[0],

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -287,7 +288,9 @@ def surveyed(one: Judged, model: nn.Module, record: Path, tell: Tell, *, seed: i
     mark = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8)
     mark.update(found.x_adv.cpu().numpy().tobytes())
     key = mark.hexdigest()
-    kept = runs.read_json(record) if record.exists() else {}
+    kept: dict[str, Any] = {}
+    with suppress(UserError):  # a damaged record is measured again
+        kept = runs.read_json(record) if record.exists() else {}
     if kept.get("key") != key:
         tell(one.folder.name, "measuring the inference region", 1, 1)
         test = one.split.test

@@ -119,7 +119,10 @@ class MaxMahalanobis(nn.Module):
         self.register_buffer("centers", max_mahalanobis_centers(classes, features, radius))
 
     def forward(self, h: Tensor) -> Outputs:
-        h = self.embed(h)
+        return self.read(self.embed(h))
+
+    def read(self, h: Tensor) -> Outputs:
+        """The answer to features as this head reports them, which are behind its own map."""
         distances = squared_distances(h, self.centers)
         return Outputs(-distances / 2, h, distances)
 

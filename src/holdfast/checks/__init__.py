@@ -98,7 +98,7 @@ class Audit:
     evaluation: Evaluation
     findings: tuple[Finding, ...]
     remainder: Remainder
-    measures: dict[str, float]
+    measures: dict[str, float | None]
     cost: StageCost
 
 

@@ -131,6 +131,8 @@ def judge(
 
     >>> print(judge(Claim("published", [1, 1, 1, 1, 0]), [0, 0, 0, 0, 0], []).status)
     refuted
+    >>> judge(Claim("published", [1, 1, 0]), [1, 0, 0], []).why
+    'other attacks broke 1 more of 3, not surely above 1%'
     >>> judge(Claim("robust", [1, 0]), [1, 0], [])
     Verdict(status='tight', why='attacks of different kinds agree')
     """
@@ -145,9 +147,12 @@ def judge(
     if spoken:
         others = f", and {len(spoken) - 1} more checks fire" if len(spoken) > 1 else ""
         return Verdict("loose", spoken[0].why + others)
+    agreed = (
+        f"other attacks broke {more} more of {n}, not surely above 1%" if more else "attacks of different kinds agree"
+    )
     if remainder is None:
-        return Verdict("tight", "attacks of different kinds agree")
+        return Verdict("tight", agreed)
     more_to_come = f"{remainder['expected']:.1f} more of {n} are expected to fall, at most {remainder['high']:.0f}"
     if remainder["expected"] / n > TOLERANCE:
         return Verdict("loose", more_to_come)
-    return Verdict("tight", f"attacks of different kinds agree; {more_to_come}")
+    return Verdict("tight", f"{agreed}; {more_to_come}")

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..attacks import cross_entropy
 from ..attacks.contract import rise
 from ..losses import Loss, gap
+from ..region import input_margin, spread
 from ..threat import column
 from .finding import Measured
 from .probe import Probe
@@ -84,20 +85,19 @@ def gradients_of_the_logits_are_balanced(probe: Probe) -> Measured:
     )
 
 
-def measures(probe: Probe, most: int = 512) -> dict[str, float]:
+def measures(probe: Probe, most: int = 512) -> dict[str, float | None]:
     """What is reported beside the verdict, over at most ``most`` samples that are right, at the clean image.
 
     zero_gradient, zero_gradient_own: share with an input gradient of F.cross_entropy, of the trained loss, that is
-    exactly zero. input_margin: median of m / ||grad m||_dual with m = -u, the first-order distance to the boundary in
-    units of the threat's norm: an indication only, since saturation near x inflates it.
+    exactly zero. input_margin: median of ``region.input_margin`` with m = -u; None where it is infinite.
     """
     rows = torch.nonzero(probe.evaluation.clean.to(probe.data.y.device))[:most, 0]
     if len(rows) == 0:
         return {}
     x = probe.x(rows)
-    found = {}
+    found: dict[str, float | None] = {}
     for name, score in (("zero_gradient", cross_entropy), ("zero_gradient_own", probe.loss)):
         found[name] = float((probe.gradient(score, x, rows) == 0).flatten(1).all(1).double().mean())
     _, value, grad = rise(probe.model, x, gap, probe.y(rows))
-    found["input_margin"] = float((-value.double() / probe.threat.dual_size(grad.double()).clamp_min(1e-300)).median())
+    found["input_margin"] = spread(input_margin(-value, grad, probe.threat))["median"]
     return found

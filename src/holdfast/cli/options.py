@@ -19,7 +19,7 @@ def option(help: str, *names: str, **more: Any) -> Any:
 THREAT = "What an attack may do to an image: norm:eps, norm linf, l2 or l1, eps for pixels in [0, 1]. "
 
 Data = Annotated[
-    str, option("digits, mnist, cifar10, a hub name, a parquet file or folder, or a folder of images per class.")
+    str, option("digits, moons, mnist, cifar10, a hub name, a parquet file or folder, or a folder of images per class.")
 ]
 Losses = Annotated[
     str | None,

@@ -102,7 +102,9 @@ def parts(paths: Sequence[Path], loaded: Sequence[Any]) -> list[dict[str, Any]]:
 
     found = []
     for part in reporting.merged(loaded):
-        theirs = [path for path, one in zip(paths, loaded, strict=True) if _identity(one) == _identity(part)]
+        theirs = [
+            path for path, one in zip(paths, loaded, strict=True) if reporting.identity(one) == reporting.identity(part)
+        ]
         found.append(
             {
                 "data": str(part.data.get("name", "data without a name")),
@@ -131,11 +133,13 @@ def told_apart(found: Sequence[dict[str, Any]]) -> list[str]:
 
 def repeated(paths: Sequence[Path], loaded: Sequence[Any]) -> list[str]:
     """What was given twice, in words: the same file, or runs that another file holds already."""
+    from ..report import identity
+
     said: list[str] = []
     seen: list[tuple[Path, Any]] = []
     for path, one in zip(paths, loaded, strict=True):
         same = next((was for was, _ in seen if _file(was).samefile(_file(path))), None)
-        before = [(was, run) for was, other in seen if _identity(other) == _identity(one) for run in other.runs]
+        before = [(was, run) for was, other in seen if identity(other) == identity(one) for run in other.runs]
         again = [was for run in one.runs for was in [next((was for was, had in before if had == run), None)] if was]
         if same is not None:
             said.append(f"{path} was given twice: its runs count once.")
@@ -150,8 +154,3 @@ def _file(path: Path) -> Path:
     from ..results import FILE
 
     return path / FILE if path.is_dir() else path
-
-
-def _identity(results: Any) -> str:
-    """What makes the data of two results the same."""
-    return repr([results.data.get(key) for key in ("name", "fingerprint", "classes")])

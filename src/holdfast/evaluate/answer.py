@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
-from ..results import Drawn
+from ..results import Drawn, notebook_counts
 from ..threat import Threat
 
 STANDS, WRONG = -1, -2  # what ``broken_by`` says of a sample that no stage broke, and of one that was wrong already
@@ -78,8 +78,6 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         """Itself in a notebook."""
-        from ..results.tables import notebook_counts
-
         shares = {
             "clean": self.clean, "published": self.published, "own loss": self.own, "certified": self.certified,
             "robust": self.robust,

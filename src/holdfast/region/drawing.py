@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..asking import batch_of, moved
 from ..attacks.contract import look
-from ..heads import MaxMahalanobis, squared_distances
 from ..models import Classifier
 from ..outputs import Model
 from .asked import asking, chosen, features_of, number, wide
@@ -150,13 +149,11 @@ def _head(model: Model, space: str) -> Read | None:
         return lambda h: h
     if not isinstance(model, Classifier):
         return None
-    head, like = model.head, model.mean
+    decide, like = getattr(model.head, "read", model.head), model.mean  # some heads report what they made of features
 
     def read(h: Tensor) -> Tensor:
         h = h.to(like.dtype).to(like.device)
-        # The features of this head are what its own first layer makes of what it is given.
-        out = -squared_distances(h, head.centers) / 2 if isinstance(head, MaxMahalanobis) else head(h).logits
-        return wide(out * model.logit_scale)
+        return wide(decide(h).logits * model.logit_scale)
 
     return read
 

@@ -68,8 +68,8 @@ from .pictures import draw_eps, draw_features, draw_mistakes
 
 __all__ = [
     "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PUBLISHED", "ROBUST", "RULE",
-    "WIDTH", "Comparison", "axes", "compare", "draw_eps", "figures", "finding", "measures", "merged", "mistakes",
-    "per_class", "percent_axis", "render", "style", "write_figure",
+    "WIDTH", "Comparison", "axes", "compare", "draw_eps", "figures", "finding", "identity", "measures", "merged",
+    "mistakes", "per_class", "percent_axis", "render", "style", "write_figure",
 ]  # fmt: skip
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
@@ -126,11 +126,16 @@ def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[
     return written
 
 
+def identity(results: Results) -> str:
+    """What makes the data of two results the same."""
+    return repr([results.data.get(key) for key in ("name", "fingerprint", "classes")])
+
+
 def merged(sources: Sequence[Results]) -> list[Results]:
     """One Results per data set; a run given twice counts once."""
     groups: dict[str, Results] = {}
     for r in sources:
-        key = repr([r.data.get(k) for k in ("name", "fingerprint", "classes")])
+        key = identity(r)
         have = groups.get(key)
         new = r.runs if have is None else (*have.runs, *(run for run in r.runs if run not in have.runs))
         groups[key] = dataclasses.replace(have or r, runs=new)

@@ -73,7 +73,7 @@ def draw_mistakes(results: Results) -> Figure | None:
 def _fading(colour: str) -> Any:
     """From nothing to a colour, so that paper of any shade shows through; what is not a number stays clear."""
     r, g, b, _ = to_rgba(colour)
-    return ListedColormap([(r, g, b, a) for a in np.linspace(0, 1, 64)])  # what is not a number is clear by default
+    return ListedColormap([(r, g, b, a) for a in np.linspace(0, 1, 64)])
 
 
 def draw_eps(results: Results) -> Figure | None:

@@ -27,6 +27,8 @@ from .tables import (
     doubts,
     latex,
     markdown,
+    notebook,
+    notebook_counts,
     percent,
     protocols,
     remainder_text,
@@ -38,6 +40,6 @@ from .tables import (
 __all__ = [
     "CLOPPER_PEARSON", "FILE", "SCHEMA", "Drawn", "Example", "Interval", "Paired", "Remainder", "Results", "Row", "Run",
     "Samples", "Stage", "Verdict", "any_proved", "csv", "doubts", "holm", "latex", "load", "markdown", "mcnemar",
-    "over_seeds", "paired_t", "percent", "proportion", "protocols", "remainder", "remainder_text", "robust_text",
-    "rows", "save", "table", "threat_text", "to_json", "write_atomic",
+    "notebook", "notebook_counts", "over_seeds", "paired_t", "percent", "proportion", "protocols", "remainder",
+    "remainder_text", "robust_text", "rows", "save", "table", "threat_text", "to_json", "write_atomic",
 ]  # fmt: skip
