@@ -45,6 +45,9 @@ choose-0.3)
   at=adversarial:steps=5,ramp=0.3
   choose "${linf[@]}" --threat linf:0.3 --lr 1e-2 --losses "$(rows {sce,isce:s=1}+$at{,\,factor={1.1,1.2,1.3}} {sce,isce:s=1}+$at+fit:lr=5e-3 \
     {sce,isce:s=3}+interval{,:factor={1.1,1.2}}+fit:epochs=16)" ;;
+choose-0.3-more)
+  at=adversarial:steps=5,ramp=0.3
+  choose "${linf[@]}" --threat linf:0.3 --lr 1e-2 --losses "$(rows {sce,isce:s=1}+$at,factor={1.4,1.5})" ;;
 choose-gradient)
   choose "${linf[@]}" --threat linf:0.1 --epochs 16 --losses "$(rows isce:s=gradient:{1,1.5} isce:s=gradient:{0.5,1}+fit:lr=5e-3)" ;;
 choose-standard)
