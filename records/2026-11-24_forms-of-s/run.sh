@@ -54,6 +54,10 @@ choose-standard)
   choose "${linf[@]}" --threat linf:0.1 --epochs 48 --losses "$(rows sce sce+fit:lr=5e-3 sce+fit:weight_decay=0.3 \
     sce:smoothing=0.1 isce:s={3,10} cosface:m={0.1,0.2,0.5},scale=15 \
     isce:s=gradient:{0.1,0.25,0.5}+fit:epochs=16 isce:s=gradient-stopped:1+fit:epochs=16)" ;;
+confirm-0.3)
+  at=adversarial:steps=5,ramp=0.3
+  confirm "${linf[@]}" --threat linf:0.3 --lr 1e-2 --losses "$(rows {sce,isce:s=1}+$at,factor=1.3 sce+$at \
+    {sce,isce:s=3}+interval:factor=1.1+fit:epochs=16)" ;;
 confirm-0.2)
   at=adversarial:steps=5,ramp=0.3
   confirm "${linf[@]}" --threat linf:0.2 --lr 1e-2 --losses "$(rows sce+$at,factor=1.3 sce+$at isce:s=1+$at,factor=1.2 \
