@@ -127,7 +127,7 @@ def test_the_columns_tell_one_story(original):
         assert bool((margin_adv[robust == 1] >= 0).all())
         # stages: 0 is the clean pass; each later one broke as many as its number stands beside
         assert run.stages[0].name == "clean"
-        assert [st.name for st in run.stages[1:]] == ["published", "apgd", "apgd-dlr-t", "audit"]
+        assert [st.name for st in run.stages[1:]] == ["published", "apgd", "apgd-dlr-t", "audit", "region"]
         for number, st in enumerate(run.stages[1:], 1):
             assert st.broken == int((stage == number).sum()), st.name
         assert run.cost["forwards"] == sum(st.forwards for st in run.stages)
@@ -210,9 +210,23 @@ def test_the_same_again_does_no_work(original, copied, monkeypatch):
 
 
 def test_a_damaged_record_of_the_region_is_measured_again(original, copied):
-    for path in (copied / "runs").glob("*/region-*.json"):
-        path.write_text('{"key": ')
-    assert compare(TINY, copied, command="holdfast compare --tiny").runs == original[0].runs
+    for path in (copied / "runs").glob("*/region-*"):
+        path.write_bytes(path.read_bytes()[:-9])
+    for was, run in zip(original[0].runs, compare(TINY, copied).runs, strict=True):
+        assert (run.region, run.picture, run.samples) == (was.region, was.picture, was.samples)
+
+
+def test_what_the_minimal_attack_breaks_counts(copied, original, monkeypatch):
+    for path in (copied / "runs").glob("*/region-*"):
+        path.unlink()
+    with monkeypatch.context() as here:  # it "breaks" each sample at the image itself
+        here.setattr(summary, "smallest", lambda model, x, y, threat, **_: (x, torch.zeros(len(y))))
+        found = compare(TINY, copied).runs
+    for was, run in zip(original[0].runs, found, strict=True):
+        assert run.stages[-1].broken > 0
+        assert sum(run.samples.robust) == sum(was.samples.robust) - run.stages[-1].broken
+        assert run.region["missed"] == 0
+    assert [run.robust for run in compare(TINY, copied).runs] == [run.robust for run in found]  # read from the record
 
 
 def test_lost_results_are_assembled_from_what_is_there(original, copied):

@@ -37,7 +37,7 @@ class Judged:
     trained: dict[str, Any]
     split: Split
     cut: dict[str, Any]  # how ``data.load`` made that split
-    audit: Audit | None = None  # its evaluation is the one above
+    audit: Audit | None = None
     name: str | None = None  # of the row; default: loss and seed
     region: dict[str, Any] | None = None  # as ``region.measure`` and ``region.picture`` return them
     picture: dict[str, Any] | None = None

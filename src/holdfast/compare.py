@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,19 +22,21 @@ from torch import Tensor, nn
 from . import jobs, models, region, rows, runs, specs
 from .assemble import Judged, assemble
 from .attacks import SUITES
-from .checks import CHECKS, audit, name_of
+from .checks import CHECKS, FOUND, absorb, audit, name_of
 from .checks.record import load_audit, save_audit
 from .data import Split, default_folds, load, standardisation
 from .errors import UserError, unknown
-from .evaluate import evaluate, stored_x_adv
+from .evaluate import StageCost, evaluate, stored_x_adv
 from .jobs import Tell
 from .objectives import OBJECTIVES, Schedule
 from .outputs import out_of_memory
 from .results import Results, write_atomic
 from .sources import source
+from .storage import load_tensors, save_tensors
 from .threat import Threat
 from .train import FitConfig, accuracy, claimed, fit
 
+SURVEY, SURVEY_VERSION = "region record", 1
 TWIN = "sce"  # the loss whose adversarial images are tried on every other network
 
 
@@ -244,12 +247,12 @@ def check(job: Job, tell: Tell) -> list[Judged]:
         threat = one.evaluation.threat
         twin = None if beside is None else stored_x_adv(_record(beside, "evaluation", threat))
         one = audited(one, model, _record(job.folder, "audit", threat), twin, tell, seed=job.seed)
-        answers.append(surveyed(one, model, _record(job.folder, "region", threat, "json"), tell, seed=job.seed))
+        answers.append(surveyed(one, model, _record(job.folder, "region", threat), tell, seed=job.seed))
     return answers
 
 
-def _record(folder: Path, what: str, threat: Threat, kind: str = "safetensors") -> Path:
-    return folder / f"{what}-{threat.norm}{threat.eps:.6g}.{kind}"
+def _record(folder: Path, what: str, threat: Threat) -> Path:
+    return folder / f"{what}-{threat.norm}{threat.eps:.6g}.safetensors"
 
 
 def audited(one: Judged, model: nn.Module, record: Path, twin: Tensor | None, tell: Tell, *, seed: int) -> Judged:
@@ -280,7 +283,8 @@ def audited(one: Judged, model: nn.Module, record: Path, twin: Tensor | None, te
 def surveyed(one: Judged, model: nn.Module, record: Path, tell: Tell, *, seed: int) -> Judged:
     """The same with its inference region measured: read from the record, or measured and written there.
 
-    What was missed is not counted of a model whose answers differ: one of them says nothing of their majority.
+    What the minimal attack breaks on its way counts, as one more stage, "region"; not of a model whose answers differ:
+    one of them says nothing of their majority.
     """
     found = one.evaluation
     threat, s = found.threat.describe(), rows.loss(one.loss).s
@@ -288,20 +292,29 @@ def surveyed(one: Judged, model: nn.Module, record: Path, tell: Tell, *, seed: i
     mark = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8)
     mark.update(found.x_adv.cpu().numpy().tobytes())
     key = mark.hexdigest()
+    broken: dict[str, Tensor] = {}
     kept: dict[str, Any] = {}
-    with suppress(UserError):  # a damaged record is measured again
-        kept = runs.read_json(record) if record.exists() else {}
+    with suppress(UserError):  # a missing or damaged record is measured anew
+        broken, kept = load_tensors(record, SURVEY, SURVEY_VERSION)
     if kept.get("key") != key:
         tell(one.folder.name, "measuring the inference region", 1, 1)
-        test = one.split.test
+        test, began, parts = one.split.test, time.perf_counter(), []
         columns = model, test.x, test.y, found.x_adv
-        measured = _fitting(partial(region.measure, *columns, found.threat, s=s, index=test.index, seed=seed))
+        ask = partial(region.measure, *columns, found.threat, s=s, index=test.index, seed=seed)
+        measured = _fitting(partial(ask, keep=lambda *part: parts.append(part)))
         drawn = _fitting(partial(region.picture, *columns, s=s, index=test.index, seed=seed))
+        broken = dict(zip(("rows", *FOUND), parts[-1], strict=True))
         if found.votes > 1:
-            measured["missed"] = None
-        kept = {"key": key, "region": measured, "picture": drawn}
-        write_atomic(record, json.dumps(kept))
-    return replace(one, region=kept["region"], picture=kept["picture"])
+            broken, measured["missed"] = {name: column[:0] for name, column in broken.items()}, None
+        else:
+            measured["missed"] = 0  # from here on they count
+        attacked, seconds = len(measured["distances"]["index"]), time.perf_counter() - began
+        cost = StageCost("region", attacked, len(broken["rows"]), **measured["passes"], seconds=seconds)
+        kept = {"key": key, "region": measured, "picture": drawn, "cost": asdict(cost)}
+        save_tensors(record, SURVEY, SURVEY_VERSION, broken, kept)
+    x_adv, margin, prediction = (broken[name] for name in FOUND)
+    counted = absorb(found, [(broken["rows"], x_adv, margin, prediction)], StageCost(**kept["cost"]))
+    return replace(one, evaluation=counted, region=kept["region"], picture=kept["picture"])
 
 
 def _fitting(ask: Callable[..., dict[str, Any]]) -> dict[str, Any]:

@@ -159,5 +159,5 @@ def attack(
         name=None if subject.folder else subject.name,
     )  # fmt: skip
     judged = audited(judged, subject.model, out / "audit.safetensors", None, tell, seed=seed)
-    judged = surveyed(judged, subject.model, out / "region.json", tell, seed=seed)
+    judged = surveyed(judged, subject.model, out / "region.safetensors", tell, seed=seed)
     return assemble([judged], out, subject.data, settings, command)

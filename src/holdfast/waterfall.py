@@ -27,6 +27,7 @@ CHANGES = {
     "black box": "Square, 1,000 queries: no gradient is asked for",
     "own loss": "the published steps on the loss that it was trained with",
     "audit": "whatever a trust check came across",
+    "region": "the smallest perturbation that was found, FMN",
 }
 
 

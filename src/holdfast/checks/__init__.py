@@ -27,8 +27,8 @@ from .finding import PUBLISHED, ROBUST, TOLERANCE, Claim, Finding, Measured, jud
 from .probe import Probe
 
 __all__ = [
-    "CHECKS", "PUBLISHED", "ROBUST", "TOLERANCE", "Audit", "Check", "Claim", "Finding", "Measured", "Probe", "audit",
-    "judge", "merge", "name_of", "surely",
+    "CHECKS", "FOUND", "PUBLISHED", "ROBUST", "TOLERANCE", "Audit", "Check", "Claim", "Finding", "Measured", "Probe",
+    "absorb", "audit", "judge", "merge", "name_of", "surely",
 ]  # fmt: skip
 
 

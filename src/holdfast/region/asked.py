@@ -36,12 +36,13 @@ def choose(y: Tensor, index: Tensor, most: int, seed: int) -> Tensor:
 
 
 class Asked(NamedTuple):
-    """Some samples on the model's device, x and x_adv as the model takes them, and their own numbers."""
+    """Some samples on the model's device, x and x_adv as the model takes them, their own numbers and their rows."""
 
     x: Tensor
     x_adv: Tensor
     y: Tensor
     numbers: Tensor
+    rows: Tensor
 
     def take(self, rows: slice) -> Asked:
         """The samples at these rows."""
@@ -60,7 +61,7 @@ def chosen(model: Model, x: Tensor, y: Tensor, x_adv: Tensor, index: Tensor | No
     rows = choose(y, numbers, most, seed)
     device = device_of(model, Data(x, y, numbers))
     clean, attacked, labels = (part[rows.to(part.device)].to(device) for part in (x, x_adv, y))
-    return Asked(pixels(clean), pixels(attacked), labels, numbers[rows])
+    return Asked(pixels(clean), pixels(attacked), labels, numbers[rows], rows)
 
 
 @contextmanager

@@ -39,6 +39,7 @@ def measure(
     steps: int = 50,
     seed: int = 0,
     batch_size: int | None = None,
+    keep: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> dict[str, Any]:
     """The inference region of a network and how its features are misaligned under attack, ready for JSON.
 
@@ -49,6 +50,8 @@ def measure(
         index: (N,), the samples' own numbers, default 0..N-1: they, and seed, choose the samples.
         most: samples looked at, classes in equal numbers; distances and slopes on the first 256 of them, with ``steps``
         of FMN. In all 3 passes a sample, and 2 (steps + 10) more for each of those 256.
+        keep: called once with what FMN breaks within the threat though x_adv does not fool, as ``checks.absorb`` takes
+        it: (rows, x_adv, margin, prediction).
 
     Returns (figures are floats or None, where there is none; a spread is a dict of q10, q25, median, q75, q90):
         n, right, not_finite: samples looked at, right ones of them, left out because an answer is no number.
@@ -79,7 +82,9 @@ def measure(
     size = batch_size or batch_of(asked.x)
     with asking(model) as counted:
         seen = _answers(counted, asked, threat, size)
-        known, slope, missed = _walk(counted, asked.take(slice(WALKED)), threat, steps, size)
+        known, slope, broken = _walk(counted, asked.take(slice(WALKED)), threat, steps, size)
+    if keep is not None:
+        keep(*broken)
     labels, numbers = asked.y.cpu(), asked.numbers.tolist()
     finite = seen["finite"]
     right = finite & (seen["margin"] > 0)
@@ -103,7 +108,7 @@ def measure(
         "input_margin": spread(seen["input_margin"][right]),
         "distance": spread(known),
         "distances": {"index": numbers[: len(known)], "distance": [number(value) for value in known]},
-        "missed": missed,
+        "missed": len(broken[0]),
         "lipschitz": spread(slope[right[: len(slope)]]),
         "movement": _movement(h, h_adv, y_right),
         "scatter": number(scatter_ratio(h, y_right)) if len(h) else None,
@@ -142,17 +147,23 @@ def _answers(model: Counted, asked: Asked, threat: Threat, size: int) -> dict[st
     return {**seen, "space": space}
 
 
-def _walk(model: Counted, asked: Asked, threat: Threat, steps: int, size: int) -> tuple[Tensor, Tensor, int]:
-    """Of each sample the smallest perturbation found and the steepest slope nearby; how many the evaluation missed."""
-    sizes, slopes, missed = [], [], 0
+def _walk(model: Counted, asked: Asked, threat: Threat, steps: int, size: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Of each sample the smallest perturbation found and the steepest slope nearby; and what the evaluation missed."""
+    none = asked.take(slice(0))
+    sizes, slopes = [], []
+    broken = [(none.rows, none.x.cpu(), none.x.new_zeros(0).cpu(), none.y.cpu())]
     for start in range(0, len(asked.y), size):
-        x, x_adv, y, _ = asked.take(slice(start, start + size))
+        x, x_adv, y, _, rows = asked.take(slice(start, start + size))
         nearest, far = smallest(model, x, y, threat, x_adv=x_adv, steps=steps)
         stood = ~fooled(look(model, x_adv).logits, y)
-        missed += int((stood & far.isfinite() & (threat.violation(nearest, x) == 0)).sum())
+        fell = stood & far.isfinite() & (threat.violation(nearest, x) == 0)
+        if fell.any():
+            logits = look(model, nearest[fell]).logits
+            margin, prediction = -negative_margin(logits, y[fell]), logits.argmax(1)
+            broken.append((rows[fell.cpu()], nearest[fell].cpu(), margin.cpu(), prediction.cpu()))
         sizes.append(wide(far))
         slopes.append(wide(local_lipschitz(model, x, y, threat)))
-    return torch.cat(sizes), torch.cat(slopes), missed
+    return torch.cat(sizes), torch.cat(slopes), [torch.cat(parts) for parts in zip(*broken, strict=True)]
 
 
 def spread(values: Tensor) -> dict[str, float | None]:
