@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: compare test docs slow bench clean
 compare: .venv/ready
-	$(BIN)/holdfast compare
+	$(BIN)/holdfast compare $(ARGS)
 
 test: .venv/ready-test
 	$(BIN)/ruff check .

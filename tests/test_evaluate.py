@@ -703,7 +703,7 @@ def test_the_suites_name_what_exists():
             assert stage.score in {*SCORES, "matched", "loss"}
 
 
-@pytest.mark.parametrize("suite", list(SUITES))
+@pytest.mark.parametrize("suite", sorted({*SUITES} - {"paranoid"}))  # whose steps are counted elsewhere
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_every_suite_runs_for_every_norm(suite, norm):
     """Stages that are not defined for a norm are left out."""
