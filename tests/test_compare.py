@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from holdfast import auditing, results, runs
 from holdfast import compare as comparing
-from holdfast import results, runs
 from holdfast.attacks import SUITES, Stage
 from holdfast.compare import Comparison, Job, compare, default_out, train_one
 from holdfast.data import load
@@ -194,7 +194,7 @@ def test_where_memory_runs_out_the_region_is_asked_for_in_smaller_batches(most, 
         return {"size": batch_size}
 
     with pytest.raises(torch.OutOfMemoryError) if most == 0 else contextlib.nullcontext():
-        assert comparing._fitting(ask) == {"size": sizes[-1]}
+        assert auditing._fitting(ask) == {"size": sizes[-1]}
     assert asked == sizes
 
 

@@ -29,6 +29,7 @@ LAYERS = (
     ("objectives", "runs", "evaluate", "exact"),
     ("train", "verify", "jobs", "checks", "rows", "region"),
     ("assemble",),
+    ("auditing",),
     ("compare",),
     ("recipes", "report", "single"),
     ("bracket", "curves", "waterfall"),

@@ -17,7 +17,8 @@ from . import rows, runs
 from .asking import Counted
 from .assemble import Judged, assemble
 from .attacks import SUITES
-from .compare import audited, surveyed, teller
+from .auditing import audited, surveyed
+from .compare import teller
 from .data import Split, load, pixels
 from .errors import UserError, unknown
 from .evaluate import Budget, evaluate
