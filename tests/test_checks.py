@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from holdfast import data, models
+from holdfast import checks, data, models
 from holdfast.attacks import SUITES
 from holdfast.checks import CHECKS, PUBLISHED, ROBUST, Claim, Finding, audit, judge, merge, name_of, surely
 from holdfast.checks.record import load_audit, save_audit
@@ -252,6 +252,16 @@ def test_a_function_is_audited_too(honest, some):
     assert fires(judged) == set()
     statuses = {finding.name: finding.status for finding in judged.findings}
     assert statuses["float64 changes nothing"] == "not run"
+
+
+def test_an_audit_says_what_each_claim_is_worth(honest, some, clean_audit):
+    assert clean_audit.verdict().status == "tight"
+    liar = ask(LIARS["logit_scale"].make(copy.deepcopy(honest), 1e4).eval(), some)
+    assert liar.verdict("published").status == "refuted"
+    with pytest.raises(UserError, match="unknown claim 'own'"):
+        liar.verdict("own")
+    twice = checks.still_breakable([clean_audit, clean_audit])
+    assert (twice["tested"], twice["stood"]) == (2 * clean_audit.remainder.tested, 2 * clean_audit.remainder.stood)
 
 
 # Liars.

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from . import __version__, region, runs
-from .checks import PUBLISHED, ROBUST, Audit, Claim, judge, merge
+from .checks import PUBLISHED, ROBUST, Audit, Claim, judge, merge, still_breakable
 from .data import Split, pixels
 from .evaluate import STANDS, Evaluation, StageCost
-from .results import Drawn, Example, Interval, Results, Run, Samples, Stage, proportion, remainder, save
+from .results import Example, Interval, Results, Run, Samples, Stage, proportion, save
 from .storage import save_tensors
 from .threat import Threat
 from .verify import WITNESSES, WITNESSES_VERSION
@@ -145,26 +145,7 @@ def _verdicts(parts: list[Judged], published: Tensor, robust: Tensor) -> dict[st
     if len(audits) < len(parts):
         return {}
     findings = merge([audit.findings for audit in audits])
-    runs = [audit.remainder for audit in audits]
-    left = remainder(
-        sum(run.first for run in runs),
-        sum(run.second for run in runs),
-        sum(run.both for run in runs),
-        sum(run.tested for run in runs),
-        sum(run.stood for run in runs),
-    )
-    told: dict[str, Any] = asdict(left)
-    drawn = [part.evaluation.drawn for part in parts if part.evaluation.drawn is not None]
-    if drawn:
-        columns = [*(f.name for f in fields(Drawn)), "expected", "high"]
-        told["drawn"] = {name: sum(getattr(one, name) for one in drawn) for name in columns}
-        told["expected"] = max(told["expected"], told["drawn"]["expected"])
-        told["high"] = max(told["high"], told["expected"])
-    if any(part.evaluation.unfinished for part in parts):
-        told["unfinished"] = True
-    votes = max(part.evaluation.votes for part in parts)
-    if votes > 1:
-        told["votes"] = votes
+    told = still_breakable(audits)
     return {
         "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, told),
         "published_verdict": judge(Claim(PUBLISHED, published.tolist()), robust.tolist(), findings, told),

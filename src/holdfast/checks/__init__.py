@@ -7,8 +7,8 @@ holds of a healthy claim. Then a line in ``CHECKS``, a liar with a dose, and a l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,18 +17,18 @@ from torch import Tensor
 from ..asking import device_of, exact_arithmetic
 from ..attacks.contract import frozen_eval
 from ..data import Data
-from ..errors import UserError
+from ..errors import UserError, unknown
 from ..evaluate import Evaluation, StageCost
 from ..losses import Loss
 from ..outputs import Model
-from ..results import Remainder, remainder
+from ..results import Drawn, Remainder, Verdict, remainder
 from . import gradients, soundness, strength
 from .finding import PUBLISHED, ROBUST, TOLERANCE, Claim, Finding, Measured, judge, merge, surely
 from .probe import Probe
 
 __all__ = [
     "CHECKS", "FOUND", "PUBLISHED", "ROBUST", "TOLERANCE", "Audit", "Check", "Claim", "Finding", "Measured", "Probe",
-    "absorb", "audit", "judge", "merge", "name_of", "surely",
+    "absorb", "audit", "judge", "merge", "name_of", "still_breakable", "surely",
 ]  # fmt: skip
 
 
@@ -100,6 +100,36 @@ class Audit:
     remainder: Remainder
     measures: dict[str, float | None]
     cost: StageCost
+
+    def verdict(self, of: str = ROBUST) -> Verdict:
+        """What the robust figure is worth after this audit, or the "published" one; ``judge`` has the rules.
+
+        Raises UserError for a claim of another name.
+        """
+        if of not in (PUBLISHED, ROBUST):
+            raise unknown("claim", of, (PUBLISHED, ROBUST))
+        claim = Claim(of, getattr(self.evaluation, of).tolist())
+        return judge(claim, self.evaluation.robust.tolist(), self.findings, still_breakable([self]))
+
+
+def still_breakable(audits: Sequence[Audit]) -> dict[str, Any]:
+    """What may still fall of the samples of one or several audits, counted together: ``remainder`` of results.json."""
+    left = [audit.remainder for audit in audits]
+    counts = (sum(getattr(one, name) for one in left) for name in ("first", "second", "both", "tested", "stood"))
+    told: dict[str, Any] = asdict(remainder(*counts))
+    evaluations = [audit.evaluation for audit in audits]
+    drawn = [found.drawn for found in evaluations if found.drawn is not None]
+    if drawn:
+        columns = [*(f.name for f in fields(Drawn)), "expected", "high"]
+        told["drawn"] = {name: sum(getattr(one, name) for one in drawn) for name in columns}
+        told["expected"] = max(told["expected"], told["drawn"]["expected"])
+        told["high"] = max(told["high"], told["expected"])
+    if any(found.unfinished for found in evaluations):
+        told["unfinished"] = True
+    votes = max(found.votes for found in evaluations)
+    if votes > 1:
+        told["votes"] = votes
+    return told
 
 
 def audit(
