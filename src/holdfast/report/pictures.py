@@ -89,7 +89,8 @@ def draw_eps(results: Results) -> Figure | None:
     if not norms:
         return None
     lines = max(map(len, norms.values()))
-    figure = Figure(figsize=(WIDTH, len(norms) * (2.5 + 0.17 * math.ceil(lines / 2))), layout="constrained")
+    columns = 1 if max(len(row.label) for found in norms.values() for row, _ in found) > 34 else 2
+    figure = Figure(figsize=(WIDTH, len(norms) * (2.5 + 0.17 * math.ceil(lines / columns))), layout="constrained")
     for ax, (norm, found) in zip(figure.subplots(len(norms), 1, squeeze=False)[:, 0], norms.items(), strict=True):
         at = max(float(results.runs[row.runs[0]].threat["eps"]) for row, _ in found)
         most = 2 * at
@@ -99,7 +100,7 @@ def draw_eps(results: Results) -> Figure | None:
             start = 100 * float(np.mean(far > 0))
             left = start - 100 * np.arange(1, len(shown) + 1) / len(far)
             ax.step([0, *shown, most], [start, *left, left[-1] if len(left) else start], where="post", color=colour,
-                    linestyle=dashes, linewidth=1.2, label=short(row.label, 40))  # fmt: skip
+                    linestyle=dashes, linewidth=1.2, label=short(row.label))  # fmt: skip
             eps, robust = float(results.runs[row.runs[0]].threat["eps"]), row.robust
             if robust is not None:
                 ax.plot([eps], [100 * robust.value], "o", color=colour, markersize=4, zorder=3)
@@ -110,7 +111,7 @@ def draw_eps(results: Results) -> Figure | None:
         ax.grid(color=RULE, linewidth=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=columns, frameon=False)
     return figure
 
 
