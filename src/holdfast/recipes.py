@@ -134,7 +134,7 @@ def mnist_linf(data: str = "mnist") -> Recipe:
             threat="linf:0.3",
             fit=FitConfig(epochs=14, lr=4e-3),
         ),
-        cost="15 minutes on 2 cores",
+        cost="20 minutes on 2 cores",
         expects={
             (attacked, "clean"): (0.98, 1.0),
             (attacked, "robust"): (0.915, 0.95),
