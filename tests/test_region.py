@@ -446,7 +446,20 @@ def test_what_the_evaluation_missed_is_counted(linear):
     with torch.no_grad():
         falls = int((model(x_adv).logits.argmax(1) != y).sum())
     assert 0 < falls < 120
-    assert abs(measure(model, x, y, x, threat)["missed"] - falls) <= 1  # x_adv = x: it has found nothing at all
+    kept = []  # x_adv = x: the evaluation has found nothing at all
+    told = measure(model, x, y, x, threat, keep=lambda *found: kept.append(found))
+    assert abs(told["missed"] - falls) <= 1
+    (rows, points, margin, prediction), *more = kept
+    assert (len(rows), more) == (told["missed"], [])
+    assert bool((threat.violation(points, x[rows]) == 0).all())
+    with torch.no_grad():
+        logits = model(points).logits
+    assert torch.equal(logits.argmax(1), prediction)
+    assert bool((prediction != y[rows]).all())
+    own, other = (logits.gather(1, label[:, None])[:, 0] for label in (y[rows], 1 - y[rows]))
+    torch.testing.assert_close(margin, own - other)
+    # On a linear network the edge of the threat is farther behind the boundary than the nearest mistake.
+    assert float((threat.size(points - x[rows]) / threat.eps).median()) > 0.99
 
 
 def test_misalignment_is_seen_and_its_absence_too():

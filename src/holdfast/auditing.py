@@ -76,11 +76,10 @@ def surveyed(one: Judged, model: nn.Module, record: Path, tell: Tell, *, seed: i
         ask = partial(region.measure, *columns, found.threat, s=s, index=test.index, seed=seed)
         measured = _fitting(partial(ask, keep=lambda *part: parts.append(part)))
         drawn = _fitting(partial(region.picture, *columns, s=s, index=test.index, seed=seed))
-        broken = dict(zip(("rows", *FOUND), parts[-1], strict=True))
-        if found.votes > 1:
-            broken, measured["missed"] = {name: column[:0] for name, column in broken.items()}, None
-        else:
-            measured["missed"] = 0  # from here on they count
+        fell, *_ = parts[-1]
+        counts = found.robust[fell] & (found.votes == 1)
+        broken = {name: column[counts] for name, column in zip(("rows", *FOUND), parts[-1], strict=True)}
+        measured["missed"] = None if found.votes > 1 else 0  # from here on they count
         attacked, seconds = len(measured["distances"]["index"]), time.perf_counter() - began
         cost = StageCost("region", attacked, len(broken["rows"]), **measured["passes"], seconds=seconds)
         kept = {"key": key, "region": measured, "picture": drawn, "cost": asdict(cost)}

@@ -158,12 +158,23 @@ def _walk(model: Counted, asked: Asked, threat: Threat, steps: int, size: int) -
         stood = ~fooled(look(model, x_adv).logits, y)
         fell = stood & far.isfinite() & (threat.violation(nearest, x) == 0)
         if fell.any():
-            logits = look(model, nearest[fell]).logits
-            margin, prediction = -negative_margin(logits, y[fell]), logits.argmax(1)
-            broken.append((rows[fell.cpu()], nearest[fell].cpu(), margin.cpu(), prediction.cpu()))
+            points, margin, prediction = _witness(model, x[fell], nearest[fell], y[fell], threat)
+            broken.append((rows[fell.cpu()], points.cpu(), margin.cpu(), prediction.cpu()))
         sizes.append(wide(far))
         slopes.append(wide(local_lipschitz(model, x, y, threat)))
     return torch.cat(sizes), torch.cat(slopes), [torch.cat(parts) for parts in zip(*broken, strict=True)]
+
+
+def _witness(model: Counted, x: Tensor, nearest: Tensor, y: Tensor, threat: Threat) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_adv, margin, prediction): the nearest mistake, or what lies behind it at the threat's edge where that is
+    decided more clearly, so that no rounding takes it back."""
+    size = threat.size(nearest - x).clamp_min(1e-12).view(-1, *[1] * (x.ndim - 1))
+    edge = (x + (nearest - x) * (0.999 * threat.eps / size)).clamp(threat.lo, threat.hi)
+    logits, beyond = look(model, nearest).logits, look(model, edge).logits
+    deeper = negative_margin(beyond, y) > negative_margin(logits, y)
+    logits = torch.where(deeper[:, None], beyond, logits)
+    x_adv = torch.where(deeper.view(size.shape), edge, nearest)
+    return x_adv, -negative_margin(logits, y), logits.argmax(1)
 
 
 def spread(values: Tensor) -> dict[str, float | None]:
