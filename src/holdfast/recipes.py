@@ -67,7 +67,7 @@ def digits() -> Recipe:
     return Recipe(
         about="seven losses on 1,797 embedded digits, linf 0.1: what `holdfast compare` runs by default",
         comparison=Comparison(fit=fit_for("digits")),
-        cost="3 minutes on 2 cores",
+        cost="4 minutes on 2 cores",
         expects={
             ("sce", "clean"): (0.95, 1.0),
             ("isce:s=100", "published"): (0.7, 1.0),

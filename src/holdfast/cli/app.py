@@ -15,7 +15,7 @@ from ..errors import UserError
 
 ABOUT = "Train image classifiers with robust losses, attack them hard, and say what their robustness is worth."
 START = """\
-Start here: seven losses on handwritten digits, 3 minutes, nothing to download
+Start here: seven losses on handwritten digits, 4 minutes, nothing to download
   holdfast compare
 
 Then with other data, losses and threats, or a whole experiment by its name
@@ -56,7 +56,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help=f"{ABOUT}\n\nStart with **holdfast compare**: 3 minutes, nothing to download.",
+    help=f"{ABOUT}\n\nStart with **holdfast compare**: 4 minutes, nothing to download.",
     epilog=exits("the answer is no, as `verify` and `recipe` can say")
     + "\n\nNO_COLOR takes colours away, FORCE_COLOR keeps them in a pipe.",
 )
