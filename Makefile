@@ -1,4 +1,5 @@
 # Two commands: `make compare` runs the main job, `make test` passes the tests. Both set up .venv first.
+# make compare ARGS="--losses sce,mmc" passes options on.
 PYTHON ?= python3
 BIN := .venv/bin
 

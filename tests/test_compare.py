@@ -229,6 +229,27 @@ def test_what_the_minimal_attack_breaks_counts(copied, original, monkeypatch):
     assert [run.robust for run in compare(TINY, copied).runs] == [run.robust for run in found]  # read from the record
 
 
+@pytest.mark.parametrize("votes", [1, 2])
+def test_of_what_the_minimal_attack_breaks_only_what_stood_counts(votes, copied, monkeypatch):
+    model, (one,) = comparing.train_and_attack(job(copied / "run"), quiet)
+    one = dataclasses.replace(one, evaluation=dataclasses.replace(one.evaluation, votes=votes))
+    n = len(one.evaluation.y)
+
+    def everything(model, x, y, *_, keep, **__):
+        keep(torch.arange(n), one.evaluation.x_adv, torch.full((n,), -1.0), y)
+        return {"missed": n, "distances": {"index": []}, "passes": {"forwards": 3, "backwards": 2}}
+
+    monkeypatch.setattr(auditing.region, "measure", everything)
+    monkeypatch.setattr(auditing.region, "picture", lambda *_, **__: {})
+    told = [auditing.surveyed(one, model, copied / "region", quiet, seed=0) for _ in range(2)]  # made, then read
+    stood = int(one.evaluation.robust.sum())
+    assert 0 < stood < n
+    for found in told:
+        assert found.evaluation.stages[-1].broken == (stood if votes == 1 else 0)
+        assert int(found.evaluation.robust.sum()) == (0 if votes == 1 else stood)
+        assert found.region["missed"] == (0 if votes == 1 else None)
+
+
 def test_lost_results_are_assembled_from_what_is_there(original, copied):
     for name in ("results.json", "witnesses.safetensors"):
         (copied / name).unlink()

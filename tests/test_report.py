@@ -376,6 +376,15 @@ def test_a_void_row_has_no_curve_and_what_was_wrong_already_no_step():
     assert report.draw_eps(make_results(runs[:1])) is None
 
 
+def test_each_norm_has_a_legend_of_its_own():
+    other = surveyed(make_run("sce", threat={**THREAT, "norm": "l2"}))
+    figure = report.draw_eps(make_results([surveyed(make_run("sce")), other]))
+    assert not figure.legends
+    names = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in figure.axes]
+    assert [len(each) for each in names] == [1, 1]
+    assert names[0] != names[1]
+
+
 def test_one_class_has_no_mistakes(tmp_path):
     run = make_run("sce", n=10)
     samples = dataclasses.replace(run.samples, y=[0] * 10, prediction_adv=[0] * 10)

@@ -105,11 +105,12 @@ def draw_accuracy(results: Results) -> Figure:
     percent_axis(ax, "accuracy, %")
     handles = [Line2D([], [], color=c, marker=m, linewidth=1.4, markersize=5, label=n, markerfacecolor=f)
                for n, c, m, f in looks]  # fmt: skip
-    _legend(ax, handles, len(looks))
+    legend(ax, handles, len(looks))
     return figure
 
 
-def _legend(ax: Axes, handles: Sequence[Any], columns: int) -> None:
+def legend(ax: Axes, handles: Sequence[Any], columns: int) -> None:
+    """Above a plot, from its left edge on."""
     ax.legend(handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=(-0.01, 1.0), frameon=False,
               borderpad=0, handlelength=1.6, columnspacing=1.4, borderaxespad=0.3)  # fmt: skip
 
@@ -142,7 +143,7 @@ def draw_stages(results: Results) -> Figure | None:
                 ax.text(left + share / 2, i + 0.71, f"{share:.0f}", ha="center", va="center", color=ink)
             left += share
     percent_axis(ax, "samples, %")
-    _legend(ax, [Patch(color=c, label=short(n, 24)) for n, c in colours.items()], 3)
+    legend(ax, [Patch(color=c, label=short(n, 24)) for n, c in colours.items()], 3)
     return figure
 
 

@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
 
 from ..results import Results, Row, rows
-from .figures import INK, MUTED, PUBLISHED, RULE, WIDTH, short
+from .figures import INK, MUTED, PUBLISHED, RULE, WIDTH, legend, short
 from .findings import mistakes, runs_of
 
 MOST_CLASSES, MOST_PANELS, MOST_POINTS, ACROSS = 20, 24, 120, 3
@@ -81,29 +81,29 @@ def draw_eps(results: Results) -> Figure | None:
 
     Dots: the robust accuracy at the threat itself, of all samples. A void row has neither. None without distances.
     """
-    norms: dict[str, list[tuple[Row, np.ndarray]]] = {}
-    for row in (row for row in rows(results) if row.robust is not None):
+    norms: dict[str, list[tuple[Row, float, float, np.ndarray]]] = {}
+    for row in rows(results):
+        if row.robust is None:
+            continue
         told = [run.region["distances"]["distance"] for run in runs_of(results, row) if "distances" in run.region]
         if known := [math.inf if d is None else float(d) for distances in told for d in distances]:
-            norms.setdefault(results.runs[row.runs[0]].threat["norm"], []).append((row, np.sort(known)))
+            threat = results.runs[row.runs[0]].threat
+            norms.setdefault(threat["norm"], []).append((row, float(threat["eps"]), row.robust.value, np.sort(known)))
     if not norms:
         return None
     lines = max(map(len, norms.values()))
-    columns = 1 if max(len(row.label) for found in norms.values() for row, _ in found) > 34 else 2
+    columns = 1 if max(len(row.label) for found in norms.values() for row, *_ in found) > 34 else 2
     figure = Figure(figsize=(WIDTH, len(norms) * (2.5 + 0.17 * math.ceil(lines / columns))), layout="constrained")
     for ax, (norm, found) in zip(figure.subplots(len(norms), 1, squeeze=False)[:, 0], norms.items(), strict=True):
-        at = max(float(results.runs[row.runs[0]].threat["eps"]) for row, _ in found)
-        most = 2 * at
-        for i, (row, far) in enumerate(found):
+        most = 2 * max(eps for _, eps, *_ in found)
+        for i, (row, eps, robust, far) in enumerate(found):
             colour, dashes = LINES[i % len(LINES)], ("-", "--", ":")[i // len(LINES) % 3]
             shown = far[(far > 0) & (far < most)]
             start = 100 * float(np.mean(far > 0))
             left = start - 100 * np.arange(1, len(shown) + 1) / len(far)
             ax.step([0, *shown, most], [start, *left, left[-1] if len(left) else start], where="post", color=colour,
                     linestyle=dashes, linewidth=1.2, label=short(row.label))  # fmt: skip
-            eps, robust = float(results.runs[row.runs[0]].threat["eps"]), row.robust
-            if robust is not None:
-                ax.plot([eps], [100 * robust.value], "o", color=colour, markersize=4, zorder=3)
+            ax.plot([eps], [100 * robust], "o", color=colour, markersize=4, zorder=3)
         ax.set_xlim(0, most)
         ax.set_ylim(0, 100)
         ax.set_xlabel(f"eps, {norm}")
@@ -111,7 +111,7 @@ def draw_eps(results: Results) -> Figure | None:
         ax.grid(color=RULE, linewidth=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=columns, frameon=False)
+        legend(ax, ax.get_legend_handles_labels()[0], columns)
     return figure
 
 
