@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from holdfast import rows
-from holdfast.compare import Comparison, Job, train_one
 from holdfast.data import Split
+from holdfast.experiments import loss_spec
+from holdfast.experiments.compare import Comparison, Job, train_one
+from holdfast.experiments.recipes import fit_for, override
 from holdfast.losses import Loss
 from holdfast.models import Classifier
-from holdfast.recipes import fit_for, override
 from holdfast.threat import Threat
 
 FOLDER = Path(__file__).resolve().parent.parent / "out" / "arsenal"
@@ -101,7 +101,7 @@ def build(plan: Plan) -> Net:
     ).checked()
     job = Job(comparison, plan.loss, plan.seed, 0, FOLDER / plan.name, "cpu")
     model, _, split = train_one(job, lambda *_: None)
-    return Net(plan, model, split, rows.loss(plan.loss).loss)
+    return Net(plan, model, split, loss_spec.parse(plan.loss).loss)
 
 
 def threats(plan: Plan) -> list[Threat]:

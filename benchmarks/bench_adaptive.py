@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from holdfast import rows
-from holdfast.attacks import ATTACKS, SCORES, matched
-from holdfast.compare import Comparison, Job, train_one
+from holdfast.attacks import ATTACKS, SCORES, matched_score
 from holdfast.data import pixels
+from holdfast.experiments import loss_spec
+from holdfast.experiments.compare import Comparison, Job, train_one
+from holdfast.experiments.recipes import fit_for
 from holdfast.losses import LOSSES
 from holdfast.noise import Noise
 from holdfast.outputs import as_outputs, fooled
-from holdfast.recipes import fit_for
 from holdfast.results import mcnemar
 from holdfast.threat import Threat
 
@@ -52,7 +52,7 @@ def main() -> None:
             with torch.no_grad():
                 right = as_outputs(model(x)).logits.argmax(1) == y
             for name in found:
-                score = matched(rows.loss(text).loss) if name == "matched" else SCORES[name]
+                score = matched_score(loss_spec.parse(text).loss) if name == "matched" else SCORES[name]
                 found[name].append(broken(model, score, x[right], y[right], split.test.index[right]))
         columns = {name: torch.cat(parts) for name, parts in found.items()}
         best = max((name for name in columns if name != "matched"), key=lambda name: int(columns[name].sum()))

@@ -97,7 +97,7 @@ def peer(plan: Plan, threat: Threat, seed: int, samples: int = 0) -> None:
 
 def ours(plan: Plan, threat: Threat, seed: int, suite: str, samples: int = 0) -> None:
     from holdfast.checks import audit
-    from holdfast.evaluate import evaluate
+    from holdfast.evaluation import evaluate
 
     net = build(plan)
     some = net.split.test.take(slice(0, samples or SAMPLES[plan.data]))

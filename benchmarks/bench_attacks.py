@@ -20,10 +20,11 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import calibration_nets
-import peers
+from tests.attacks import peers
+from tests.faults import calibration_nets
+
 from holdfast.data import pixels
 from holdfast.threat import Threat
 
@@ -65,7 +66,7 @@ def line(pair: peers.Pair, model: nn.Module, x: Tensor, y: Tensor, eps: float) -
         )
         told = f"{ours.median:7.4f} {theirs.median:7.4f}  larger {worse:4.0%}, theirs {better:4.0%}  fall {falls}"
     cost = "  ".join(f"{run.forwards / n:.0f}+{run.backwards / n:.0f} in {run.seconds:.1f} s" for run in (ours, theirs))
-    return f"{pair.ours:12} {pair.norm:5}{' ' if pair.twin else '~'}{pair.label:59} {told:62} {cost}"
+    return f"{pair.ours:12} {pair.norm:5}{' ' if pair.transfer_source else '~'}{pair.label:59} {told:62} {cost}"
 
 
 def main() -> None:

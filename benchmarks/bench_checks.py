@@ -16,10 +16,10 @@ import torch
 from holdfast import models
 from holdfast.checks import audit
 from holdfast.data import Data, default_folds, load, standardisation
-from holdfast.evaluate import evaluate
-from holdfast.losses import gap, isce, sce
+from holdfast.evaluation import evaluate
+from holdfast.experiments.recipes import fit_for, override
+from holdfast.losses import isce, negative_log_odds, sce
 from holdfast.objectives import adversarial, standard
-from holdfast.recipes import fit_for, override
 from holdfast.threat import Threat
 from holdfast.train import fit
 
@@ -33,7 +33,7 @@ def main(name: str = "digits") -> None:
     if len(data) < 1000:  # cross-validated data: what a verdict costs does not depend on what was trained on
         data = Data(*(torch.cat([getattr(split.test, k), getattr(split.train, k)])[:1000] for k in ("x", "y", "index")))
     mean, std = standardisation(split.train)
-    robust = adversarial(sce, Threat("linf", 0.1), score=gap, steps=7)
+    robust = adversarial(sce, Threat("linf", 0.1), score=negative_log_odds, steps=7)
     for label, loss, schedule, eps in (
         ("SCE", sce, standard(sce), 0.1),
         ("SCE, nothing stands", sce, standard(sce), 0.3),

@@ -15,20 +15,21 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import make_exact_fixture
+from tests.checks.test_remaining_vulnerable import CASCADES, left
+from tests.milp import make_exact_fixture
+
 from holdfast.attacks import ATTACKS, SCORES
 from holdfast.checks import audit
 from holdfast.data import pixels
-from holdfast.evaluate import evaluate
+from holdfast.evaluation import evaluate
 from holdfast.noise import Noise
 from holdfast.outputs import fooled
-from holdfast.results import remainder
+from holdfast.results import remaining_vulnerable
 from holdfast.threat import Threat
-from test_remainder import CASCADES, left
 
-SUITES = {"published": (), "quick": "quick", "standard": "standard"}
+SUITES = {"pgd50": (), "quick": "quick", "standard": "standard"}
 WEAK_STEPS = (1, 2, 4)
 
 
@@ -55,7 +56,7 @@ def main() -> None:
             )
             least, most = left(truth, judged)
             clear += most == 0
-            strong.append(judged.remainder.low <= most and least <= judged.remainder.high)
+            strong.append(judged.remaining.low <= most and least <= judged.remaining.high)
         x, y = pixels(data.x), data.y
         for steps in WEAK_STEPS:
             runs = []
@@ -64,7 +65,7 @@ def main() -> None:
                 x_adv = ATTACKS["pgd"].attack(truth.model, x, y, threat, step_size=threat.eps, **keywords)
                 runs.append(fooled(truth.model(x_adv).logits, y))
             a, b = runs
-            said = remainder(int(a.sum()), int(b.sum()), int((a & b).sum()), len(y), len(y))
+            said = remaining_vulnerable(int(a.sum()), int(b.sum()), int((a & b).sum()), len(y), len(y))
             weak.append(said.low <= int((truth.broken & ~(a | b)).sum()) <= said.high)
     print("\n".join(lines))
     unknown, robust, broken = (sum(int(getattr(t, k).sum()) for t in truths) for k in ("unknown", "robust", "broken"))

@@ -22,9 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from holdfast.data import Data
-from holdfast.evaluate import evaluate
-from holdfast.foreign import Foreign, open_model
-from holdfast.onnx_import import load_onnx
+from holdfast.evaluation import evaluate
+from holdfast.importers.model_file import ModelSource, open_model
+from holdfast.importers.onnx import load_onnx
 from holdfast.threat import Threat
 
 NAME = "ch_ppocr_mobile_v2.0_cls_infer.onnx"
@@ -52,7 +52,7 @@ def main(path: str | None = None) -> None:
 
 def compare_and_attack(file: Path) -> None:
     began = time.perf_counter()
-    model = open_model(Foreign(str(file), pixels=(-1.0, 1.0)))
+    model = open_model(ModelSource(str(file), pixels=(-1.0, 1.0)))
     print(f"{file.name}: opened in {time.perf_counter() - began:.2f} s; batches {model.inner.batching}")
     net = load_onnx(file, strip_softmax=False)
     options = onnxruntime.SessionOptions()

@@ -14,9 +14,9 @@ import torch
 
 from holdfast import models
 from holdfast.data import load, pixels, standardisation
+from holdfast.experiments.recipes import fit_for, override
 from holdfast.losses import sce
 from holdfast.objectives import standard
-from holdfast.recipes import fit_for, override
 from holdfast.region import auc, frechet, measure, mmd2, movement, picture, scatter_ratio
 from holdfast.threat import Threat
 from holdfast.train import fit

@@ -22,16 +22,17 @@ import torch
 from rich.progress import track
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import calibration_nets  # noqa: E402
+from tests.faults.faulty_models import LIARS  # noqa: E402
+
 from holdfast import __version__  # noqa: E402
-from holdfast.checks import CHECKS, PUBLISHED, ROBUST, Claim, audit, judge, name_of  # noqa: E402
+from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, audit, judge, name_of  # noqa: E402
 from holdfast.errors import UserError  # noqa: E402
-from holdfast.evaluate import evaluate  # noqa: E402
+from holdfast.evaluation import evaluate  # noqa: E402
 from holdfast.results import write_atomic  # noqa: E402
-from holdfast.runs import environment  # noqa: E402
-from liars import LIARS  # noqa: E402
+from holdfast.run_folder import environment  # noqa: E402
 
 OUT = ROOT / "out" / "calibration" / "answers.json"
 JSON = ROOT / "src" / "holdfast" / "checks" / "calibration.json"
@@ -49,15 +50,15 @@ def answer(net: calibration_nets.Net, model: torch.nn.Module) -> dict[str, Any]:
     except (UserError, TypeError) as error:
         return {"error": f"{type(error).__name__}: {str(error)[:160]}"}
     robust = judged.evaluation.robust.tolist()
-    left = vars(judged.remainder)
+    left = vars(judged.remaining)
     verdicts = {
         name: judge(Claim(name, stands), robust, judged.findings, left).status
-        for name, stands in ((PUBLISHED, found.published.tolist()), (ROBUST, robust))
+        for name, stands in ((PGD50, found.pgd50.tolist()), (ROBUST, robust))
     }
-    share = {name: float(getattr(judged.evaluation, name).double().mean()) for name in ("clean", PUBLISHED, ROBUST)}
+    share = {name: float(getattr(judged.evaluation, name).double().mean()) for name in ("clean", PGD50, ROBUST)}
     passes = found.forwards + found.backwards, judged.cost.forwards + judged.cost.backwards
     findings = {finding.name: [finding.status, finding.k, finding.n] for finding in judged.findings}
-    return {**share, "verdicts": verdicts, "findings": findings, "passes": passes, "remainder": left}
+    return {**share, "verdicts": verdicts, "findings": findings, "passes": passes, "remaining": left}
 
 
 def collect() -> dict[str, Any]:
@@ -163,8 +164,8 @@ def page(answers: dict[str, Any]) -> str:
 def _row(found: dict[str, Any]) -> str:
     if "error" in found:
         return f"- | - | - | refused | refused | {found['error'].replace('|', '/')}"
-    figures = " | ".join(f"{100 * found[name]:.1f}" for name in ("clean", PUBLISHED, ROBUST))
-    verdicts = f"{found['verdicts'][PUBLISHED]} | {found['verdicts'][ROBUST]}"
+    figures = " | ".join(f"{100 * found[name]:.1f}" for name in ("clean", PGD50, ROBUST))
+    verdicts = f"{found['verdicts'][PGD50]} | {found['verdicts'][ROBUST]}"
     return f"{figures} | {verdicts} | {'; '.join(fired(found)) or '-'}"
 
 

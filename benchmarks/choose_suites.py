@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from arsenal_nets import FOLDER, PLANS, build, threats
-from holdfast.asking import Counted, exact_arithmetic
-from holdfast.attacks import ATTACKS, SCORES, SUITES, Stage, cross_entropy, matched
-from holdfast.checks.probe import rescaled
+from holdfast.attacks import ATTACKS, SCORES, SUITES, Stage, cross_entropy, matched_score
+from holdfast.checks.probe import rescaled_cross_entropy
 from holdfast.data import pixels
 from holdfast.losses import negative_margin
 from holdfast.noise import Noise
 from holdfast.outputs import fooled, frozen_eval
+from holdfast.queries import CountingModel, exact_float32
 
 TABLES = FOLDER / "tables"
 SAMPLES = {"digits": 359, "mnist": 300, "cifar10": 120}
@@ -81,10 +81,15 @@ def record(part: int, parts: int) -> None:
                 continue
             net = build(plan)
             some = net.split.test.take(slice(0, SAMPLES[plan.data]))
-            scores = {**SCORES, "matched": matched(net.loss), "loss": cross_entropy, "rescaled": rescaled}
+            scores = {
+                **SCORES,
+                "matched": matched_score(net.loss),
+                "loss": cross_entropy,
+                "rescaled": rescaled_cross_entropy,
+            }
             began = time.process_time()
-            with exact_arithmetic(), frozen_eval(net.model):
-                model, x, y = Counted(net.model), pixels(some.x), some.y
+            with exact_float32(), frozen_eval(net.model):
+                model, x, y = CountingModel(net.model), pixels(some.x), some.y
                 clean = torch.cat([model(part).logits for part in x.split(128)])
                 ranked = clean.scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
                 rows = torch.nonzero(clean.argmax(1) == y)[:, 0]
@@ -225,7 +230,7 @@ def columns_of(stage: Stage) -> list[str]:
 
 def cascade_of(suite: str) -> list[tuple[str, float]]:
     """A suite as (column, share): its sweep, its drawn sample and its second round are not in the tables."""
-    stages = [stage for stage in SUITES[suite] if stage.who in ("standing", "nearest") and stage.round < 2]
+    stages = [stage for stage in SUITES[suite] if stage.subset in ("standing", "nearest") and stage.round < 2]
     return [(name, stage.share) for stage in stages if stage.name != "sweep" for name in columns_of(stage)]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from holdfast import data, models
 from holdfast.checks import audit
 from holdfast.data import Data
-from holdfast.evaluate import evaluate
+from holdfast.evaluation import evaluate
 from holdfast.losses import sce
 from holdfast.models.convnets import Step
 from holdfast.objectives import adversarial
@@ -55,7 +55,7 @@ def stands(model: nn.Module, test: Data, suite: str) -> tuple[float, float, list
     found = evaluate(model, test, THREAT, suite, trained_with=sce)
     judged = audit(model, test, found, trained_with=sce)
     told = [finding.why for finding in judged.findings if finding.fires]
-    return found.published.double().mean().item(), judged.evaluation.robust.double().mean().item(), told
+    return found.pgd50.double().mean().item(), judged.evaluation.robust.double().mean().item(), told
 
 
 def main() -> None:

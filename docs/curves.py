@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from holdfast.heads import max_mahalanobis_centers, squared_distances
-from holdfast.losses import LOSSES, Entry, gap, isce
+from holdfast.losses import LOSSES, LossEntry, isce, negative_log_odds
+from holdfast.models.heads import max_mahalanobis_centers, squared_distances
 from holdfast.outputs import Outputs
 
 CLASSES, RADIUS, SCALE = 10, 3.0, 15.0
@@ -41,7 +41,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-def on_the_way(entry: Entry, t: Tensor) -> Outputs:
+def on_the_way(entry: LossEntry, t: Tensor) -> Outputs:
     """What a network with the loss's own head answers for images at t, one after another: each with two batch mates,
     one at its own class's center and one at the rival's, for the losses that look at them."""
     mu = max_mahalanobis_centers(CLASSES, CLASSES, RADIUS).double()
@@ -58,11 +58,11 @@ def on_the_way(entry: Entry, t: Tensor) -> Outputs:
     return Outputs(logits, h, distances)
 
 
-def values(entry: Entry, settings: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def values(entry: LossEntry, settings: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """(u, loss, d loss / d u) along the way: (T,) each."""
     t = torch.linspace(-0.15, 1.1, 140, dtype=torch.float64).requires_grad_()
     out, y = on_the_way(entry, t), torch.tensor([0, 0, 1]).repeat(len(t))
-    u = gap(out, y)[::3]
+    u = negative_log_odds(out, y)[::3]
     if entry.coupled:  # a batch of three at a time
         batches = [Outputs(*(part[i : i + 3] for part in out)) for i in range(0, len(y), 3)]
         loss = torch.stack([entry.loss(batch, y[:3], **settings)[0] for batch in batches])
@@ -108,7 +108,7 @@ def draw_dead_zone() -> bytes:
             ("F.cross_entropy", partial(F.cross_entropy, reduction="none"), {"linewidth": 5, "alpha": 0.5}),
             ("softplus(u), holdfast's SCE", partial(isce, s=0.0), {"linestyle": "--"}),
             ("softplus(u + 100), I-SCE", partial(isce, s=100.0), {}),
-            ("u, what attacks climb", gap, {}),
+            ("u, what attacks climb", negative_log_odds, {}),
         ):
             (slope,) = torch.autograd.grad(loss(z, y).sum(), z)
             size = slope[:, 0].abs()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from holdfast import data
 from holdfast.checks import audit
-from holdfast.evaluate import evaluate
+from holdfast.evaluation import evaluate
 from holdfast.threat import Threat
 
 split = data.load("digits", fold=(0, 5))
@@ -39,6 +39,6 @@ logits = model(split.test.x / 255)
 gaps = (logits - logits.gather(1, y[:, None]) + rise).scatter(1, y[:, None], -torch.inf)
 truth = gaps.amax(1) < 0
 
-print(f"clean {found.clean.float().mean():.1%}, published {found.published.float().mean():.1%}")
+print(f"clean {found.clean.float().mean():.1%}, published {found.pgd50.float().mean():.1%}")
 print(f"robust: at most {robust.float().mean():.1%} by attacks, {truth.float().mean():.1%} in truth")
 print(f"broken though robust: {int((truth & ~robust).sum())}, missed: {int((robust & ~truth).sum())}")

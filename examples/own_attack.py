@@ -7,9 +7,9 @@ what is nearer to a mistake. It uses no gradient, so it can say whether gradient
 from torch import Tensor
 
 from holdfast import data, losses, models
-from holdfast.attacks import ATTACKS, SUITES, Entry, Stage, Worst, attack
-from holdfast.attacks.contract import all_rows, look
-from holdfast.evaluate import evaluate
+from holdfast.attacks import ATTACKS, SUITES, AttackEntry, MostAdversarial, Stage, attack
+from holdfast.attacks.base import all_rows, predict
+from holdfast.evaluation import evaluate
 from holdfast.losses import Loss
 from holdfast.noise import Noise
 from holdfast.objectives import standard
@@ -23,14 +23,14 @@ def corners(
     model: Model, x: Tensor, y: Tensor, threat: Threat, *, score: Loss, noise: Noise, steps: int = 50, flip: float = 0.1
 ) -> Tensor:
     """Random search over the corners of the threat; the worst point of each sample."""
-    worst, rows = Worst(x, y), all_rows(y)
+    worst, rows = MostAdversarial(x, y), all_rows(y)
     sign = noise.sign(x.shape[1:])
-    best = score(look(model, threat.project(x + threat.eps * sign, x)), y)
+    best = score(predict(model, threat.project(x + threat.eps * sign, x)), y)
     for step in range(steps):
         flips = noise.fold(step).uniform(x.shape[1:]) < flip
         tried = sign.where(~flips, -sign)
         x_adv = threat.project(x + threat.eps * tried, x)
-        out = look(model, x_adv)
+        out = predict(model, x_adv)
         worst.see(rows, x_adv, out.logits)
         value = score(out, y)
         better = value > best
@@ -39,7 +39,7 @@ def corners(
     return worst.x
 
 
-ATTACKS["corners"] = Entry(corners, "random search over corners", ("linf",), gradients=False, per_step=1.0)
+ATTACKS["corners"] = AttackEntry(corners, "random search over corners", ("linf",), gradients=False, per_step=1.0)
 
 split = data.load("digits", fold=(0, 5))
 mean, std = data.standardisation(split.train)

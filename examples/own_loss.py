@@ -8,7 +8,7 @@ from torch import Tensor
 
 from holdfast import data, losses, models
 from holdfast.checks import audit
-from holdfast.evaluate import evaluate
+from holdfast.evaluation import evaluate
 from holdfast.objectives import standard
 from holdfast.outputs import Outputs
 from holdfast.results import mcnemar, proportion
@@ -22,7 +22,7 @@ def hinge(out: Outputs | Tensor, y: Tensor, *, width: float = 4.0) -> Tensor:
 
 
 # The line that makes it a loss like all others: what attacks climb, the head it needs, a word on it.
-losses.LOSSES["hinge"] = losses.Entry(hinge, losses.negative_margin, "linear", "squared hinge on the margin")
+losses.LOSSES["hinge"] = losses.LossEntry(hinge, losses.negative_margin, "linear", "squared hinge on the margin")
 
 split = data.load("digits", fold=(0, 5))
 mean, std = data.standardisation(split.train)
@@ -37,7 +37,7 @@ for name in ("sce", "hinge"):
     stands[name] = judged.evaluation.robust
     robust = proportion(int(stands[name].sum()), len(stands[name]))
     fires = [finding.name for finding in judged.findings if finding.fires]
-    print(f"{name}: clean {found.clean.float().mean():.1%}, published {found.published.float().mean():.1%}, "
+    print(f"{name}: clean {found.clean.float().mean():.1%}, published {found.pgd50.float().mean():.1%}, "
           f"robust at most {robust.value:.1%} [{robust.low:.1%}, {robust.high:.1%}]; fires: {fires}")  # fmt: skip
 
 # About these two networks, on the same images. About the two losses it says nothing: that takes paired seeds.

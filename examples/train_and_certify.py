@@ -6,9 +6,9 @@ bound, with slack for rounding, then certifies the network.
 
 from holdfast import data, models
 from holdfast.bounds import certify
-from holdfast.evaluate import evaluate
-from holdfast.exact import exact, layers_of
+from holdfast.evaluation import evaluate
 from holdfast.losses import sce
+from holdfast.milp import decide, layers_of
 from holdfast.objectives import interval, standard
 from holdfast.threat import Threat
 from holdfast.train import FitConfig, fit
@@ -20,7 +20,7 @@ config = FitConfig(epochs=20, batch_size=64, lr=3e-3)
 
 for name, objective in (("plain", standard(sce)), ("on bounds", interval(sce, threat))):
     model = models.build("mlp:width=32", split.shape, len(split.classes), mean=mean, std=std)
-    fit(model, split.train, split.val, objective, config, watch=threat)
+    fit(model, split.train, split.val, objective, config, val_threat=threat)
     found = evaluate(model, split.test, threat, "quick")
     assert found.certified is not None  # a chain of layers that bounds are known for
     assert not (found.certified & ~found.robust).any()  # nothing proved was ever broken
@@ -32,4 +32,6 @@ for name, objective in (("plain", standard(sce)), ("on bounds", interval(sce, th
 x, y = data.pixels(split.test.x), split.test.y
 print(f"by the certificate alone: {certify(model, x, y, threat).float().mean():.1%}")
 rows = between.nonzero()[:5, 0]
-print("five that are neither proved nor broken are in truth:", exact(layers_of(model), x[rows], y[rows], threat).status)
+print(
+    "five that are neither proved nor broken are in truth:", decide(layers_of(model), x[rows], y[rows], threat).status
+)

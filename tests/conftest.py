@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 from hypothesis import settings
+from tests.helpers import on_digits, right_ones
 from torch import nn
 
 from holdfast import cli
-from small_nets import on_digits, right_ones
 
 settings.register_profile("here", deadline=None, max_examples=40)
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True, print_blob=True)
@@ -26,7 +26,7 @@ def few_are_walked(request):
     """Fewer samples whose smallest perturbation is looked for, but where that is tested: each network pays for it."""
     with pytest.MonkeyPatch.context() as patch:
         if "test_region" not in request.node.nodeid and "WRITE_DOCS" not in os.environ:
-            patch.setattr("holdfast.region.summary.WALKED", 24)
+            patch.setattr("holdfast.region.measures.WALKED", 24)
         yield
 
 

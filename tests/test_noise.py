@@ -8,8 +8,8 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.losses import reference
 
-import reference
 from holdfast.noise import Noise
 
 N = 20_000

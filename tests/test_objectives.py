@@ -13,11 +13,11 @@ from torch import nn
 
 from holdfast.attacks import pgd
 from holdfast.errors import UserError
-from holdfast.losses import LOSSES, gap, isce, mmc, negative_margin, sce
+from holdfast.information.sources import SOURCES, source
+from holdfast.losses import LOSSES, isce, mmc, negative_log_odds, negative_margin, sce
 from holdfast.models import build
 from holdfast.noise import Noise
 from holdfast.objectives import OBJECTIVES, Objective, adversarial, fast, interval, mart, standard, trades
-from holdfast.sources import SOURCES, source
 from holdfast.threat import Threat
 
 SHAPE, N = (1, 6, 6), 8
@@ -106,7 +106,7 @@ def test_every_loss_pays_per_sample_with_a_graph_to_every_weight(name, loss):
         with pytest.raises(UserError):
             objective.loss(model, x, x_adv, y)
         return
-    with objective.around(model, x, x_adv, y):
+    with objective.weight_context(model, x, x_adv, y):
         each = objective.loss(model, x, x_adv, y)
         assert each.shape == (N,)
         assert each.isfinite().all()
@@ -168,7 +168,7 @@ def test_adversarial_is_the_loss_on_the_last_iterate_of_pgd():
     model, (x, y, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("linf", 0.1)
     objective = adversarial(sce, threat, steps=4, step_size=0.03)(0.0)
     x_adv = objective.perturb(model, x, y, noise)
-    expected = pgd(model, x, y, threat, score=gap, noise=noise, steps=4, step_size=0.03, keep="last")
+    expected = pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=4, step_size=0.03, keep="last")
     assert torch.equal(x_adv, expected)
     assert torch.equal(objective.loss(model, x, x_adv, y), sce(model(x_adv), y))
     assert (objective.loss(model, x, x_adv, y) > sce(model(x), y)).all()
@@ -178,7 +178,7 @@ def test_adversarial_is_the_loss_on_the_last_iterate_of_pgd():
 
 def test_ten_steps_unless_told_otherwise():
     model, (x, y, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("l2", 0.5)
-    expected = pgd(model, x, y, threat, score=gap, noise=noise, steps=10, step_size=0.125, keep="last")
+    expected = pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=10, step_size=0.125, keep="last")
     assert torch.equal(adversarial(sce, threat)(0.0).perturb(model, x, y, noise), expected)
 
 
@@ -211,7 +211,7 @@ def test_a_loss_without_a_score_needs_one_named():
     with pytest.raises(UserError, match="no score is known for the loss 'mine'"):
         adversarial(mine, Threat("linf", 0.1))
     model, (x, y, noise) = build("mlp", SHAPE, 4), batch()
-    objective = adversarial(mine, Threat("linf", 0.1), score=gap)(0.0)
+    objective = adversarial(mine, Threat("linf", 0.1), score=negative_log_odds)(0.0)
     x_adv = objective.perturb(model, x, y, noise)
     assert torch.equal(objective.loss(model, x, x_adv, y), 2 * sce(model(x_adv), y))
     assert standard(mine)(0.0).loss(model, x, x, y).shape == (N,)
@@ -240,7 +240,7 @@ def test_a_few_rounds_of_it_make_a_network_more_robust():
             optimizer.zero_grad()
             objective.loss(model, x, x_adv, y).mean().backward()
             optimizer.step()
-        worst = pgd(model, x, y, threat, score=gap, noise=noise, steps=20)
+        worst = pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=20)
         with torch.no_grad():
             robust[name] = float((model(worst).logits.argmax(1) == y).float().mean())
     assert robust["adversarial"] > 0.95
@@ -250,7 +250,7 @@ def test_a_few_rounds_of_it_make_a_network_more_robust():
 def test_fast_is_one_step_from_a_wide_start():
     model, (x, y, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("linf", 0.1)
     begin = Threat("linf", 0.2).random_start(x, noise).requires_grad_()
-    (grad,) = torch.autograd.grad(gap(model(begin), y).sum(), begin)
+    (grad,) = torch.autograd.grad(negative_log_odds(model(begin), y).sum(), begin)
     expected = (begin + 0.1 * grad.sign()).clamp(0, 1).detach()
     assert torch.allclose(fast(sce, threat)(0.0).perturb(model, x, y, noise), expected, atol=1e-6)
 
@@ -292,7 +292,7 @@ def test_awp_raises_the_loss_inside_and_restores_every_weight_outside():
     objective = adversarial(sce, threat, steps=2, awp=0.05)(0.0)
     x_adv = objective.perturb(model, x, y, noise)
     before, (_, _, kept) = objective.loss(model, x, x_adv, y).mean().item(), state(model)
-    with objective.around(model, x, x_adv, y):
+    with objective.weight_context(model, x, x_adv, y):
         moved = [(name, p) for name, p in model.named_parameters() if not torch.equal(p, kept[name])]
         assert {name for name, _ in moved} == {n for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
         for name, p in moved:  # as far as gamma says

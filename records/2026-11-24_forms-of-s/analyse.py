@@ -14,12 +14,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from holdfast import bounds, data, runs
+from holdfast import bounds, data, run_folder
 from holdfast.results import holm, load, paired_t
 from holdfast.threat import Threat
 
 OUT, MNIST = Path(sys.argv[1] if len(sys.argv) > 1 else "out/forms-of-s"), (sys.argv[2:] or ["mnist"])[0]
-FIGURES = ("clean", "published", "robust", "certified")
+FIGURES = ("clean", "pgd50", "robust", "certified")
 
 
 def of_stage(stage: Path) -> dict:
@@ -40,9 +40,9 @@ def on_5000(stage: Path, found: dict) -> dict:
     test = data.load(MNIST, limit=5000).test
     x, y = data.pixels(test.x), test.y
     for folder in sorted((stage / "runs").iterdir()):
-        config = runs.read_json(folder / "config.json")
+        config = run_folder.read_json(folder / "config.json")
         if folder.name not in known:
-            model, _ = runs.load(folder)
+            model, _ = run_folder.load(folder)
             with torch.no_grad():
                 clean = (model(x).logits.argmax(1) == y).double().mean().item()
             known[folder.name] = [clean, bounds.certify(model, x, y, Threat("l2", 1.58)).double().mean().item()]

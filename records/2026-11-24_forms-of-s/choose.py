@@ -12,4 +12,4 @@ def percent(interval):
 
 print("clean publ. rob.  cert.")
 for row in rows(load(Path(sys.argv[1]))):
-    print(*map(percent, (row.clean, row.published, row.robust, row.certified)), row.label)
+    print(*map(percent, (row.clean, row.pgd50, row.robust, row.certified)), row.label)

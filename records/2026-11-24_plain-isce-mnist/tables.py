@@ -30,14 +30,14 @@ def per_seed(runs) -> None:
     with (HERE / "per-seed.csv").open("w", newline="") as file:
         write = csv.writer(file, lineterminator="\n").writerow
         head = "threat,loss,seed,n,train,clean,published,own_loss,robust,zero_gradient,zero_gradient_own,input_margin,"
-        file.write(f"{head}published_verdict,robust_verdict,remainder,remainder_high\n")
+        file.write(f"{head}pgd50_verdict,robust_verdict,remainder,remainder_high\n")
         for r in runs:
             m = r.measures
             write([
                 r.threat_text, r.loss, r.seed, r.n, f"{r.train['accuracy']:.4f}", f"{r.clean.value:.4f}",
-                f"{r.published.value:.4f}", f"{r.own.value:.4f}", "" if r.robust is None else f"{r.robust.value:.4f}",
+                f"{r.pgd50.value:.4f}", f"{r.own.value:.4f}", "" if r.robust is None else f"{r.robust.value:.4f}",
                 f"{m['zero_gradient']:.4f}", f"{m['zero_gradient_own']:.4f}", f"{m['input_margin']:.5f}",
-                r.published_verdict.status, r.verdict.status, f"{r.remainder['expected']:.2f}", r.remainder["high"],
+                r.pgd50_verdict.status, r.verdict.status, f"{r.remaining['expected']:.2f}", r.remaining["high"],
             ])  # fmt: skip
 
 
@@ -84,14 +84,14 @@ def row(loss, runs, test) -> str:
         loss.replace("*", r"\*"),
         mean(r.train["accuracy"] for r in runs),
         mean(r.clean.value for r in runs),
-        mean(r.published.value for r in runs),
+        mean(r.pgd50.value for r in runs),
         mean(r.own.value for r in runs),
         f"{100 * robust.value:.1f} [{100 * robust.low:.1f}, {100 * robust.high:.1f}]",
         f"{100 * t.difference:+.1f} [{100 * t.low:+.1f}, {100 * t.high:+.1f}]" if t else "",
         f"{p:.2g}" if t else "",
         f"{mean(r.measures['zero_gradient'] for r in runs)} ({mean(r.measures['zero_gradient_own'] for r in runs)})",
         f"{fmean(r.measures['input_margin'] for r in runs):.3f}",
-        verdicts(r.published_verdict.status for r in runs),
+        verdicts(r.pgd50_verdict.status for r in runs),
         verdicts(r.verdict.status for r in runs),
     ]
     return "| " + " | ".join(cells) + " |"

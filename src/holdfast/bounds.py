@@ -1,7 +1,7 @@
 """Bounds of a network over a threat: how far each gap can rise, by intervals and by Lipschitz constants.
 
-Training and certificates share what is here: s_bound = gap_bounds - gap is what interval-bound training puts into
-I-SCE, and gap_bounds < 0 for every competitor is what certifies a sample. To bound another kind of layer: a line in
+Training and certificates share what is here: s_bound = logit_difference_bounds - gap is what interval-bound training puts into
+I-SCE, and logit_difference_bounds < 0 for every competitor is what certifies a sample. To bound another kind of layer: a line in
 ``_through`` (intervals) and one in ``_proved_stretch`` (Lipschitz).
 """
 
@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import heads, orthogonal
 from .errors import UserError
-from .information import lipschitz_pairwise
-from .models import Classifier, convnets, lipschitz
+from .models import Classifier, convnets, heads, lipschitz, orthogonal
 from .outputs import Model, frozen_eval
 from .threat import Threat
 
@@ -37,7 +35,7 @@ class CannotBound(UserError):
     """A network with a layer that no bound is known for."""
 
 
-def gap_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, *, slack: bool = False) -> Tensor:
+def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, *, slack: bool = False) -> Tensor:
     """Upper bounds of logit_j - logit_y over all x with lo <= x <= hi, by intervals: (N, K), 0 at y; differentiable.
 
         affine layers:  c' = W c + b,  r' = |W| r;     the last one, W_j - W_y, is bounded as one layer
@@ -54,14 +52,14 @@ def gap_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, *, slack: bo
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # gap_1 = -2 x
     >>> lo, hi = torch.tensor([[[[0.2]]]]), torch.tensor([[[[0.4]]]])
-    >>> gap_bounds(net, lo, hi, torch.tensor([0])).detach()
+    >>> logit_difference_bounds(net, lo, hi, torch.tensor([0])).detach()
     tensor([[ 0.0000, -0.4000]])
     """
     center, radius = (lo + hi) / 2, (hi - lo) / 2
     *layers, last = _chain(model)
     weight, bias = _affine(last, center.dtype)
     for layer in layers:
-        center, radius = _through(layer, center, radius, slack)
+        center, radius = _propagate_interval(layer, center, radius, slack)
     if center.ndim != 2:
         raise CannotBound(f"the last layer must read (N, D) features, it reads {tuple(center.shape)}.")
     # W_j - W_y per label, not per sample: K products of (N, D) with (D, K) would be K times the work.
@@ -84,7 +82,7 @@ def box_of(x: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
     return (x - threat.eps).clamp_min(threat.lo), (x + threat.eps).clamp_max(threat.hi)
 
 
-def worst_gap(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
+def worst_logit_difference(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
     """Upper bounds of the largest gap, max_{j != y} logit_j - logit_y, that float32 can meet in the threat: (N,).
 
     By intervals in float64, over the box that holds all that ``Threat.violation`` forgives, with slack for rounding:
@@ -93,7 +91,9 @@ def worst_gap(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
     model, x, y = _with_float64(model, x, y)
     whole = replace(threat, eps=threat.farthest(math.prod(x.shape[1:])))
     found = [
-        gap_bounds(model, *box_of(here.double(), whole), labels, slack=True).scatter(1, labels[:, None], -math.inf)
+        logit_difference_bounds(model, *box_of(here.double(), whole), labels, slack=True).scatter(
+            1, labels[:, None], -math.inf
+        )
         for here, labels in zip(x.split(ROWS), y.split(ROWS), strict=True)
     ]
     return torch.cat([bounds.amax(1) for bounds in found])
@@ -122,28 +122,41 @@ def _constants(model: nn.Module, probe: Tensor, proved: bool) -> list[Tensor]:
     *layers, _ = _chain(model)
     found = []
     for layer in layers:
-        found.append((_proved_stretch if proved else _stretch)(layer, probe))
+        found.append((_lipschitz_upper_bound if proved else _lipschitz_estimate)(layer, probe))
         with torch.no_grad():
             probe = _apply(layer, probe)
     return found
 
 
-def reach(threat: Threat, dim: int, size: float | None = None) -> float:
+def l2_radius(threat: Threat, dim: int, size: float | None = None) -> float:
     """The l2 size of the largest perturbation: eps for l2 and l1, sqrt(dim) eps for linf. size: another one than eps.
 
     An l2 Lipschitz constant used with an linf eps as it stands would be a false certificate.
 
-    >>> reach(Threat("l2", 0.5), 784), reach(Threat("linf", 0.5), 784)
+    >>> l2_radius(Threat("l2", 0.5), 784), l2_radius(Threat("linf", 0.5), 784)
     (0.5, 14.0)
     """
     return (threat.eps if size is None else size) * (math.sqrt(dim) if threat.norm == "linf" else 1.0)
 
 
-def lipschitz_rises(model: nn.Module, shape: tuple[int, ...], threat: Threat, y: Tensor) -> Tensor:
+def s_lipschitz_pairwise(constant: float | Tensor, eps: float, weight: Tensor, y: Tensor) -> Tensor:
+    """s_j = L eps ||w_j - w_y||_2: (N, K), for a linear head on L-Lipschitz features; tighter than sqrt(2) L ||W|| eps.
+
+    Args: constant: L of the features, from the threat's norm to l2; weight: (K, D) of the head; y: (N,).
+    margin / sqrt(2) > L eps certifies only when the rows are orthonormal; this form always does.
+
+    >>> s_lipschitz_pairwise(1.0, 0.5, torch.eye(2), torch.tensor([0]))
+    tensor([[0.0000, 0.7071]])
+    """
+    apart = (weight[None] - weight[:, None]).norm(dim=2)  # of labels, (K, K), not of samples
+    return constant * eps * apart[y]
+
+
+def lipschitz_s(model: nn.Module, shape: tuple[int, ...], threat: Threat, y: Tensor) -> Tensor:
     """s_j = L reach ||w_j - w_y||_2: no gap rises further, up to the estimate of L; (N, K), with a graph."""
     *_, last = _chain(model)
     weight, _ = _affine(last, next(model.parameters()).dtype)
-    return lipschitz_pairwise(lipschitz_constant(model, shape), reach(threat, math.prod(shape)), weight, y)
+    return s_lipschitz_pairwise(lipschitz_constant(model, shape), l2_radius(threat, math.prod(shape)), weight, y)
 
 
 def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None:
@@ -164,7 +177,7 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None
     with frozen_eval(model), torch.no_grad():
         network, here, labels = _with_float64(model, x, y)
         try:
-            proved = worst_gap(network, here, labels, threat) < 0
+            proved = worst_logit_difference(network, here, labels, threat) < 0
             return (proved | _proved_by_lipschitz(network, here, labels, threat)).to(x.device)
         except CannotBound:
             return None
@@ -188,12 +201,12 @@ def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat)
     found = []
     for h, labels in zip(x.split(ROWS), y.split(ROWS), strict=True):
         h = h.double()
-        far = torch.full((len(h),), reach(threat, dim, threat.farthest(dim)), dtype=h.dtype, device=h.device)
+        far = torch.full((len(h),), l2_radius(threat, dim, threat.farthest(dim)), dtype=h.dtype, device=h.device)
         off = torch.zeros_like(far)
         for layer, constant in zip(layers, constants, strict=True):
             off = off * constant
-            if terms := _terms(layer):
-                size, stretch = _sizes(layer, h)
+            if terms := _n_terms(layer):
+                size, stretch = _magnitude(layer, h)
                 off = off + _gamma(terms) * (size.flatten(1).norm(dim=1) + stretch * (far + off))
             h, far = _apply(layer, h), constant * far
         logits = h @ weight.T + bias
@@ -314,7 +327,7 @@ def _apply(layer: Any, h: Tensor) -> Tensor:
     return answer
 
 
-def _terms(layer: Any) -> int:
+def _n_terms(layer: Any) -> int:
     """How many products are summed for one output: what the rounding grows with; 0 where nothing rounds."""
     if isinstance(layer, (*_DENSE, *_CONVOLUTIONS)):
         return int(layer.weight[0].numel())
@@ -330,7 +343,7 @@ def _gamma(terms: int) -> float:
     return (terms + 2) * UNIT / (1 - (terms + 2) * UNIT)
 
 
-def _through(layer: Any, center: Tensor, radius: Tensor, slack: bool) -> tuple[Tensor, Tensor]:
+def _propagate_interval(layer: Any, center: Tensor, radius: Tensor, slack: bool) -> tuple[Tensor, Tensor]:
     """(center, radius) of the box that holds the layer's answers for all h in a box."""
     if isinstance(layer, nn.Flatten):
         return layer(center), layer(radius)
@@ -339,7 +352,7 @@ def _through(layer: Any, center: Tensor, radius: Tensor, slack: bool) -> tuple[T
         return (low + high) / 2, (high - low) / 2
     if isinstance(layer, convnets.Step):
         low, high = layer(center - radius), layer(center + radius)
-        size = _sizes(layer, center.abs() + radius)[0] * _gamma(_terms(layer)) if slack else 0.0
+        size = _magnitude(layer, center.abs() + radius)[0] * _gamma(_n_terms(layer)) if slack else 0.0
         return (low + high) / 2, (high - low) / 2 + size
     after = _apply(layer, center)
     if isinstance(layer, nn.AvgPool2d):
@@ -351,10 +364,10 @@ def _through(layer: Any, center: Tensor, radius: Tensor, slack: bool) -> tuple[T
     else:
         spread = _map(layer, radius, size=True, bias=False)
         size = _map(layer, center.abs() + radius, size=True) if slack else spread
-    return after, spread + _gamma(_terms(layer)) * size if slack else spread
+    return after, spread + _gamma(_n_terms(layer)) * size if slack else spread
 
 
-def _sizes(layer: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+def _magnitude(layer: Any, h: Tensor) -> tuple[Tensor, Tensor]:
     """(|W| |h| + |b|, a bound of the l2 norm of |W|)."""
     if isinstance(layer, _SLOPES):
         factor, offset = _slope(layer, h)
@@ -369,10 +382,10 @@ def _sizes(layer: Any, h: Tensor) -> tuple[Tensor, Tensor]:
     return _map(layer, h.abs(), size=True), (rows * columns).sqrt()
 
 
-def _stretch(layer: Any, probe: Tensor) -> Tensor:
+def _lipschitz_estimate(layer: Any, probe: Tensor) -> Tensor:
     """An estimate of the layer's l2 Lipschitz constant with a graph: power iteration; orthogonal layers count as 1."""
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-        return _proved_stretch(layer, probe)
+        return _lipschitz_upper_bound(layer, probe)
     with torch.no_grad():
         start = torch.linspace(1, 2, probe.numel(), dtype=probe.dtype, device=probe.device).cos().view_as(probe)
         u = start
@@ -383,7 +396,7 @@ def _stretch(layer: Any, probe: Tensor) -> Tensor:
     return _map(layer, u, bias=False).norm()
 
 
-def _proved_stretch(layer: Any, probe: Tensor) -> Tensor:
+def _lipschitz_upper_bound(layer: Any, probe: Tensor) -> Tensor:
     """An upper bound of the layer's l2 Lipschitz constant; probe: (1, ...), what it reads."""
     one = probe.new_ones(())
     if isinstance(layer, nn.MaxPool2d):
@@ -405,17 +418,17 @@ def _proved_stretch(layer: Any, probe: Tensor) -> Tensor:
         after = _map(layer, probe, bias=False)
         if min(probe.numel(), after.numel()) <= SMALL // 2 and max(probe.numel(), after.numel()) <= SMALL:
             eye = torch.eye(probe.numel(), dtype=probe.dtype, device=probe.device).view(-1, *probe.shape[1:])
-            return _top(_map(layer, eye, bias=False).flatten(1))
+            return _largest_singular_value(_map(layer, eye, bias=False).flatten(1))
         # Each pixel is read by at most ceil(k / stride)^2 windows, and each window is lengthened by the kernel's norm.
         windows = math.prod(
             math.ceil((d * (k - 1) + 1) / s)
             for k, s, d in zip(layer.kernel_size, _pair(layer.stride), _pair(layer.dilation), strict=True)
         )
-        return _top(weight.flatten(1)) * math.sqrt(windows)
-    return _top(weight.flatten(1))
+        return _largest_singular_value(weight.flatten(1)) * math.sqrt(windows)
+    return _largest_singular_value(weight.flatten(1))
 
 
-def _top(matrix: Tensor) -> Tensor:
+def _largest_singular_value(matrix: Tensor) -> Tensor:
     """The largest singular value, rounded up."""
     small = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     # Lengths of a kept norm come out as 1 +- 1e-7; float64's own error is far below 1e-9.

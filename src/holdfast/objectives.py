@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .attacks import Model, pgd
-from .bounds import box_of, gap_bounds
+from .bounds import box_of, logit_difference_bounds
 from .errors import UserError, at_least
+from .information.sources import Source, SourceContext, check_fraction, ramp_fraction
 from .losses import Loss, isce, score_of
 from .noise import Noise
 from .outputs import as_outputs, frozen_eval, logits_of
-from .sources import Moment, Source, risen, share_of_one
 from .threat import Threat
 
 
-def _nothing_around(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
+def _no_weight_context(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
@@ -41,14 +41,14 @@ class Objective:
 
     perturb: Callable[[Model, Tensor, Tensor, Noise], Tensor]
     loss: Callable[[Model, Tensor, Tensor, Tensor], Tensor]
-    around: Callable[[Model, Tensor, Tensor, Tensor], AbstractContextManager[Any]] = _nothing_around
+    weight_context: Callable[[Model, Tensor, Tensor, Tensor], AbstractContextManager[Any]] = _no_weight_context
 
 
 Schedule = Callable[[float], Objective]
-Paid = Callable[[Model, Tensor, Tensor, Tensor, Tensor, float], tuple[Any, Tensor]]
+OuterLoss = Callable[[Model, Tensor, Tensor, Tensor, Tensor, float], tuple[Any, Tensor]]
 
 
-def _paid(loss: Loss, s: Source | None) -> Paid:
+def _outer_loss(loss: Loss, s: Source | None) -> OuterLoss:
     """(model, x, x_adv, at, y, progress) -> (the answer that is paid for, the loss), s inferred where asked for."""
 
     def pay(model: Model, x: Tensor, x_adv: Tensor, at: Tensor, y: Tensor, progress: float) -> tuple[Any, Tensor]:
@@ -58,7 +58,7 @@ def _paid(loss: Loss, s: Source | None) -> Paid:
         at = x if s.adversary else at
         out = as_outputs(model(at))
         plain = getattr(model, "module", model)  # under torchrun: the network itself
-        return out, isce(out, y, s=s.infer(Moment(plain, x, x_adv, at, out, y, progress)))
+        return out, isce(out, y, s=s.infer(SourceContext(plain, x, x_adv, at, out, y, progress)))
 
     return pay
 
@@ -70,7 +70,7 @@ def standard(loss: Loss, *, s: Source | None = None) -> Schedule:
     """
     if s is not None and s.adversary:
         raise UserError("this s is measured by an attack, and objective 'standard' has none: take 'adversarial'.")
-    pay = _paid(loss, s)
+    pay = _outer_loss(loss, s)
 
     def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         return x
@@ -110,7 +110,7 @@ def adversarial(
     climb = score_of(loss) if score is None else score
     inner = _Inner(threat, steps, step_size, ramp, factor, batch_norm)
     at_least("awp", awp)
-    pay = _paid(loss, s)
+    pay = _outer_loss(loss, s)
 
     def schedule(progress: float) -> Objective:
         return _guarded(partial(inner, progress, score=climb), partial(_at_x_adv, pay, progress), awp)
@@ -145,10 +145,10 @@ def fast(
     # The step is held only by the box: the ball around its start is as wide as the step.
     inner = _Inner(threat, 1, threat.eps, ramp, step, batch_norm, random_start=False)
     at_least("awp", awp)
-    pay = _paid(loss, s)
+    pay = _outer_loss(loss, s)
 
     def schedule(progress: float) -> Objective:
-        wide = replace(threat, eps=start * risen(progress, ramp, LEAST) * threat.eps) if start else None
+        wide = replace(threat, eps=start * ramp_fraction(progress, ramp, LEAST) * threat.eps) if start else None
 
         def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
             begin = x if wide is None else wide.random_start(x, noise)
@@ -178,7 +178,7 @@ def trades(
     at_least("beta", beta)
     inner = _Inner(threat, steps, step_size, ramp, 1.0, batch_norm)
     at_least("awp", awp)
-    pay = _paid(loss, s)
+    pay = _outer_loss(loss, s)
 
     def schedule(progress: float) -> Objective:
         def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
@@ -220,7 +220,7 @@ def mart(
     climb = score_of(loss) if score is None else score
     inner = _Inner(threat, steps, step_size, ramp, 1.0, batch_norm)
     at_least("awp", awp)
-    pay = _paid(loss, s)
+    pay = _outer_loss(loss, s)
 
     def schedule(progress: float) -> Objective:
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
@@ -242,20 +242,20 @@ def interval(loss: Loss, threat: Threat, *, kappa: float = 0.5, ramp: float = 0.
 
     Args: loss: of logits alone (the SCE family); kappa in [0, 1]: the clean share at the end; ramp: the share of
     training over which eps and k move; factor: the eps of training over that of the threat.
-    Raises UserError for a network that has no interval bounds (``bounds.gap_bounds``).
+    Raises UserError for a network that has no interval bounds (``bounds.logit_difference_bounds``).
     """
-    share_of_one("ramp, over which eps rises,", ramp)
-    share_of_one("kappa, the clean share of interval training,", kappa)
+    check_fraction("ramp, over which eps rises,", ramp)
+    check_fraction("kappa, the clean share of interval training,", kappa)
     at_least("factor", factor, above=True)
 
     def schedule(progress: float) -> Objective:
-        share = risen(progress, ramp)
+        share = ramp_fraction(progress, ramp)
         now, clean = replace(threat, eps=share * factor * threat.eps), 1 - share * (1 - kappa)
 
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
             first = loss(model(x), y)
             network: Any = getattr(model, "module", model)  # under torchrun: the network itself
-            worst = gap_bounds(network, *box_of(x, now), y)
+            worst = logit_difference_bounds(network, *box_of(x, now), y)
             return clean * first + (1 - clean) * loss(worst, y)
 
         return Objective(lambda model, x, y, noise: x, outer)
@@ -307,13 +307,13 @@ class _Inner:
             raise UserError(f"adversarial training needs steps >= 1, got {self.steps}.")
         if self.step_size is not None:
             at_least("step_size", self.step_size, above=True)
-        share_of_one("ramp, the share of training over which eps rises,", self.ramp)
+        check_fraction("ramp, the share of training over which eps rises,", self.ramp)
         at_least("factor", self.factor, above=True)
         if self.batch_norm not in ("eval", "train"):
             raise UserError(f"batch_norm of the inner attack must be 'eval' or 'train', got '{self.batch_norm}'.")
 
     def __call__(self, progress: float, model: Model, x: Tensor, y: Tensor, noise: Noise, *, score: Loss) -> Tensor:
-        share = self.factor * risen(progress, self.ramp, LEAST)
+        share = self.factor * ramp_fraction(progress, self.ramp, LEAST)
         with _batch_norm(model, self.batch_norm):
             return pgd(
                 model,
@@ -329,7 +329,7 @@ class _Inner:
             )
 
 
-def _at_x_adv(pay: Paid, progress: float, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+def _at_x_adv(pay: OuterLoss, progress: float, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
     return pay(model, x, x_adv, x_adv, y, progress)[1]
 
 

@@ -18,24 +18,53 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError, unknown
-from ..losses import Loss, dlr, gap, negative_margin, score_of, steady_gap
+from ..losses import Loss, dlr, negative_log_odds, negative_margin, scaled_log_odds, score_of
 from ..outputs import Outputs, logits_of
 from .apgd import apgd
-from .blackbox import random_noise, square
-from .contract import Model, Worst, attack, fooled, frozen_eval
-from .minimal import cw, deepfool, distances, fab, fmn, lbfgs
+from .base import Model, MostAdversarial, attack, fooled, frozen_eval
+from .minimal_norm import cw, deepfool, distances, fab, fmn, lbfgs
 from .others import jsma, least_likely, md, spsa
 from .pgd import bim, fgsm, mim, pgd
+from .square import random_noise, square
 
 __all__ = [
-    "ATTACKS", "OWN_LOSS", "PUBLISHED", "SCORES", "SUITES", "WHO", "Entry", "Model", "Stage", "Worst", "apgd", "attack",
-    "bim", "cross_entropy", "cw", "deepfool", "distances", "fab", "fgsm", "fmn", "fooled", "frozen_eval", "jsma",
-    "lbfgs", "least_likely", "matched", "md", "mim", "pgd", "random_noise", "spsa", "square",
+    "ATTACKS",
+    "PGD50",
+    "PGD50_TRAIN_LOSS",
+    "SCORES",
+    "SUBSETS",
+    "SUITES",
+    "AttackEntry",
+    "Model",
+    "MostAdversarial",
+    "Stage",
+    "apgd",
+    "attack",
+    "bim",
+    "cross_entropy",
+    "cw",
+    "deepfool",
+    "distances",
+    "fab",
+    "fgsm",
+    "fmn",
+    "fooled",
+    "frozen_eval",
+    "jsma",
+    "lbfgs",
+    "least_likely",
+    "matched_score",
+    "md",
+    "mim",
+    "pgd",
+    "random_noise",
+    "spsa",
+    "square",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Entry:
+class AttackEntry:
     """One line of ATTACKS: the function, a word on it, the norms it is defined for, whether it needs gradients, and
     about how many passes it takes for each step, target, restart and search."""
 
@@ -46,25 +75,31 @@ class Entry:
     per_step: float = 2.0
 
 
-ATTACKS: dict[str, Entry] = {
-    "fgsm": Entry(fgsm, "one step of eps (Goodfellow 2015)"),
-    "bim": Entry(bim, "small steps from x (Kurakin 2017)"),
-    "mim": Entry(mim, "bim with momentum (Dong 2018)"),
-    "pgd": Entry(pgd, "projected gradient ascent, random starts (Madry 2018)"),
-    "apgd": Entry(apgd, "pgd with its own step size (Croce 2020)"),
-    "md": Entry(md, "one term of the margin first, then both (Ma 2020)"),
-    "least_likely": Entry(least_likely, "bim towards the least likely class (Kurakin 2017)"),
-    "deepfool": Entry(deepfool, "steps to the nearest linearised boundary (Moosavi-Dezfooli 2016)", per_step=10.0),
-    "cw": Entry(cw, "smallest perturbation by Adam and a search of the constant (Carlini 2017)", ("linf", "l2")),
-    "lbfgs": Entry(lbfgs, "smallest l2 perturbation by quasi-Newton steps (Szegedy 2014)"),
-    "fmn": Entry(fmn, "smallest perturbation in a ball that shrinks and grows (Pintor 2021)"),
-    "fab": Entry(fab, "smallest perturbation by steps to linearised boundaries, targeted (Croce 2020)", per_step=3.0),
-    "jsma": Entry(jsma, "the most salient pixels, one by one (Papernot 2016)"),
-    "spsa": Entry(spsa, "ascent on a gradient guessed from answers (Uesato 2018)", gradients=False, per_step=65.0),
-    "square": Entry(
+ATTACKS: dict[str, AttackEntry] = {
+    "fgsm": AttackEntry(fgsm, "one step of eps (Goodfellow 2015)"),
+    "bim": AttackEntry(bim, "small steps from x (Kurakin 2017)"),
+    "mim": AttackEntry(mim, "bim with momentum (Dong 2018)"),
+    "pgd": AttackEntry(pgd, "projected gradient ascent, random starts (Madry 2018)"),
+    "apgd": AttackEntry(apgd, "pgd with its own step size (Croce 2020)"),
+    "md": AttackEntry(md, "one term of the margin first, then both (Ma 2020)"),
+    "least_likely": AttackEntry(least_likely, "bim towards the least likely class (Kurakin 2017)"),
+    "deepfool": AttackEntry(
+        deepfool, "steps to the nearest linearised boundary (Moosavi-Dezfooli 2016)", per_step=10.0
+    ),
+    "cw": AttackEntry(cw, "smallest perturbation by Adam and a search of the constant (Carlini 2017)", ("linf", "l2")),
+    "lbfgs": AttackEntry(lbfgs, "smallest l2 perturbation by quasi-Newton steps (Szegedy 2014)"),
+    "fmn": AttackEntry(fmn, "smallest perturbation in a ball that shrinks and grows (Pintor 2021)"),
+    "fab": AttackEntry(
+        fab, "smallest perturbation by steps to linearised boundaries, targeted (Croce 2020)", per_step=3.0
+    ),
+    "jsma": AttackEntry(jsma, "the most salient pixels, one by one (Papernot 2016)"),
+    "spsa": AttackEntry(
+        spsa, "ascent on a gradient guessed from answers (Uesato 2018)", gradients=False, per_step=65.0
+    ),
+    "square": AttackEntry(
         square, "random squares, no gradients (Andriushchenko 2020)", ("linf", "l2"), gradients=False, per_step=1.0
     ),
-    "noise": Entry(random_noise, "random points of the threat", gradients=False, per_step=1.0),
+    "noise": AttackEntry(random_noise, "random points of the threat", gradients=False, per_step=1.0),
 }
 
 
@@ -74,16 +109,16 @@ def cross_entropy(out: Outputs | Tensor, y: Tensor) -> Tensor:
 
 
 # What a stage may climb by name; "matched" is score_of the loss that the network was trained with.
-SCORES: dict[str, Loss] = {"u": steady_gap, "margin": negative_margin, "dlr": dlr, "cross_entropy": cross_entropy}
+SCORES: dict[str, Loss] = {"u": scaled_log_odds, "margin": negative_margin, "dlr": dlr, "cross_entropy": cross_entropy}
 
 
-def matched(loss: Loss | str | None) -> Loss:
+def matched_score(loss: Loss | str | None) -> Loss:
     """The score that an attack on a network trained with this loss climbs, freed from the scale of the logits.
 
     ``score_of(loss)``, where u is u of logits brought to one scale; u where no loss is known. See docs/adaptive.md.
     """
-    score = gap if loss is None else score_of(loss)
-    return steady_gap if score is gap else score
+    score = negative_log_odds if loss is None else score_of(loss)
+    return scaled_log_odds if score is negative_log_odds else score
 
 
 @cache
@@ -93,13 +128,13 @@ def _defaults(attack: Callable[..., Tensor]) -> dict[str, Any]:
     return {"steps": 1, **found}
 
 
-NEAR, FAR = 32, 32  # survivors that attacks of full length are tried on: the nearest, and others at random
+N_NEAREST, N_RANDOM = 32, 32  # survivors that attacks of full length are tried on: the nearest, and others at random
 # Whom a stage attacks. A cascade spends where samples can still break, and then asks whether that was right.
-WHO: dict[str, str] = {
-    "standing": "all that stand",
-    "nearest": f"the share of them with the smallest margins, at least {NEAR}",
-    "drawn": f"{NEAR + FAR} of them: the {NEAR} with the smallest margins, and {FAR} drawn at random from the rest",
-    "promoted": f"the nearest share if one of the {NEAR} nearest fell to a drawn stage, all if one of the others did",
+SUBSETS: dict[str, str] = {
+    "survivors": "all that stand",
+    "nearest": f"the share of them with the smallest margins, at least {N_NEAREST}",
+    "sampled": f"{N_NEAREST + N_RANDOM} of them: the {N_NEAREST} with the smallest margins, and {N_RANDOM} drawn at random from the rest",
+    "escalated": f"the nearest share if one of the {N_NEAREST} nearest fell to a drawn stage, all if one of the others did",
 }
 
 
@@ -115,7 +150,7 @@ class Stage:
     None: noise of the stage's own; target: "random" steers each sample to one wrong class, drawn from its own noise, as
     papers with targeted attacks do; any mistake counts all the same.
 
-    who: a key of WHO; share: of the survivors that "nearest" and "promoted" take, those with the smallest margins;
+    who: a key of WHO; share: of the survivors that "nearest" and "escalated" take, those with the smallest margins;
     round: stages of a round r > 1 are run only if a stage of round r - 1 broke something.
     """
 
@@ -125,16 +160,16 @@ class Stage:
     targets: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     step: float | None = None
-    alone: bool = False
-    stream: int | None = None
-    who: str = "standing"
+    individual: bool = False
+    noise_stream: int | None = None
+    subset: str = "survivors"
     share: float = 1.0
     round: int = 0
     target: str = ""
 
     def __post_init__(self) -> None:
-        if self.who not in WHO:
-            raise unknown("who of a stage", self.who, WHO)
+        if self.subset not in SUBSETS:
+            raise unknown("who of a stage", self.subset, SUBSETS)
         if self.target not in ("", "random"):
             raise unknown("target of a stage", self.target, ["random"])
         if self.target and self.targets:
@@ -155,14 +190,14 @@ class Stage:
 
 
 # Robustness as papers report it: F.cross_entropy, one random start, 50 PGD steps of eps/4, the last iterate.
-PUBLISHED = Stage("published", "pgd", "cross_entropy", settings={"steps": 50, "keep": "last"}, step=0.25, alone=True)
+PGD50 = Stage("pgd50", "pgd", "cross_entropy", settings={"steps": 50, "keep": "last"}, step=0.25, individual=True)
 # The usual adaptive attack: the same on the loss that the network was trained with.
-OWN_LOSS = replace(PUBLISHED, name="own loss", score="loss")
+PGD50_TRAIN_LOSS = replace(PGD50, name="own loss", score="loss")
 
 
 def _round(number: int) -> tuple[Stage, ...]:
     """Long attacks of four kinds on the survivors that are nearest to a mistake."""
-    nearest: dict[str, Any] = {"who": "nearest", "share": 0.15, "round": number}
+    nearest: dict[str, Any] = {"subset": "nearest", "share": 0.15, "round": number}
     return (
         Stage(f"round {number}: long", "apgd", settings={"steps": 100}, **nearest),
         Stage(f"round {number}: dlr", "apgd", "dlr", settings={"steps": 50}, **nearest),
@@ -174,9 +209,9 @@ def _round(number: int) -> tuple[Stage, ...]:
 def _full(who: str, queries: int) -> tuple[Stage, ...]:
     """Attacks of full length, as AutoAttack has them, and a black box as a sentinel."""
     return (
-        Stage(f"{who}: long", "apgd", settings={"steps": 100}, who=who, share=0.3),
-        Stage(f"{who}: all targets", "apgd", "dlr", targets=9, settings={"steps": 100}, who=who, share=0.3),
-        Stage(f"{who}: square", "square", "margin", settings={"steps": queries}, who=who, share=0.3),
+        Stage(f"{who}: long", "apgd", settings={"steps": 100}, subset=who, share=0.3),
+        Stage(f"{who}: all targets", "apgd", "dlr", targets=9, settings={"steps": 100}, subset=who, share=0.3),
+        Stage(f"{who}: square", "square", "margin", settings={"steps": queries}, subset=who, share=0.3),
     )
 
 
@@ -185,19 +220,19 @@ def _full(who: str, queries: int) -> tuple[Stage, ...]:
 SUITES: dict[str, tuple[Stage, ...]] = {
     "quick": (
         Stage("sweep", "apgd", settings={"steps": 10}),
-        Stage("targets", "apgd", "dlr", targets=3, settings={"steps": 10}, who="nearest", share=0.5),
-        Stage("longer", "apgd", settings={"steps": 50}, who="nearest", share=0.15),
+        Stage("targets", "apgd", "dlr", targets=3, settings={"steps": 10}, subset="nearest", share=0.5),
+        Stage("longer", "apgd", settings={"steps": 50}, subset="nearest", share=0.15),
     ),
     "standard": (
         Stage("sweep", "apgd", settings={"steps": 10}),
         Stage("targets", "apgd", "dlr", targets=3, settings={"steps": 10}),
-        Stage("longer", "apgd", settings={"steps": 50}, who="nearest", share=0.5),
-        Stage("margin", "apgd", "margin", settings={"steps": 20}, who="nearest", share=0.5),
-        Stage("all targets", "apgd", "dlr", targets=9, settings={"steps": 20}, who="nearest", share=0.3),
+        Stage("longer", "apgd", settings={"steps": 50}, subset="nearest", share=0.5),
+        Stage("margin", "apgd", "margin", settings={"steps": 20}, subset="nearest", share=0.5),
+        Stage("all targets", "apgd", "dlr", targets=9, settings={"steps": 20}, subset="nearest", share=0.3),
         *_round(1),
         *_round(2),
-        *_full("drawn", 200),
-        *_full("promoted", 1000),
+        *_full("spot_check", 200),
+        *_full("escalated", 1000),
     ),
     "paranoid": (
         Stage("long", "apgd", settings={"steps": 100}),
@@ -213,25 +248,25 @@ SUITES: dict[str, tuple[Stage, ...]] = {
 # (stream 0 is that of stage 0) until starts are what changes: else every change would be one more restart as well.
 _LONG: dict[str, Any] = {"settings": {"steps": 200}, "step": 0.1}
 SUITES["explain"] = (
-    replace(PUBLISHED, name="stable arithmetic", score="u", alone=False, stream=0),
-    Stage("best iterate", "pgd", "u", settings={"steps": 50}, step=0.25, stream=0),
-    Stage("more steps", "pgd", "u", **_LONG, stream=0),
+    replace(PGD50, name="stable arithmetic", score="u", individual=False, noise_stream=0),
+    Stage("best iterate", "pgd", "u", settings={"steps": 50}, step=0.25, noise_stream=0),
+    Stage("more steps", "pgd", "u", **_LONG, noise_stream=0),
     Stage("restarts", "pgd", "u", settings={"steps": 200, "restarts": 4}, step=0.1),  # "more steps" was the first of 5
-    Stage("targets", "pgd", "u", targets=9, **_LONG, stream=0),
+    Stage("targets", "pgd", "u", targets=9, **_LONG, noise_stream=0),
     Stage("other scores", "apgd", "dlr", settings={"steps": 100}),
     Stage("black box", "square", "margin", settings={"steps": 1000}),
-    replace(OWN_LOSS, stream=0),
+    replace(PGD50_TRAIN_LOSS, noise_stream=0),
 )
-SUITES["claims"] = (OWN_LOSS, *SUITES["standard"])
+SUITES["claims"] = (PGD50_TRAIN_LOSS, *SUITES["standard"])
 # The columns of the papers' tables, each on all that is right, and then what the network is worth. "pgd50" is the
 # published protocol: not run twice. All start from its random points. C&W in a length at which more finds no more.
-_PGD10 = replace(PUBLISHED, name="pgd10", settings={**PUBLISHED.settings, "steps": 10}, stream=0)
-_PGD50 = replace(PUBLISHED, name="pgd50")
+_PGD10 = replace(PGD50, name="pgd10", settings={**PGD50.settings, "steps": 10}, noise_stream=0)
+_PGD50_ALIAS = replace(PGD50, name="pgd50")
 SUITES["protocols"] = (
     _PGD10,
     replace(_PGD10, name="pgd10-targeted", target="random"),
-    _PGD50,
-    replace(_PGD50, name="pgd50-targeted", target="random", stream=0),
-    Stage("cw", "cw", "margin", settings={"steps": 50, "searches": 4}, alone=True),
+    _PGD50_ALIAS,
+    replace(_PGD50_ALIAS, name="pgd50-targeted", target="random", noise_stream=0),
+    Stage("cw", "cw", "margin", settings={"steps": 50, "searches": 4}, individual=True),
     *SUITES["standard"],
 )

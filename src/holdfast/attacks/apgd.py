@@ -8,7 +8,7 @@ from torch import Tensor
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat
-from .contract import Model, Worst, aim, attack, drop_due, look, rise
+from .base import Model, MostAdversarial, attack, predict, score_and_grad, should_drop_fooled, targeted_score
 
 MOMENTUM = 0.75  # the weight of the new step against the last move
 ENOUGH = 0.75  # the share of steps in a period that must have risen
@@ -52,16 +52,16 @@ def apgd(
     Returns x_adv, (N, C, H, W): each sample's worst point; fooled samples leave the batch.
     """
     first = step_size if step_size is not None else threat.eps * (1 if threat.norm == "l1" else 2)
-    climb, goal = aim(score, y, target)
+    climb, goal = targeted_score(score, y, target)
     periods = _periods(steps)
-    worst = Worst(x, y)
+    worst = MostAdversarial(x, y)
     wide = (-1, *[1] * (x.ndim - 1))
     for restart in range(restarts):
         rows = worst.standing()
         if len(rows) == 0:
             break
         x_adv = threat.random_start(x[rows], noise[rows].fold(restart))
-        out, value, grad = rise(model, x_adv, climb, goal(rows))
+        out, value, grad = score_and_grad(model, x_adv, climb, goal(rows))
         stands = worst.see(rows, x_adv, out.logits)
         s = {  # what belongs to each sample still in the batch
             "rows": rows,
@@ -80,7 +80,7 @@ def apgd(
         }
         since = 0
         for step in range(steps):
-            if drop_due(step, x):
+            if should_drop_fooled(step, x):
                 s = {name: t[stands] for name, t in s.items()}
                 if len(s["rows"]) == 0:
                     break
@@ -90,9 +90,9 @@ def apgd(
                 moved = s["now"] + MOMENTUM * (moved - s["now"]) + (1 - MOMENTUM) * (s["now"] - s["before"])
             s["before"], s["now"] = s["now"], threat.project(moved, s["x"])
             if step == steps - 1:
-                worst.see(s["rows"], s["now"], look(model, s["now"]).logits)
+                worst.see(s["rows"], s["now"], predict(model, s["now"]).logits)
                 break
-            out, value, s["grad"] = rise(model, s["now"], climb, goal(s["rows"]))
+            out, value, s["grad"] = score_and_grad(model, s["now"], climb, goal(s["rows"]))
             stands = worst.see(s["rows"], s["now"], out.logits)
             s["rose"] = s["rose"] + (value > s["value"])
             s["value"] = value

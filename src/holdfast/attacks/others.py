@@ -12,8 +12,8 @@ from ..losses import Loss, negative_margin
 from ..noise import Noise
 from ..outputs import Outputs, logits_of
 from ..threat import Threat
-from .contract import Model, Worst, aim, attack, drop_due, look, rise
-from .minimal import Adam, slopes
+from .base import Model, MostAdversarial, attack, predict, score_and_grad, should_drop_fooled, targeted_score
+from .minimal_norm import Adam, scores_and_grads
 from .pgd import bim
 
 
@@ -41,7 +41,7 @@ def jsma(
     Returns x_adv, (N, C, H, W), in the threat: at most ``steps`` values of it differ from x. The paper moves pairs and
     in one direction. Greedy and blind to curvature: under linf a weak attack, whose merit is how few pixels it needs.
     """
-    worst = Worst(x, y)
+    worst = MostAdversarial(x, y)
     rows, base, x_adv = worst.standing(), x, x
     fresh = torch.ones_like(x, dtype=torch.bool).flatten(1)  # pixels that have not moved
     for step in range(steps):
@@ -52,16 +52,16 @@ def jsma(
             toward = logits.gather(1, wrong[:, None])
             return torch.cat([toward, logits.sum(1, keepdim=True) - toward], 1)
 
-        logits, _, grads = slopes(model, x_adv, heights)
+        logits, _, grads = scores_and_grads(model, x_adv, heights)
         stands = worst.see(rows, x_adv, logits)
-        if drop_due(step, x):
+        if should_drop_fooled(step, x):
             rows, base, x_adv, fresh, grads = (t[stands] for t in (rows, base, x_adv, fresh, grads))
             if len(rows) == 0:
                 return worst.x
         a, b = grads.flatten(2).unbind(1)
         even = a - b / (logits.shape[1] - 1)
         here, start = x_adv.flatten(1), base.flatten(1)
-        left = _left(threat, here - start)[:, None]
+        left = _budget_left(threat, here - start)[:, None]
         moves = []
         for direction in (a.sign(), even.sign()):
             room = torch.where(direction > 0, threat.hi - here, here - threat.lo)
@@ -73,11 +73,11 @@ def jsma(
         move = torch.where(any_opposed, moves[0], moves[1]).gather(1, pixel)
         fresh = fresh.scatter(1, pixel, False)
         x_adv = threat.project(here.scatter_add(1, pixel, move).view_as(x_adv), base)
-    worst.see(rows, x_adv, look(model, x_adv).logits)
+    worst.see(rows, x_adv, predict(model, x_adv).logits)
     return worst.x
 
 
-def _left(threat: Threat, delta: Tensor) -> Tensor:
+def _budget_left(threat: Threat, delta: Tensor) -> Tensor:
     """How far a pixel that has not moved may go: (N, D) -> (N,)."""
     size = threat.size(delta)
     if threat.norm == "linf":
@@ -118,13 +118,13 @@ def spsa(
     if pairs < 1 or together < 1 or not width > 0:
         raise UserError(f"pairs, together and width must be positive, got {pairs}, {together} and {width}.")
     size = 2.5 * threat.eps / steps if step_size is None else step_size
-    climb, goal = aim(score, y, target)
-    worst = Worst(x, y)
+    climb, goal = targeted_score(score, y, target)
+    worst = MostAdversarial(x, y)
     rows, base, x_adv = worst.standing(), x, x
     adam = Adam(x)
     for step in range(steps):
-        stands = worst.see(rows, x_adv, look(model, x_adv).logits)
-        if drop_due(step, x):
+        stands = worst.see(rows, x_adv, predict(model, x_adv).logits)
+        if should_drop_fooled(step, x):
             rows, base, x_adv, adam.mean, adam.square = (t[stands] for t in (rows, base, x_adv, adam.mean, adam.square))
             if len(rows) == 0:
                 return worst.x
@@ -134,23 +134,23 @@ def spsa(
             v = noise[rows].fold(step, first).sign((count, *x.shape[1:]), x.dtype)
             probes = (x_adv[:, None] + width * torch.stack([v, -v])).clamp(threat.lo, threat.hi)
             goals = goal(rows[:, None].expand(-1, count).flatten().repeat(2))
-            value = climb(look(model, probes.flatten(0, 2)), goals).to(x.dtype).view(2, len(rows), count)
+            value = climb(predict(model, probes.flatten(0, 2)), goals).to(x.dtype).view(2, len(rows), count)
             slope = ((value[0] - value[1]) / (2 * width)).nan_to_num(0.0, 0.0, 0.0)
             grad = grad + (v * slope.view(*slope.shape, *[1] * (x.ndim - 1))).sum(1) / pairs
         way = adam(grad)
         if threat.norm != "linf":  # under l1 Adam would make all pixels alike, where the few that matter are wanted
             way = threat.ascent(way if threat.norm == "l2" else adam.mean, x_adv)
         x_adv = threat.project(x_adv + size * way, base)
-    worst.see(rows, x_adv, look(model, x_adv).logits)
+    worst.see(rows, x_adv, predict(model, x_adv).logits)
     return worst.x
 
 
-def _own(out: Outputs | Tensor, y: Tensor) -> Tensor:
+def _negative_true_logit(out: Outputs | Tensor, y: Tensor) -> Tensor:
     """-z_y."""
     return -logits_of(out).gather(1, y[:, None])[:, 0]
 
 
-def _rival(out: Outputs | Tensor, y: Tensor) -> Tensor:
+def _largest_other_logit(out: Outputs | Tensor, y: Tensor) -> Tensor:
     """max_{j != y} z_j."""
     return logits_of(out).scatter(1, y[:, None], -math.inf).amax(1)
 
@@ -180,8 +180,8 @@ def md(
     Returns x_adv, (N, C, H, W), in the threat.
     """
     first = step_size if step_size is not None else threat.eps * (1 if threat.norm == "l1" else 2)
-    climb, goal = aim(negative_margin, y, target)
-    worst, half = Worst(x, y), steps // 2
+    climb, goal = targeted_score(negative_margin, y, target)
+    worst, half = MostAdversarial(x, y), steps // 2
     for restart in range(restarts):
         rows = worst.standing()
         if len(rows) == 0:
@@ -190,15 +190,15 @@ def md(
         x_adv = threat.random_start(base, noise[rows].fold(restart))
         for step in range(steps):
             if step >= half:
-                out, _, grad = rise(model, x_adv, climb, goal(rows))
+                out, _, grad = score_and_grad(model, x_adv, climb, goal(rows))
             elif restart % 2 == 0:
-                out, _, grad = rise(model, x_adv, _own, y[rows])
+                out, _, grad = score_and_grad(model, x_adv, _negative_true_logit, y[rows])
             elif target is None:
-                out, _, grad = rise(model, x_adv, _rival, y[rows])
+                out, _, grad = score_and_grad(model, x_adv, _largest_other_logit, y[rows])
             else:  # z_t is what _own has for t, negated
-                out, _, grad = rise(model, x_adv, lambda out, t: -_own(out, t), target[rows])
+                out, _, grad = score_and_grad(model, x_adv, lambda out, t: -_negative_true_logit(out, t), target[rows])
             stands = worst.see(rows, x_adv, out.logits)
-            if drop_due(step, x):
+            if should_drop_fooled(step, x):
                 rows, base, x_adv, grad = (t[stands] for t in (rows, base, x_adv, grad))
                 if len(rows) == 0:
                     break
@@ -206,7 +206,7 @@ def md(
             size = first * (1 + math.cos(math.pi * share)) / 2
             x_adv = threat.project(x_adv + size * threat.ascent(grad, x_adv), base)
         if len(rows):
-            worst.see(rows, x_adv, look(model, x_adv).logits)
+            worst.see(rows, x_adv, predict(model, x_adv).logits)
     return worst.x
 
 
@@ -230,5 +230,5 @@ def least_likely(
     one: weaker than bim where the threat is small.
     """
     if target is None:
-        target = look(model, x).logits.scatter(1, y[:, None], math.inf).argmin(1)
+        target = predict(model, x).logits.scatter(1, y[:, None], math.inf).argmin(1)
     return bim(model, x, y, threat, score=score, noise=noise, steps=steps, target=target, **settings)

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat, column
-from .contract import Model, Worst, aim, attack, drop_due, look, rise
+from .base import Model, MostAdversarial, attack, predict, score_and_grad, should_drop_fooled, targeted_score
 
 
 @attack
@@ -57,8 +57,8 @@ def pgd(
     if keep == "last" and restarts > 1:
         raise UserError("keep='last' judges nothing, so it cannot choose between restarts: use keep='worst'.")
     size = 2.5 * threat.eps / steps if step_size is None else step_size
-    climb, goal = aim(score, y, target)
-    worst = Worst(x, y)
+    climb, goal = targeted_score(score, y, target)
+    worst = MostAdversarial(x, y)
     for restart in range(restarts):
         rows = worst.standing()
         if len(rows) == 0:
@@ -67,10 +67,10 @@ def pgd(
         x_adv = threat.random_start(base, noise[rows].fold(restart)) if random_start or restart else base
         velocity = torch.zeros_like(x_adv)
         for step in range(steps):
-            out, _, grad = rise(model, x_adv, climb, goal(rows))
+            out, _, grad = score_and_grad(model, x_adv, climb, goal(rows))
             if keep == "worst":
                 stands = worst.see(rows, x_adv, out.logits)
-                if drop_due(step, x):
+                if should_drop_fooled(step, x):
                     rows, base, x_adv, grad, velocity = (t[stands] for t in (rows, base, x_adv, grad, velocity))
                     if len(rows) == 0:
                         break
@@ -82,7 +82,7 @@ def pgd(
         if keep == "last":
             return x_adv
         if len(rows):
-            worst.see(rows, x_adv, look(model, x_adv).logits)
+            worst.see(rows, x_adv, predict(model, x_adv).logits)
     return worst.x
 
 

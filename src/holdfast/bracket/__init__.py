@@ -12,16 +12,17 @@ import inspect
 from functools import partial
 from pathlib import Path
 
-from .. import rows, runs
-from ..compare import file_text
+from .. import run_folder
 from ..errors import at_least
-from ..jobs import Tell
+from ..experiments import loss_spec
+from ..experiments.compare import threat_file_name
+from ..experiments.evaluate_model import from_run
 from ..losses import isce
-from ..single import from_run
+from ..process_pool import Progress
 from ..threat import Threat
-from .answer import STATUS, Bracket
-from .drawing import figure, save, sentence
 from .measure import bracket
+from .plot import figure, save, sentence
+from .result import STATUS, Bracket
 
 __all__ = ["STATUS", "Bracket", "bracket", "constant_s", "figure", "of_run", "save", "sentence"]
 
@@ -32,7 +33,7 @@ def constant_s(loss: str) -> float | None:
     >>> constant_s("isce:s=10"), constant_s("isce"), constant_s("isce:s=2*3"), constant_s("sce")
     (10.0, 1.0, 6.0, None)
     """
-    chosen = rows.loss(loss)
+    chosen = loss_spec.parse(loss)
     if getattr(chosen.loss, "func", chosen.loss) is not isce or chosen.source:
         return None
     given = getattr(chosen.loss, "keywords", {}).get("s", inspect.signature(isce).parameters["s"].default)
@@ -48,7 +49,7 @@ def of_run(
     limit: int = 100,
     seed: int = 0,
     device: str = "cpu",
-    tell: Tell = lambda *_: None,
+    tell: Progress = lambda *_: None,
 ) -> tuple[Bracket, list[Path]]:
     """The bracket of a run folder's network on its test images; writes bracket.json, .svg and .png to ``out``.
 
@@ -61,9 +62,9 @@ def of_run(
     against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
     at_least("seconds", seconds)
     subject = from_run(run, limit=limit, device=device)
-    out = out or run / f"bracket-{file_text(threat)}"
+    out = out or run / f"bracket-{threat_file_name(threat)}"
     settings = {**subject.about, "threat": threat, "seconds": seconds, "seed": seed, "limit": limit}
-    runs.claim(out, settings)
+    run_folder.reserve(out, settings)
     found = bracket(
         subject.model,
         subject.split.test.take(slice(0, limit or None)),
@@ -72,7 +73,7 @@ def of_run(
         seed=seed,
         trained_s=constant_s(subject.loss),
         record=out / "bracket.safetensors",
-        key=f"{subject.split.fingerprint} {runs.weights_mark(subject.model)} {threat} {seconds} {seed}",
+        key=f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {threat} {seconds} {seed}",
         progress=partial(tell, subject.name),
     )
     return found, save(found, out, subject.name)

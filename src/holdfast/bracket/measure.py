@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..asking import Counted, batch_of, device_of, exact_arithmetic
 from ..attacks import pgd
-from ..bounds import CannotBound, worst_gap
+from ..bounds import CannotBound, worst_logit_difference
 from ..data import Data, pixels
 from ..errors import UserError, at_least
-from ..exact import layers_of, worst_gaps
+from ..io import load_tensors, save_tensors
 from ..losses import negative_margin
+from ..milp import layers_of, maximize
 from ..noise import Noise
 from ..outputs import Model, Outputs, frozen_eval, logits_of
-from ..storage import load_tensors, save_tensors
+from ..queries import CountingModel, default_batch_size, device_of, exact_float32
 from ..threat import Threat
-from .answer import Bracket
+from .result import Bracket
 
 RECORD, RECORD_VERSION = "bracket record", 1
 STEPS, RESTARTS = 50, 10  # of each attack; every competitor is climbed from two starts, their maximum from RESTARTS
@@ -48,8 +48,8 @@ def bracket(
 
     s_att: PGD on each gap_j from x and from a random start, and on their maximum from ten; every point on the way
         counts, and no sample is left alone once it is fooled: what is sought is the largest rise, not a mistake.
-    s*: ``exact.worst_gaps``, for linf and for what ``layers_of`` can read; begun from the attacks' points.
-    s_cert: ``bounds.gap_bounds`` on the smallest box that holds the threat (all of it for linf, loose for l2 and l1),
+    s*: ``exact.maximize``, for linf and for what ``layers_of`` can read; begun from the attacks' points.
+    s_cert: ``bounds.logit_difference_bounds`` on the smallest box that holds the threat (all of it for linf, loose for l2 and l1),
         in float64, with slack for float32's rounding and for what ``Threat.violation`` forgives.
 
     Args:
@@ -78,8 +78,8 @@ def bracket(
     x, y = pixels(data.x), data.y
     if not bool(((x >= threat.lo) & (x <= threat.hi)).all()):
         raise UserError(f"x must lie in the threat's box [{threat.lo}, {threat.hi}].")
-    with exact_arithmetic(), frozen_eval(model):
-        clean, x_adv, worst, rival = _attacked(Counted(model), x, data, threat, seed, progress)
+    with exact_float32(), frozen_eval(model):
+        clean, x_adv, worst, rival = _attacked(CountingModel(model), x, data, threat, seed, progress)
         cert = _certified(model, x, y, threat)
     margin = -clean
     low, high, solved = None, None, None
@@ -131,13 +131,13 @@ def _gap_to(target: Tensor, out: Outputs | Tensor, y: Tensor) -> Tensor:
 
 
 def _attacked(
-    model: Counted, x: Tensor, data: Data, threat: Threat, seed: int, progress: Progress
+    model: CountingModel, x: Tensor, data: Data, threat: Threat, seed: int, progress: Progress
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(largest gap at x, x_adv, largest gap there, strongest competitor at x), float64, on the CPU but for x_adv."""
     found, done = [], 0
     noise = Noise(seed, data.index)
     progress("attacks", 0, len(x))
-    for rows in torch.arange(len(x), device=x.device).split(batch_of(x)):
+    for rows in torch.arange(len(x), device=x.device).split(default_batch_size(x)):
         here, y, own = x[rows], data.y[rows], noise[rows]
         with torch.no_grad():
             z = model(here).logits
@@ -172,7 +172,7 @@ def _certified(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | N
         return None
     try:
         with torch.no_grad():
-            return worst_gap(model, x, y, threat).cpu()
+            return worst_logit_difference(model, x, y, threat).cpu()
     except CannotBound:
         return None
 
@@ -207,7 +207,7 @@ def _exact(
     for i in range(done, len(x)):
         progress("exact answers", i, len(x))
         one = slice(i, i + 1)
-        found = worst_gaps(layers, x[one], data.y[one], threat, start=[x_adv[one]], seconds=seconds)
+        found = maximize(layers, x[one], data.y[one], threat, start=[x_adv[one]], seconds=seconds)
         others = torch.arange(found.low.shape[1]) != int(data.y[i])
         low[i], high[i], solved[i] = found.low[0, others].max(), found.high[0, others].max(), found.solved[0]
         if record is not None:

@@ -14,21 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..asking import device_of, exact_arithmetic
-from ..attacks.contract import frozen_eval
+from ..attacks.base import frozen_eval
 from ..data import Data
 from ..errors import UserError, unknown
-from ..evaluate import Evaluation, StageCost
+from ..evaluation import Evaluation, StageCost
 from ..losses import Loss
 from ..outputs import Model
-from ..results import Drawn, Remainder, Verdict, remainder
+from ..queries import device_of, exact_float32
+from ..results import RemainingVulnerable, SpotCheck, Verdict, remaining_vulnerable
 from . import gradients, soundness, strength
-from .finding import PUBLISHED, ROBUST, TOLERANCE, Claim, Finding, Measured, judge, merge, surely
+from .findings import PGD50, ROBUST, TOLERANCE, CheckCount, Claim, Finding, judge, lower_bound_99, merge
 from .probe import Probe
 
 __all__ = [
-    "CHECKS", "FOUND", "PUBLISHED", "ROBUST", "TOLERANCE", "Audit", "Check", "Claim", "Finding", "Measured", "Probe",
-    "absorb", "audit", "judge", "merge", "name_of", "still_breakable", "surely",
+    "CHECKS",
+    "FOUND",
+    "PGD50",
+    "ROBUST",
+    "TOLERANCE",
+    "Audit",
+    "Check",
+    "CheckCount",
+    "Claim",
+    "Finding",
+    "Probe",
+    "add_witnesses",
+    "audit",
+    "judge",
+    "lower_bound_99",
+    "merge",
+    "name_of",
+    "remaining",
 ]  # fmt: skip
 
 
@@ -36,13 +52,13 @@ __all__ = [
 class Check:
     """One line of CHECKS: the function, which claims it speaks of, who proposed it, whether firing makes them void."""
 
-    function: Callable[[Probe], Measured | str]
+    function: Callable[[Probe], CheckCount | str]
     claims: tuple[str, ...]
     source: str
     void: bool = False
 
 
-_BOTH = (PUBLISHED, ROBUST)
+_BOTH = (PGD50, ROBUST)
 _IOAF = "Pintor et al. 2022, indicators of attack failure"
 _ATHALYE = "Athalye, Carlini and Wagner 2018"
 _CARLINI = "Carlini et al. 2019, on evaluating robustness"
@@ -56,17 +72,17 @@ CHECKS: tuple[Check, ...] = (
     Check(soundness.eps_zero_is_clean, _BOTH, _CARLINI, void=True),
     Check(soundness.outputs_are_logits, _BOTH, "Carlini and Wagner 2017"),
     Check(soundness.arithmetic_is_float32, _BOTH, "this project"),
-    Check(gradients.gradients_of_cross_entropy_are_not_zero, (PUBLISHED,), _IOAF),
-    Check(gradients.gradients_of_the_trained_loss_are_not_zero, (PUBLISHED,), _IOAF),
+    Check(gradients.gradients_of_cross_entropy_are_not_zero, (PGD50,), _IOAF),
+    Check(gradients.gradients_of_the_trained_loss_are_not_zero, (PGD50,), _IOAF),
     Check(gradients.gradients_of_the_score_are_not_zero, _BOTH, _IOAF),
     Check(gradients.gradients_predict_slopes, _BOTH, _IOAF),
     Check(gradients.gradients_of_the_logits_are_balanced, _BOTH, "Ma et al. 2020, imbalanced gradients"),
     Check(strength.a_huge_eps_leaves_nothing, _BOTH, _ATHALYE),
     Check(strength.robust_accuracy_falls_with_eps, _BOTH, _ATHALYE),
-    Check(strength.the_best_iterate_is_kept, (PUBLISHED,), _IOAF),
-    Check(strength.the_choice_of_score_agrees, (PUBLISHED,), "Croce and Hein 2020"),
-    Check(strength.a_temperature_changes_nothing, (PUBLISHED,), "Carlini and Wagner 2017, on distillation"),
-    Check(strength.float64_changes_nothing, (PUBLISHED,), "this project"),
+    Check(strength.the_best_iterate_is_kept, (PGD50,), _IOAF),
+    Check(strength.the_choice_of_score_agrees, (PGD50,), "Croce and Hein 2020"),
+    Check(strength.a_temperature_changes_nothing, (PGD50,), "Carlini and Wagner 2017, on distillation"),
+    Check(strength.float64_changes_nothing, (PGD50,), "this project"),
     Check(strength.float64_scores_break_no_survivor, (ROBUST,), "this project"),
     Check(strength.more_steps_and_restarts_do_not_help, (ROBUST,), _CARLINI),
     Check(strength.a_black_box_is_not_stronger, (ROBUST,), _ATHALYE),
@@ -97,32 +113,32 @@ class Audit:
 
     evaluation: Evaluation
     findings: tuple[Finding, ...]
-    remainder: Remainder
+    remaining: RemainingVulnerable
     measures: dict[str, float | None]
     cost: StageCost
 
     def verdict(self, of: str = ROBUST) -> Verdict:
-        """What the robust figure is worth after this audit, or the "published" one; ``judge`` has the rules.
+        """What the robust figure is worth after this audit, or the "pgd50" one; ``judge`` has the rules.
 
         Raises UserError for a claim of another name.
         """
-        if of not in (PUBLISHED, ROBUST):
-            raise unknown("claim", of, (PUBLISHED, ROBUST))
+        if of not in (PGD50, ROBUST):
+            raise unknown("claim", of, (PGD50, ROBUST))
         claim = Claim(of, getattr(self.evaluation, of).tolist())
-        return judge(claim, self.evaluation.robust.tolist(), self.findings, still_breakable([self]))
+        return judge(claim, self.evaluation.robust.tolist(), self.findings, remaining([self]))
 
 
-def still_breakable(audits: Sequence[Audit]) -> dict[str, Any]:
+def remaining(audits: Sequence[Audit]) -> dict[str, Any]:
     """What may still fall of the samples of one or several audits, counted together: ``remainder`` of results.json."""
-    left = [audit.remainder for audit in audits]
+    left = [audit.remaining for audit in audits]
     counts = (sum(getattr(one, name) for one in left) for name in ("first", "second", "both", "tested", "stood"))
-    told: dict[str, Any] = asdict(remainder(*counts))
+    told: dict[str, Any] = asdict(remaining_vulnerable(*counts))
     evaluations = [audit.evaluation for audit in audits]
-    drawn = [found.drawn for found in evaluations if found.drawn is not None]
+    drawn = [found.spot_check for found in evaluations if found.spot_check is not None]
     if drawn:
-        columns = [*(f.name for f in fields(Drawn)), "expected", "high"]
-        told["drawn"] = {name: sum(getattr(one, name) for one in drawn) for name in columns}
-        told["expected"] = max(told["expected"], told["drawn"]["expected"])
+        columns = [*(f.name for f in fields(SpotCheck)), "expected", "high"]
+        told["spot_check"] = {name: sum(getattr(one, name) for one in drawn) for name in columns}
+        told["expected"] = max(told["expected"], told["spot_check"]["expected"])
         told["high"] = max(told["high"], told["expected"])
     if any(found.unfinished for found in evaluations):
         told["unfinished"] = True
@@ -138,7 +154,7 @@ def audit(
     evaluation: Evaluation,
     *,
     trained_with: Loss | None = None,
-    twin: Tensor | None = None,
+    transfer_source: Tensor | None = None,
     seed: int = 0,
     size: int = 64,
     progress: Callable[[str, int, int], None] | None = None,
@@ -158,14 +174,14 @@ def audit(
     if len(data) != len(evaluation.y) or not torch.equal(data.index.cpu(), evaluation.index):
         raise UserError("the evaluation is of other samples than these: audit what was evaluated, in the same order.")
     began = time.perf_counter()
-    with exact_arithmetic(), frozen_eval(model):
-        probe = Probe(model, data.to(device_of(model, data)), evaluation, trained_with, seed, size, twin)
+    with exact_float32(), frozen_eval(model):
+        probe = Probe(model, data.to(device_of(model, data)), evaluation, trained_with, seed, size, transfer_source)
         findings = []
         for number, check in enumerate(CHECKS):
             if progress is not None:
                 progress(name_of(check), number + 1, len(CHECKS))
             findings.append(_ask(check, probe))
-        left = remainder(*strength.recapture(probe), int(evaluation.robust.sum()))
+        left = remaining_vulnerable(*strength.recapture(probe), int(evaluation.robust.sum()))
         measured = gradients.measures(probe)
         # Whatever came back as no number since the first check asked counts too.
         findings[0] = _ask(CHECKS[0], probe)
@@ -178,16 +194,16 @@ def audit(
         seconds=time.perf_counter() - began,
         nonfinite=int(probe.model.nonfinite),
     )
-    return Audit(absorb(evaluation, probe.found, cost), tuple(findings), left, measured, cost)
+    return Audit(add_witnesses(evaluation, probe.found, cost), tuple(findings), left, measured, cost)
 
 
 def _ask(check: Check, probe: Probe) -> Finding:
     empty = "no sample is right" if len(probe.rows) == 0 else ""
     found = empty or check.function(probe)
     if isinstance(found, str):
-        found, status = Measured(0, 0, 0.0, found), "not run"
+        found, status = CheckCount(0, 0, 0.0, found), "not run"
     else:
-        status = "fires" if surely(found.k, found.n) > found.threshold else "holds"
+        status = "fires" if lower_bound_99(found.k, found.n) > found.threshold else "holds"
     void = check.void and not (check.function is soundness.outputs_are_repeatable and probe.votes > 1)
     return Finding(
         name_of(check), status, found.k, found.n, found.threshold, found.why, void, check.claims, check.source
@@ -197,7 +213,9 @@ def _ask(check: Check, probe: Probe) -> Finding:
 FOUND = ("x_adv", "margin_adv", "prediction_adv")  # what is kept of a sample that the audit breaks
 
 
-def absorb(evaluation: Evaluation, found: list[tuple[Tensor, Tensor, Tensor, Tensor]], cost: StageCost) -> Evaluation:
+def add_witnesses(
+    evaluation: Evaluation, found: list[tuple[Tensor, Tensor, Tensor, Tensor]], cost: StageCost
+) -> Evaluation:
     """The evaluation with one more stage, and with what that stage broke. found: (rows, x_adv, margin, prediction)."""
     columns: dict[str, Any] = {name: getattr(evaluation, name).clone() for name in (*FOUND, "broken_by")}
     number = len(evaluation.stages) - 1  # stages[0] is the clean pass

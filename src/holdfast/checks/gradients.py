@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from ..attacks import cross_entropy
-from ..attacks.contract import rise
-from ..losses import Loss, gap
+from ..attacks.base import score_and_grad
+from ..losses import Loss, negative_log_odds
 from ..region import input_margin, spread
 from ..threat import column
-from .finding import Measured
+from .findings import CheckCount
 from .probe import Probe
 
 DIRECTIONS = 4  # random directions per sample in which the slope is measured
 IMBALANCE = 10.0  # one logit's gradient is so many times the other's
 
 
-def _zero(probe: Probe, score: Loss, named: str) -> Measured:
+def _zero(probe: Probe, score: Loss, named: str) -> CheckCount:
     """Samples with a gradient of exactly zero at half or more of four points: a random start, and steps of eps/2."""
     threat, rows, dead = probe.threat, probe.rows, []
     x = probe.x(rows)
@@ -27,25 +27,25 @@ def _zero(probe: Probe, score: Loss, named: str) -> Measured:
         dead.append((grad == 0).flatten(1).all(1))
         now = threat.project(now + threat.eps / 2 * threat.ascent(grad, now), x)
     k, n = int((torch.stack(dead).float().mean(0) >= 0.5).sum()), len(rows)
-    return Measured(k, n, 0.05, f"the gradient of {named} is exactly zero on {k} of {n} samples")
+    return CheckCount(k, n, 0.05, f"the gradient of {named} is exactly zero on {k} of {n} samples")
 
 
-def gradients_of_cross_entropy_are_not_zero(probe: Probe) -> Measured:
+def gradients_of_cross_entropy_are_not_zero(probe: Probe) -> CheckCount:
     """F.cross_entropy in float32, which published attacks climb, has a gradient along their path."""
     return _zero(probe, cross_entropy, "F.cross_entropy")
 
 
-def gradients_of_the_trained_loss_are_not_zero(probe: Probe) -> Measured:
+def gradients_of_the_trained_loss_are_not_zero(probe: Probe) -> CheckCount:
     """The loss that the network was trained with has a gradient along its own path."""
     return _zero(probe, probe.loss, "the trained loss")
 
 
-def gradients_of_the_score_are_not_zero(probe: Probe) -> Measured:
+def gradients_of_the_score_are_not_zero(probe: Probe) -> CheckCount:
     """The score that the suite climbs has a gradient along its path."""
     return _zero(probe, probe.matched, "the score that is climbed")
 
 
-def gradients_predict_slopes(probe: Probe) -> Measured:
+def gradients_predict_slopes(probe: Probe) -> CheckCount:
     """The score's slope in random directions is what its gradient says: nothing cuts, bends or shatters it.
 
     A slope is measured over 4% of eps. Two slopes disagree when they differ by more than half of the larger; a sample
@@ -65,10 +65,10 @@ def gradients_predict_slopes(probe: Probe) -> Measured:
         rounding = 1e-6 * torch.maximum(high.abs(), low.abs()).double()
         wrong.append((seen - told).abs() > 0.5 * torch.maximum(seen.abs(), told.abs()) + 4 * rounding)
     k, n = int((torch.stack(wrong).double().mean(0) >= 0.5).sum()), len(rows)
-    return Measured(k, n, 0.25, f"the gradient does not predict how the score changes on {k} of {n} samples")
+    return CheckCount(k, n, 0.25, f"the gradient does not predict how the score changes on {k} of {n} samples")
 
 
-def gradients_of_the_logits_are_balanced(probe: Probe) -> Measured:
+def gradients_of_the_logits_are_balanced(probe: Probe) -> CheckCount:
     """Neither the true logit nor its strongest rival has nearly all of the gradient."""
     x, y = probe.x(probe.rows), probe.y(probe.rows)
     rival = probe.clean.scatter(1, y[:, None], -torch.inf).argmax(1)
@@ -80,7 +80,7 @@ def gradients_of_the_logits_are_balanced(probe: Probe) -> Measured:
     true, other = size(y), size(rival)
     uneven = torch.maximum(true, other) > IMBALANCE * torch.minimum(true, other)
     k, n = int(uneven.sum()), len(y)
-    return Measured(
+    return CheckCount(
         k, n, 0.25, f"one logit has more than {IMBALANCE:g} times the gradient of its rival on {k} of {n} samples"
     )
 
@@ -98,6 +98,6 @@ def measures(probe: Probe, most: int = 512) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name, score in (("zero_gradient", cross_entropy), ("zero_gradient_own", probe.loss)):
         found[name] = float((probe.gradient(score, x, rows) == 0).flatten(1).all(1).double().mean())
-    _, value, grad = rise(probe.model, x, gap, probe.y(rows))
+    _, value, grad = score_and_grad(probe.model, x, negative_log_odds, probe.y(rows))
     found["input_margin"] = spread(input_margin(-value, grad, probe.threat))["median"]
     return found

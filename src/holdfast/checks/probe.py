@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..asking import CLIMBED, Averaged, Counted, majority, outvoted
-from ..attacks import ATTACKS, cross_entropy, matched
-from ..attacks.contract import look, rise
+from ..attacks import ATTACKS, cross_entropy, matched_score
+from ..attacks.base import predict, score_and_grad
 from ..data import Data, pixels
-from ..evaluate import Evaluation
-from ..losses import Loss, gap, negative_margin, score_of
+from ..evaluation import Evaluation
+from ..losses import Loss, negative_log_odds, negative_margin, score_of
 from ..noise import Noise
 from ..outputs import Model, Outputs, logits_of
+from ..queries import EOT_SAMPLES, CountingModel, EOTModel, is_misclassified, majority_vote
 from ..threat import Threat
 
 AUDIT = 10_000  # where the audit's noise begins: apart from every stage's of an evaluation
@@ -38,14 +38,21 @@ class Probe:
         trained_with: Loss | None,
         seed: int,
         size: int,
-        twin: Tensor | None,
+        transfer_source: Tensor | None,
     ) -> None:
-        self.plain, self.model, self.votes = model, Counted(model), evaluation.votes
-        self.climbed: Model = Averaged(self.model, CLIMBED) if self.votes > 1 else self.model
-        self.data, self.evaluation, self.threat, self.twin = data, evaluation, evaluation.threat, twin
+        self.plain, self.model, self.votes = model, CountingModel(model), evaluation.votes
+        self.climbed: Model = EOTModel(self.model, EOT_SAMPLES) if self.votes > 1 else self.model
+        self.data, self.evaluation, self.threat, self.transfer_source = (
+            data,
+            evaluation,
+            evaluation.threat,
+            transfer_source,
+        )
         self.loss: Loss = trained_with or cross_entropy
-        self.score = gap if trained_with is None else score_of(trained_with)  # with a gradient that is its own
-        self.matched = matched(trained_with)  # what the suite climbs
+        self.score = (
+            negative_log_odds if trained_with is None else score_of(trained_with)
+        )  # with a gradient that is its own
+        self.matched = matched_score(trained_with)  # what the suite climbs
         self.noise = Noise(seed, data.index).fold(AUDIT)
         device = data.y.device
         order = self.noise.uniform(()).argsort()
@@ -63,7 +70,7 @@ class Probe:
         return self.data.y[rows]
 
     def logits(self, x: Tensor) -> Tensor:
-        return look(self.model, x).logits
+        return predict(self.model, x).logits
 
     @cached_property
     def clean(self) -> Tensor:
@@ -97,8 +104,8 @@ class Probe:
         """Measure candidates afresh; those of the threat itself that break a survivor are kept."""
         y = self.y(rows)
         with torch.no_grad():
-            logits, votes = majority(self.model, x_adv, self.votes)
-        broken = outvoted(votes, y, self.votes) & ((threat or self.threat).violation(x_adv, x) == 0)
+            logits, votes = majority_vote(self.model, x_adv, self.votes)
+        broken = is_misclassified(votes, y, self.votes) & ((threat or self.threat).violation(x_adv, x) == 0)
         new = broken & ~self.broken[rows]
         if threat is None and bool(new.any()):
             self.found.append((rows[new], x_adv[new], -negative_margin(logits, y)[new], votes.argmax(1)[new]))
@@ -107,14 +114,14 @@ class Probe:
 
     def gradient(self, score: Loss, x: Tensor, rows: Tensor) -> Tensor:
         """d score / d x at x, which belong to these rows."""
-        return rise(self.model, x, score, self.y(rows))[2]
+        return score_and_grad(self.model, x, score, self.y(rows))[2]
 
     @cached_property
     def double(self) -> Model | None:
         """The model in float64, counted in the same place; None for a function, which cannot be turned to it."""
         if not isinstance(self.plain, nn.Module) or next(self.plain.parameters(), None) is None:
             return None
-        return Counted(copy.deepcopy(self.plain).double(), self.model)
+        return CountingModel(copy.deepcopy(self.plain).double(), self.model)
 
     @cached_property
     def by_cross_entropy(self) -> Tensor:
@@ -127,7 +134,7 @@ class Probe:
         return self.attack("pgd", self.rows, score, 1, **settings)
 
 
-def rescaled(out: Outputs | Tensor, y: Tensor) -> Tensor:
+def rescaled_cross_entropy(out: Outputs | Tensor, y: Tensor) -> Tensor:
     """F.cross_entropy of logits divided by their own top gap: no scale of the logits changes it (MIFPE, Yu 2023)."""
     z = logits_of(out)
     top = z.detach().topk(2, dim=1).values

@@ -5,22 +5,22 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..asking import SAME, moved
 from ..attacks import cross_entropy
+from ..queries import SAME, logits_differ
 from ..threat import Threat
-from .finding import Measured
+from .findings import CheckCount
 from .probe import Probe
 
 
-def outputs_are_finite(probe: Probe) -> Measured:
+def outputs_are_finite(probe: Probe) -> CheckCount:
     """No logit is NaN or infinite at any point that was looked at, in the evaluation or here."""
     costs = probe.evaluation.stages
     k = sum(cost.nonfinite for cost in costs) + int(probe.model.nonfinite)
     n = sum(cost.forwards for cost in costs) + probe.model.forwards
-    return Measured(k, max(n, 1), 0.0, f"the logits are NaN or infinite at {k} of {n} points that were looked at")
+    return CheckCount(k, max(n, 1), 0.0, f"the logits are NaN or infinite at {k} of {n} points that were looked at")
 
 
-def outputs_are_repeatable(probe: Probe) -> Measured:
+def outputs_are_repeatable(probe: Probe) -> CheckCount:
     """The same image gives the same logits: now, again, and as when the evaluation began.
 
     Where the evaluation saw it coming and took the majority of many answers, the number is a number, if a soft one.
@@ -30,12 +30,12 @@ def outputs_are_repeatable(probe: Probe) -> Measured:
     margin = again.gather(1, probe.y(probe.rows)[:, None])[:, 0] - top
     before = probe.evaluation.margin.to(again)[probe.rows]
     spread = (again.amax(1) - again.amin(1)).clamp_min(torch.finfo(again.dtype).tiny)
-    k = int((moved(probe.clean, again) | ~((margin - before).abs() <= SAME * spread)).sum())
+    k = int((logits_differ(probe.clean, again) | ~((margin - before).abs() <= SAME * spread)).sum())
     judged = "" if probe.votes == 1 else f"; the majority of {probe.votes} answers was judged"
-    return Measured(k, len(again), 0.0, f"the same image gives other logits on {k} of {len(again)} samples{judged}")
+    return CheckCount(k, len(again), 0.0, f"the same image gives other logits on {k} of {len(again)} samples{judged}")
 
 
-def outputs_do_not_depend_on_batch_mates(probe: Probe) -> Measured | str:
+def outputs_do_not_depend_on_batch_mates(probe: Probe) -> CheckCount | str:
     """An image gives the same logits alone, in a small batch, and among other images."""
     if probe.votes > 1:
         return "the model is randomised: an image gives other logits at every call"
@@ -43,11 +43,11 @@ def outputs_do_not_depend_on_batch_mates(probe: Probe) -> Measured | str:
     order = probe.noise[probe.rows].fold(90).uniform(()).argsort()
     parts = [*order[:4].split(1), *order[4:].split(max(2, len(order) // 3))]
     mixed = torch.cat([probe.logits(x[part]) for part in parts])
-    k = int(moved(probe.clean[torch.cat(parts)], mixed).sum())
-    return Measured(k, len(x), 0.0, f"the logits of {k} of {len(x)} images depend on which images share their batch")
+    k = int(logits_differ(probe.clean[torch.cat(parts)], mixed).sum())
+    return CheckCount(k, len(x), 0.0, f"the logits of {k} of {len(x)} images depend on which images share their batch")
 
 
-def the_model_is_left_as_it_was(probe: Probe) -> Measured | str:
+def the_model_is_left_as_it_was(probe: Probe) -> CheckCount | str:
     """Being asked changes neither weights nor buffers."""
     if not isinstance(probe.plain, nn.Module):
         return "the model is a function: its state cannot be seen"
@@ -55,27 +55,27 @@ def the_model_is_left_as_it_was(probe: Probe) -> Measured | str:
     probe.logits(probe.x(probe.rows[:8]))
     after = probe.plain.state_dict()
     k = sum(not torch.equal(before[name], after[name]) for name in before)
-    return Measured(k, max(len(before), 1), 0.0, f"a forward pass in eval mode changes {k} of its tensors")
+    return CheckCount(k, max(len(before), 1), 0.0, f"a forward pass in eval mode changes {k} of its tensors")
 
 
-def candidates_lie_in_the_threat(probe: Probe) -> Measured:
+def candidates_lie_in_the_threat(probe: Probe) -> CheckCount:
     """Images lie in the box of pixels, and no attack left the threat."""
     costs = probe.evaluation.stages
     outside, n = sum(cost.outside for cost in costs), sum(cost.attacked for cost in costs)
     x = probe.x(probe.rows)
     k = outside + int(((x < probe.threat.lo - 1e-6) | (x > probe.threat.hi + 1e-6)).flatten(1).any(1).sum())
-    return Measured(k, max(n, 1), 0.0, f"{k} candidates lie outside the threat")
+    return CheckCount(k, max(n, 1), 0.0, f"{k} candidates lie outside the threat")
 
 
-def eps_zero_is_clean(probe: Probe) -> Measured:
+def eps_zero_is_clean(probe: Probe) -> CheckCount:
     """An attack that may do nothing changes nothing."""
     still = Threat(probe.threat.norm, 1e-9, probe.threat.lo, probe.threat.hi)
     broken = probe.attack("pgd", probe.rows, cross_entropy, 2, threat=still, steps=2)
     k = int(broken.sum())
-    return Measured(k, len(broken), 0.02, f"an attack of size zero breaks {k} of {len(broken)} samples")
+    return CheckCount(k, len(broken), 0.02, f"an attack of size zero breaks {k} of {len(broken)} samples")
 
 
-def certified_samples_stand(probe: Probe) -> Measured | str:
+def certified_samples_stand(probe: Probe) -> CheckCount | str:
     """Nothing broke a sample that is proved to stand, not the suite and not a check; else proof or attack is wrong."""
     proved = probe.evaluation.certified
     if proved is None:
@@ -85,17 +85,17 @@ def certified_samples_stand(probe: Probe) -> Measured | str:
     if n == 0:
         return "there is no certificate: no sample is proved to stand"
     k = int((probe.broken.cpu() & proved).sum())
-    return Measured(k, n, 0.0, f"{k} of {n} samples that are proved to stand were broken")
+    return CheckCount(k, n, 0.0, f"{k} of {n} samples that are proved to stand were broken")
 
 
-def outputs_are_logits(probe: Probe) -> Measured:
+def outputs_are_logits(probe: Probe) -> CheckCount:
     """The model returns logits, not probabilities: a softmax of a softmax has hardly any gradient."""
     z = probe.clean
     k = int(((z >= 0).all(1) & ((z.sum(1) - 1).abs() < 1e-3)).sum())
-    return Measured(k, len(z), 0.5, f"the outputs are probabilities on {k} of {len(z)} samples")
+    return CheckCount(k, len(z), 0.5, f"the outputs are probabilities on {k} of {len(z)} samples")
 
 
-def arithmetic_is_float32(probe: Probe) -> Measured:
+def arithmetic_is_float32(probe: Probe) -> CheckCount:
     """Logits carry float32: not the bits of half precision or bfloat16, and TF32 is off."""
     z = probe.clean
     half = (z.half().to(z.dtype) == z).all(1) | (z.bfloat16().to(z.dtype) == z).all(1)
@@ -103,4 +103,4 @@ def arithmetic_is_float32(probe: Probe) -> Measured:
     if torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32 or short:
         half = torch.ones_like(half)
     k = int(half.sum())
-    return Measured(k, len(z), 0.5, f"the logits carry no more than half precision on {k} of {len(z)} samples")
+    return CheckCount(k, len(z), 0.5, f"the logits carry no more than half precision on {k} of {len(z)} samples")

@@ -10,8 +10,8 @@ import typer
 from rich.text import Text
 
 from .. import __version__
-from ..display import coloured, errors, screen
 from ..errors import UserError
+from .display import coloured, errors, screen
 
 ABOUT = "Train image classifiers with robust losses, attack them hard, and say what their robustness is worth."
 START = """\

@@ -10,22 +10,11 @@ from typing import Annotated
 
 import typer
 
-from ..display import Display, aside, errors, is_terminal, screen, working
 from .app import app, exits
-from .options import (
-    RUN,
-    Against,
-    AsJson,
-    Device,
-    Figures,
-    Limit,
-    NoiseSeed,
-    Page,
-    Quiet,
-    option,
-)
-from .placing import Placed, page, page_at, parts, put, repeated, say, told_apart, writable
-from .shared import attack_one, best_device, print_json, say_files
+from .common import attack_one, best_device, print_json, say_files
+from .display import Display, aside, errors, is_terminal, screen, working
+from .options import RUN, Against, AsJson, Device, Figures, Limit, NoiseSeed, Page, Quiet, option
+from .output_files import OutputFile, describe_parts, describe_repeats, page, page_at, parts, say, writable, write_files
 
 
 @app.command(rich_help_panel="Look", epilog=exits())
@@ -45,17 +34,17 @@ def explain(
     attacks what the ones before it left standing. Prints what each took, and draws it as waterfall.svg and .png, beside
     results.json and report.html.
     """
-    from .. import waterfall
-    from ..compare import file_text
-    from ..single import from_run
+    from ..experiments.compare import threat_file_name
+    from ..experiments.evaluate_model import from_run
+    from ..report import waterfall
 
-    folder = out or run / f"explain-{file_text(threat)}"
+    folder = out or run / f"explain-{threat_file_name(threat)}"
     answer = attack_one(partial(from_run, run, limit=limit), threat, "explain", folder, seed, device, quiet, as_json)
     if answer is None:
         return
     results, its_page = answer
     explained = results.runs[0]
-    pictures = put(partial(waterfall.save, explained), folder)
+    pictures = write_files(partial(waterfall.save, explained), folder)
     if as_json:
         print_json([{**asdict(step), "accuracy": step.accuracy} for step in waterfall.steps(explained)])
     else:
@@ -85,9 +74,9 @@ def bracket(
     connected ReLU network. Writes bracket.json, .svg and .png.
     """
     from ..bracket import of_run, sentence
-    from ..compare import file_text
+    from ..experiments.compare import threat_file_name
 
-    writable(out or run / f"bracket-{file_text(threat)}", "--out")
+    writable(out or run / f"bracket-{threat_file_name(threat)}", "--out")
     with aside(as_json), Display(quiet) as display:
         found, files = of_run(
             run, threat, out, seconds=seconds, limit=limit, seed=seed, device=best_device(device), tell=display.tell
@@ -113,11 +102,11 @@ def curves(
     Where the best epoch was more robust than the last one, training went on too long (robust overfitting): train with
     --keep best to keep the best one's weights. Works while training goes on. Draws curves.svg and .png.
     """
-    from .. import curves as drawn
+    from ..train import curves as drawn
 
     found = [drawn.read(run) for path in folder for run in drawn.folders(path)]
     with working("drawing", quiet or as_json):
-        placed = put(partial(drawn.save, found), out or folder[0])
+        placed = write_files(partial(drawn.save, found), out or folder[0])
     if as_json:
         told = [{**asdict(one), "best": one.best, "lost": one.lost} for one in found]
         print_json({"curves": told, **_files(placed)})
@@ -149,11 +138,11 @@ def report(
     writable(target.parent, "--out")
     if figures is not None:
         writable(figures, "--figures")
-    twice, found = repeated(results, loaded), parts(results, loaded)
+    twice, found = describe_repeats(results, loaded), parts(results, loaded)
     with working("drawing", quiet or as_json):
         placed = [page(loaded, target)]
         if figures is not None:
-            placed += put(partial(reporting.figures, loaded), figures, "--figures")
+            placed += write_files(partial(reporting.figures, loaded), figures, "--figures")
     if as_json:
         print_json({"page": str(target), **_files(placed), "parts": found, "repeated": twice})
         return
@@ -162,12 +151,12 @@ def report(
     if quiet:
         screen.print(str(target), soft_wrap=True)
     else:
-        for line in told_apart(found):
+        for line in describe_parts(found):
             screen.print(line, soft_wrap=True)
     say(placed, quiet)
 
 
-def _files(placed: list[Placed]) -> dict[str, list[str]]:
+def _files(placed: list[OutputFile]) -> dict[str, list[str]]:
     """The files of a JSON answer, and those of them that another one had to make room for."""
     return {
         "files": [str(one.path) for one in placed],
@@ -187,7 +176,7 @@ def verify(
     A bound holds if every stored adversarial image lies within the threat and is misclassified, and their number is
     the one that results.json claims.
     """
-    from ..verify import verify as check
+    from ..replay import replay as check
 
     with aside(as_json), working("proving the bounds again", quiet):
         proofs = check(folder, device=best_device(device))
@@ -212,7 +201,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """What there is: losses, heads, attacks, objectives, sources of s, networks, data sets, checks, recipes."""
-    from ..catalogue import catalogue
+    from .catalogue import catalogue
 
     found = catalogue()
     if as_json:

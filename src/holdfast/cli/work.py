@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..display import Display, aside, errors, screen
 from ..errors import UserError
 from .app import app, exits
+from .common import attack_one, best_device, print_json, say_files, schedule_from, show, side_by_side, split_rows
+from .display import Display, aside, errors, screen
 from .options import (
     OWN,
     Against,
@@ -47,8 +48,7 @@ from .options import (
     Suite,
     option,
 )
-from .placing import writable
-from .shared import attack_one, best_device, print_json, say_files, schedule_from, show, side_by_side, split_rows
+from .output_files import writable
 
 
 @app.command(rich_help_panel="The main job", epilog=exits())
@@ -90,7 +90,7 @@ def compare(
     Writes results.json, report.html and the adversarial images. A stopped command goes on where it was when it is
     repeated.
     """
-    from ..compare import Comparison
+    from ..experiments.compare import Comparison
 
     fit = schedule_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, keep)
     given = {"losses": tuple(split_rows(losses))} if losses else {}
@@ -124,7 +124,7 @@ def recipe(
     Without a name: what there is. In another size (--epochs, --limit, --model, ...) a recipe expects nothing. Stopped,
     it goes on where it was when it is repeated.
     """
-    from .. import recipes
+    from ..experiments import recipes
 
     if not name:
         every = {known: recipes.named(known) for known in recipes.RECIPES}
@@ -143,7 +143,7 @@ def recipe(
         errors.print(f"{name}: {chosen.about}. Takes {chosen.cost}.", soft_wrap=True)
     results = side_by_side(comparison, out, device, jobs, quiet, as_json)
     whole = comparison == chosen.comparison.checked()
-    expected = recipes.held_against(chosen, results) if whole else []
+    expected = recipes.compare_to_expected(chosen, results) if whole else []
     say = errors.print if as_json else screen.print
     if chosen.expects and not whole:
         say("In this size the recipe expects nothing: run it without --seeds, --epochs, --limit and the like.")
@@ -185,7 +185,7 @@ def train(
     Writes config.json, env.json, log.jsonl, a checkpoint and model.safetensors. Stopped, it goes on where it was when
     it is repeated.
     """
-    from ..compare import Comparison, Job, train_one
+    from ..experiments.compare import Comparison, Job, train_one
 
     if s:
         if loss not in ("sce", "isce"):
@@ -272,29 +272,29 @@ def evaluate(
     Stopped, it goes on where it was when it is repeated. Under torchrun (`torchrun --nproc-per-node 2 -m holdfast
     evaluate ...`) processes share the samples and give the answer of one.
     """
-    from ..compare import file_text
-    from ..foreign import is_foreign
+    from ..experiments.compare import threat_file_name
+    from ..importers.model_file import is_model_file
 
-    if is_foreign(model):
-        from ..foreign import Foreign
-        from ..single import from_file
-        from ..specs import numbers
+    if is_model_file(model):
+        from ..experiments.evaluate_model import from_file
+        from ..importers.model_file import ModelSource
+        from ..spec import numbers
 
         if not data:
             raise UserError("your own model needs --data: a folder of images per class, a parquet file, a hub name.")
-        source = Foreign(model, weights, *map(numbers, ("pixels", "mean", "std"), (pixels or "0,1", mean, std)))
-        folder = out or Path("out") / f"{Path(model).stem}-{file_text(threat)}-{suite}"
+        source = ModelSource(model, weights, *map(numbers, ("pixels", "mean", "std"), (pixels or "0,1", mean, std)))
+        folder = out or Path("out") / f"{Path(model).stem}-{threat_file_name(threat)}-{suite}"
         if not quiet:
             errors.print(f"opening {model}: what it holds is executed.", soft_wrap=True)
         opened: Any = partial(from_file, source, data, loss=loss or "sce", limit=limit, seed=seed)
     else:
-        from ..single import from_run
+        from ..experiments.evaluate_model import from_run
 
         own = {"data": data, "weights": weights, "pixels": pixels, "mean": mean, "std": std, "loss": loss}
         for name, value in own.items():
             if value:
                 raise UserError(f"--{name} is for a model of your own; {model} is a run folder, which knows its own.")
-        folder = out or Path(model) / f"evaluation-{file_text(threat)}-{suite}"
+        folder = out or Path(model) / f"evaluation-{threat_file_name(threat)}-{suite}"
         opened = partial(from_run, Path(model), limit=limit)
 
     answer = attack_one(opened, threat, suite, folder, seed, device, quiet, as_json, budget, batch_size)

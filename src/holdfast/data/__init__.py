@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from ..errors import UserError, unknown
-from .cuts import FOLD_SEED, LIMIT_SEED, cut_source
-from .sources import IMAGE_SUFFIXES, SPLITS, digits, hub, image_folder, moons, parquet
-from .tensors import Data, Source, Split, augment, check_arrays, check_source, pixels, standardisation
+from .dataset import Data, Source, Split, augment, check_arrays, check_source, pixels, standardisation
+from .readers import IMAGE_SUFFIXES, SPLITS, digits, hub, image_folder, moons, parquet
+from .splits import FOLD_SEED, LIMIT_SEED, cut_source
 
 __all__ = [
-    "DATASETS", "FOLD_SEED", "IMAGE_SUFFIXES", "LIMIT_SEED", "SPLITS", "Data", "Entry", "Split", "augment",
+    "DATASETS", "FOLD_SEED", "IMAGE_SUFFIXES", "LIMIT_SEED", "SPLITS", "Data", "DatasetEntry", "Split", "augment",
     "check_arrays", "default_folds", "from_arrays", "load", "pixels", "standardisation",
 ]  # fmt: skip
 
@@ -45,7 +45,7 @@ def _find(name: str) -> Source:
 
 
 @dataclass(frozen=True)
-class Entry:
+class DatasetEntry:
     """How to read a data set, what it is, which augmentation (pad, flip) suits it, how many folds test all of it."""
 
     read: Callable[[], Source]
@@ -55,11 +55,17 @@ class Entry:
     folds: int = 1
 
 
-DATASETS: dict[str, Entry] = {
-    "digits": Entry(digits, "1,797 handwritten digits, 8x8 grey; no test split, so 5 folds; no network", 1, False, 5),
-    "moons": Entry(moons, "3,000 points of two half circles, images of 1x2 pixels: to look at; no network", 0, False),
-    "mnist": Entry(partial(hub, "ylecun/mnist"), "70,000 handwritten digits, 28x28 grey, from the hub", 2, False),
-    "cifar10": Entry(partial(hub, "uoft-cs/cifar10"), "60,000 photographs, 32x32 RGB, from the hub", 4, True),
+DATASETS: dict[str, DatasetEntry] = {
+    "digits": DatasetEntry(
+        digits, "1,797 handwritten digits, 8x8 grey; no test split, so 5 folds; no network", 1, False, 5
+    ),
+    "moons": DatasetEntry(
+        moons, "3,000 points of two half circles, images of 1x2 pixels: to look at; no network", 0, False
+    ),
+    "mnist": DatasetEntry(
+        partial(hub, "ylecun/mnist"), "70,000 handwritten digits, 28x28 grey, from the hub", 2, False
+    ),
+    "cifar10": DatasetEntry(partial(hub, "uoft-cs/cifar10"), "60,000 photographs, 32x32 RGB, from the hub", 4, True),
 }
 
 

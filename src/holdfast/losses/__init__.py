@@ -14,19 +14,38 @@ from torch import Tensor
 
 from ..errors import UserError
 from .embedding import center, contrastive, lgm, mmc, triplet
-from .scores import dlr, negative_margin, targeted_dlr, towards
-from .softmax import arcface, cosface, gap, isce, isce_b, sce, softplus, steady_gap
+from .scores import dlr, negative_margin, targeted, targeted_dlr
+from .softmax import arcface, cosface, isce, isce_b, negative_log_odds, scaled_log_odds, sce, softplus
 
 __all__ = [
-    "LOSSES", "Entry", "Loss", "arcface", "center", "contrastive", "cosface", "dlr", "gap", "isce", "isce_b", "lgm",
-    "mmc", "negative_margin", "sce", "score_of", "softplus", "steady_gap", "targeted_dlr", "towards", "triplet",
+    "LOSSES",
+    "Loss",
+    "LossEntry",
+    "arcface",
+    "center",
+    "contrastive",
+    "cosface",
+    "dlr",
+    "isce",
+    "isce_b",
+    "lgm",
+    "mmc",
+    "negative_log_odds",
+    "negative_margin",
+    "scaled_log_odds",
+    "sce",
+    "score_of",
+    "softplus",
+    "targeted",
+    "targeted_dlr",
+    "triplet",
 ]  # fmt: skip
 
 Loss = Callable[..., Tensor]  # (out, target, **settings) -> (N,); target: y, or any tuple of tensors with leading N
 
 
 @dataclass(frozen=True)
-class Entry:
+class LossEntry:
     """One line of LOSSES: the loss, what an attack climbs, the head that owns its tensors, a word on it."""
 
     loss: Loss
@@ -36,19 +55,23 @@ class Entry:
     coupled: bool = False  # a sample's loss depends on its batch mates
 
 
-LOSSES: dict[str, Entry] = {
-    "sce": Entry(sce, gap, "linear", "softmax cross-entropy, label smoothing optional"),
-    "isce": Entry(isce, gap, "linear", "inference-softmax cross-entropy, reading A: softplus(u + s)"),
-    "isce_b": Entry(isce_b, gap, "linear", "inference-softmax cross-entropy, reading B: extra mass e^tau"),
-    "contrastive": Entry(contrastive, gap, "linear", "SCE + pair loss (Sun 2014)", coupled=True),
-    "triplet": Entry(triplet, gap, "linear", "SCE + semi-hard triplet loss (Schroff 2015)", coupled=True),
-    "center": Entry(center, gap, "center", "SCE + distance to a learned center (Wen 2016)"),
-    "lgm": Entry(lgm, negative_margin, "gaussian", "large-margin Gaussian mixture (Wan 2018)"),
-    "mmc": Entry(mmc, negative_margin, "mmc", "max-Mahalanobis centers (Pang 2020)"),
-    "cosface": Entry(cosface, gap, "cosine", "I-SCE with s = scale m on cosines (Wang 2018)"),
-    "arcface": Entry(arcface, gap, "cosine", "additive angular margin (Deng 2019)"),
-    "dlr": Entry(dlr, negative_margin, "linear", "difference of logits ratio (Croce 2020)"),
-    "negative_margin": Entry(negative_margin, negative_margin, "linear", "max_{j != y} z_j - z_y"),
+LOSSES: dict[str, LossEntry] = {
+    "sce": LossEntry(sce, negative_log_odds, "linear", "softmax cross-entropy, label smoothing optional"),
+    "isce": LossEntry(isce, negative_log_odds, "linear", "inference-softmax cross-entropy, reading A: softplus(u + s)"),
+    "isce_b": LossEntry(
+        isce_b, negative_log_odds, "linear", "inference-softmax cross-entropy, reading B: extra mass e^tau"
+    ),
+    "contrastive": LossEntry(contrastive, negative_log_odds, "linear", "SCE + pair loss (Sun 2014)", coupled=True),
+    "triplet": LossEntry(
+        triplet, negative_log_odds, "linear", "SCE + semi-hard triplet loss (Schroff 2015)", coupled=True
+    ),
+    "center": LossEntry(center, negative_log_odds, "center", "SCE + distance to a learned center (Wen 2016)"),
+    "lgm": LossEntry(lgm, negative_margin, "gaussian", "large-margin Gaussian mixture (Wan 2018)"),
+    "mmc": LossEntry(mmc, negative_margin, "mmc", "max-Mahalanobis centers (Pang 2020)"),
+    "cosface": LossEntry(cosface, negative_log_odds, "cosine", "I-SCE with s = scale m on cosines (Wang 2018)"),
+    "arcface": LossEntry(arcface, negative_log_odds, "cosine", "additive angular margin (Deng 2019)"),
+    "dlr": LossEntry(dlr, negative_margin, "linear", "difference of logits ratio (Croce 2020)"),
+    "negative_margin": LossEntry(negative_margin, negative_margin, "linear", "max_{j != y} z_j - z_y"),
 }
 
 
@@ -58,7 +81,7 @@ def score_of(loss: Loss | str) -> Loss:
     Args: loss: a loss of LOSSES, a ``functools.partial`` of one (settings such as s do not change the score), its name.
     Raises UserError for a function that LOSSES does not know: name its score yourself where one is asked for.
 
-    >>> score_of(partial(isce, s=100.0)) is gap
+    >>> score_of(partial(isce, s=100.0)) is negative_log_odds
     True
     """
     function: Any = loss

@@ -70,13 +70,13 @@ def targeted_dlr(out: Outputs | Tensor, target: tuple[Tensor, Tensor]) -> Tensor
     return rise / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
 
-def towards(score: Loss) -> Loss:
+def targeted(score: Loss) -> Loss:
     """The targeted form of a score, on targets (y, t): higher is nearer to class t.
 
     dlr becomes its own targeted form; any other score is negated at t, since what nears a mistake *about* t leaves it.
 
     >>> import torch
-    >>> towards(negative_margin)(torch.tensor([[2.0, 1.0, 0.1]]), (torch.tensor([0]), torch.tensor([1])))
+    >>> targeted(negative_margin)(torch.tensor([[2.0, 1.0, 0.1]]), (torch.tensor([0]), torch.tensor([1])))
     tensor([-1.])
     """
     if score is dlr:

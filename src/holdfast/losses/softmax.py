@@ -22,7 +22,7 @@ from ..outputs import Outputs, logits_of
 _LINEAR_FROM = 50.0  # beyond it softplus(x) = x to the last bit of float64
 
 
-class _Gap(torch.autograd.Function):
+class _NegativeLogOdds(torch.autograd.Function):
     """u with two (N, K) buffers and a backward of one pass: as cheap as the fused cross-entropy at large K."""
 
     @staticmethod
@@ -49,22 +49,22 @@ def _full(z: Tensor) -> Tensor:
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
-def gap(out: Outputs | Tensor, y: Tensor) -> Tensor:
+def negative_log_odds(out: Outputs | Tensor, y: Tensor) -> Tensor:
     """u = logsumexp_{j != y} z_j - z_y: the score of the SCE family, > log(K-1) only at a mistake, < 0 only when right.
 
     Args: out: Outputs or (N, K) logits; y: (N,) int64.  Returns (N,), any real number.
     It never saturates: its gradient at the logits is (softmax of the competitors, -1 at y) whatever the margin.
 
-    >>> gap(torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([0]))  # log(2e) - 2 = log 2 - 1
+    >>> negative_log_odds(torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([0]))  # log(2e) - 2 = log 2 - 1
     tensor([-0.3069])
     """
-    return _Gap.apply(_full(logits_of(out)), y)
+    return _NegativeLogOdds.apply(_full(logits_of(out)), y)
 
 
-STEADY = 10.0  # the height of the largest logit over their mean that steady_gap brings them to
+STEADY = 10.0  # the height of the largest logit over their mean that scaled_log_odds brings them to
 
 
-def steady_gap(out: Outputs | Tensor, y: Tensor) -> Tensor:
+def scaled_log_odds(out: Outputs | Tensor, y: Tensor) -> Tensor:
     """u of logits brought to one scale: u(10 z / d), d = max z - mean z, held fixed in the gradient.
 
     Args: out: Outputs or (N, K) logits; y: (N,) int64.  Returns (N,); no factor and no shift of the logits changes it.
@@ -72,15 +72,15 @@ def steady_gap(out: Outputs | Tensor, y: Tensor) -> Tensor:
     one competitor is the margin's at any scale (and d would be the margin): u is returned.
 
     >>> z, y = torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([0])
-    >>> bool(torch.allclose(steady_gap(z, y), steady_gap(1e-4 * z, y), rtol=1e-3)), bool(steady_gap(z, y) < 0)
+    >>> bool(torch.allclose(scaled_log_odds(z, y), scaled_log_odds(1e-4 * z, y), rtol=1e-3)), bool(scaled_log_odds(z, y) < 0)
     (True, True)
     """
     z = _full(logits_of(out))
     if z.shape[1] < 3:
-        return gap(z, y)
+        return negative_log_odds(z, y)
     fixed = z.detach()
     d = (fixed.amax(1) - fixed.mean(1)).clamp_min(1e-30)
-    return gap(z * (STEADY / d)[:, None], y)
+    return negative_log_odds(z * (STEADY / d)[:, None], y)
 
 
 def softplus(u: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def sce(out: Outputs | Tensor, y: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """
     if not 0 <= smoothing < 1:
         raise UserError(f"smoothing must lie in [0, 1), got {smoothing}.")
-    loss = softplus(gap(out, y))
+    loss = softplus(negative_log_odds(out, y))
     if smoothing == 0:
         return loss
     z = logits_of(out).to(loss.dtype)
@@ -140,10 +140,10 @@ def isce(out: Outputs | Tensor, y: Tensor, *, s: float | Tensor = 1.0) -> Tensor
     if isinstance(s, Tensor):
         z = logits_of(out)
         z = z + s.expand(z.shape).scatter(1, y[:, None], 0.0)
-        return softplus(gap(z, y))
+        return softplus(negative_log_odds(z, y))
     if not 0 <= s < math.inf:
         raise UserError(f"s, the inference information, must be a finite number >= 0 (0 is plain SCE), got {s}.")
-    return softplus(gap(out, y) + s)
+    return softplus(negative_log_odds(out, y) + s)
 
 
 def isce_b(out: Outputs | Tensor, y: Tensor, *, tau: float = 0.0) -> Tensor:
@@ -158,7 +158,7 @@ def isce_b(out: Outputs | Tensor, y: Tensor, *, tau: float = 0.0) -> Tensor:
     """
     if math.isnan(tau) or tau == math.inf:
         raise UserError(f"tau must be a number or -inf (which is plain SCE), got {tau}.")
-    u = gap(out, y)
+    u = negative_log_odds(out, y)
     if tau == -math.inf:
         return softplus(u)
     z_y = logits_of(out).to(u.dtype).gather(1, y[:, None])[:, 0]

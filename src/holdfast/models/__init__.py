@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import specs
+from .. import spec
 from ..errors import UserError, unknown
-from ..heads import HEADS
 from ..outputs import Outputs
 from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet, StepNet
-from .dense import DenseNet
-from .fractal import FractalNet
+from .densenet import DenseNet
+from .fractalnet import FractalNet
+from .heads import HEADS
 from .inception import Inception
 from .lipschitz import LipConv, LipMlp
-from .own import is_own, own_backbone
 from .resnets import PreActResNet8, PreActResNet18, ResNet, ResNet18
-from .wide import WideResNet
+from .user_backbone import is_own, own_backbone
+from .wideresnet import WideResNet
 
 __all__ = ["MODELS", "Classifier", "build", "check", "default_model"]
 
@@ -97,10 +97,10 @@ def check(text: str) -> None:
 
 
 def _chosen(text: str) -> Callable[..., nn.Module]:
-    name, settings = specs.parse(text)
+    name, settings = spec.parse(text)
     if name not in MODELS:
         raise unknown("model", name, MODELS)
-    specs.accepts("model", name, MODELS[name], settings)
+    spec.accepts("model", name, MODELS[name], settings)
     return partial(MODELS[name], **settings)
 
 

@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 
 from ..errors import UserError, at_least
-from .base import Shape, need_side
+from .common import Shape, need_side
 
 
 class Linear(nn.Module):

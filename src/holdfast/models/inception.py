@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Shape, need_side
+from .common import Shape, need_side
 
 
 class InceptionBlock(nn.Module):

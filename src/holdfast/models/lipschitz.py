@@ -10,8 +10,8 @@ import math
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..orthogonal import MaxMin, OrthogonalConv, OrthogonalLinear
-from .base import Shape, need_side
+from .common import Shape, need_side
+from .orthogonal import MaxMin, OrthogonalConv, OrthogonalLinear
 
 
 class LipMlp(nn.Module):

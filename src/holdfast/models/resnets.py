@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Shape, he_normal, need_side, per_stage
+from .common import Shape, he_normal, need_side, per_stage
 
 
 class Block(nn.Module):

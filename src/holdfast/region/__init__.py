@@ -5,13 +5,13 @@ learned, where features are distributed differently. Here it is measured. ``meas
 once; each measure is a function of its own; ``picture`` is what a figure needs.
 """
 
-from .asked import choose
 from .calibration import reliability
-from .drawing import picture, plane
-from .features import Movement, class_centers, movement, scatter_ratio
+from .feature_shift import Movement, class_centers, movement, scatter_ratio
 from .margins import input_margin, local_lipschitz, share_within, smallest
+from .measures import measure, merge, spread
 from .misalignment import auc, frechet, median_distance, mmd2, shrunk_covariance
-from .summary import measure, merge, spread
+from .projection import picture, plane
+from .samples import choose
 
 VERSION = 1  # of the measures and the picture: what was measured by another is measured again
 

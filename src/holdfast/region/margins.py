@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attacks import fmn
-from ..attacks.contract import all_rows, look, rise
+from ..attacks.base import all_rows, predict, score_and_grad
 from ..losses import negative_margin
 from ..noise import Noise
 from ..outputs import Model, fooled
@@ -66,7 +66,7 @@ def smallest(
     beyond = (x + 1.001 * (found - x)).clamp(threat.lo, threat.hi)
     for point in (found, beyond) if x_adv is None else (x_adv, found, beyond):
         far = threat.size(point - x)
-        better = fooled(look(model, point).logits, y) & (far < size)
+        better = fooled(predict(model, point).logits, y) & (far < size)
         nearest = torch.where(better.view(-1, *[1] * (x.ndim - 1)), point, nearest)
         size = torch.where(better, far, size)
     return nearest, size
@@ -89,7 +89,7 @@ def local_lipschitz(model: Model, x: Tensor, y: Tensor, threat: Threat, *, point
     """
     now, steepest = x, torch.zeros(len(x), dtype=x.dtype, device=x.device)
     for _ in range(points):
-        _, _, grad = rise(model, now, negative_margin, y)
+        _, _, grad = score_and_grad(model, now, negative_margin, y)
         steepest = torch.maximum(steepest, threat.dual_size(grad))
         now = threat.project(now + threat.eps / 2 * threat.ascent(grad, now), x)
     return steepest

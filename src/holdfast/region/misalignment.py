@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..heads import squared_distances
+from ..models.heads import squared_distances
 
 
 def median_distance(a: Tensor, b: Tensor, most: int = 500) -> float:

@@ -12,6 +12,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from ..errors import UserError
+from ..io import write_atomic
 from ..results import (
     Results,
     Row,
@@ -21,12 +22,11 @@ from ..results import (
     latex,
     load,
     markdown,
+    per_attack_table,
     percent,
-    protocols,
-    remainder_text,
+    remaining_text,
     rows,
     threat_text,
-    write_atomic,
 )
 from .figures import (
     CERTIFIED,
@@ -37,7 +37,7 @@ from .figures import (
     LOST,
     MUTED,
     PAPER,
-    PUBLISHED,
+    PGD50,
     ROBUST,
     RULE,
     WIDTH,
@@ -51,7 +51,8 @@ from .figures import (
     style,
     write_figure,
 )
-from .findings import (
+from .panels import draw_eps, draw_features, draw_mistakes
+from .summary import (
     Comparison,
     class_name,
     compare,
@@ -64,10 +65,9 @@ from .findings import (
     runs_of,
     stage_totals,
 )
-from .pictures import draw_eps, draw_features, draw_mistakes
 
 __all__ = [
-    "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PUBLISHED", "ROBUST", "RULE",
+    "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PGD50", "ROBUST", "RULE",
     "WIDTH", "Comparison", "axes", "compare", "draw_eps", "figures", "finding", "identity", "measures", "merged",
     "mistakes", "per_class", "percent_axis", "render", "style", "write_figure",
 ]  # fmt: skip
@@ -166,7 +166,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "finding": finding(results),
         "rows": shown,
         "certified": any_proved(shown),
-        "protocols": protocols(shown) if any(row.alone for row in shown) else [],
+        "protocols": per_attack_table(shown) if any(row.individual for row in shown) else [],
         "accuracy": inline(draw_accuracy, results, prefix + "a"),
         "stages": inline(draw_stages, results, prefix + "s"),
         "stage_rows": [(row.label, stage_totals(results, row)) for row in shown],
@@ -188,7 +188,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
                 "run": r,
                 "accuracies": _accuracies(r),
                 "checks": [_check(c) for c in r.checks],
-                "remainder": remainder_text(r),
+                "remaining": remaining_text(r),
                 "measures": _flat(r.measures),
                 "cost": _flat(r.cost),
                 "train": _flat(r.train),
@@ -211,8 +211,8 @@ def _cost(results: Results) -> str:
 
 def _accuracies(run: Run) -> list[tuple[str, str]]:
     """Every accuracy of a run, in percent."""
-    alone = {name: figure for name, figure in run.alone.items() if name != "published"}
-    figures = {"clean": run.clean, "published": run.published, "own loss": run.own, **alone, "certified": run.certified}
+    alone = {name: figure for name, figure in run.individual.items() if name != "pgd50"}
+    figures = {"clean": run.clean, "pgd50": run.pgd50, "own loss": run.own, **alone, "certified": run.certified}
     shown = [(name, f"{percent(figure.value)}%") for name, figure in figures.items() if figure is not None]
     return [*shown, ("robust", f"{percent(run.robust.value)}%" if run.robust else "void"), ("interval", run.interval)]
 

@@ -20,14 +20,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ..results import Results, any_proved, percent, rows, write_atomic
-from .findings import per_class, runs_of, stage_totals
+from ..io import write_atomic
+from ..results import Results, any_proved, percent, rows
+from .summary import per_class, runs_of, stage_totals
 
 # Colours that stay apart for colour-blind eyes (Okabe and Ito). In HTML each becomes a CSS variable, for dark mode.
 INK, MUTED, RULE, PAPER = "#1b1f24", "#5b6570", "#d9dee3", "#fefefe"
-CLEAN, PUBLISHED, CERTIFIED, ROBUST, LOST = "#6b7684", "#d98200", "#009e73", "#0072b2", "#f0b27a"
+CLEAN, PGD50, CERTIFIED, ROBUST, LOST = "#6b7684", "#d98200", "#009e73", "#0072b2", "#f0b27a"
 _VARIABLES = {
-    INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper", CLEAN: "clean", PUBLISHED: "published",
+    INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper", CLEAN: "clean", PGD50: "pgd50",
     CERTIFIED: "certified", ROBUST: "robust",
 }  # fmt: skip
 # float32 keeps 24 bits: 1 - p rounds to 0 for the true logit beyond 24 log 2; exp itself is 0 beyond 150 log 2.
@@ -79,7 +80,7 @@ def draw_accuracy(results: Results) -> Figure:
     """Clean, published, certified and robust of each row; a broad bar is the bracket that the truth lies in."""
     shown = rows(results)
     figure, ax = axes(len(shown), 0.46, 0.3)
-    looks = [("clean", CLEAN, "o", PAPER), ("published", PUBLISHED, "D", PUBLISHED), ("robust", ROBUST, "o", ROBUST)]
+    looks = [("clean", CLEAN, "o", PAPER), ("pgd50", PGD50, "D", PGD50), ("robust", ROBUST, "o", ROBUST)]
     proved = any_proved(shown)
     if proved:
         looks.insert(2, ("certified", CERTIFIED, "s", CERTIFIED))
@@ -87,7 +88,7 @@ def draw_accuracy(results: Results) -> Figure:
         at = i + 0.68
         ax.text(0, i + 0.34, short(row.label), va="center", fontweight="bold")
         if row.robust is not None:
-            ax.plot([100 * row.robust.value, 100 * row.published.value], [at, at], color=RULE, linewidth=4, zorder=1.5)
+            ax.plot([100 * row.robust.value, 100 * row.pgd50.value], [at, at], color=RULE, linewidth=4, zorder=1.5)
         if proved and row.robust is not None and row.certified is not None:
             ends = [100 * row.certified.value, 100 * row.robust.value]
             ax.plot(ends, [at, at], color=ROBUST, alpha=0.25, linewidth=7, solid_capstyle="butt", zorder=1.6)
@@ -177,9 +178,9 @@ def draw_margins(results: Results) -> Figure | None:
         ax.text(edges[0], i + 0.2, short(row.label, 36), va="center", fontweight="bold")
         ax.text(edges[0], i + 0.45, beyond, va="center", color=MUTED, fontsize=7)
     for dead in (DEAD_TRUE, DEAD_ALL):
-        ax.axvline(_log(dead), color=PUBLISHED, linewidth=1, linestyle=(0, (4, 2)), zorder=3)
+        ax.axvline(_log(dead), color=PGD50, linewidth=1, linestyle=(0, (4, 2)), zorder=3)
         name = f"{dead:.1f}" if dead < 100 else f"{dead:.0f}"
-        ax.text(_log(dead), -0.06, name, ha="center", va="bottom", color=PUBLISHED)
+        ax.text(_log(dead), -0.06, name, ha="center", va="bottom", color=PGD50)
     ticks = [0, *(s * 10.0**k for k in range(12) for s in (-1, 1))]
     ticks = sorted(t for t in ticks if low <= t <= high)
     ax.set_xticks([float(_log(t)) for t in ticks], [f"{t:g}".replace("-", "−") for t in ticks])

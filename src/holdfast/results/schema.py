@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
+from ..io import write_atomic
 
 SCHEMA = 3
 FILE = "results.json"
@@ -60,7 +59,7 @@ class Samples:
     y: tuple[int, ...]
     prediction: tuple[int, ...]
     clean: tuple[int, ...]
-    published: tuple[int, ...]
+    pgd50: tuple[int, ...]
     robust: tuple[int, ...]
     stage: tuple[int, ...]
     margin: tuple[float | None, ...]
@@ -116,7 +115,7 @@ class Example:
 class Run:
     """One trained model, one threat, one evaluation. ``robust`` is None when the verdict is void.
 
-    verdict: on the robust accuracy; published_verdict: on the published one; own: accuracy under the published protocol
+    verdict: on the robust accuracy; pgd50_verdict: on the published one; own: accuracy under the published protocol
     on the trained loss itself, where it was run; certified: share that is proved to be right on all of the threat, the
     lower end of what ``robust`` is the upper end of; None where no bound is known, and when void; alone: accuracy under
     each attack that was run on all that is right, where a suite has such protocols, in its order; checks: what each
@@ -131,13 +130,13 @@ class Run:
     threat: dict[str, Any]  # {"norm", "eps", "lo", "hi"}
     n: int
     clean: Interval
-    published: Interval
+    pgd50: Interval
     robust: Interval | None
     verdict: Verdict | None = None
-    published_verdict: Verdict | None = None
+    pgd50_verdict: Verdict | None = None
     own: Interval | None = None
     checks: list[Any] = field(default_factory=list)  # dicts: name, status ("holds", "fires", "not run"), why, ...
-    remainder: dict[str, Any] = field(default_factory=dict)
+    remaining: dict[str, Any] = field(default_factory=dict)
     measures: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)  # forwards, backwards (summed over samples), seconds
     stages: tuple[Stage, ...] = ()
@@ -146,7 +145,7 @@ class Run:
     train: dict[str, Any] = field(default_factory=dict)  # accuracy, epochs, seconds, ...
     interval: str = CLOPPER_PEARSON
     certified: Interval | None = None
-    alone: dict[str, Interval] = field(default_factory=dict)
+    individual: dict[str, Interval] = field(default_factory=dict)
     region: dict[str, Any] = field(default_factory=dict)  # as holdfast.region.measure returns it
     picture: dict[str, Any] = field(default_factory=dict)  # as holdfast.region.picture returns it
 
@@ -198,23 +197,6 @@ def threat_text(threat: dict[str, Any]) -> str:
     short, whole = f"{eps:g}", round(eps * 255)
     pixels = len(short) > 5 and abs(eps * 255 - whole) < 1e-5
     return f"{threat['norm']} {f'{whole}/255' if pixels else short}"
-
-
-def write_atomic(path: Path, content: str | bytes) -> Path:
-    """Writes a file whole or not at all: a neighbour first, then a rename. Raises UserError; an old file then stays."""
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tmp.open("wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except OSError as e:
-        with suppress(OSError):
-            tmp.unlink(missing_ok=True)
-        raise UserError(f"could not write {path}: {e.strerror or e}. What was there before is as it was.") from e
-    return path
 
 
 def save(results: Results, dir: str | Path) -> Path:

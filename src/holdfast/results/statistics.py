@@ -124,7 +124,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Remainder:
+class RemainingVulnerable:
     """How many samples are expected to be breakable still, with a 95% interval, in samples.
 
     stood: survivors before the two runs; tested: how many of these both tried; first, second, both: how many of those
@@ -141,7 +141,7 @@ class Remainder:
     both: int
 
 
-def remainder(first: int, second: int, both: int, tested: int, standing: int) -> Remainder:
+def remaining_vulnerable(first: int, second: int, both: int, tested: int, standing: int) -> RemainingVulnerable:
     """What two independent runs on the survivors have both missed: capture-recapture.
 
     Of ``standing`` survivors M are breakable; ``tested`` drawn at random were tried. Each run breaks a breakable one
@@ -157,10 +157,10 @@ def remainder(first: int, second: int, both: int, tested: int, standing: int) ->
     Raises UserError unless both <= first, second <= tested <= standing.
     Source: Seber 1982 (the model); Bayesian form as in Castledine 1981.
 
-    >>> r = remainder(0, 0, 0, tested=100, standing=100)     # P(M) ~ 1 / (M + 1)^3
+    >>> r = remaining_vulnerable(0, 0, 0, tested=100, standing=100)     # P(M) ~ 1 / (M + 1)^3
     >>> round(r.expected, 1), r.low, r.high
     (0.4, 0.0, 3.0)
-    >>> r = remainder(10, 10, 5, tested=100, standing=100)   # Lincoln and Petersen: 10 * 10 / 5 = 20, 15 were found
+    >>> r = remaining_vulnerable(10, 10, 5, tested=100, standing=100)   # Lincoln and Petersen: 10 * 10 / 5 = 20, 15 were found
     >>> round(r.expected), r.low, r.high
     (6, 0.0, 19.0)
     """
@@ -172,7 +172,7 @@ def remainder(first: int, second: int, both: int, tested: int, standing: int) ->
         )
     found = first + second - both
     if standing == 0:
-        return Remainder(0.0, 0.0, 0.0, 0, tested, first, second, both)
+        return RemainingVulnerable(0.0, 0.0, 0.0, 0, tested, first, second, both)
     k = np.arange(found, tested + 1)  # breakable among the tested
     evidence = special.gammaln(k + 1) - special.gammaln(k - found + 1)
     evidence = evidence + special.betaln(first + 1, k - first + 1) + special.betaln(second + 1, k - second + 1)
@@ -186,15 +186,15 @@ def remainder(first: int, second: int, both: int, tested: int, standing: int) ->
     p = np.exp(weight - special.logsumexp(weight))
     total, left = np.cumsum(p), m - found
     low, high = (float(left[min(int(np.searchsorted(total, q)), len(left) - 1)]) for q in (0.025, 0.975))
-    return Remainder(float((p * left).sum()), low, high, standing, tested, first, second, both)
+    return RemainingVulnerable(float((p * left).sum()), low, high, standing, tested, first, second, both)
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SpotCheck:
     """What full-length attacks did to a few survivors: the ``near`` ones with the smallest margins, all of them, and
     ``far`` ones drawn at random from the ``rest``.
 
-    >>> Drawn(near=32, near_broken=1, far=32, far_broken=0, rest=320).high  # 1 - 0.05^(1/32) = 8.9% of 320
+    >>> SpotCheck(near=32, near_broken=1, far=32, far_broken=0, rest=320).high  # 1 - 0.05^(1/32) = 8.9% of 320
     28.6
     """
 

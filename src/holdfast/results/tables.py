@@ -30,7 +30,7 @@ class Row:
     loss: str
     threat: str
     clean: Interval
-    published: Interval
+    pgd50: Interval
     robust: Interval | None
     status: str
     verdict: str
@@ -38,11 +38,11 @@ class Row:
     seeds: tuple[int | None, ...]
     interval: str
     runs: tuple[int, ...]
-    published_status: str = ""  # status and verdict are of the robust figure, these two of the published one
-    published_verdict: str = ""
+    pgd50_status: str = ""  # status and verdict are of the robust figure, these two of the published one
+    pgd50_verdict: str = ""
     own: Interval | None = None
     certified: Interval | None = None
-    alone: dict[str, Interval] = dataclasses.field(default_factory=dict)
+    individual: dict[str, Interval] = dataclasses.field(default_factory=dict)
 
 
 def rows(results: Results) -> list[Row]:
@@ -55,18 +55,18 @@ def rows(results: Results) -> list[Row]:
     out: list[Row] = []
     for members in _groups(results.runs):
         merged, first = [results.runs[i] for i in members], results.runs[members[0]]
-        clean, published, robust, own = first.clean, first.published, first.robust, first.own
-        certified, alone = first.certified, first.alone
+        clean, published, robust, own = first.clean, first.pgd50, first.robust, first.own
+        certified, alone = first.certified, first.individual
         interval = first.interval
         if len(merged) > 1:
-            clean, published = over_seeds(r.clean.value for r in merged), over_seeds(r.published.value for r in merged)
+            clean, published = over_seeds(r.clean.value for r in merged), over_seeds(r.pgd50.value for r in merged)
             robust, own = _mean([r.robust for r in merged]), _mean([r.own for r in merged])
             certified = _mean([r.certified for r in merged])
-            means = {name: _mean([r.alone.get(name) for r in merged]) for name in alone}
+            means = {name: _mean([r.individual.get(name) for r in merged]) for name in alone}
             alone = {name: mean for name, mean in means.items() if mean is not None}
             interval = f"mean and 95% t interval over {len(merged)} seeds"
         status, text = _worst([r.verdict for r in merged])
-        claimed, why = _worst([r.published_verdict for r in merged])
+        claimed, why = _worst([r.pgd50_verdict for r in merged])
         figures = first.loss, first.loss, first.threat_text, clean, published, robust, status, text, first.n
         seeds = tuple(r.seed for r in merged)
         out.append(Row(*figures, seeds, interval, tuple(members), claimed, why, own, certified, alone))
@@ -124,11 +124,11 @@ def _share(figure: Interval | None) -> str:
     return percent(figure.value) if figure else "-"
 
 
-_HEAD = ("loss", "clean", "published", "verdict", "own loss", "certified", "robust, 95%", "verdict")
+_HEAD = ("loss", "clean", "pgd50", "verdict", "own loss", "certified", "robust, 95%", "verdict")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    published = _share(row.published), row.published_status or "-"
+    published = _share(row.pgd50), row.pgd50_status or "-"
     proved = _share(row.own), _share(row.certified)
     return _name(row), _share(row.clean), *published, *proved, robust_text(row), row.status or "-"
 
@@ -142,16 +142,16 @@ def any_proved(found: Sequence[Row]) -> bool:
     return any(row.certified is not None and row.certified.value > 0 for row in found)
 
 
-def protocols(found: Sequence[Row]) -> list[tuple[str, ...]]:
+def per_attack_table(found: Sequence[Row]) -> list[tuple[str, ...]]:
     """The papers' table as text, head first: a row per loss, a column per attack alone, then what the row is worth.
 
     clean, each of ``alone`` in order of first appearance, certified where any is, robust, and its verdict.
     """
-    names = list(dict.fromkeys(name for row in found for name in row.alone))
+    names = list(dict.fromkeys(name for row in found for name in row.individual))
     proved = ["certified"] if any_proved(found) else []
     lines = [("loss", "clean", *names, *proved, "robust, 95%", "verdict")]
     for row in found:
-        figures = [row.clean, *(row.alone.get(name) for name in names), *([row.certified] if proved else [])]
+        figures = [row.clean, *(row.individual.get(name) for name in names), *([row.certified] if proved else [])]
         lines.append((_name(row), *map(_share, figures), robust_text(row), row.status or "-"))
     return lines
 
@@ -159,9 +159,9 @@ def protocols(found: Sequence[Row]) -> list[tuple[str, ...]]:
 def _lines(found: Sequence[Row]) -> list[tuple[str, ...]]:
     """Head and rows as text: the papers' table where attacks stood alone; else a verdict's column only where something
     was judged, the own loss's where it was run, certified where something was proved."""
-    if any(row.alone for row in found):
-        return protocols(found)
-    seen = {3: any(r.published_status for r in found), 4: any(r.own for r in found)}
+    if any(row.individual for row in found):
+        return per_attack_table(found)
+    seen = {3: any(r.pgd50_status for r in found), 4: any(r.own for r in found)}
     seen |= {5: any_proved(found), 7: any(r.status for r in found)}
     return [tuple(c for i, c in enumerate(line) if seen.get(i, True)) for line in (_HEAD, *map(_cells, found))]
 
@@ -188,7 +188,7 @@ def table(results: Results) -> Printed:
     """
     found = rows(results)
     head, *cells = _lines(found)
-    if any(row.alone for row in found):
+    if any(row.individual for row in found):
         names = [name.replace("certified", "certi-fied").replace("-", "-\n") for name in head[:-2]]
         head, cells = (*names, "robust,\n95%"), [_narrow(line) for line in cells]
     lines: list[tuple[str, ...]] = []
@@ -295,7 +295,7 @@ def doubts(results: Results) -> list[str]:
         (row.label, name, status, why)
         for row in rows(results)
         for name, status, why in (
-            ("published", row.published_status, row.published_verdict),
+            ("pgd50", row.pgd50_status, row.pgd50_verdict),
             ("robust", row.status, row.verdict),
         )
     ]
@@ -306,19 +306,19 @@ def doubts(results: Results) -> list[str]:
         if run.robust is not None and (missed := run.region.get("missed"))
     ]
     return said + [
-        f"{run.name}: the budget ended the suite before its end; {run.remainder['expected']:.1f} more of {run.n:,} are "
-        f"expected to fall, at most {run.remainder['high']:.0f}"
+        f"{run.name}: the budget ended the suite before its end; {run.remaining['expected']:.1f} more of {run.n:,} are "
+        f"expected to fall, at most {run.remaining['high']:.0f}"
         for run in results.runs
-        if run.remainder.get("unfinished")
+        if run.remaining.get("unfinished")
     ]
 
 
-def remainder_text(run: Run) -> str:
+def remaining_text(run: Run) -> str:
     """What may still be breakable, in a sentence."""
-    left = run.remainder
+    left = run.remaining
     if not left:
         return ""
-    drawn = left.get("drawn")
+    drawn = left.get("spot_check")
     full = (
         f" Attacks of full length on the {drawn['near']:,} survivors nearest to a mistake and on {drawn['far']:,} of "
         f"the other {drawn['rest']:,} broke {drawn['near_broken']} and {drawn['far_broken']}: at most "
@@ -425,17 +425,15 @@ def csv(results: Results) -> str:
     out = StringIO()
     write = csv_writer(out, lineterminator="\n").writerow
     found = rows(results)
-    names = list(dict.fromkeys(name for row in found for name in row.alone))
+    names = list(dict.fromkeys(name for row in found for name in row.individual))
     proved = ["certified"] if any(row.certified for row in found) else []
-    shown = ("clean", "published", *names, *proved, "robust")
+    shown = ("clean", "pgd50", *names, *proved, "robust")
     bounds = [f"{c}{suffix}" for c in shown for suffix in ("", "_low", "_high")]
-    write(["loss", "threat", *bounds, "published_verdict", "verdict", "n", "seeds", "interval"])
+    write(["loss", "threat", *bounds, "pgd50_verdict", "verdict", "n", "seeds", "interval"])
     for r in found:
-        every = r.clean, r.published, *map(r.alone.get, names), *([r.certified] if proved else []), r.robust
+        every = r.clean, r.pgd50, *map(r.individual.get, names), *([r.certified] if proved else []), r.robust
         figures = [v for i in every for v in (dataclasses.astuple(i) if i else ("", "", ""))]
-        write(
-            [r.label, r.threat, *figures, r.published_verdict, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval]
-        )
+        write([r.label, r.threat, *figures, r.pgd50_verdict, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval])
     return out.getvalue()
 
 

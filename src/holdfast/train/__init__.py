@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .config import SCHEDULES, FitConfig, Fitted, Progress, best_epoch, claimed
-from .judging import accuracy, robust_accuracy
+from .config import SCHEDULES, FitConfig, Fitted, Progress, best_epoch, expected_config
 from .loop import fit
+from .validation import accuracy, robust_accuracy
 
 __all__ = [
     "SCHEDULES",
@@ -13,7 +13,7 @@ __all__ = [
     "Progress",
     "accuracy",
     "best_epoch",
-    "claimed",
+    "expected_config",
     "fit",
     "robust_accuracy",
 ]

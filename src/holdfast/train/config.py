@@ -86,9 +86,13 @@ class Fitted:
     kept_epoch: int
 
 
-def claimed(config: FitConfig, watch: Threat | None, about: dict[str, Any] | None) -> dict[str, Any]:
+def expected_config(config: FitConfig, val_threat: Threat | None, about: dict[str, Any] | None) -> dict[str, Any]:
     """What a run folder's config.json says, and must say again for the run to go on in it."""
-    return {"fit": asdict(config), **({} if watch is None else {"watch": watch.describe()}), **(about or {})}
+    return {
+        "fit": asdict(config),
+        **({} if val_threat is None else {"val_threat": val_threat.describe()}),
+        **(about or {}),
+    }
 
 
 def best_epoch(history: Sequence[dict[str, Any]]) -> int | None:

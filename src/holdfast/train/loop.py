@@ -17,13 +17,13 @@ from ..data import Data, augment, pixels
 from ..errors import UserError
 from ..noise import Noise
 from ..objectives import Schedule
-from ..runs import claim
+from ..run_folder import reserve
 from ..threat import Threat
-from .config import SCHEDULES, FitConfig, Fitted, Progress, best_epoch, claimed
-from .inner import InBfloat16, quick
-from .judging import check_finite, check_task, judged, standing_in
-from .keeping import CHECKPOINT_FILE, finish, resume, save, write_log
-from .workers import accelerator_on, together
+from .checkpoint import CHECKPOINT_FILE, finish, resume, save, write_log
+from .config import SCHEDULES, FitConfig, Fitted, Progress, best_epoch, expected_config
+from .distributed import accelerator_on, together
+from .fast_kernels import InBfloat16, quick
+from .validation import averaged_weights, check_finite, check_task, validate
 
 
 def fit(
@@ -33,7 +33,7 @@ def fit(
     objective: Schedule,
     config: FitConfig,
     *,
-    watch: Threat | None = None,
+    val_threat: Threat | None = None,
     out: Path | None = None,
     about: dict[str, Any] | None = None,
     progress: Progress | None = None,
@@ -43,7 +43,7 @@ def fit(
 
     Args:
         model: images to Outputs; train, val: the data (test data has no way in here); objective: Schedule.
-        config: FitConfig. watch: a threat under which each epoch's robust accuracy on val is measured (PGD-10 on the
+        config: FitConfig. val_threat: a threat under which each epoch's robust accuracy on val is measured (PGD-10 on the
             margin, the first 1,000 images of val), logged as val_robust, and the best epoch chosen.
         out: the run folder; without one nothing is written and nothing can be resumed.
         about: what else config.json shall say, such as how the model is built (``runs.load`` reads it).
@@ -61,7 +61,7 @@ def fit(
     """
     started = time.perf_counter()
     check_task(model, train)
-    if not len(val) and (watch is not None or config.keep == "best"):
+    if not len(val) and (val_threat is not None or config.keep == "best"):
         raise UserError("there are no validation images: without them nothing can be watched and no epoch is the best.")
     accelerator = accelerator_on(device)
     with _own_chance(accelerator.device), together(accelerator.num_processes, out):
@@ -69,7 +69,7 @@ def fit(
         history: list[dict[str, Any]] = []
         spent = 0.0
         if out is not None:
-            claim(out, claimed(config, watch, about), write=accelerator.is_main_process)
+            reserve(out, expected_config(config, val_threat, about), write=accelerator.is_main_process)
             if (out / CHECKPOINT_FILE).exists():
                 history, spent = resume(out, bench.plain, bench.optimizer, bench.averaged, bench.best)
                 if accelerator.is_main_process:
@@ -85,11 +85,11 @@ def fit(
             means, each, index = _epoch(epoch, bench, train, objective, config)
             means = accelerator.reduce(means, reduction="mean")  # every process logs, and fails for, the whole batch
             check_finite(means, each, index, bench.plain, epoch, out)
-            with standing_in(bench.plain, bench.averaged):
-                figures = judged(bench.plain, val, watch, config.seed)
+            with averaged_weights(bench.plain, bench.averaged):
+                figures = validate(bench.plain, val, val_threat, config.seed)
             (figures,) = broadcast_object_list([figures])  # batch statistics are each process's own: the first decides
-            took = time.perf_counter() - began - figures.get("watch_seconds", 0.0)
-            watching += figures.get("watch_seconds", 0.0)
+            took = time.perf_counter() - began - figures.get("val_seconds", 0.0)
+            watching += figures.get("val_seconds", 0.0)
             line = {
                 "epoch": epoch + 1,
                 "loss": float(means.mean()),
@@ -190,7 +190,7 @@ def _epoch(
         now = objective(progress)
         with quick(device):
             x_adv = now.perturb(bench.inner, x, y, Noise(config.seed, index).fold(epoch))
-        with now.around(bench.plain, x, x_adv, y):
+        with now.weight_context(bench.plain, x, x_adv, y):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 each = now.loss(bench.wrapped, x, x_adv, y)
             mean = each.sum() * world / len(batch)  # the processes' gradients are averaged: this makes it the batch's

@@ -1,0 +1,153 @@
+"""A bracket as a sentence, as a figure, and as files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from .. import report
+from ..io import write_atomic
+from ..report.figures import RULE
+from ..results import percent
+from .result import STATUS, Bracket
+
+COLOURS = {
+    "certified": report.CERTIFIED, "robust": report.ROBUST, "unknown": report.CLEAN, "missed": "#a3123a",
+    "attacked": report.PGD50, "wrong": report.LOST,
+}  # fmt: skip
+WIDTH = 5.6  # inches, as the figures of the report
+TINY = 1e-12  # of logits: what is divided by is never less
+
+
+def sentence(found: Bracket) -> str:
+    """What the bracket says."""
+    n, counts = len(found), found.counts
+    parts = [f"{counts[name]} {words.partition(':')[0]}" for name, words in STATUS.items() if counts[name]]
+    told = [f"Of {n} samples " + ", ".join(parts) + "."]
+    right, true = found.margin > 0, found.s_star
+    if true is not None and bool((right & ~true.isnan()).any()):
+        rows = right & ~true.isnan()
+        reached = (found.s_att / true.clamp_min(TINY))[rows].median()
+        told.append(f"Attacks reach a median {percent(float(reached))}% of the worst fall of the margin")
+        if found.s_cert is not None:
+            told[-1] += f"; the bound allows {float((found.s_cert / true.clamp_min(TINY))[rows].median()):.2f} times it"
+        told[-1] += "."
+    if found.trained_s is not None:
+        worst, name = (found.s_att, "s_att") if true is None else (true, "s*")
+        known = worst[right & ~worst.isnan()]
+        if len(known):
+            share = percent(float((found.trained_s >= known).double().mean()))
+            told.append(f"It was trained with s = {found.trained_s:g}, which covers {name} of {share}% of those right.")
+    return " ".join(told)
+
+
+def figure(found: Bracket, name: str = "") -> Figure:
+    """Above, the samples by s*: attack, truth and bound as curves, each margin as a dot. Below, what can be said."""
+    with report.style():
+        below = 0.16 * math.ceil(sum(map(bool, found.counts.values())) / 2)  # the legend of the shares
+        height = 3.96 + below
+        drawn = Figure(figsize=(WIDTH, height))
+        for draw, low, tall in ((_curves, 0.75 + below, 2.6), (_shares, 0.1 + below, 0.2)):
+            draw(drawn.add_axes((0.58 / WIDTH, low / height, 1 - 0.7 / WIDTH, tall / height)), found)
+        title = f"{name}, {found.threat}" if name else str(found.threat)
+        drawn.text(0.12 / WIDTH, 1 - 0.16 / height, title, fontweight="bold", va="center")
+    return drawn
+
+
+def _curves(ax: Axes, found: Bracket) -> None:
+    key = found.s_att if found.s_low is None else found.s_low
+    order = key.argsort(stable=True)
+    at = np.arange(1, len(found) + 1)
+    margin, att = found.margin[order].numpy(), found.s_att[order].numpy()
+    low, high, cert = (None if c is None else c[order].numpy() for c in (found.s_low, found.s_high, found.s_cert))
+    handles = [Line2D([], [], color=report.PGD50, linewidth=1.6, label="s_att, reached by attacks")]
+    if cert is not None:
+        ax.fill_between(at, att if high is None else high, cert, color=report.CERTIFIED, alpha=0.12, linewidth=0)
+        ax.plot(at, cert, color=report.CERTIFIED, linewidth=1.2, zorder=2)
+        handles.insert(0, Line2D([], [], color=report.CERTIFIED, linewidth=1.2, label="s_cert, proved by bounds"))
+    if low is not None and high is not None:
+        ax.fill_between(at, low, high, color=report.INK, alpha=0.25, linewidth=0)
+        ax.fill_between(at, att, low, color=report.LOST, linewidth=0)
+        ax.plot(at, (low + high) / 2, color=report.INK, linewidth=2.4, zorder=2.2)
+        handles.insert(-1, Line2D([], [], color=report.INK, linewidth=2.4, label="s*, exact"))
+    ax.plot(at, att, color=report.PGD50, linewidth=0.9, zorder=2.4)
+    if found.trained_s:
+        ax.axhline(found.trained_s, color=report.MUTED, linewidth=1, linestyle=(0, (4, 2)), zorder=1.8)
+        handles.append(Line2D([], [], color=report.MUTED, linewidth=1, linestyle=(0, (4, 2)),
+                              label=f"s = {found.trained_s:g} of training"))  # fmt: skip
+    tops = [side for side in (margin, att, cert) if side is not None]
+    floor = _scale(ax, np.concatenate(tops), float(np.median(att)))
+    status = np.array(found.status)[order.numpy()]
+    size = 18 if len(found) <= 150 else 8
+    for kind, colour in COLOURS.items():
+        here = status == kind
+        for rows, mark in ((here & (margin >= floor), "o"), (here & (margin < floor), "v")):  # v: below what is drawn
+            dots: dict[str, Any] = {"s": size, "color": colour, "edgecolors": report.PAPER, "linewidths": 0.5}
+            ax.scatter(at[rows], np.maximum(margin[rows], floor), marker=mark, clip_on=False, zorder=3, **dots)
+    handles.append(Line2D([], [], color=report.CLEAN, marker="o", linestyle="none", markersize=4, label="margin"))
+    ax.set_xlim(0, len(found) + 1)
+    ax.set_xlabel("samples, by the worst fall of their margin")
+    ax.set_ylabel("units of the logits")
+    ax.spines[["right", "top"]].set_visible(False)
+    ax.tick_params(length=3, width=0.8)
+    ax.tick_params(axis="y", which="minor", length=2, width=0.6, color=RULE)
+    ax.set_axisbelow(True)
+    ax.grid(axis="y", color=RULE, linewidth=0.6)
+    ax.legend(handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(-0.01, 1.0), frameon=False, borderpad=0,
+              handlelength=1.6, columnspacing=1.4, borderaxespad=0.3)  # fmt: skip
+
+
+def _scale(ax: Axes, values: Any, typical: float) -> float:
+    """A linear axis, or one of logarithms where bounds dwarf the truth; what is drawn at the bottom of it."""
+    most = float(values.max())
+    if most <= 6 * max(typical, 1e-12):
+        low = min(0.0, float(values.min()))
+        ax.set_ylim(low - 0.04 * most, 1.04 * most)
+        return low
+    floor = max(float(values[values > 0].min()) / 1.3, typical / 10)
+    ax.set_yscale("log")
+    ax.set_ylim(floor, 1.3 * most)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter(lambda value, _: "")
+    return floor
+
+
+def _shares(ax: Axes, found: Bracket) -> None:
+    counts, left = found.counts, 0.0
+    handles = []
+    for kind, words in STATUS.items():
+        share = 100 * counts[kind] / len(found)
+        if share:
+            ax.barh(0, share, 1.0, left=left, color=COLOURS[kind], edgecolor=report.PAPER, linewidth=0.8)
+            handles.append(Patch(color=COLOURS[kind], label=f"{percent(share / 100)}% {words}"))
+        left += share
+    ax.set_ylim(-0.5, 0.5)
+    ax.set_yticks([])
+    ax.spines[["left", "right", "top", "bottom"]].set_visible(False)
+    ax.set_xlim(0, 100)
+    ax.set_xticks([])
+    ax.legend(handles=handles, ncols=2, loc="upper left", bbox_to_anchor=(-0.01, -0.15), frameon=False, borderpad=0,
+              handlelength=1.2, columnspacing=1.4, borderaxespad=0.3)  # fmt: skip
+
+
+def save(found: Bracket, folder: Path, name: str = "") -> list[Path]:
+    """bracket.json, bracket.svg and bracket.png in the folder."""
+    text = json.dumps(plain({**found.describe(), "sentence": sentence(found)}))
+    return [write_atomic(folder / "bracket.json", text), *report.write_figure(figure(found, name), folder, "bracket")]
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

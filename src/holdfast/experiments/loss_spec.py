@@ -1,0 +1,132 @@
+"""A row of a comparison as a user writes it: a loss, its head, and what else is this row's own.
+
+``isce:s=10``, ``isce:s=2@cosine:scale=10``, ``sce*100``, ``isce:s=3+trades:beta=2+wideresnet:depth=16+fit:lr=0.01``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..errors import UserError, unknown
+from ..information.sources import SOURCES
+from ..losses import LOSSES, Loss
+from ..models.heads import HEADS
+from ..objectives import OBJECTIVES
+from ..outputs import Outputs
+from ..spec import accepts, value_of
+from ..spec import parse as parse_spec
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss as a user chose it, and the head that it trains with.
+
+    text: as written, the row's name; loss: (out, y) -> (N,); score: what attacks climb; head, head_settings: for
+    ``models.build``; logit_scale: what the logits are multiplied by after training; source: of I-SCE's s, where that is
+    no number; objective, model: specs of this row's own, or ""; fit: changes to the schedule; s: the constant
+    inference information in units of the logits, None where the loss has none or it is no number.
+    """
+
+    text: str
+    loss: Loss
+    score: Loss
+    head: str
+    head_settings: dict[str, Any] = field(default_factory=dict)
+    logit_scale: float = 1.0
+    source: str = ""
+    objective: str = ""
+    model: str = ""
+    fit: dict[str, Any] = field(default_factory=dict)
+    s: float | None = None
+
+
+def parse(text: str) -> LossSpec:
+    """A loss from ``name:settings`` with, after @, another head than its own: ``isce:s=2@cosine:scale=10``.
+
+    s may name where it comes from (``sources``): ``isce:s=gradient:0.5``, ``isce:s=ibp``. After + come an objective, a
+    network, and changes to the schedule, of this row alone: ``isce:s=3+trades:beta=2+wideresnet:depth=16,width=2``,
+    ``sce+fit:weight_decay=5e-4``.
+
+    ``sce*100`` trains with sce and multiplies the logits by 100 afterwards. No prediction changes, so no robustness
+    does: the honest control for whatever is said of a loss that makes logits large.
+    Raises UserError for an unknown loss, head or setting (with the nearest name), a value the loss refuses (s < 0), a
+    head that lacks what the loss needs, or a factor that is not a positive number.
+
+    >>> chosen = parse("cosface:m=0.2,scale=15")
+    >>> chosen.head, chosen.head_settings
+    ('cosine', {'scale': 15})
+    >>> parse("isce:s=3").s, chosen.s
+    (3.0, 3.0)
+    >>> parse("isce:s=attack+adversarial:steps=5").source, parse("sce+adversarial:steps=5").objective
+    ('attack', 'adversarial:steps=5')
+    """
+    text, scale = text.strip(), 1.0
+    row, *parts = re.split(r"\+(?=[a-zA-Z])", text)
+    objective, model, fit = _parts(text, parts)
+    trained, times, factor = row.rpartition("*")
+    if times:
+        value = value_of(factor.strip())
+        if isinstance(value, (str, bool)) or not 0 < value < math.inf:
+            raise UserError(
+                f"'{text}' multiplies its logits by '{factor}': expected a positive number, such as sce*100."
+            )
+        scale = float(value)
+    before, _, after = (trained if times else row).partition("@")
+    name, settings = parse_spec(before)
+    if name not in LOSSES:
+        raise unknown("loss", name, LOSSES)
+    entry = LOSSES[name]
+    source = str(settings.pop("s")) if name == "isce" and isinstance(settings.get("s"), str) else ""
+    if source and source.partition(":")[0] not in SOURCES:
+        raise unknown("source of s", source, [*SOURCES, "a number"])
+    accepts("loss", name, entry.loss, settings)
+    chosen = partial(entry.loss, **settings) if settings else entry.loss
+    head, head_settings = parse_spec(after) if after else (entry.head, {})
+    if head not in HEADS:
+        raise unknown("head", head, HEADS)
+    accepts("head", head, HEADS[head], head_settings)
+    parameters = inspect.signature(entry.loss).parameters
+    if head == "cosine" and "scale" in parameters:  # one scale for both: the loss divides by the head's
+        head_settings.setdefault("scale", settings.get("scale", parameters["scale"].default))
+        if head_settings["scale"] != settings.get("scale", parameters["scale"].default):
+            raise UserError(f"'{text}' gives loss and head two different scales: name it once, in the loss.")
+    if head != "cosine" and entry.head == "cosine":
+        raise UserError(f"loss '{name}' works on cosines: it needs head 'cosine', got '{head}'.")
+    with torch.random.fork_rng(devices=[]):
+        probe = HEADS[head](4, 3, **head_settings)(torch.zeros(2, 4))
+    answer = chosen(Outputs(*probe), torch.tensor([0, 1]))  # refuses bad values now, not after an hour
+    if answer.shape != (2,):
+        raise UserError(f"loss '{name}' returned shape {tuple(answer.shape)} for 2 samples: a loss must return (N,).")
+    s = None if source else _constant(name, {key: p.default for key, p in parameters.items()} | settings)
+    s = None if s is None else s * scale
+    return LossSpec(text, chosen, entry.score, head, head_settings, scale, source, objective, model, fit, s)
+
+
+def _constant(name: str, settings: dict[str, Any]) -> float | None:
+    """What a loss adds to the other logits: s of I-SCE, scale times m of CosFace."""
+    if name == "isce" and not isinstance(settings["s"], torch.Tensor):
+        return float(settings["s"])
+    return float(settings["m"] * settings["scale"]) if name == "cosface" else None
+
+
+def _parts(text: str, parts: list[str]) -> tuple[str, str, dict[str, Any]]:
+    """(objective, model, changes to the schedule) of what stands after the plus signs."""
+    objective, model, fit = "", "", {}
+    for part in parts:
+        name, settings = parse_spec(part)
+        if name == "fit":
+            fit = settings
+        elif name in OBJECTIVES and not objective:
+            objective = part.strip()
+        elif not model and name not in OBJECTIVES:
+            model = part.strip()
+        else:
+            raise UserError(f"'{text}' names two objectives or two networks: name one of each.")
+    return objective, model, fit

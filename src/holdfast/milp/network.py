@@ -1,0 +1,150 @@
+"""A fully connected ReLU network as affine layers: read off a model, checked, run, bounded by intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models import Classifier
+from ..models.convnets import Linear as Pixels
+from ..models.convnets import Mlp
+from ..models.heads import Linear as LinearHead
+from ..threat import Threat
+
+Array = NDArray[np.float64]
+Affine = tuple[Array, Array]  # weight (out, in), bias (out,)
+
+
+def layers_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """(weight, bias) of each layer of a fully connected ReLU network, float64: what ``exact`` takes.
+
+    model: an nn.Sequential of Flatten, Linear and ReLU (nested ones too), or a Classifier with such a backbone ("mlp",
+    "linear", an nn.Sequential) and a linear head: its mean, std and logit_scale become part of the weights. Linear
+    layers without a ReLU between them become one. Raises UserError for anything else.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> [tuple(weight.shape) for weight, bias in layers_of(model)]
+    [(3, 4), (2, 3)]
+    """
+    parts = [model.backbone, model.head] if isinstance(model, Classifier) else [model]
+    layers: list[tuple[Tensor, Tensor]] = []
+    apart = True  # whether a ReLU stands between the last layer and the next one
+    for module in (module for part in parts for module in _modules(part)):
+        if type(module) is nn.Linear:  # a subclass may do anything
+            weight = module.weight.detach().cpu().double()
+            bias = torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.detach().cpu().double()
+            if not apart:
+                before, offset = layers.pop()
+                weight, bias = weight @ before, weight @ offset + bias
+            layers.append((weight, bias))
+            apart = False
+        elif type(module) is nn.ReLU and layers:
+            apart = True
+        elif layers or type(module) is not nn.Flatten or (module.start_dim, module.end_dim) != (1, -1):
+            raise UserError(
+                "exact knows fully connected ReLU networks, Flatten() and then Linear and ReLU in turn: "
+                f"it cannot read {module} as layer {len(layers)}."
+            )
+    if not layers or apart:
+        raise UserError("a network for exact ends with a Linear layer, whose outputs are the logits.")
+    if isinstance(model, Classifier):
+        weight, bias = layers[-1]
+        layers[-1] = (weight * model.logit_scale, bias * model.logit_scale)
+        weight, bias = layers[0]
+        mean, std = (t.detach().cpu().double().flatten() for t in (model.mean, model.std))
+        mean, std = (t.repeat_interleave(weight.shape[1] // len(t)) for t in (mean, std))
+        layers[0] = (weight / std, bias - weight @ (mean / std))
+    return layers
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The leaves in the order in which they are applied, as far as the kinds known here go."""
+    if type(model) is nn.Sequential:
+        for child in model:
+            yield from _modules(child)
+    elif isinstance(model, Mlp):
+        yield from _modules(model.layers)
+    elif isinstance(model, LinearHead):
+        yield model.linear
+    elif not isinstance(model, Pixels):
+        yield model
+
+
+def checked(layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, threat: Threat) -> list[Affine]:
+    """The layers as float64 arrays, once everything fits."""
+    if threat.norm != "linf":
+        raise UserError(f"exact is defined for linf, got {threat.norm}.")
+    if not layers:
+        raise UserError("exact needs at least one layer.")
+    net: list[Affine] = []
+    width = x[:1].numel() if len(x) else layers[0][0].shape[-1]
+    for number, (weight, bias) in enumerate(layers):
+        if weight.ndim != 2 or bias.shape != weight.shape[:1] or weight.shape[1] != width:
+            raise UserError(
+                f"layer {number} takes {width} values: expected weight (out, {width}) and bias (out,), "
+                f"got {tuple(weight.shape)} and {tuple(bias.shape)}."
+            )
+        net.append((weight.detach().cpu().double().numpy(), bias.detach().cpu().double().numpy()))
+        width = len(weight)
+        if not all(np.isfinite(part).all() for part in net[-1]):
+            raise UserError(f"layer {number} has weights that are NaN or infinite.")
+    if width < 2:
+        raise UserError("exact needs at least two logits.")
+    if y.shape != x.shape[:1] or (len(y) and not (int(y.min()) >= 0 and int(y.max()) < width)):
+        raise UserError(f"y must be (N,) = ({len(x)},) labels in 0 .. {width - 1}, got shape {tuple(y.shape)}.")
+    if not bool(((x >= threat.lo) & (x <= threat.hi)).all()):
+        raise UserError(f"x must lie in the threat's box [{threat.lo}, {threat.hi}].")
+    return net
+
+
+def box_around(x: Tensor, threat: Threat) -> tuple[Array, Array]:
+    """The box of all that ``Threat.violation`` forgives, in float64: x (1, ...) -> (in,), (in,)."""
+    middle = x.flatten().double().numpy()
+    reach = threat.farthest(len(middle))
+    return np.maximum(middle - reach, threat.lo), np.minimum(middle + reach, threat.hi)
+
+
+def logit_differences_of(net: list[Affine], y: int) -> list[Affine]:
+    """The network whose outputs are logit_j - logit_y for j != y, in order: (K - 1,)."""
+    last, offset = net[-1]
+    return [*net[:-1], (np.delete(last, y, 0) - last[y], np.delete(offset, y) - offset[y])]
+
+
+def forward(net: list[Affine], a: Array) -> Array:
+    """The logits at a (in,)."""
+    for number, (weight, bias) in enumerate(net):
+        a = weight @ (np.maximum(a, 0) if number else a) + bias
+    return a
+
+
+def interval(layer: Affine, low: Array, high: Array) -> tuple[Array, Array]:
+    """Bounds of W a + b over low <= a <= high."""
+    weight, bias = layer
+    plus, minus = np.maximum(weight, 0), np.minimum(weight, 0)
+    return plus @ low + minus @ high + bias, plus @ high + minus @ low + bias
+
+
+def scaled(net: list[Affine], box: tuple[Array, Array]) -> tuple[list[Affine], float]:
+    """The same network in other units, and the unit of its logits.
+
+    Every pre-activation lies within [-1, 1] by interval bounds, every logit's sum of absolute terms in [0, 1]. ReLU is
+    homogeneous, so each layer's unit is free; argmax stays.
+    """
+    scaled = []
+    unit = 1.0
+    low, high = box
+    for number, (weight, bias) in enumerate(net):
+        weight = weight * unit  # what comes in is in units of the layer before
+        if number < len(net) - 1:
+            size = np.abs(interval((weight, bias), low, high)).max()
+        else:
+            size = (np.abs(weight) @ np.maximum(np.abs(low), np.abs(high)) + np.abs(bias)).max()
+        unit = float(size) or 1.0
+        scaled.append((weight / unit, bias / unit))
+        low, high = (np.maximum(side, 0) for side in interval(scaled[-1], low, high))
+    return scaled, unit

@@ -1,0 +1,149 @@
+"""Bounds: no attack finds anything above them, no certificate is broken, closed forms are met where there are some."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from holdfast.attacks import pgd
+from holdfast.bounds import (
+    CannotBound,
+    box_of,
+    certify,
+    l2_radius,
+    lipschitz_constant,
+    lipschitz_s,
+    logit_difference_bounds,
+)
+from holdfast.information.formulas import logit_differences
+from holdfast.losses import negative_margin
+from holdfast.models import MODELS, build
+from holdfast.noise import Noise
+from holdfast.threat import Threat
+
+CHAINS = ["linear", "mlp", "smallconv", "convnet", "stepnet", "madry", "smallcnn", "lipmlp", "lipconv"]
+N = 12
+
+
+def network(name, seed=0, classes=5):
+    side = 28 if name in ("madry", "smallcnn", "convnet", "stepnet") else 8
+    head = "orthogonal" if name.startswith("lip") else "linear"
+    model = build(
+        name, (1, side, side), classes, head=head, mean=torch.tensor([0.2]), std=torch.tensor([0.5]), seed=seed
+    )
+    x = torch.rand(N, 1, side, side, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        y = model.eval()(x).logits.argmax(1)
+    return model, x, y
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("slack", [False, True])
+def test_nothing_in_the_box_lies_above_the_bound(name, slack):
+    model, x, y = network(name)
+    for eps in (0.001, 0.03):
+        threat = Threat("linf", eps)
+        lo, hi = box_of(x, threat)
+        bound = logit_difference_bounds(model, lo.double(), hi.double(), y, slack=slack)
+        assert torch.equal(bound.gather(1, y[:, None]), torch.zeros(N, 1, dtype=torch.float64))
+        found = [x] + [threat.random_start(x, Noise(i, torch.arange(N))) for i in range(3)]
+        for t in range(5):
+            target = (y + 1 + t) % 5
+            found.append(pgd(model, x, y, threat, score=negative_margin, noise=Noise(0, torch.arange(N)), steps=10,
+                             target=target, keep="last"))  # fmt: skip
+        with torch.no_grad():
+            worst = torch.stack([logit_differences(model(one).logits, y) for one in found]).amax(0)
+        assert (worst <= bound + (0 if slack else 1e-5)).all()
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("threat", [Threat("linf", 0.002), Threat("l2", 0.05), Threat("l1", 0.05)])
+def test_no_certified_sample_is_broken(name, threat):
+    model, x, y = network(name)
+    proved = certify(model, x, y, threat)
+    assert proved is not None
+    assert proved.dtype == torch.bool
+    for seed in range(2):
+        x_adv = pgd(model, x, y, threat, score=negative_margin,
+                    noise=Noise(seed, torch.arange(N)), steps=20)  # fmt: skip
+        with torch.no_grad():
+            assert not (proved & (model(x_adv).logits.argmax(1) != y)).any()
+
+
+@given(seed=st.integers(0, 50), eps=st.floats(1e-4, 0.3))
+@settings(max_examples=25, deadline=None)
+def test_a_linear_model_is_certified_up_to_its_own_boundary(seed, eps):
+    """The truth is known: the margin over the dual norm of the difference of two rows."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
+    x, y = torch.rand(20, 1, 2, 3), torch.arange(20) % 3
+    weight, bias = model[1].weight.detach().double(), model[1].bias.detach().double()
+    z = x.flatten(1).double() @ weight.T + bias
+    for norm, dual in (("linf", 1), ("l2", 2)):
+        apart = (weight[None] - weight[:, None]).norm(p=dual, dim=2)[y]
+        distance = (-logit_differences(z, y) / apart.clamp_min(1e-12)).scatter(1, y[:, None], math.inf).amin(1)
+        proved = certify(model, x, y, Threat(norm, eps, -9, 9))
+        assert torch.equal(proved, distance > eps) or ((distance - eps).abs()[proved != (distance > eps)] < 1e-4).all()
+        assert not (proved & (distance <= eps)).any()
+
+
+def test_the_bound_grows_with_the_box_and_is_differentiable():
+    model, x, y = network("smallconv")
+    small, large = (logit_difference_bounds(model, *box_of(x, Threat("linf", eps)), y) for eps in (0.01, 0.02))
+    assert (large >= small - 1e-6).all()
+    large.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    point = logit_difference_bounds(model, x, x, y)
+    assert torch.allclose(point, logit_differences(model(x).logits, y), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_lipschitz_constant_holds_and_training_estimates_it_from_below(name):
+    model, x, _ = network(name)
+    proved = float(lipschitz_constant(model, tuple(x.shape[1:]), proved=True).detach())
+    with torch.no_grad():
+        h = model(x).features
+        rates = (h[1:] - h[:-1]).norm(dim=1) / (x[1:] - x[:-1]).flatten(1).norm(dim=1)
+    assert float(rates.max()) <= proved * (1 + 1e-5)
+    guess = float(lipschitz_constant(model, tuple(x.shape[1:])).detach())
+    assert 0.5 * proved < guess <= proved * (1 + 1e-4) or name in ("madry", "smallcnn")
+    assert guess <= proved * (1 + 1e-4)
+
+
+def test_rises_are_pairwise_and_an_linf_ball_is_as_wide_as_its_corners():
+    model, _, y = network("lipmlp")
+    rises = lipschitz_s(model, (1, 8, 8), Threat("l2", 0.5), y)
+    expected = math.sqrt(2) * 0.5 / 0.5  # 1-Lipschitz behind pixels / 0.5, orthonormal rows
+    assert torch.allclose(rises, torch.full_like(rises, expected).scatter(1, y[:, None], 0.0), atol=1e-4)
+    assert l2_radius(Threat("linf", 0.1), 64) == pytest.approx(0.8)
+    assert torch.allclose(lipschitz_s(model, (1, 8, 8), Threat("linf", 0.5), y), 8 * rises, atol=1e-3)
+
+
+def test_logit_scale_and_batch_norm_count():
+    model, x, y = network("smallconv")
+    before = logit_difference_bounds(model, *box_of(x, Threat("linf", 0.01)), y)
+    model.logit_scale = 7.0
+    assert torch.allclose(
+        logit_difference_bounds(model, *box_of(x, Threat("linf", 0.01)), y), 7 * before, rtol=1e-4, atol=1e-4
+    )
+    normed = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
+                           nn.Linear(64, 3))  # fmt: skip
+    normed(x)  # its statistics move
+    normed.eval()
+    y = normed(x).argmax(1)
+    assert torch.allclose(logit_difference_bounds(normed, x, x, y), logit_differences(normed(x), y), atol=1e-5)
+    assert certify(normed, x, y, Threat("linf", 1e-5)).any()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in CHAINS and name != "fractalnet"][:3])
+def test_what_cannot_be_bounded_has_no_certificate(name):
+    model = build(name, (3, 32, 32), 3)
+    assert certify(model, torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), Threat("linf", 0.1)) is None
+    with pytest.raises(CannotBound, match="no bound is known"):
+        logit_difference_bounds(model, torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32), torch.tensor([0]))
+    assert certify(lambda x: x, torch.rand(2, 3), torch.tensor([0, 1]), Threat("linf", 0.1)) is None

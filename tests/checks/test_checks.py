@@ -1,0 +1,352 @@
+"""The trust checks: verdicts by rule, what fires on which liar, silence on an honest network, nothing lost."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.faults.faulty_models import LIARS
+from torch import nn
+
+from holdfast import checks, data, models
+from holdfast.attacks import SUITES
+from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, Finding, audit, judge, lower_bound_99, merge, name_of
+from holdfast.checks.cache import load_audit, save_audit
+from holdfast.errors import UserError
+from holdfast.evaluation import UNBROKEN, evaluate
+from holdfast.losses import isce, sce
+from holdfast.objectives import standard
+from holdfast.outputs import as_outputs
+from holdfast.results import remaining_vulnerable
+from holdfast.threat import Threat
+from holdfast.train import FitConfig, fit
+
+THREAT = Threat("linf", 0.1)
+
+
+@pytest.fixture(scope="module")
+def split():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def honest(split):
+    model = models.build("smallconv", split.shape, 10)
+    fit(model, split.train, split.val, standard(sce), FitConfig(epochs=10, batch_size=64, lr=3e-3), device="cpu")
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def some(split):
+    return split.test.take(slice(0, 90))
+
+
+def ask(model, some, suite="quick", **more):
+    return audit(model, some, evaluate(model, some, THREAT, suite), **more)
+
+
+def fires(judged):
+    return {finding.name for finding in judged.findings if finding.fires}
+
+
+@pytest.fixture(scope="module")
+def clean_audit(honest, some):
+    return ask(honest, some)
+
+
+# Rules.
+
+
+def finding(name="a check", *, status="fires", k=5, n=10, threshold=0.1, void=False, claims=(PGD50, ROBUST)):
+    return Finding(name, status, k, n, threshold, f"{k} of {n}", void, claims, "nobody")
+
+
+def test_a_claim_is_refuted_by_samples_that_surely_fell():
+    stands = [1] * 1000
+    assert judge(Claim(PGD50, stands), [1] * 983 + [0] * 17, []).status == "tight"  # 17 of 1,000: low 0.0087
+    assert judge(Claim(PGD50, stands), [1] * 980 + [0] * 20, []).status == "refuted"  # 20 of 1,000: low 0.0108
+    assert judge(Claim(PGD50, [0] * 1000), [0] * 1000, []).status == "tight"
+    assert "517 more of 1000 samples (51.7%)" in judge(Claim(PGD50, stands), [1] * 483 + [0] * 517, []).why
+
+
+def test_void_comes_before_refuted_and_refuted_before_loose():
+    fell, stood = [0] * 100, [1] * 100
+    broken, doubt = finding("void one", void=True), finding("loose one")
+    assert judge(Claim(ROBUST, stood), stood, [doubt, broken]).status == "void"
+    assert judge(Claim(PGD50, stood), fell, [doubt]).status == "refuted"
+    verdict = judge(Claim(ROBUST, stood), stood, [doubt, doubt])
+    assert verdict.status == "loose"
+    assert verdict.why == "5 of 10, and 1 more checks fire"
+
+
+def test_a_check_speaks_of_its_own_claims_alone():
+    doubt = finding(claims=(PGD50,))
+    assert judge(Claim(ROBUST, [1]), [1], [doubt]).status == "tight"
+    assert judge(Claim(PGD50, [1]), [1], [doubt]).status == "loose"
+    assert judge(Claim(PGD50, [1]), [1], [finding(status="holds"), finding(status="not run")]).status == "tight"
+
+
+def test_what_is_expected_to_remain_makes_a_claim_loose():
+    few, many = {"expected": 0.9, "high": 4.0}, {"expected": 1.1, "high": 4.0}
+    assert judge(Claim(ROBUST, [1] * 100), [1] * 100, [], few).status == "tight"
+    verdict = judge(Claim(ROBUST, [1] * 100), [1] * 100, [], many)
+    assert verdict.status == "loose"
+    assert verdict.why == "1.1 more of 100 are expected to fall, at most 4"
+
+
+@given(st.integers(0, 200), st.integers(1, 200))
+def test_surely_is_a_lower_bound(k, n):
+    k = min(k, n)
+    low = lower_bound_99(k, n)
+    assert 0 <= low <= k / n
+    # the definition: at this share, k or more of n come up with probability 1%
+    if k:
+        assert 1 - float(torch.distributions.Binomial(n, torch.tensor(low, dtype=torch.float64)).log_prob(
+            torch.arange(k, dtype=torch.float64)).exp().sum()) == pytest.approx(0.01, abs=1e-6)  # fmt: skip
+
+
+def test_folds_are_counted_together():
+    parts = [[finding(k=1, n=10, status="holds")], [finding(k=9, n=10)], [finding(k=0, n=0, status="not run")]]
+    (merged,) = merge(parts)
+    assert (merged.k, merged.n, merged.status) == (10, 20, "fires")
+    assert merge([[finding(status="not run", k=0, n=0)]])[0].status == "not run"
+    assert merge([[finding(k=1, n=100, threshold=0.5)], [finding(k=1, n=100, threshold=0.5)]])[0].status == "holds"
+
+
+def test_a_finding_comes_back_from_json():
+    one = finding()
+    assert Finding.from_dict(one.to_dict()) == one
+    assert one.to_dict()["value"] == 0.5
+    assert finding(k=0, n=0).to_dict()["value"] is None
+
+
+# What is left.
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.integers(0, 60), st.integers(0, 500))
+@settings(deadline=None)
+def test_the_remainder_is_an_interval(first, second, both, more, untested):
+    both = min(first, second, both)
+    tested = first + second - both + more
+    left = remaining_vulnerable(first, second, both, tested, tested + untested)
+    assert 0 <= left.low <= left.high <= more + untested
+    assert left.low <= left.expected <= more + untested
+    assert remaining_vulnerable(second, first, both, tested, tested + untested).expected == pytest.approx(left.expected)
+
+
+def test_nothing_found_in_more_samples_leaves_less_in_proportion():
+    shares = [remaining_vulnerable(0, 0, 0, n, n).high / n for n in (10, 100, 1000)]
+    assert shares == sorted(shares, reverse=True)
+    assert remaining_vulnerable(0, 0, 0, 0, 50).expected > remaining_vulnerable(0, 0, 0, 50, 50).expected
+    assert remaining_vulnerable(0, 0, 0, 0, 0).high == 0
+
+
+def test_the_remainder_of_two_runs_that_agree_is_small_and_of_two_that_do_not_is_large():
+    agree, differ = remaining_vulnerable(10, 10, 10, 100, 100), remaining_vulnerable(10, 10, 1, 100, 100)
+    assert agree.expected < 0.5
+    assert differ.expected > 15
+
+
+def test_the_interval_covers_what_is_simulated():
+    """Runs that find each breakable sample with probabilities drawn anew: the interval holds the truth."""
+    chance = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(300):
+        m = int(torch.randint(0, 40, (), generator=chance))
+        p, q = torch.rand(2, generator=chance)
+        a, b = torch.rand(m, generator=chance) < p, torch.rand(m, generator=chance) < q
+        left = remaining_vulnerable(int(a.sum()), int(b.sum()), int((a & b).sum()), 100, 100)
+        covered += left.low <= m - int((a | b).sum()) <= left.high
+    assert covered >= 270
+
+
+@pytest.mark.parametrize("bad", [(1, 1, 2, 5, 5), (3, 3, 0, 5, 9), (0, 0, 0, 6, 5), (-1, 0, 0, 5, 5)])
+def test_impossible_counts_are_refused(bad):
+    with pytest.raises(UserError, match="remainder expects"):
+        remaining_vulnerable(*bad)
+
+
+# An honest network.
+
+
+def test_no_check_fires_on_an_honest_network(clean_audit):
+    assert fires(clean_audit) == set()
+    ran = [finding.status for finding in clean_audit.findings]
+    assert ran.count("not run") <= 2  # transfer lacks a twin, and at this eps no bound may prove a sample
+
+
+def test_every_check_says_what_it_is():
+    names = [name_of(check) for check in CHECKS]
+    assert len(set(names)) == len(names) >= 20
+    for check in CHECKS:
+        assert (check.function.__doc__ or "").strip().endswith((".", ")."))
+        assert set(check.claims) <= {PGD50, ROBUST}
+        assert check.claims
+        assert check.source
+
+
+def test_an_audit_is_repeatable_and_does_not_depend_on_how_often(honest, some, clean_audit):
+    again = ask(honest, some)
+    assert again.findings == clean_audit.findings
+    assert again.remaining == clean_audit.remaining
+    assert again.measures == clean_audit.measures
+
+
+def test_an_audit_leaves_the_model_as_it_was(honest, some):
+    honest.train()
+    before = copy.deepcopy(honest.state_dict())
+    ask(honest, some)
+    assert honest.training
+    assert all(p.requires_grad for p in honest.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in honest.state_dict().items())
+    honest.eval()
+
+
+def test_what_an_audit_breaks_is_kept_as_a_witness(honest, some):
+    saturated = LIARS["logit_scale"].make(honest, 1e4)
+    lax = evaluate(saturated, some, THREAT, ())  # the published protocol alone, which stands still there
+    judged = audit(saturated, some, lax)
+    kept, number = judged.evaluation, len(lax.stages) - 1
+    new = kept.broken_by == number
+    assert judged.cost.broken == int(new.sum()) > 0
+    assert kept.stages[-1].name == "audit"
+    assert bool((lax.broken_by[new] == UNBROKEN).all())
+    x = data.pixels(some.x)
+    assert bool((THREAT.violation(kept.x_adv, x) == 0).all())
+    with torch.no_grad():
+        wrong = as_outputs(honest(kept.x_adv[new])).logits.argmax(1) != some.y[new]
+    assert bool(wrong.all())
+    assert torch.equal(kept.broken_by[~new], lax.broken_by[~new])
+
+
+def test_an_audit_comes_back_from_its_record(honest, some, clean_audit, tmp_path):
+    evaluation = evaluate(honest, some, THREAT, "quick")
+    save_audit(tmp_path / "audit.safetensors", "key", clean_audit)
+    back = load_audit(tmp_path / "audit.safetensors", "key", evaluation)
+    assert back.findings == clean_audit.findings
+    assert back.remaining == clean_audit.remaining
+    assert torch.equal(back.evaluation.x_adv, clean_audit.evaluation.x_adv)
+    assert torch.equal(back.evaluation.broken_by, clean_audit.evaluation.broken_by)
+    assert load_audit(tmp_path / "audit.safetensors", "another", evaluation) is None
+    assert load_audit(tmp_path / "missing.safetensors", "key", evaluation) is None
+
+
+def test_an_audit_is_of_the_samples_that_were_evaluated(honest, split, some):
+    with pytest.raises(UserError, match="other samples"):
+        audit(honest, split.test.take(slice(1, 91)), evaluate(honest, some, THREAT, "quick"))
+
+
+def test_a_network_that_is_never_right_has_nothing_to_check(some):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        wrong = data.Data(some.x, (as_outputs(model(data.pixels(some.x))).logits.argmax(1) + 1) % 10, some.index)
+    judged = ask(model, wrong)
+    assert {finding.status for finding in judged.findings} == {"not run"}
+    assert judged.remaining.high == 0
+
+
+def test_a_function_is_audited_too(honest, some):
+    judged = ask(lambda x: honest(x).logits, some)
+    assert fires(judged) == set()
+    statuses = {finding.name: finding.status for finding in judged.findings}
+    assert statuses["float64 changes nothing"] == "not run"
+
+
+def test_an_audit_says_what_each_claim_is_worth(honest, some, clean_audit):
+    assert clean_audit.verdict().status == "tight"
+    liar = ask(LIARS["logit_scale"].make(copy.deepcopy(honest), 1e4).eval(), some)
+    assert liar.verdict("pgd50").status == "refuted"
+    with pytest.raises(UserError, match="unknown claim 'own'"):
+        liar.verdict("own")
+    twice = checks.remaining([clean_audit, clean_audit])
+    assert (twice["tested"], twice["stood"]) == (2 * clean_audit.remaining.tested, 2 * clean_audit.remaining.stood)
+
+
+# Liars.
+
+
+@pytest.mark.parametrize(
+    ("liar", "dose", "check", "void"),
+    [
+        ("logit_scale", 1e4, "gradients of cross entropy are not zero", False),
+        ("logit_scale", 1e4, "the choice of score agrees", False),
+        ("logit_scale", 1e4, "a temperature changes nothing", False),
+        ("softmax_output", 1.0, "outputs are logits", False),
+        ("half_logits", 1.0, "arithmetic is float32", False),
+        ("half_network", 2.0, "arithmetic is float32", False),
+        ("quantised_input", 4.0, "gradients of the score are not zero", False),
+        ("quantised_input", 4.0, "a huge eps leaves nothing", False),
+        ("quantised_input", 16.0, "gradients predict slopes", False),
+        ("quantised_input", 4.0, "hidden adversarial examples are found", False),
+        ("shattered", 1e-1, "gradients predict slopes", False),
+        ("detached_graph", 1.0, "gradients predict slopes", False),
+        ("gradient_flip", 0.5, "gradients predict slopes", False),
+        ("gradient_flip", 1.0, "hidden adversarial examples are found", False),
+        ("noise", 0.05, "outputs are repeatable", False),
+        ("dropout", 0.3, "outputs are repeatable", False),
+        ("train_batch_norm", 1.0, "outputs do not depend on batch mates", True),
+        ("keeps_state", 1e-2, "the model is left as it was", True),
+        ("nan_midway", 10.0, "outputs are finite", True),
+        ("nan_off_grid", 0.1, "outputs are finite", True),
+    ],
+)
+def test_liars_are_caught(honest, some, liar, dose, check, void):
+    torch.manual_seed(0)
+    model = LIARS[liar].make(copy.deepcopy(honest), dose).eval()
+    judged = ask(model, some)
+    assert check in fires(judged)
+    robust = judged.evaluation.robust.tolist()
+    verdicts = {judge(Claim(name, robust), robust, judged.findings).status for name in (PGD50, ROBUST)}
+    assert verdicts == {"void"} if void else "loose" in verdicts
+
+
+@pytest.mark.parametrize("liar", sorted(LIARS))
+def test_a_liar_at_a_harmless_dose_is_not_accused(honest, some, liar):
+    for dose in LIARS[liar].harmless:
+        assert fires(ask(LIARS[liar].make(copy.deepcopy(honest), dose).eval(), some)) == set()
+
+
+@pytest.mark.parametrize(
+    ("liar", "dose", "said"),
+    [
+        ("batch1_raises", 1.0, "cannot answer a batch of shape \\(1, 1, 8, 8\\).*expected a batch of 2 or more"),
+        ("wrong_shape", 1.0, r"must return \(N, K\) logits"),
+        ("wrong_shape", 2.0, "with logits of shape"),
+        ("nan_midway", 0.0, "clean logits are NaN or infinite"),
+    ],
+)
+def test_what_cannot_be_measured_is_an_error_that_says_so(honest, some, liar, dose, said):
+    model = LIARS[liar].make(copy.deepcopy(honest), dose).eval()
+    with pytest.raises(UserError, match=said):
+        ask(model, some)
+
+
+def test_a_model_on_another_device_is_an_error_that_says_so(some):
+    away = nn.Linear(64, 10, device="meta")
+    with pytest.raises(UserError, match=r"meta"):
+        evaluate(lambda x: away(x.flatten(1)), some, THREAT, "quick")
+
+
+def test_saturation_by_training_is_refuted_by_the_bench_alone(split, some):
+    model = models.build("smallconv", split.shape, 10)
+    loss = lambda out, y: isce(out, y, s=100.0)  # noqa: E731
+    fit(model, split.train, split.val, standard(loss), FitConfig(epochs=10, batch_size=64, lr=3e-3), device="cpu")
+    found = evaluate(model, split.test, THREAT, "quick")
+    judged = audit(model, split.test, found)
+    robust = judged.evaluation.robust.tolist()
+    assert judge(Claim(PGD50, found.pgd50.tolist()), robust, judged.findings).status == "refuted"
+    assert judge(Claim(ROBUST, robust), robust, judged.findings).status == "tight"
+    assert {"gradients of cross entropy are not zero", "the choice of score agrees"} <= fires(judged)
+    assert judged.measures["zero_gradient"] > 0.3
+    assert math.isfinite(judged.measures["input_margin"])
+
+
+def test_images_of_a_twin_are_tried(honest, some):
+    """A network that hides its gradients from the white box falls to images made on the one it was made from."""
+    lie = LIARS["quantised_input"].make(copy.deepcopy(honest), 8.0).eval()
+    twin = evaluate(honest, some, THREAT, "quick").x_adv
+    gradients_only = (SUITES["quick"][0],)
+    judged = audit(lie, some, evaluate(lie, some, THREAT, gradients_only), transfer_source=twin)
+    assert "transfer is not stronger" in fires(judged)

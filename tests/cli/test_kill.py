@@ -1,0 +1,266 @@
+"""``kill -9`` at any moment: what was finished stays, what was not is done again, nobody is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from holdfast import cli, results
+from holdfast.attacks import SUITES, Stage
+from holdfast.experiments.compare import Comparison, compare
+from holdfast.replay import replay
+from holdfast.train import FitConfig
+
+COLUMNS = [field.name for field in dataclasses.fields(results.Samples)]
+KILLS = 50
+
+
+def write_parquet(folder, train, test):
+    digits = load_digits()
+    folder.mkdir(parents=True)
+    kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int32())])
+    for name, rows in (("train", range(train)), ("test", range(train, train + test))):
+        cells = []
+        for row in rows:
+            buffer = io.BytesIO()
+            Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(buffer, "PNG")
+            cells.append({"bytes": buffer.getvalue(), "path": None})
+        labels = [int(digits.target[row]) for row in rows]
+        pq.write_table(pa.table({"image": cells, "label": labels}, schema=kinds), folder / f"{name}.parquet")
+    return folder
+
+
+def started(folder, words):
+    """``holdfast`` in a session of its own, so that whoever is left of it can be found and ended."""
+    return subprocess.Popen(
+        [str(Path(sys.executable).parent / "holdfast"), *map(str, words)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HOLDFAST_CACHE": str(folder / "cache")},
+    )  # fmt: skip
+
+
+def members(session):
+    """The processes of a session that are not zombies, from /proc."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def left_after(session, seconds):
+    """Who is left of a session after at most so long; they are ended, by their own ids, before this returns."""
+    until = time.monotonic() + seconds
+    while members(session) and time.monotonic() < until:
+        time.sleep(0.1)
+    left = members(session)
+    for pid in left:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    return left
+
+
+def killed_at(folder, words, seconds):
+    """Starts a command, ends it with -9 after that long. Returns (was it alive, who was left 10 s later)."""
+    process = started(folder, words)
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        alive = True
+    else:
+        alive = False
+        assert process.returncode == 0, process.stderr.read().decode()
+    process.stderr.close()
+    return alive, left_after(process.pid, 10)
+
+
+def whole(folder, words):
+    process = started(folder, words)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err.decode()
+    assert not left_after(process.pid, 10)
+
+
+def assert_equal(a, b):
+    one, two = results.load(a), results.load(b)
+    assert [run.name for run in one.runs] == [run.name for run in two.runs]
+    for mine, theirs in zip(one.runs, two.runs, strict=True):
+        for column in COLUMNS:
+            assert getattr(mine.samples, column) == getattr(theirs.samples, column), (mine.name, column)
+        assert (mine.clean, mine.pgd50, mine.robust) == (theirs.clean, theirs.pgd50, theirs.robust)
+
+
+def words_for(out, *, epochs, losses="sce,isce:s=10", jobs=2):
+    return (
+        "compare", "--data", "data", "--losses", losses, "--suite", "quick", "--epochs", epochs, "--batch-size", "32",
+        "--jobs", jobs, "--device", "cpu", "--out", out,
+    )  # fmt: skip
+
+
+def in_this_process(folder, words, monkeypatch):
+    """The same command without the seconds that a start takes."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOLDFAST_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(sys, "argv", ["holdfast", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+
+
+def test_two_kills_cost_nothing_but_time(tmp_path, monkeypatch):
+    """The first while the first network is trained, the second once it is done: networks one after the other."""
+    write_parquet(tmp_path / "data", 100, 40)
+    settings = {"epochs": 60, "jobs": 1}
+    in_this_process(tmp_path, words_for("unbroken", **settings), monkeypatch)
+    first, second = (f"broken/runs/{name}-seed0-fold0" for name in ("sce", "isce_s=10"))
+    for sign in (f"{first}/config.json", f"{second}/config.json"):
+        process = started(tmp_path, words_for("broken", **settings))
+        until = time.monotonic() + 60
+        while not (tmp_path / sign).exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        assert not left_after(process.pid, 10)
+        assert not (tmp_path / "broken" / "results.json").exists()
+    assert (tmp_path / first / "train.json").exists()
+    in_this_process(tmp_path, words_for("broken", **settings), monkeypatch)
+    assert_equal(tmp_path / "unbroken", tmp_path / "broken")
+
+
+ONE_IDLE = """
+import sys, time
+from pathlib import Path
+from holdfast import jobs
+
+def work(job, tell):
+    Path(sys.argv[1], f"began{job}").touch()
+    while job:  # job 0 ends at once, and its worker waits for more that never comes
+        tell(str(job), "works", 1, 2)
+        time.sleep(0.1)
+
+if __name__ == "__main__":
+    jobs.run(work, [0, 1], workers=2, tell=lambda *_: None, finished=lambda job: Path(sys.argv[1], "ended").touch())
+"""
+
+
+def test_an_idle_worker_does_not_outlive_its_parent(tmp_path):
+    """Towards the end of a comparison one worker has nothing left to do: a kill then must end it as well."""
+    script = tmp_path / "script.py"
+    script.write_text(ONE_IDLE)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], start_new_session=True, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 60
+        while not ((tmp_path / "ended").exists() and (tmp_path / "began1").exists()) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert (tmp_path / "ended").exists()
+        assert (tmp_path / "began1").exists()
+        assert len(members(process.pid)) >= 3
+    finally:
+        process.kill()
+        process.wait()
+        left = left_after(process.pid, 10)
+    assert not left, f"{len(left)} processes waited for ever"
+
+
+class Killed(BaseException):
+    """Stands for kill -9 in this process."""
+
+
+def test_a_kill_at_any_write_of_a_comparison(tmp_path, monkeypatch):
+    """Dies before the k-th rename, for every k that there is: before the next is as good as after the last."""
+    monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(SUITES, "tiny", (Stage("apgd", "apgd", settings={"steps": 3}),))
+    data = str(write_parquet(tmp_path / "data", 60, 20))
+    comparison = Comparison(
+        data=data, losses=("sce",), suite="tiny", fit=FitConfig(epochs=2, batch_size=32, checkpoint_seconds=0)
+    )
+    compare(comparison, tmp_path / "whole")
+    wanted = sorted(str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*"))
+    real = os.replace
+    for k in range(1, 100):
+        count = [0]
+
+        def dying(source, target, *, k=k, count=count):
+            count[0] += 1
+            if count[0] == k:
+                raise Killed
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", dying)
+        out, died = tmp_path / f"out{k}", False
+        try:
+            compare(comparison, out)
+        except Killed:
+            died = True
+        monkeypatch.setattr(os, "replace", real)
+        compare(comparison, out)
+        assert_equal(out, tmp_path / "whole")
+        found = {str(path.relative_to(out)) for path in out.rglob("*") if not path.name.endswith(".tmp")}
+        assert sorted(found) == wanted, k
+        for run in (out / "runs").iterdir():
+            assert len((run / "log.jsonl").read_text().splitlines()) == 2, k
+        if not died:
+            break
+        shutil.rmtree(out)
+    assert k > 10
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments(tmp_path, monkeypatch):
+    """Each kill falls on a live command, at a moment drawn from its whole length; a finished one begins anew."""
+    write_parquet(tmp_path / "data", 600, 400)
+    settings = {"epochs": 12, "losses": "sce,isce:s=10,mmc"}
+    began = time.monotonic()
+    whole(tmp_path, words_for("unbroken", **settings))
+    took = time.monotonic() - began
+    chance = random.Random(0)
+    kills, lives, orphans = 0, 0, []
+    words = words_for("broken", **settings)
+    while kills < KILLS:
+        seconds = chance.uniform(0.05, 1.0) * took
+        alive, left = killed_at(tmp_path, words, seconds)
+        kills += alive
+        if left:
+            orphans.append((round(seconds, 2), len(left)))
+        if not alive:  # it got to its end between two kills: judge it, and begin anew
+            lives += 1
+            assert_equal(tmp_path / "unbroken", tmp_path / "broken")
+            shutil.rmtree(tmp_path / "broken")
+    whole(tmp_path, words)
+    assert_equal(tmp_path / "unbroken", tmp_path / "broken")
+    monkeypatch.chdir(tmp_path)  # where the comparison's own --data leads
+    monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
+    assert all(proof.holds for proof in replay(tmp_path / "broken"))
+    litter = [path.name for path in (tmp_path / "broken").rglob(".*tmp")]
+    print(
+        f"{kills} kills over {lives + 1} lives of {took:.1f} s; {len(litter)} temporary files left; orphans {orphans}"
+    )
+    assert not orphans, f"workers outlived the command (moment, how many): {orphans}"

@@ -1,0 +1,622 @@
+"""Contracts of compare and verify: every image judged once, work done once, bounds that are proved or refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from holdfast import results, run_folder
+from holdfast.attacks import SUITES, Stage
+from holdfast.data import load
+from holdfast.errors import UserError
+from holdfast.experiments import compare as comparing
+from holdfast.experiments import pipeline
+from holdfast.experiments.compare import Comparison, Job, compare, default_out, train_one
+from holdfast.experiments.evaluate_model import evaluate_model, from_run
+from holdfast.io import load_tensors, save_tensors
+from holdfast.region import measures
+from holdfast.replay import WITNESSES, WITNESSES_VERSION, replay
+from holdfast.train import FitConfig
+
+FIT = FitConfig(epochs=3, batch_size=50, lr=3e-3)
+TINY = Comparison(losses=("sce", "isce:s=10"), suite="tiny", folds=2, limit_train=200, fit=FIT)
+STAGES = (
+    Stage("apgd", "apgd", settings={"steps": 4}),
+    Stage("apgd-dlr-t", "apgd", "dlr", targets=2, settings={"steps": 3}),
+)
+SAMPLE_COLUMNS = [field.name for field in dataclasses.fields(results.Samples) if field.name != "certified"]
+
+
+def evaluate_run(run, threat, suite, out):
+    return evaluate_model(from_run(run), threat, suite, out)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_suite():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SUITES, "tiny", STAGES)
+        yield
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """(results, folder) of the tiny comparison. Copy the folder before you change it."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    return compare(TINY, out, command="holdfast compare --tiny"), out
+
+
+@pytest.fixture
+def copied(original, tmp_path):
+    shutil.copytree(original[1], tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def parquet(tmp_path, monkeypatch):
+    """Some digits as a parquet folder with a test split of 60."""
+    monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
+    digits = load_digits()
+    (tmp_path / "data").mkdir()
+    kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int32())])
+    for name, rows in (("train", range(200)), ("test", range(200, 260))):
+        cells = []
+        for row in rows:
+            buffer = io.BytesIO()
+            Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(buffer, "PNG")
+            cells.append({"bytes": buffer.getvalue(), "path": None})
+        table = pa.table({"image": cells, "label": [int(digits.target[row]) for row in rows]}, schema=kinds)
+        pq.write_table(table, tmp_path / "data" / f"{name}.parquet")
+    return str(tmp_path / "data")
+
+
+def by_loss(found, loss):
+    return next(run for run in found.runs if run.loss == loss)
+
+
+def witnesses_of(folder):
+    return load_tensors(folder / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION)
+
+
+def rewrite(folder, tensors, about):
+    save_tensors(folder / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION, tensors, about)
+
+
+def test_every_image_is_judged_once_for_every_loss(original):
+    found, out = original
+    assert results.load(out) == results.load(out / "results.json") == found
+    assert [(run.loss, run.seed, run.n) for run in found.runs] == [("sce", 0, 1797), ("isce:s=10", 0, 1797)]
+    for run in found.runs:
+        assert sorted(run.samples.index) == list(range(1797))
+        assert len(results.rows(found)) == 2
+        assert run.train["networks"] == 2
+    truth = load_digits().target
+    for run in found.runs:
+        assert [truth[i] for i in run.samples.index] == list(run.samples.y)
+    assert by_loss(found, "sce").samples.index == by_loss(found, "isce:s=10").samples.index  # paired
+
+
+def test_the_columns_tell_one_story(original):
+    for run in original[0].runs:
+        s = run.samples
+        clean, published, robust, stage = (torch.tensor(c) for c in (s.clean, s.pgd50, s.robust, s.stage))
+        assert bool((robust <= published).all())
+        assert bool((published <= clean).all())
+        assert torch.equal(clean.bool(), torch.tensor(s.prediction) == torch.tensor(s.y))
+        assert torch.equal(stage == -2, clean == 0)
+        assert torch.equal(stage == -1, robust == 1)
+        for name in ("clean", "pgd50", "robust"):
+            column, interval = getattr(s, name), getattr(run, name)
+            assert interval == results.proportion(sum(column), run.n)
+        assert run.robust.value <= run.pgd50.value <= run.clean.value
+        assert run.clean.value > 0.3
+        margin, margin_adv = torch.tensor(s.margin), torch.tensor(s.margin_adv)
+        assert bool(((margin > 0) == (clean == 1))[margin != 0].all())
+        assert bool((margin_adv <= margin + 1e-4).all())
+        broken = stage >= 0
+        assert bool((margin_adv[broken] <= 0).all())
+        assert bool((margin_adv[robust == 1] >= 0).all())
+        # stages: 0 is the clean pass; each later one broke as many as its number stands beside
+        assert run.stages[0].name == "clean"
+        assert [st.name for st in run.stages[1:]] == ["pgd50", "apgd", "apgd-dlr-t", "audit", "region"]
+        for number, st in enumerate(run.stages[1:], 1):
+            assert st.broken == int((stage == number).sum()), st.name
+        assert run.cost["forwards"] == sum(st.forwards for st in run.stages)
+        assert run.cost["backwards"] == sum(st.backwards for st in run.stages)
+
+
+def test_the_json_has_the_promised_fields(original):
+    raw = json.loads((original[1] / "results.json").read_text())
+    assert raw["schema"] == 3
+    for run in raw["runs"]:
+        wanted = {"name", "loss", "seed", "threat", "n", "clean", "pgd50", "robust", "verdict", "checks", "cost"}
+        assert wanted <= set(run)
+        assert set(run["threat"]) == {"norm", "eps", "lo", "hi"}
+        for interval in ("clean", "pgd50", "robust"):
+            assert set(run[interval]) == {"value", "low", "high"}
+        assert isinstance(run["checks"], list)
+        assert {"forwards", "backwards", "seconds"} <= set(run["cost"])
+    assert raw["data"]["n"] == 1797
+    assert raw["data"]["name"] == "digits"
+    assert len(raw["data"]["classes"]) == 10
+    assert raw["command"] == "holdfast compare --tiny"
+    assert raw["settings"]["losses"] == ["sce", "isce:s=10"]
+    assert raw["environment"]["torch"] == torch.__version__
+
+
+def test_examples_are_broken_samples_as_pictures(original):
+    import base64
+
+    for run in original[0].runs:
+        assert 0 < len(run.examples) <= 6
+        where = {index: row for row, index in enumerate(run.samples.index)}
+        for example in run.examples:
+            assert run.samples.stage[where[example.index]] >= 0
+            assert run.samples.y[where[example.index]] == example.y != example.prediction_adv
+            for png in (example.x_png, example.x_adv_png, example.delta_png):
+                assert base64.b64decode(png).startswith(b"\x89PNG")
+
+
+def test_the_inference_region_is_measured_in_every_fold(original):
+    found, _ = original
+    for run in found.runs:
+        assert run.region["n"] == 2 * 512  # of each fold
+        assert len(run.region["distances"]["distance"]) == 2 * measures.WALKED
+        assert run.region["space"] == "features"
+        assert 0 <= run.region["two_sample"]["auc"] <= 1
+        assert run.picture["classes"] == 10
+        assert run.region["s"] == (10 if run.loss == "isce:s=10" else None)
+    column = dict(zip(found.runs[0].samples.index, found.runs[0].samples.clean, strict=True))
+    told = found.runs[0].region["distances"]
+    for index, distance in zip(told["index"], told["distance"], strict=True):
+        assert (distance == 0) == (not column[index])  # wrong already: no distance at all
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(16, [None, 64, 16]), (1, [None, 64, 16, 4, 1]), (0, [None, 64, 16, 4, 1])]
+)
+def test_where_memory_runs_out_the_region_is_asked_for_in_smaller_batches(most, sizes):
+    asked = []
+
+    def ask(batch_size):
+        asked.append(batch_size)
+        if batch_size is None or batch_size > most:
+            raise torch.OutOfMemoryError
+        return {"size": batch_size}
+
+    with pytest.raises(torch.OutOfMemoryError) if most == 0 else contextlib.nullcontext():
+        assert pipeline._fitting(ask) == {"size": sizes[-1]}
+    assert asked == sizes
+
+
+def test_the_same_again_does_no_work(original, copied, monkeypatch):
+    def no(*_, **__):
+        pytest.fail("the work was done again")
+
+    monkeypatch.setattr(comparing, "fit", no)
+    monkeypatch.setattr("holdfast.evaluation.Cascade._judge", no)
+    again = compare(TINY, copied, command="holdfast compare --tiny")
+    assert again.runs == original[0].runs
+    assert again.data == original[0].data
+
+
+def test_a_damaged_record_of_the_region_is_measured_again(original, copied):
+    for path in (copied / "runs").glob("*/region-*"):
+        path.write_bytes(path.read_bytes()[:-9])
+    for was, run in zip(original[0].runs, compare(TINY, copied).runs, strict=True):
+        assert (run.region, run.picture, run.samples) == (was.region, was.picture, was.samples)
+
+
+def test_what_the_minimal_attack_breaks_counts(copied, original, monkeypatch):
+    for path in (copied / "runs").glob("*/region-*"):
+        path.unlink()
+    with monkeypatch.context() as here:  # it "breaks" each sample at the image itself
+        here.setattr(measures, "smallest", lambda model, x, y, threat, **_: (x, torch.zeros(len(y))))
+        found = compare(TINY, copied).runs
+    for was, run in zip(original[0].runs, found, strict=True):
+        assert run.stages[-1].broken > 0
+        assert sum(run.samples.robust) == sum(was.samples.robust) - run.stages[-1].broken
+        assert run.region["missed"] == 0
+    assert [run.robust for run in compare(TINY, copied).runs] == [run.robust for run in found]  # read from the record
+
+
+@pytest.mark.parametrize("votes", [1, 2])
+def test_of_what_the_minimal_attack_breaks_only_what_stood_counts(votes, copied, monkeypatch):
+    model, (one,) = comparing.train_and_attack(job(copied / "run"), quiet)
+    one = dataclasses.replace(one, evaluation=dataclasses.replace(one.evaluation, votes=votes))
+    n = len(one.evaluation.y)
+
+    def everything(model, x, y, *_, keep, **__):
+        keep(torch.arange(n), one.evaluation.x_adv, torch.full((n,), -1.0), y)
+        return {"missed": n, "distances": {"index": []}, "passes": {"forwards": 3, "backwards": 2}}
+
+    monkeypatch.setattr(pipeline.region, "measure", everything)
+    monkeypatch.setattr(pipeline.region, "picture", lambda *_, **__: {})
+    told = [pipeline.cached_region(one, model, copied / "region", quiet, seed=0) for _ in range(2)]  # made, then read
+    stood = int(one.evaluation.robust.sum())
+    assert 0 < stood < n
+    for found in told:
+        assert found.evaluation.stages[-1].broken == (stood if votes == 1 else 0)
+        assert int(found.evaluation.robust.sum()) == (0 if votes == 1 else stood)
+        assert found.region["missed"] == (0 if votes == 1 else None)
+
+
+def test_lost_results_are_assembled_from_what_is_there(original, copied):
+    for name in ("results.json", "witnesses.safetensors"):
+        (copied / name).unlink()
+    again = compare(TINY, copied)
+    assert [run.samples for run in again.runs] == [run.samples for run in original[0].runs]
+    assert [run.robust for run in again.runs] == [run.robust for run in original[0].runs]
+    assert all(proof.holds for proof in replay(copied))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"losses": ("sce",)}, {"losses": ("isce:s=10", "sce")}, {"threat": "linf:0.2"}, {"suite": "quick"},
+        {"seeds": 2}, {"folds": 3}, {"limit_train": 100}, {"objective": "adversarial:steps=2"}, {"model": "mlp"},
+        {"fit": dataclasses.replace(FIT, epochs=4)},
+    ],
+)  # fmt: skip
+def test_another_comparison_in_the_same_folder_is_refused(change, copied):
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"another configuration \(they differ in {next(iter(change))}\)"):
+        compare(dataclasses.replace(TINY, **change), copied)
+    assert before == {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+
+
+def test_two_workers_find_what_one_finds(parquet, tmp_path):
+    """In processes of their own, which a patched suite does not reach: so with "quick"."""
+    small = dataclasses.replace(TINY, data=parquet, suite="quick", folds=0)
+    told, ended = [], []
+
+    def tell(*said):
+        told.append(said)
+
+    def finished(job, done, total):
+        ended.append((job.folder.name, done, total))
+
+    two = compare(small, tmp_path / "two", workers=2, tell=tell, finished=finished)
+    one = compare(small, tmp_path / "one", workers=1)
+    for a, b in zip(one.runs, two.runs, strict=True):
+        assert a.samples.certified == b.samples.certified
+        for column in SAMPLE_COLUMNS:
+            mine, theirs = (torch.tensor(getattr(run.samples, column)) for run in (a, b))
+            if column.startswith("margin"):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-4)
+            else:
+                assert (mine != theirs).float().mean() <= 0.005, column
+    assert [done for _, done, _ in ended] == [1, 2]
+    assert {total for _, _, total in ended} == {2}
+    assert {name for name, *_ in ended} == {path.name for path in (tmp_path / "two" / "runs").iterdir()}
+    assert {job for job, *_ in told} <= {name for name, *_ in ended}
+    assert all(0 < done <= total for _, _, done, total in told)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_a_job_comes_out_as_it_is(workers, parquet, tmp_path):
+    """One network's folder is somebody else's: the message is the user's, not a pool's."""
+    theirs = tmp_path / "out" / "runs" / run_folder.folder_name("isce:s=10", 0, 0)
+    theirs.mkdir(parents=True)
+    (theirs / "config.json").write_text('{"fit": "another"}')
+    with pytest.raises(UserError, match=r"isce_s=10-seed0-fold0 holds a run with another configuration"):
+        compare(dataclasses.replace(TINY, data=parquet, suite="quick", folds=0), tmp_path / "out", workers=workers)
+
+
+def test_seeds_are_networks_of_their_own(tmp_path):
+    comparison = dataclasses.replace(
+        TINY, losses=("sce",), seeds=2, suite="tiny", limit_train=50, fit=dataclasses.replace(FIT, epochs=1)
+    )
+    found = compare(comparison, tmp_path)
+    assert [(run.loss, run.seed) for run in found.runs] == [("sce", 0), ("sce", 1)]
+    assert found.runs[0].samples.prediction != found.runs[1].samples.prediction
+    assert len(results.rows(found)) == 1
+    assert results.rows(found)[0].interval == "mean and 95% t interval over 2 seeds"
+    assert all(proof.holds for proof in replay(tmp_path))
+    assert len(list((tmp_path / "runs").iterdir())) == 4
+
+
+def test_settings_are_chosen_on_validation_images_and_judged_on_fresh_seeds(tmp_path):
+    comparison = dataclasses.replace(
+        TINY, losses=("sce",), folds=1, seeds=2, first_seed=3, on="val", fit=dataclasses.replace(FIT, epochs=1)
+    )
+    found = compare(comparison, tmp_path)
+    split = load("digits", limit_train=200)
+    assert [run.seed for run in found.runs] == [3, 4]
+    assert sorted(found.runs[0].samples.index) == sorted(split.val.index.tolist())
+    assert found.data["name"] == "digits, validation images"
+    assert all(proof.holds for proof in replay(tmp_path))
+    judged = from_run(next((tmp_path / "runs").iterdir()))  # the same network, judged on its own: on test images
+    assert judged.split.fingerprint == load("digits").fingerprint
+
+
+# Refusals: before anything is trained, and before the folder is anybody's.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"losses": ("sce", "mmc", "sce")}, r"the loss 'sce' is named twice"),
+        ({"losses": ("sce", " sce ")}, r"the loss 'sce' is named twice"),
+        ({"losses": ()}, r"loss"),
+        ({"losses": ("icse",)}, r"Did you mean 'isce'"),
+        ({"losses": ("isce:s=-1",)}, r">= 0"),
+        ({"threat": "linf"}, r"cannot read the threat 'linf'"),
+        ({"threat": "linf:0"}, r"eps must be a positive"),
+        ({"threat": "linf:-0.1"}, r"eps must be a positive"),
+        ({"threat": "l3:0.1"}, r"unknown norm 'l3'"),
+        ({"suite": "quik"}, r"unknown suite 'quik'\. Did you mean 'quick'"),
+        ({"objective": "adversrial"}, r"unknown objective 'adversrial'\. Did you mean 'adversarial'"),
+        ({"objective": "adversarial:step=3"}, r"Did you mean 'steps'"),
+        ({"objective": "standard:steps=3"}, r"unknown setting"),
+        ({"objective": "adversarial:steps=many"}, r"steps of objective 'adversarial' must be a number"),
+        ({"objective": "adversarial:steps=2.5"}, r"steps"),
+        ({"objective": "adversarial:steps=0"}, r"steps"),
+        ({"objective": "adversarial:step_size=big"}, r"step_size"),
+        ({"objective": "adversarial:score=u"}, r"score"),
+        ({"model": "smalconv"}, r"unknown model 'smalconv'\. Did you mean 'smallconv'"),
+        ({"seeds": 0}, r"seeds must be >= 1"),
+        ({"folds": -1}, r"folds"),
+        ({"limit": -1}, r"limit"),
+        ({"limit_train": -5}, r"limit_train"),
+        ({"first_seed": -1}, r"first_seed"),
+        ({"data": "digts"}, r"unknown data set 'digts'\. Did you mean 'digits'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(change, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "fit", lambda *_, **__: pytest.fail("a network was trained first"))
+    with pytest.raises(UserError, match=message):
+        compare(dataclasses.replace(TINY, **change), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [({"data": "digts"}, {"data": "digits"}), ({"model": "preactresnet18"}, {"model": "smallconv"})],
+)
+def test_a_mended_command_may_use_the_folder_of_the_wrong_one(wrong, right, tmp_path):
+    """Nothing was trained, so the folder is nobody's yet: a typing error must not cost a folder's name."""
+    small = dataclasses.replace(TINY, losses=("sce",), limit_train=50, fit=dataclasses.replace(FIT, epochs=1))
+    with pytest.raises(UserError):
+        compare(dataclasses.replace(small, **wrong), tmp_path)
+    assert compare(dataclasses.replace(small, **right), tmp_path).runs[0].n == 1797
+
+
+def test_equal_comparisons_share_a_folder_and_others_do_not():
+    assert default_out(TINY) == default_out(dataclasses.replace(TINY))
+    assert default_out(Comparison(folds=5)) == default_out(Comparison(folds=0))  # the data's own number
+    others = [{"seeds": 2}, {"suite": "quick"}, {"threat": "l2:0.5"}, {"fit": dataclasses.replace(FIT, epochs=9)}]
+    assert len({default_out(dataclasses.replace(TINY, **change)) for change in [{}, *others]}) == 5
+    for text in ("linf:8/255", "l2:0.5"):
+        assert len(default_out(dataclasses.replace(TINY, threat=text)).parts) == 2
+
+
+# Verify: the witnesses against the networks.
+
+
+def test_verify_proves_what_was_claimed(original):
+    found, out = original
+    proofs = replay(out)
+    assert [proof.run for proof in proofs] == [f"{run.name}, linf 0.1" for run in found.runs]
+    for proof, run in zip(proofs, found.runs, strict=True):
+        assert proof.holds
+        assert proof.failed == 0
+        assert proof.bound == pytest.approx(run.robust.value)
+        assert proof.wrong == run.n - sum(run.samples.clean)
+        assert proof.broken == sum(stage >= 0 for stage in run.samples.stage)
+    assert [(p.wrong, p.broken) for p in replay(out, batch_size=77)] == [(p.wrong, p.broken) for p in proofs]
+
+
+def test_a_folder_that_was_moved_still_proves_itself(copied, tmp_path, monkeypatch):
+    moved = tmp_path / "elsewhere" / "deep"
+    moved.parent.mkdir()
+    copied.rename(moved)
+    assert all(proof.holds for proof in replay(moved))
+    monkeypatch.chdir(moved.parent)
+    assert all(proof.holds for proof in replay(moved.relative_to(moved.parent)))
+
+
+def clean_images(index):
+    digits = torch.from_numpy(load_digits().images * (255 / 16)).round().to(torch.uint8)[:, None]
+    return digits[index].float() / 255
+
+
+def image_back(x_adv, index):
+    x_adv[0] = clean_images(index)[0]
+
+
+def outside_eps(x_adv, index):
+    x = clean_images(index)[0]
+    x_adv[0] = (x + (x_adv[0] - x) * 1.05).clamp(0, 1)
+    x_adv[0].view(-1)[0] = (x.view(-1)[0] - 0.11).clamp(0) if x.view(-1)[0] > 0.5 else x.view(-1)[0] + 0.11
+
+
+def outside_the_box(x_adv, index):
+    x_adv[0].view(-1)[0] = -1e-3
+
+
+def not_a_number(x_adv, index):
+    x_adv[0].view(-1)[0] = torch.nan
+
+
+def moved_by_one(x_adv, index):
+    index.copy_(index.roll(1))
+
+
+@pytest.mark.parametrize("tamper", [image_back, outside_eps, outside_the_box, not_a_number, moved_by_one])
+def test_a_tampered_witness_fails(tamper, copied):
+    tensors, about = witnesses_of(copied)
+    tamper(tensors["0/x_adv"], tensors["0/index"])
+    rewrite(copied, tensors, about)
+    bad, *good = replay(copied)
+    assert not bad.holds
+    assert bad.failed >= 1
+    assert all(proof.holds for proof in good)
+
+
+def test_a_witness_cannot_count_twice(copied):
+    """The second witness is replaced by a copy of the first: as many as before, but one sample fewer is proved."""
+    tensors, about = witnesses_of(copied)
+    before = replay(copied)[0].broken
+    for name in ("index", "x_adv"):
+        tensors[f"0/{name}"][1] = tensors[f"0/{name}"][0]
+    rewrite(copied, tensors, about)
+    proof = replay(copied)[0]
+    assert proof.broken == before - 1
+    assert not proof.holds
+
+
+def test_a_missing_witness_fails(copied):
+    tensors, about = witnesses_of(copied)
+    for name in ("index", "x_adv"):
+        tensors[f"0/{name}"] = tensors[f"0/{name}"][1:].clone()
+    rewrite(copied, tensors, about)
+    proof = replay(copied)[0]
+    assert (proof.failed, proof.holds) == (0, False)
+
+
+def test_a_claim_that_is_too_low_fails(copied):
+    raw = json.loads((copied / "results.json").read_text())
+    raw["runs"][0]["robust"] = {"value": 0.0, "low": 0.0, "high": 0.1}
+    (copied / "results.json").write_text(json.dumps(raw))
+    assert [proof.holds for proof in replay(copied)] == [False, True]
+
+
+def test_a_network_that_is_listed_twice_or_not_at_all_fails(copied):
+    """Each of the n samples is to be judged by one network: no more, no less."""
+    tensors, about = witnesses_of(copied)
+    twice = {"networks": [about["networks"][0], about["networks"][0], *about["networks"][2:]]}
+    tensors |= {"1/index": tensors["0/index"].clone(), "1/x_adv": tensors["0/x_adv"].clone()}
+    rewrite(copied, tensors, twice)
+    assert not replay(copied)[0].holds
+
+
+def test_swapped_weights_fail(copied):
+    folders = [copied / "runs" / run_folder.folder_name(loss, 0, 0) for loss in TINY.losses]
+    one, two = (folder / "model.safetensors" for folder in folders)
+    kept = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(kept)
+    assert not any(proof.holds for proof in replay(copied))
+
+
+def test_other_data_is_refused(copied):
+    tensors, about = witnesses_of(copied)
+    about["networks"][0]["fingerprint"] = "0" * 16
+    rewrite(copied, tensors, about)
+    with pytest.raises(UserError, match=r"is not what the witnesses were made from \(fingerprint\)"):
+        replay(copied)
+
+
+@pytest.mark.parametrize("name", ["results.json", "witnesses.safetensors"])
+def test_missing_or_damaged_files_are_named(name, copied):
+    whole = (copied / name).read_bytes()
+    (copied / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        replay(copied)
+    (copied / name).unlink()
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        replay(copied)
+
+
+def test_a_missing_network_is_named(copied):
+    shutil.rmtree(copied / "runs" / run_folder.folder_name("sce", 0, 1))
+    with pytest.raises(UserError, match="sce-seed0-fold1"):
+        replay(copied)
+
+
+def test_an_index_that_the_data_does_not_have_is_a_user_error_or_a_failure(copied):
+    tensors, about = witnesses_of(copied)
+    tensors["0/index"][0] = 10**6
+    rewrite(copied, tensors, about)
+    with contextlib.suppress(UserError):
+        assert not replay(copied)[0].holds
+
+
+# One network at a time.
+
+
+def job(folder, loss="sce", epochs=1, seed=0, fold=0, **change):
+    comparison = dataclasses.replace(
+        TINY, losses=(loss,), fit=dataclasses.replace(FIT, epochs=epochs), **change
+    ).checked()  # fmt: skip
+    return Job(comparison, loss, seed, fold, folder, "cpu")
+
+
+def quiet(*_):
+    pass
+
+
+@pytest.mark.parametrize("row", ["isce:s=attack+adversarial:steps=2", "isce:s=lipschitz@orthogonal+lipmlp:width=16",
+                                 "sce+trades:steps=2+fit:epochs=1,keep=best"])  # fmt: skip
+def test_a_row_with_an_objective_of_its_own_is_trained_once_and_opened_again(row, tmp_path, monkeypatch):
+    one = job(tmp_path / "run", loss=row)
+    model, trained, _ = train_one(one, quiet)
+    monkeypatch.setattr(comparing, "fit", lambda *_, **__: pytest.fail("trained again"))
+    again, same, _ = train_one(one, quiet)
+    assert same == trained
+    assert run_folder.weights_hash(again) == run_folder.weights_hash(model)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all("val_robust" in line for line in lines)
+
+
+def test_a_finished_run_folder_is_not_handed_out_for_another_job(tmp_path):
+    """Asked for another loss, seed, fold or schedule, the folder of a finished run is refused, not returned."""
+    train_one(job(tmp_path / "run"), quiet)
+    changes = [{"loss": "mmc"}, {"epochs": 2}, {"seed": 1}, {"fold": 1}, {"limit_train": 100}, {"model": "mlp"}]
+    for change in changes:
+        with pytest.raises(UserError, match="another configuration"):
+            train_one(job(tmp_path / "run", **change), quiet)
+    train_one(job(tmp_path / "run"), quiet)
+
+
+def test_an_evaluation_of_other_weights_is_not_handed_out(tmp_path):
+    """The run was trained anew in the same place: what is recorded in --out belongs to the weights that are gone."""
+    run, out = tmp_path / "run", tmp_path / "evaluation"
+    train_one(job(run, epochs=2), quiet)
+    first = evaluate_run(run, "linf:0.1", "tiny", out)
+    assert evaluate_run(run, "linf:0.1", "tiny", out).runs[0].samples == first.runs[0].samples
+    shutil.rmtree(run)
+    train_one(job(run, epochs=2, seed=5), quiet)
+    try:
+        second = evaluate_run(run, "linf:0.1", "tiny", out)
+    except UserError:
+        return  # refused: as good
+    assert second.runs[0].samples != first.runs[0].samples
+    assert all(proof.holds for proof in replay(out))
+
+
+def test_evaluating_a_run_of_the_comparison_repeats_its_numbers(original, tmp_path):
+    found, out = original
+    alone = evaluate_run(out / "runs" / run_folder.folder_name("sce", 0, 0), "linf:0.1", "tiny", tmp_path / "one")
+    wanted = by_loss(found, "sce").samples
+    half = alone.runs[0].samples
+    assert len(half) in (898, 899)
+    assert half.certified == (wanted.certified and wanted.certified[: len(half)])
+    for column in SAMPLE_COLUMNS:
+        assert getattr(half, column) == getattr(wanted, column)[: len(half)], column
+    assert all(proof.holds for proof in replay(tmp_path / "one"))
+    with pytest.raises(UserError, match="another configuration"):
+        evaluate_run(out / "runs" / run_folder.folder_name("sce", 0, 0), "linf:0.2", "tiny", tmp_path / "one")
+
+
+def test_a_larger_eps_leaves_less(original, tmp_path):
+    run = original[1] / "runs" / run_folder.folder_name("sce", 0, 0)
+    robust = [evaluate_run(run, f"linf:{eps}", "tiny", tmp_path / eps).runs[0].robust.value for eps in ("0.02", "0.3")]
+    assert robust[0] > original[0].runs[0].robust.value > robust[1]
+
+
+def test_a_folder_that_is_no_run_is_refused(original, tmp_path):
+    with pytest.raises(UserError, match="is no run folder"):
+        evaluate_run(original[1] / "runs", "linf:0.1", "tiny", tmp_path / "one")
+    with pytest.raises(UserError):
+        evaluate_run(original[1], "linf:0.1", "tiny", tmp_path / "two")  # the comparison's folder, not a run's

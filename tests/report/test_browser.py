@@ -1,0 +1,70 @@
+"""The report in a real browser: no word in its console, nothing asked of a network, verdict and table readable."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from tests.report.test_report import EVIL
+from tests.results.test_results import make_results, make_run
+
+from holdfast import report
+from holdfast import results as R
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
+
+
+def browse(page, folder, *flags):
+    """(DOM after loading, console lines, addresses asked for)."""
+    log = folder / "net.json"
+    done = subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--enable-logging=stderr",
+            f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--dump-dom", *flags, page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    events = json.loads(log.read_text())["events"]
+    requests = [e["params"] for e in events if {"url", "initiator"} <= (e.get("params") or {}).keys()]
+    by_page = {r["url"] for r in requests if r["initiator"] != "not an origin"}  # those are the browser's own errands
+    return done.stdout, console, {url for url in by_page if not url.startswith(("file:", "data:", "chrome"))}
+
+
+def words(dom):
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style.*?</style>", "", dom, flags=re.S)))
+
+
+def test_the_page_opens_from_disk_and_asks_for_nothing(tmp_path):
+    dom, console, asked = browse(report.render(make_results(), tmp_path / "report.html"), tmp_path)
+    assert console == []
+    assert asked == set()
+    text = words(dom)
+    assert "isce:s=100: published 79.0% but at most 19.5% is true." in text
+    body = re.search(r'<table class="main.*?</table>', dom, re.S)[0]
+    for row in R.rows(make_results()):
+        assert row.label in words(body)
+        assert R.percent(row.robust.value) in words(body)
+
+
+def test_the_browser_test_can_fail(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text("<script>console.error('broken')</script><img src='http://127.0.0.1:9/picture.png'>")
+    _, console, asked = browse(page, tmp_path)
+    assert any("broken" in line for line in console)
+    assert asked == {"http://127.0.0.1:9/picture.png"}
+
+
+def test_markup_in_class_names_is_text_to_a_browser(tmp_path):
+    results = make_results([make_run(EVIL, name=EVIL)], classes=[EVIL] * 10)
+    dom, console, asked = browse(report.render(results, tmp_path / "report.html"), tmp_path)
+    assert console == []
+    assert asked == set()
+    assert "<script" not in dom
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in dom

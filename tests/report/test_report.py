@@ -1,0 +1,454 @@
+"""report: the page says what the data say, escapes what it shows, and asks nothing of the network."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from tests.results.test_results import THREAT, make_results, make_run, proved
+
+from holdfast import report
+from holdfast import results as R
+from holdfast.errors import UserError
+
+EVIL = "<script>alert(1)</script>\"'&--><b>"
+
+
+class Page(HTMLParser):
+    """Text, tags and attributes of a page; complains about tags that do not close."""
+
+    VOID = ("meta", "img", "br", "path", "use", "rect", "circle", "line")
+
+    def __init__(self, path):
+        super().__init__()
+        self.source, self.attributes, self.tags, self.open, self.words = path.read_text(), [], [], [], []
+        self.feed(self.source)
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, k, v) for k, v in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, k, v) for k, v in attrs]
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+
+@pytest.fixture
+def page(tmp_path):
+    return Page(report.render(make_results(), tmp_path / "report.html"))
+
+
+def test_the_numbers_are_the_datas(page):
+    results = make_results()
+    for row in R.rows(results):
+        for i in (row.clean, row.pgd50, row.robust):
+            assert f"{R.percent(i.low)} to {R.percent(i.high)}" in page.text
+            assert R.percent(i.value) in page.text
+        assert row.verdict in page.text
+    assert "≤ 41.0" in page.text
+    assert "isce:s=100: published 79.0% but at most 19.5% is true." in page.text
+    assert "Most robust: isce:s=4.6, at most 41.0% (95% interval 34.1 to 48.2)." in page.text
+    beyond = np.mean(np.array(results.runs[1].samples.margin) > 24 * np.log(2))
+    assert f"{R.percent(beyond)}% beyond 16.6" in page.text
+    for label, names, n in (
+        ("threat", "linf 0.1", "200, 1 × 12 × 12"),
+        ("seeds", "0", "0.1.0"),
+        ("loss", "sce", "2.6"),
+    ):
+        assert label in page.text
+        assert names in page.text
+        assert n in page.text
+    assert results.command in page.text
+    assert "9f2c41d0" in page.text
+    for name, n, values in report.per_class(results)[1]:
+        assert f"{name} {n} {' '.join(R.percent(v) for v in values)}" in page.text
+
+
+def test_every_section_is_there(page):
+    for heading in (
+        "Clean, published, robust",
+        "Which stage broke how many",
+        "Margins and the float32 dead zone",
+        "Class by class",
+        "What breaks them",
+        "Is the difference more than chance?",
+        "Run by run",
+        "To reproduce",
+    ):
+        assert heading in page.text
+    assert page.tags.count("svg") == 3
+    assert re.search(r"was \d, becomes \d", page.text)
+
+
+def test_it_asks_nothing_of_the_network(page):
+    assert "http:" not in page.source
+    assert "https:" not in page.source
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    for _, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+            assert value.startswith(("data:image/png;base64,", "#")), value
+        assert not name.startswith("on")
+    assert "url(" not in re.sub(r"url\(#", "", page.source)
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
+    ids = [v for _, k, v in page.attributes if k == "id"]
+    used = set(re.findall(r"url\(#([^)]+)\)", page.source)) | {v[1:] for _, k, v in page.attributes if k == "href"}
+    assert len(ids) == len(set(ids))
+    assert used <= set(ids)
+
+
+def test_markup_in_names_is_shown_not_obeyed(tmp_path):
+    checks = [{"name": EVIL, "x": EVIL}, EVIL]
+    runs = [
+        make_run(EVIL, name=EVIL, verdict=R.Verdict("loose", EVIL), checks=checks, train={EVIL: EVIL}),
+        make_run("$\\frac{", threat={**THREAT, "norm": EVIL}),
+    ]
+    stages = [dataclasses.replace(s, name=f"{EVIL}{s.name}") for s in runs[0].stages]
+    runs[0] = dataclasses.replace(runs[0], stages=stages)
+    runs.append(make_run('id="x url(#y'))
+    sneaky = dataclasses.replace(runs[0].examples[0], x_png='" onerror="alert(1)')
+    runs[0] = dataclasses.replace(runs[0], examples=[sneaky, *runs[0].examples[1:]])
+    results = make_results(runs, classes=[EVIL] * 10, command=EVIL, settings={EVIL: EVIL}, environment={"a": [EVIL]})
+    results = dataclasses.replace(results, data={**results.data, "name": EVIL})
+    page = Page(report.render(results, tmp_path / "report.html"))
+    assert "script" not in page.tags
+    assert "onerror" not in page.source
+    assert page.text.count("<script>alert(1)</script>") > 20
+    assert page.text.count('id="x url(#y') >= 5
+    assert not any(k.startswith("on") for _, k, _ in page.attributes)
+    report.figures(results, tmp_path)
+
+
+def test_the_same_data_make_the_same_bytes(tmp_path):
+    a, b = (report.render(make_results(), tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
+    assert a == b
+
+
+def test_figures_are_files(tmp_path):
+    written = report.figures(make_results(classes=["α", "日本", "🙂", *"0123456"]), tmp_path / "figures")
+    names = ("accuracy", "stages", "margins", "classes")
+    pictures = [f"{n}.{form}" for n in names for form in ("svg", "png")]
+    assert [p.name for p in written] == [*pictures, "table.csv", "table.tex", "table.md"]
+    for path in written[: len(pictures)]:
+        if path.suffix == ".svg":
+            assert "isce:s=100" in "".join(ET.parse(path).getroot().itertext())
+        else:
+            assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_seeds_are_compared_by_pairs_of_seeds(tmp_path):
+    robust = {"sce": (0.38, 0.36, 0.40), "isce:s=1": (0.30, 0.31, 0.33), "mmc": (0.38, 0.36, 0.40)}
+    results = make_results([make_run(k, seed=s, robust=v) for k, vs in robust.items() for s, v in enumerate(vs)])
+    first, second = report.compare(results)
+    expected = R.paired_t(robust["isce:s=1"], robust["sce"])
+    assert first.p == pytest.approx(expected.p)
+    assert first.p_holm == pytest.approx(2 * expected.p)
+    assert (first.low, first.high) == pytest.approx((expected.low, expected.high))
+    assert (second.difference, second.p_holm) == (0.0, 1.0)
+    page = Page(report.render(results, tmp_path / "r.html"))
+    assert "paired t over 3 seeds; fewer than the 8 a claim needs" in page.text
+    assert "mean and 95% t interval over 3 seeds" in page.text
+    assert f"{100 * expected.difference:+.1f}".replace("-", "−") in page.text
+
+
+def test_one_seed_is_compared_on_the_same_samples():
+    results = make_results()
+    a, b = results.runs[0].samples.robust, results.runs[1].samples.robust
+    first = report.compare(results)[0]
+    assert first.p == R.mcnemar(b, a)
+    assert first.difference == pytest.approx((sum(b) - sum(a)) / 200)
+    assert [c.p_holm for c in report.compare(results)] == R.holm([c.p for c in report.compare(results)])
+
+
+def test_what_cannot_be_compared_says_why():
+    moved = make_run("b").samples
+    runs = [
+        make_run("a"),
+        make_run("b", samples=dataclasses.replace(moved, index=[i + 1 for i in moved.index])),
+        make_run("c", status="void"),
+        make_run("d", samples=None),
+        make_run("e", seed=1),
+        make_run("e", seed=2),
+        make_run("f", threat={**THREAT, "eps": 0.3}),
+    ]
+    got = report.compare(make_results(runs))
+    assert [c.p for c in got] == [None] * 4
+    assert [c.label for c in got] == ["b", "c", "d", "e"]
+    assert "same samples" in got[0].test
+    assert "void" in got[1].test
+    assert "two seeds" in got[3].test
+
+
+@pytest.mark.parametrize(
+    ("runs", "says"),
+    [
+        ([make_run(pgd50=0.3, robust=0.3)], "No published figure exceeds what stronger attacks left standing."),
+        ([make_run(x, pgd50=0.3, robust=0.3) for x in "ab"], "Most robust: a and b, at most 30.0%"),
+        ([make_run(pgd50=0.2, robust=0.3)], "No published figure exceeds"),
+        ([make_run("a"), make_run("b", threat={**THREAT, "eps": 0.3})], "Most robust under linf 0.3: b, at most 30.0%"),
+        ([make_run(status="void")], "No robust figure stands: every measurement is void."),
+    ],
+)
+def test_the_finding(runs, says):
+    assert says in report.finding(make_results(runs))
+
+
+def test_certified_and_robust_are_drawn_as_a_bracket(tmp_path):
+    runs = [proved(0.12, make_run(robust=0.41)), make_run("mmc"), proved(None, make_run("center", status="void"))]
+    page = Page(report.render(make_results(runs), tmp_path / "r.html"))
+    brackets = [v for _, k, v in page.attributes if k == "class" and v == "bracket"]
+    ends = [re.fullmatch(r"left:12.0%;width:([\d.]+)%", v) for _, k, v in page.attributes if k == "style"]
+    assert len(brackets) == 1
+    assert [float(end[1]) for end in ends if end] == [pytest.approx(29)]
+    assert "12.0 7.8 to 17.3" in page.text
+    assert "at most 41.0% (95% interval 34.1 to 48.2), and 12.0% is proved." in page.text
+    assert "var(--certified)" in page.source
+    assert "Protocol by protocol" not in page.text
+    bare = Page(report.render(make_results(), tmp_path / "bare.html"))
+    assert "certified" not in bare.text
+    assert not [v for _, k, v in bare.attributes if k == "class" and v == "bracket"]
+    nothing = Page(report.render(make_results([proved(0.0, make_run(robust=0.41))]), tmp_path / "nothing.html"))
+    assert 'data-name="certified"' not in nothing.source  # the run's own details still say 0.0
+    assert "is proved" not in nothing.text
+    assert not [v for _, k, v in nothing.attributes if k == "class" and v == "bracket"]
+    report.figures(make_results(runs), tmp_path)
+    assert "certified" in "".join(ET.parse(tmp_path / "accuracy.svg").getroot().itertext())
+
+
+def test_protocols_have_a_table_of_their_own(tmp_path):
+    runs = [proved(None, make_run("<b>", status="loose"), **{"pgd10": 0.55, "<i>x-y": 0.5}), make_run("mmc")]
+    page = Page(report.render(make_results(runs), tmp_path / "r.html"))
+    assert "Protocol by protocol" in page.text
+    assert "loss clean pgd10 <i>x-y robust, 95% verdict <b> 97.0 55.0 50.0 ≤ 30.0 23.7 to 36.9 loose mmc" in page.text
+    assert "pgd10 55.0%" in page.text  # run by run
+
+
+def test_a_void_run_shows_no_robust_number(tmp_path):
+    page = Page(report.render(make_results([make_run(status="void")]), tmp_path / "r.html"))
+    assert "30.0" not in page.text
+    assert "robust: void" in page.text
+    assert "becomes" not in page.text
+
+
+def test_the_barest_results_render(tmp_path):
+    run = make_run(samples=None, stages=[], examples=[], checks=[], cost={}, train={}, verdict=None, seed=None)
+    results = R.Results(runs=[run], data={})
+    page = Page(report.render(results, tmp_path))
+    assert (tmp_path / "report.html").exists()
+    assert "not judged" in page.text
+    assert {path.name for path in report.figures(results, tmp_path)} == {
+        "accuracy.svg", "accuracy.png", "table.csv", "table.tex", "table.md"
+    }  # fmt: skip
+
+
+def test_files_and_several_results(tmp_path):
+    one = make_results([make_run("sce")])
+    R.save(one, tmp_path / "one")
+    two = make_results([make_run("sce"), make_run("mmc")])
+    other = dataclasses.replace(two, data={**two.data, "name": "another set"})
+    page = Page(report.render([tmp_path / "one", two, other], tmp_path / "r.html"))
+    assert page.tags.count("h1") == 2
+    assert page.tags.count("pre") == 3
+    assert page.text.count("Run by run") == 2
+    assert page.text.count("sce-seed0") == 2
+    with pytest.raises(UserError, match="no runs"):
+        report.render([], tmp_path / "r.html")
+    with pytest.raises(UserError, match="could not read"):
+        report.render(tmp_path / "nowhere", tmp_path / "r.html")
+
+
+def test_who_is_mistaken_for_whom(tmp_path):
+    run = make_run("sce", n=10)
+    samples = dataclasses.replace(
+        run.samples,
+        y=[0, 0, 0, 1, 1, 2, 2, 2, 2, 2],
+        prediction_adv=[1, 1, 0, 1, 1, 0, 0, 0, 1, 1],
+        robust=[0, 0, 1, 1, 1, 0, 0, 0, 0, 1],  # the last one's worst image is called 1, and it holds: a void detail
+    )
+    results = make_results([dataclasses.replace(run, samples=samples), make_run("mmc")], classes=["a", "<b>", "c"])
+    names, counts = report.mistakes(results, R.rows(results)[0])
+    assert names == ["a", "<b>", "c"]
+    assert counts == [[1, 2, 0], [0, 2, 0], [3, 1, 1]]
+    assert report.mistakes(results, R.rows(results)[1]) == ([], [])  # an older file: no column
+    page = Page(report.render(results, tmp_path / "r.html"))
+    assert "Who is mistaken for whom" in page.text
+    assert "sce c as a (3), a as <b> (2), c as <b> (1)" in page.text
+    assert "Who is mistaken" not in Page(report.render(make_results(), tmp_path / "old.html")).text
+    report.figures(results, tmp_path)
+    assert (tmp_path / "mistakes.png").exists()
+    many = make_results([dataclasses.replace(run, samples=samples)], classes=[f"c{i}" for i in range(30)])
+    assert "c2 as c0 (3)" in Page(report.render(many, tmp_path / "many.html")).text
+
+
+def surveyed(run, *, distances=(0.05, 0.15, None, 0.0), s=3.0, auc=0.8, grid=True, **region):
+    """A run with an inference region and a picture of it."""
+    told = {
+        "n": 4, "missed": 0, "s": s, "input_margin": {"median": 0.031}, "distance": {"median": None},
+        "distances": {"index": [0, 1, 2, 3], "distance": list(distances)}, "inference_region": 0.25,
+        "inference_region_adv": 0.5, "two_sample": {"auc": auc, "mmd2": 0.01},
+    }  # fmt: skip
+    points = [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    ground = {
+        "across": [-0.5, 0.5, 1.5], "up": [-0.5, 1.5], "prediction": [[0, 1, 1], [1, 1, 0]],
+        "margin": [[5.0, 1.0, None], [1.0, 9.0, 2.0]],
+    }  # fmt: skip
+    picture = {
+        "exact": False, "space": "features", "explained": 0.625, "s": s, "classes": 10, "y": [0, 1, 2, 0],
+        "prediction": [0, 1, 2, 0], "prediction_adv": [1, 1, 0, 0], "points": points, "points_adv": points[::-1],
+        "centers": [None] * 10, "grid": ground if grid else None,
+    }  # fmt: skip
+    return dataclasses.replace(run, region={**told, **region}, picture=picture)
+
+
+def test_the_inference_region_is_shown(tmp_path):
+    bare = Page(report.render(make_results(), tmp_path / "bare.html"))
+    for heading in ("Accuracy over eps", "The inference region", "Features in two dimensions"):
+        assert heading not in bare.text
+    runs = [surveyed(make_run("sce")), surveyed(make_run("mmc"), s=None, inference_region=None, auc=0.6, grid=False)]
+    results = make_results([*runs, make_run("center")])
+    page = Page(report.render(results, tmp_path / "r.html"))
+    for heading in ("Accuracy over eps", "The inference region", "Features in two dimensions"):
+        assert heading in page.text
+    assert page.tags.count("svg") == 5
+    assert "62% of centers' scatter" in page.text
+    labels, lines = report.measures(results)
+    assert labels == ["sce", "mmc"]
+    assert dict(lines) == {
+        "median distance to a mistake, first order": ["0.031", "0.031"],
+        "0 < margin ≤ s: clean, attacked": ["0.25 → 0.5", "– → 0.5"],
+        "told apart, AUC": ["0.8", "0.6"],
+        "MMD²": ["0.01", "0.01"],
+    }
+    assert "told apart, AUC 0.8 0.6" in page.text
+    assert "too high" not in page.text
+
+
+def test_seeds_share_a_line_of_measures():
+    runs = [surveyed(make_run("sce", seed=seed), auc=auc) for seed, auc in enumerate((0.5, 0.7))]
+    assert dict(report.measures(make_results(runs))[1])["told apart, AUC"] == ["0.6"]
+
+
+def test_accuracy_over_eps_is_the_share_that_lies_farther(tmp_path):
+    runs = [surveyed(make_run("sce", robust=0.5)), surveyed(make_run("l2", threat={**THREAT, "norm": "l2"}))]
+    figure = report.draw_eps(make_results(runs))
+    assert [ax.get_xlabel() for ax in figure.axes] == ["eps, linf", "eps, l2"]
+    line, dot = figure.axes[0].lines
+    at, left = line.get_data()
+    eps = THREAT["eps"]
+    assert at.tolist() == [0, *(d for d in (0.05, 0.15) if d < 2 * eps), 2 * eps]  # 0: one was wrong already
+    assert left[:2].tolist() == [75, 50]
+    assert left[-1] == (25 if eps > 0.075 else 50)
+    assert dot.get_data()[1] == [50]
+
+
+def test_what_the_evaluation_missed_is_said(tmp_path):
+    page = Page(report.render(make_results([surveyed(make_run("sce"), missed=3)]), tmp_path / "r.html"))
+    assert "sce: the minimal attack behind these measures broke 3 samples that stand above" in page.text
+    runs = [surveyed(make_run("one"), missed=1), surveyed(make_run("varied"), missed=None)]
+    runs.append(surveyed(make_run("void", status="void"), missed=5))  # of no figure can be said that it is too high
+    page = Page(report.render(make_results(runs), tmp_path / "r.html"))
+    assert "one: the minimal attack behind these measures broke 1 sample that stands above" in page.text
+    assert page.text.count("is too high") == 1
+
+
+def test_a_void_row_has_no_curve_and_what_was_wrong_already_no_step():
+    runs = [surveyed(make_run("void", status="void")), surveyed(make_run("sce"), distances=(0.0, 0.0, 0.05, None))]
+    figure = report.draw_eps(make_results(runs))
+    curve, _ = figure.axes[0].lines
+    assert curve.get_label() == "sce"
+    assert curve.get_data()[1].tolist()[:2] == [50, 25]
+    assert report.draw_eps(make_results(runs[:1])) is None
+
+
+def test_each_norm_has_a_legend_of_its_own():
+    other = surveyed(make_run("sce", threat={**THREAT, "norm": "l2"}))
+    figure = report.draw_eps(make_results([surveyed(make_run("sce")), other]))
+    assert not figure.legends
+    names = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in figure.axes]
+    assert [len(each) for each in names] == [1, 1]
+    assert names[0] != names[1]
+
+
+def test_one_class_has_no_mistakes(tmp_path):
+    run = make_run("sce", n=10)
+    samples = dataclasses.replace(run.samples, y=[0] * 10, prediction_adv=[0] * 10)
+    results = make_results([dataclasses.replace(run, samples=samples)], classes=["a"])
+    assert "Who is mistaken" not in Page(report.render(results, tmp_path / "r.html")).text
+
+
+def test_measures_are_never_written_with_an_exponent_for_their_size():
+    runs = [surveyed(make_run(f"loss{i}"), auc=value) for i, value in enumerate((99.4, 99.7, 1234.0))]
+    assert dict(report.measures(make_results(runs))[1])["told apart, AUC"] == ["99", "100", "1,234"]
+
+
+def test_figures_of_different_data_do_not_overwrite_each_other(tmp_path):
+    one = make_results()
+    other = dataclasses.replace(one, data={**one.data, "name": "folder/other"})
+    written = report.figures([one, other], tmp_path)
+    assert len(set(written)) == len(written)
+    assert {path.parent.name for path in written} == {"1-digits", "2-folder-other"}
+
+
+def test_the_cost_stands_in_front(page):
+    assert re.search(r"cost of the evaluation [\d.,]+ (million )?passes, \d+ (s|min)", page.text)
+
+
+def test_margins_that_were_not_finite_and_huge_ones(tmp_path):
+    run = make_run(n=10)
+    odd = dataclasses.replace(run.samples, margin=[float("nan"), float("inf"), -1e9, 1e12, 0, 1, 5, 20, 200, None])
+    assert "finite margin" not in Page(report.render(make_results([run]), tmp_path / "a.html")).text
+    page = Page(report.render(make_results([dataclasses.replace(run, samples=odd)]), tmp_path / "b.html"))
+    assert "42.9% beyond 16.6, 28.6% beyond 104" in page.text
+    assert "3 without a finite margin" in page.text
+
+
+def test_many_classes_show_the_hardest(tmp_path):
+    run = make_run(n=400)
+    samples = dataclasses.replace(run.samples, y=[i % 100 for i in range(400)])
+    page = Page(report.render(make_results([dataclasses.replace(run, samples=samples)]), tmp_path / "r.html"))
+    assert "the 20 lowest of 100 classes" in page.text
+
+
+def test_ten_thousand_samples_of_eight_losses(tmp_path):
+    runs = [make_run(f"loss{'x' * i}", n=10_000, robust=0.1 + 0.02 * i) for i in range(8)]
+    heavy = "A" * 400_000
+    runs = [dataclasses.replace(r, examples=[dataclasses.replace(e, x_png=heavy) for e in r.examples]) for r in runs]
+    runs = [surveyed(r, distances=[0.001 * i for i in range(256)]) for r in runs]
+    at = [[float(i % 20), i / 10] for i in range(200)]
+    side = list(map(float, range(61)))
+    ground = {"across": side, "up": side, "prediction": [[i % 10] * 61 for i in range(61)], "margin": [side] * 61}
+    points = {"points": at, "points_adv": at[::-1], "y": [i % 10 for i in range(200)], "grid": ground}
+    runs = [dataclasses.replace(r, picture={**r.picture, **points}) for r in runs]
+    column = {"prediction_adv": [i % 10 for i in range(10_000)]}
+    runs = [dataclasses.replace(r, samples=dataclasses.replace(r.samples, **column)) for r in runs]
+    folder = R.save(make_results(runs), tmp_path).parent
+    start = time.perf_counter()
+    path = report.render(folder, tmp_path / "report.html")
+    assert time.perf_counter() - start < 10
+    assert path.stat().st_size < 5_000_000
+    assert "more are in the results file" in path.read_text()
+
+
+def test_a_tight_published_figure_is_not_called_untrue():
+    tight = R.Verdict("tight", "attacks agree")
+    run = make_run("sce", pgd50=0.31, robust=0.3)
+    runs = [dataclasses.replace(run, pgd50_verdict=tight)]
+    assert report.finding(make_results(runs)).startswith("No published figure is refuted.")
+    worse = dataclasses.replace(make_run("mmc", pgd50=0.9, robust=0.3), pgd50_verdict=R.Verdict("refuted", ""))
+    assert "mmc: published 90.0% but at most 30.0% is true." in report.finding(make_results([*runs, worse]))

@@ -1,0 +1,533 @@
+"""results: the factory of synthetic results (also used by test_report), intervals, tests, JSON and tables."""
+
+from __future__ import annotations
+
+import base64
+import csv as csv_module
+import dataclasses
+import errno
+import io
+import itertools
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from scipy import stats
+
+from holdfast import results as R
+from holdfast.errors import UserError
+
+THREAT = {"norm": "linf", "eps": 0.1, "lo": 0.0, "hi": 1.0}
+STAGES = ("pgd-20", "pgd-100 on the score", "targeted", "square")
+
+
+def png(pixels: np.ndarray) -> str:
+    """A grey (H, W) uint8 picture as PNG in base64, by hand."""
+    h, w = pixels.shape
+    raw = b"".join(b"\x00" + row.tobytes() for row in pixels.astype(np.uint8))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", w, h, 8, 0, 0, 0, 0)
+    whole = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return base64.b64encode(whole).decode()
+
+
+def make_run(loss="sce", seed=0, n=200, clean=0.97, pgd50=0.4, robust=0.3, scale=8.0, status="tight", **more) -> R.Run:
+    """One synthetic run: seeded columns whose counts, stages and intervals agree with each other."""
+    rng = np.random.default_rng([seed or 0, len(loss), n, round(1000 * pgd50)])
+    y = np.random.default_rng(n).integers(0, 10, n)  # every network sees the same samples
+    order = rng.permutation(n)
+    k = [round(n * share) for share in (clean, pgd50, robust)]
+    right, held, left = (np.isin(np.arange(n), order[:m]) for m in k)
+    stage = np.where(left, -1, np.where(~right, -2, np.where(~held, 0, rng.integers(1, len(STAGES), n))))
+    margin = np.where(right, 1, -0.2) * scale * rng.lognormal(0, 0.5, n)
+    prediction = np.where(right, y, (y + 1) % 10)
+    stages, alive = [], k[0]
+    for j, name in enumerate(STAGES):
+        broken = int((stage == j).sum())
+        stages.append(
+            R.Stage(name, alive, broken, alive * 20 * (j + 1), alive * (0 if name == "square" else 20), 1.5 * j)
+        )
+        alive -= broken
+    pictures = []
+    for i in np.flatnonzero(stage >= 0)[:8]:
+        x = np.clip(rng.normal(100, 60, (12, 12)), 0, 255)
+        delta = 25 * rng.choice([-1, 1], (12, 12))
+        adv = np.clip(x + delta, 0, 255)
+        pictures.append(R.Example(int(i), int(y[i]), int(y[i]), int(y[i] + 5) % 10, png(x), png(adv), png(delta + 128)))
+    why = {"loose": "gradients vanish on 61% of samples", "refuted": "the score attack broke more, beyond chance"}
+    verdict = R.Verdict(status, why.get(status, "attacks of three kinds agree" if status == "tight" else "NaN logits"))
+    fields = {
+        "name": f"{loss}-seed{seed}",
+        "loss": loss,
+        "seed": seed,
+        "threat": dict(THREAT),
+        "n": n,
+        "clean": R.proportion(k[0], n),
+        "pgd50": R.proportion(k[1], n),
+        "robust": None if status == "void" else R.proportion(k[2], n),
+        "verdict": verdict,
+        "checks": [
+            {"name": "gradients reach the input", "status": "fires" if status == "loose" else "holds", "found": 0.61},
+            {"name": "more steps change nothing", "status": "holds", "why": "0 of 100 more broken"},
+            {"name": "a twin agrees", "status": "not run", "why": "needs a second network"},
+        ],
+        "cost": {
+            "forwards": sum(s.forwards for s in stages),
+            "backwards": sum(s.backwards for s in stages),
+            "seconds": 9.0,
+        },
+        "stages": stages,
+        "examples": pictures,
+        "train": {"accuracy": 0.991, "epochs": 10, "seconds": 61.5},
+        "samples": R.Samples(range(n), y, prediction, right, held, left, stage, margin, margin * 0.3 - 2),
+    }
+    return R.Run(**{**fields, **more})
+
+
+def make_results(runs=None, classes=None, **more) -> R.Results:
+    runs = runs or [
+        make_run("sce"),
+        make_run("isce:s=100", pgd50=0.79, robust=0.195, scale=130, status="refuted"),
+        make_run("isce:s=4.6", pgd50=0.55, robust=0.41, scale=20, status="loose"),
+    ]
+    data = {"name": "digits", "classes": classes or list("0123456789"), "n": runs[0].n, "shape": [1, 12, 12]}
+    fields = {
+        "runs": runs,
+        "data": {**data, "fingerprint": "9f2c41d0"},
+        "command": "holdfast evaluate runs/digits --suite strong --eps 0.1",
+        "created": "2026-01-02T03:04:05+00:00",
+        "holdfast": "0.1.0",
+        "settings": {"suite": "strong", "fit": {"epochs": 10, "lr": 0.001}},
+        "environment": {"versions": {"python": "3.11", "torch": "2.6"}, "hardware": "2 CPU cores"},
+    }
+    return R.Results(**{**fields, **more})
+
+
+# --- intervals and tests
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+@settings(max_examples=60, deadline=None)
+def test_clopper_pearson_is_scipys(kn):
+    k, n = kn
+    ours, theirs = R.proportion(k, n), stats.binomtest(k, n).proportion_ci(0.95, "exact")
+    assert ours.value == k / n
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+def test_over_seeds_is_the_t_interval():
+    x = [0.31, 0.28, 0.35, 0.30]
+    ours, theirs = R.over_seeds(x), stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    assert R.over_seeds([0.0, 1.0]) == R.Interval(0.5, 0.0, 1.0)
+    assert R.over_seeds([0.1] * 3) == R.Interval(0.1, 0.1, 0.1)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_mcnemar_is_the_binomial_test(pairs):
+    a, b = zip(*pairs, strict=True)
+    m, k = sum(p != q for p, q in pairs), sum(p and not q for p, q in pairs)
+    assert R.mcnemar(a, b) == pytest.approx(stats.binomtest(k, m).pvalue if m else 1.0)
+    assert R.mcnemar(a, b) == R.mcnemar(b, a)
+
+
+def test_paired_t_is_scipys():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(9), rng.random(9)
+    ours, theirs = R.paired_t(a, b), stats.ttest_rel(a, b)
+    ci = theirs.confidence_interval(0.95)
+    assert (ours.p, ours.low, ours.high) == pytest.approx((theirs.pvalue, ci.low, ci.high))
+    assert R.paired_t([0.5, 0.6], [0.4, 0.5]).p == 0.0
+    assert R.paired_t([0.5, 0.6], [0.5, 0.6]).p == 1.0
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_orders_and_never_shrinks(ps):
+    adjusted = R.holm(ps)
+    assert all(p <= q <= 1 for p, q in zip(ps, adjusted, strict=True))
+    assert all(adjusted[i] <= adjusted[j] for i, j in itertools.permutations(range(len(ps)), 2) if ps[i] < ps[j])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: R.proportion(3, 2),
+        lambda: R.proportion(0, 0),
+        lambda: R.over_seeds([]),
+        lambda: R.over_seeds([1.2]),
+        lambda: R.over_seeds([float("nan")]),
+        lambda: R.mcnemar([1], []),
+        lambda: R.paired_t([1], [1]),
+        lambda: R.Interval(0.5, 0.6, 0.7),
+        lambda: R.Interval(float("nan"), 0.0, 1.0),
+        lambda: R.Samples([1], [1], [1], [1], [1], [], [1], [0.0], [0.0]),
+        lambda: make_run(n=20, samples=make_run(n=10).samples),
+        lambda: make_run(threat={"norm": "l2", "eps": 1, "lo": 0}),
+    ],
+)
+def test_nonsense_is_refused(call):
+    with pytest.raises(UserError):
+        call()
+
+
+# --- JSON
+
+number = st.floats(allow_nan=False, allow_infinity=False)
+scalar = st.none() | st.booleans() | st.integers() | number | st.text(max_size=8)
+plain = st.recursive(
+    scalar, lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(max_size=5), s, max_size=3), max_leaves=6
+)
+bag = st.dictionaries(st.text(max_size=6), plain, max_size=3)
+interval = st.tuples(*[st.floats(0, 1)] * 3).map(lambda t: R.Interval(sorted(t)[1], sorted(t)[0], sorted(t)[2]))
+text, count = st.text(max_size=12), st.integers(0, 10**9)
+column = {name: st.integers(-2, 10**6) for name in ("index", "y", "prediction", "clean", "pgd50", "robust", "stage")}
+margin = st.none() | st.floats()
+samples_of = st.integers(0, 4).flatmap(
+    lambda n: st.builds(
+        R.Samples,
+        **{
+            k: st.lists(v, min_size=n, max_size=n)
+            for k, v in {**column, "margin": margin, "margin_adv": margin}.items()
+        },
+        certified=st.none() | st.lists(st.integers(0, 1), min_size=n, max_size=n),
+    )
+)
+threat = st.fixed_dictionaries({"norm": text, "eps": st.floats(0, 10), "lo": number, "hi": number})
+run = samples_of.flatmap(
+    lambda s: st.builds(
+        R.Run,
+        name=text,
+        loss=text,
+        seed=st.none() | count,
+        threat=threat,
+        n=st.just(len(s)),
+        clean=interval,
+        pgd50=interval,
+        robust=st.none() | interval,
+        verdict=st.none() | st.builds(R.Verdict, text, text),
+        checks=st.lists(plain, max_size=2),
+        cost=bag,
+        samples=st.sampled_from([None, s]),
+        train=bag,
+        interval=text,
+        stages=st.lists(st.builds(R.Stage, text, count, count, count, count, number), max_size=2),
+        certified=st.none() | interval,
+        individual=st.dictionaries(text, interval, max_size=2),
+        examples=st.lists(st.builds(R.Example, count, count, count, count, text, text, text), max_size=2),
+    )
+)
+anything = st.builds(
+    R.Results,
+    runs=st.lists(run, max_size=3),
+    data=bag,
+    command=text,
+    settings=bag,
+    environment=bag,
+    created=text,
+    holdfast=text,
+)
+
+
+@given(anything)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+def test_nothing_is_lost(tmp_path, results):
+    assert R.load(R.save(results, tmp_path)) == results
+
+
+def test_json_is_what_the_page_says(tmp_path):
+    path = R.save(make_results(), tmp_path / "new" / "folder")
+    raw = json.loads(path.read_text())
+    assert path.name == "results.json"
+    assert raw["schema"] == R.SCHEMA == 3
+    first = raw["runs"][0]
+    assert set(first["clean"]) == set(first["pgd50"]) == set(first["robust"]) == {"value", "low", "high"}
+    assert first["threat"] == THREAT
+    assert first["verdict"] == {"status": "tight", "why": "attacks of three kinds agree"}
+    described = (Path(__file__).parents[2] / "docs" / "results-schema.md").read_text()
+    for kind in (R.Results, R.Run, R.Interval, R.Verdict, R.Samples, R.Stage, R.Example):
+        for f in dataclasses.fields(kind):
+            assert f"`{f.name}`" in described, f"docs/results-schema.md does not tell of {kind.__name__}.{f.name}"
+    assert R.load(tmp_path / "new" / "folder") == R.load(path) == make_results()
+
+
+def test_a_small_file_by_hand_loads(tmp_path):
+    i = {"value": 0.5, "low": 0.4, "high": 0.6}
+    run = {"name": "a", "loss": "sce", "seed": 0, "threat": THREAT, "n": 10, "clean": i, "pgd50": i, "robust": None}
+    (tmp_path / "results.json").write_text(json.dumps({"schema": 1, "runs": [run], "data": {}}))
+    assert R.load(tmp_path).runs[0].robust is None
+
+
+def test_arrays_and_numpy_scalars_become_plain(tmp_path):
+    run = make_run(cost={"seconds": np.float32(0.5), "forwards": np.int64(7)})
+    got = R.load(R.save(make_results([run]), tmp_path)).runs[0]
+    assert got.cost == {"seconds": 0.5, "forwards": 7}
+    assert type(got.samples.clean[0]) is int
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), {1: 2}, object()])
+def test_what_json_cannot_hold_is_named_and_the_old_file_stays(tmp_path, bad):
+    R.save(make_results(), tmp_path)
+    with pytest.raises(UserError, match=r"runs\[0\]\.train\.accuracy"):
+        R.save(make_results([make_run(train={"accuracy": bad})]), tmp_path)
+    assert R.load(tmp_path) == make_results()
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, where):
+    R.save(make_results(), tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(os, where, full)
+        with pytest.raises(UserError, match="No space left"):
+            R.save(make_results([make_run()]), tmp_path)
+    assert R.load(tmp_path) == make_results()
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_file_where_a_folder_should_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not write"):
+        R.save(make_results(), tmp_path / "file")
+
+
+def _without(*keys):
+    def edit(raw):
+        inner = raw
+        for key in keys[:-1]:
+            inner = inner[key]
+        del inner[keys[-1]]
+
+    return edit
+
+
+def _with(value, *keys):
+    def edit(raw):
+        inner = raw
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (_with(4, "schema"), "written by a newer holdfast: schema 4"),
+        (_without("schema"), "not a holdfast results file"),
+        (_without("runs"), "not a holdfast results file"),
+        (_without("data"), "results.data is missing"),
+        (_without("runs", 0, "pgd50"), r"results.runs\[0\].pgd50 is missing"),
+        (_without("runs", 0, "clean", "low"), r"results.runs\[0\].clean.low is missing"),
+        (_without("runs", 0, "threat", "eps"), "'eps' is missing"),
+        (_without("runs", 0, "samples", "stage"), "samples.stage is missing"),
+        (_with("many", "runs", 0, "n"), r"results.runs\[0\].n should be int, got str"),
+        (_with([1.5], "runs", 0, "samples", "y"), r"samples.y\[0\] should be int"),
+        (_with([1], "runs", 0, "samples", "certified"), "Samples column 'certified' has 1 entries"),
+        (_with({"cw": 0.5}, "runs", 0, "alone"), r"individual.cw should be an object"),
+        (_with([], "runs", 0, "alone"), r"individual should be dict"),
+        (_with([], "runs", 0, "clean"), "should be an object"),
+        (_with(7, "runs"), "should be tuple"),
+        (_with(1.5, "runs", 0, "clean", "value"), "low <= value"),
+        (_with(1, "runs", 0, "novelty"), "'novelty', which schema 3 does not know"),
+    ],
+)
+def test_load_says_what_is_wrong(tmp_path, edit, says):
+    raw = json.loads(R.save(make_results([make_run(n=10)]), tmp_path).read_text())
+    edit(raw)
+    (tmp_path / "results.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=says):
+        R.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"schema": NaN}', b"[" * 100_000, b"[1]", b"null"])
+def test_load_refuses_what_is_no_results_file(tmp_path, content):
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"not readable JSON|not a holdfast"):
+        R.load(tmp_path)
+
+
+def test_load_says_what_does_not_exist(tmp_path):
+    with pytest.raises(UserError, match=r"could not read .*No such file"):
+        R.load(tmp_path / "nowhere.json")
+
+
+# --- rows and tables
+
+
+def test_rows_merge_seeds():
+    runs = [make_run("sce", seed=s, robust=r) for s, r in ((0, 0.30), (1, 0.34), (2, 0.35))] + [make_run("isce:s=1")]
+    merged, single = R.rows(make_results(runs))
+    assert (merged.label, merged.seeds, merged.n, merged.runs) == ("sce", (0, 1, 2), 200, (0, 1, 2))
+    assert merged.robust == R.over_seeds(r.robust.value for r in runs[:3])
+    assert merged.interval == "mean and 95% t interval over 3 seeds"
+    assert single.robust == runs[3].robust == R.proportion(60, 200)
+
+
+def test_rows_do_not_average_different_experiments():
+    other = {**THREAT, "eps": 0.2}
+    runs = [make_run(), make_run(name="trained longer"), make_run(threat=other), make_run("mmc"), make_run("mmc")]
+    got = R.rows(make_results(runs))
+    assert [r.runs for r in got] == [(0,), (1,), (2,), (3,), (4,)]
+    assert len({r.label for r in got}) == 5
+    assert got[2].label == "sce (linf 0.2)"
+    assert "trained longer" in got[1].label
+
+
+def test_rows_show_the_worst_verdict():
+    runs = [make_run(seed=0), make_run(seed=1, status="loose"), make_run(seed=2)]
+    assert R.rows(make_results(runs))[0].verdict == "loose: gradients vanish on 61% of samples (1 of 3 seeds)"
+    void = R.rows(make_results([*runs, make_run(seed=3, status="void")]))[0]
+    assert void.robust is None
+    assert void.status == "void"
+    assert R.rows(make_results([make_run(verdict=None)]))[0].verdict == ""
+
+
+def _printed(results) -> str:
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    console.print(R.table(results))
+    return console.file.getvalue()
+
+
+def test_the_table_fits_and_tells():
+    text = _printed(make_results([*make_results().runs, make_run("[bold]" + "x" * 90, status="void")]))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "19.5 [14.2, 25.7]" in text
+    assert "<= 41.0 [34.1, 48.2]" in text
+    assert "[bold]x" in text
+    assert "void" in text
+    wide = _printed(make_results([make_run("x" * 40, clean=1.0, pgd50=1.0, robust=1.0, status="refuted")]))
+    assert "100.0 [98.2, 100.0]" in wide
+
+
+def test_markdown_csv_and_latex():
+    results = make_results([*make_results().runs, make_run("a|b_c&d%<e>\n$\\^~", status="void")])
+    marked = R.markdown(results)
+    assert "| isce:s=100 | 97.0 | 79.0 | 19.5 [14.2, 25.7] | refuted |" in marked
+    assert r"| a\|b\_c\&d%\<e\> \$\\^\~ |" in marked
+    read = list(csv_module.DictReader(io.StringIO(R.csv(results))))
+    assert float(read[1]["robust"]) == 0.195
+    assert float(read[1]["robust_low"]) == results.runs[1].robust.low
+    assert read[3]["robust"] == ""
+    assert read[3]["loss"] == "a|b_c&d%<e>\n$\\^~"
+    tex = R.latex(results)
+    assert (
+        r"a\textbar{}b\_c\&d\%\textless{}e\textgreater{} \$\textbackslash{}\textasciicircum{}\textasciitilde{} &" in tex
+    )
+    assert r"$\leq$ 41.0 {[}34.1, 48.2{]} & loose \\" in tex
+    assert tex.count(r"\\") == 5
+
+
+PROTOCOLS = {"pgd10": 0.55, "pgd10-targeted": 0.8, "pgd50": 0.4, "pgd50-targeted": 0.75, "cw": 0.41}
+
+
+def proved(certified, run=None, **alone):
+    """A run with a certificate, and attacks that stood alone."""
+    run = run or make_run()
+    figures = {name: R.proportion(round(value * run.n), run.n) for name, value in alone.items()}
+    k = None if certified is None else R.proportion(round(certified * run.n), run.n)
+    return dataclasses.replace(run, certified=k, individual=figures)
+
+
+def test_what_the_minimal_attack_broke_is_in_doubt():
+    run = dataclasses.replace(make_run("sce"), region={"missed": 2})
+    void = dataclasses.replace(make_run("mmc", status="void"), region={"missed": 2})
+    none = dataclasses.replace(make_run("center"), region={"missed": None})
+    said = [line for line in R.doubts(make_results([run, void, none])) if "minimal attack" in line]
+    assert said == [f"{run.name}: the minimal attack behind the region's measures broke 2 more: robust is too high"]
+
+
+def test_a_file_of_schema_1_is_read(tmp_path):
+    """It has neither certificates nor protocols, and becomes what this version writes."""
+    results = make_results()
+    path = R.save(results, tmp_path)
+    raw = json.loads(path.read_text())
+    raw["schema"] = 1
+    for one in raw["runs"]:
+        del one["certified"], one["individual"], one["samples"]["certified"]
+    path.write_text(json.dumps(raw))
+    assert R.load(tmp_path) == results
+    assert results.runs[0].samples.certified is None
+
+
+def test_certified_has_a_column_before_robust_where_a_run_has_it():
+    runs = [proved(0.12), make_run("mmc")]
+    head, _, first, second = R.markdown(make_results(runs)).splitlines()
+    assert head == "| loss | clean | published | certified | robust, 95% | verdict |"
+    assert first == "| sce | 97.0 | 40.0 | 12.0 | 30.0 [23.7, 36.9] | tight |"
+    assert "| 40.0 | - | 30.0 [23.7, 36.9] |" in second
+    assert "certified" in _printed(make_results(runs))
+    assert r"& 12.0 & 30.0 {[}23.7, 36.9{]}" in R.latex(make_results(runs))
+    read = list(csv_module.DictReader(io.StringIO(R.csv(make_results(runs)))))
+    assert (float(read[0]["certified"]), read[1]["certified"]) == (0.12, "")
+    assert float(read[0]["certified_high"]) == R.proportion(24, 200).high
+    for text in (R.markdown, R.latex, R.csv, _printed):
+        assert "certified" not in text(make_results())
+
+
+def test_a_certificate_that_proves_nothing_has_no_column_but_stays_in_the_data():
+    results = make_results([proved(0.0), make_run("mmc")])
+    for text in (R.markdown, R.latex, _printed):
+        assert "certified" not in text(results)
+    read = list(csv_module.DictReader(io.StringIO(R.csv(results))))
+    assert (float(read[0]["certified"]), read[1]["certified"]) == (0.0, "")
+    assert "certified" in R.markdown(make_results([proved(0.0), proved(0.01, make_run("mmc"))]))
+
+
+def test_certified_and_protocols_are_averaged_over_seeds():
+    runs = [proved(c, make_run(seed=s), pgd10=a, cw=0.3) for s, (c, a) in enumerate([(0.1, 0.5), (0.12, 0.6)])]
+    (row,) = R.rows(make_results(runs))
+    assert row.certified == R.over_seeds([0.1, 0.12])
+    assert row.individual == {"pgd10": R.over_seeds([0.5, 0.6]), "cw": R.over_seeds([0.3, 0.3])}
+    (row,) = R.rows(make_results([*runs, proved(None, make_run(seed=2), cw=0.3)]))
+    assert row.certified is None  # a mean of some seeds would be of other networks than the rest of the row
+    assert list(row.individual) == ["cw"]
+
+
+def test_the_papers_table_has_a_column_for_each_attack_alone():
+    runs = [proved(0.05, **PROTOCOLS), proved(None, make_run("isce:s=4.6", status="loose"), **PROTOCOLS)]
+    head, *lines = R.per_attack_table(R.rows(make_results(runs)))
+    assert head == ("loss", "clean", *PROTOCOLS, "certified", "robust, 95%", "verdict")
+    figures = tuple(R.percent(value) for value in PROTOCOLS.values())
+    assert lines[0] == ("sce", "97.0", *figures, "5.0", "30.0 [23.7, 36.9]", "tight")
+    assert lines[1][-3:] == ("-", "<= 30.0 [23.7, 36.9]", "loose")
+    assert "| pgd10 | pgd10-targeted | pgd50 | pgd50-targeted | cw | certified |" in R.markdown(make_results(runs))
+    assert "pgd50-targeted & cw & certified" in R.latex(make_results(runs))
+    read = list(csv_module.DictReader(io.StringIO(R.csv(make_results(runs)))))
+    assert [float(read[0][name]) for name in PROTOCOLS] == list(PROTOCOLS.values())
+    assert float(read[0]["cw_low"]) == R.proportion(82, 200).low
+
+
+def test_the_papers_table_fits_a_terminal_at_two_threats():
+    losses = ("sce", "isce:s=100", "isce:s=4.6@cosine:scale=15")
+    pairs = [(loss, eps) for eps in (0.1, 0.2) for loss in losses]
+    runs = [proved(0.05, make_run(loss, threat={**THREAT, "eps": eps}), **PROTOCOLS) for loss, eps in pairs]
+    runs.append(make_run("mmc", status="void"))
+    text = _printed(make_results(runs))
+    assert max(map(len, text.splitlines())) <= 80
+    for told in ("linf 0.1", "linf 0.2", "isce:s=100 ", "targeted", "30.0 tight", "[23.7, 36.9]", " void "):
+        assert told in text, told
+    assert "void void" not in text
+
+
+def test_no_runs_is_an_empty_table():
+    empty = make_results(runs=None)
+    empty = dataclasses.replace(empty, runs=())
+    assert R.rows(empty) == []
+    assert R.markdown(empty).count("\n") == 2

@@ -1,0 +1,220 @@
+"""Contracts of storage: what is written comes back; what is not whole or not ours is refused; no half-written file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.errors import UserError
+from holdfast.io import load_tensors, save_tensors
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+TENSORS = {"a.b": torch.arange(6.0).view(2, 3), "mask": torch.tensor([True, False])}
+ABOUT = {"history": [{"epoch": 1, "val": None}], "name": "Katze, 猫 & 'co' \n", "seconds": 1.5}
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    shape=st.lists(st.integers(0, 4), max_size=3),
+    about=st.dictionaries(
+        st.text(max_size=8),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+            max_leaves=6,
+        ),
+        max_size=3,
+    ),
+)
+def test_round_trip(tmp_path_factory, dtype, shape, about):
+    path = tmp_path_factory.mktemp("round") / "file.safetensors"
+    tensor = torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
+    save_tensors(path, "thing", 3, {"x": tensor, "other": TENSORS["a.b"]}, about)
+    back, told = load_tensors(path, "thing", 3)
+    assert told == about
+    assert set(back) == {"x", "other"}
+    assert back["x"].dtype == dtype
+    assert back["x"].shape == tensor.shape
+    assert torch.equal(back["x"], tensor)
+
+
+def test_special_values_survive(tmp_path):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-45])
+    save_tensors(tmp_path / "f", "thing", 1, {"x": x}, {})
+    back = load_tensors(tmp_path / "f", "thing", 1)[0]["x"]
+    assert torch.equal(back.view(torch.int32), x.view(torch.int32))
+
+
+def test_views_graphs_and_shared_memory_are_written_as_values(tmp_path):
+    whole = torch.arange(12.0).view(3, 4).requires_grad_()
+    parts = {"turned": whole.t(), "row": whole[1], "again": whole, "column": whole[:, 2], "graph": whole * 2}
+    save_tensors(tmp_path / "f", "thing", 1, parts, {})
+    back, _ = load_tensors(tmp_path / "f", "thing", 1)
+    for name, tensor in parts.items():
+        assert torch.equal(back[name], tensor), name
+        assert not back[name].requires_grad
+
+
+def test_no_tensors_at_all(tmp_path):
+    save_tensors(tmp_path / "f", "thing", 1, {}, {"only": "words"})
+    assert load_tensors(tmp_path / "f", "thing", 1) == ({}, {"only": "words"})
+
+
+def test_folders_are_made(tmp_path):
+    save_tensors(tmp_path / "a" / "b" / "f", "thing", 1, TENSORS, ABOUT)
+    assert load_tensors(tmp_path / "a" / "b" / "f", "thing", 1)[1] == ABOUT
+
+
+def test_a_loaded_tensor_outlives_its_file(tmp_path):
+    """What was read stays as it was read when the next checkpoint takes the file's place, or it is deleted."""
+    path = tmp_path / "f"
+    save_tensors(path, "thing", 1, {"x": torch.ones(100_000)}, {})
+    x = load_tensors(path, "thing", 1)[0]["x"]
+    save_tensors(path, "thing", 1, {"x": torch.zeros(10)}, {})
+    path.unlink()
+    assert torch.equal(x, torch.ones(100_000))
+    x += 1  # and it may be written to
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no thing at .*nowhere"):
+        load_tensors(tmp_path / "nowhere", "thing", 1)
+    with pytest.raises(UserError, match="there is no thing"):
+        load_tensors(tmp_path, "thing", 1)
+
+
+def test_another_kind_is_refused(tmp_path):
+    save_tensors(tmp_path / "f", "thing", 1, TENSORS, ABOUT)
+    with pytest.raises(UserError, match=r"is not a holdfast checkpoint .*'thing'"):
+        load_tensors(tmp_path / "f", "checkpoint", 1)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_somebody_elses_safetensors_are_refused(metadata, tmp_path):
+    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "f", metadata)
+    with pytest.raises(UserError, match="is not a holdfast thing"):
+        load_tensors(tmp_path / "f", "thing", 1)
+
+
+@pytest.mark.parametrize("version", [0, 2, 99])
+def test_another_version_is_refused_with_both_numbers(version, tmp_path):
+    save_tensors(tmp_path / "f", "thing", version, TENSORS, ABOUT)
+    before = (tmp_path / "f").read_bytes()
+    with pytest.raises(UserError, match=f"of version {version}; this holdfast reads version 1"):
+        load_tensors(tmp_path / "f", "thing", 1)
+    assert (tmp_path / "f").read_bytes() == before
+
+
+def test_every_truncation_is_refused(tmp_path):
+    path = tmp_path / "f"
+    save_tensors(path, "thing", 1, TENSORS, ABOUT)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="cut short or damaged"):
+            load_tensors(path, "thing", 1)
+        assert path.stat().st_size == length
+
+
+def test_garbage_is_refused(tmp_path):
+    path = tmp_path / "f"
+    save_tensors(path, "thing", 1, TENSORS, ABOUT)
+    whole = path.read_bytes()
+    for content in (b"not a safetensors file at all", b"\x00" * len(whole), whole[::-1], whole + b"more"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            load_tensors(path, "thing", 1)
+
+
+def test_an_about_that_is_no_json_is_refused(tmp_path):
+    header = {"holdfast": "thing", "version": "1", "about": "{broken"}
+    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "f", header)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tensors(tmp_path / "f", "thing", 1)
+
+
+def test_an_about_that_is_missing_is_refused(tmp_path):
+    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "f", {"holdfast": "thing", "version": "1"})
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tensors(tmp_path / "f", "thing", 1)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(failing, code, tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    save_tensors(path, "thing", 1, TENSORS, ABOUT)
+    before = path.read_bytes()
+
+    def fail(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(UserError, match=f"could not write .*{os.strerror(code)}"):
+        save_tensors(path, "thing", 1, {"x": torch.zeros(1000)}, {})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_in_the_way_is_a_user_error(tmp_path):
+    (tmp_path / "f").mkdir()
+    with pytest.raises(UserError, match="could not write"):
+        save_tensors(tmp_path / "f", "thing", 1, TENSORS, ABOUT)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not write"):
+        save_tensors(tmp_path / "file" / "f", "thing", 1, TENSORS, ABOUT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "file"]
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from holdfast.io import save_tensors
+number = 0
+while True:
+    save_tensors(Path(sys.argv[1]), "thing", 1, {"x": torch.full((200_000,), float(number))}, {"number": number})
+    print(number, flush=True)
+    number += 1
+"""
+
+
+def test_a_reader_and_a_kill_never_see_half_a_file(tmp_path):
+    """A writer in another process replaces the file without pause, is read all the while, and is killed with -9."""
+    path = tmp_path / "f"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)],
+        stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        seen, until = set(), time.monotonic() + 0.7
+        while time.monotonic() < until:
+            tensors, about = load_tensors(path, "thing", 1)
+            assert torch.equal(tensors["x"], torch.full((200_000,), float(about["number"])))
+            seen.add(about["number"])
+    finally:
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+    tensors, about = load_tensors(path, "thing", 1)
+    assert float(tensors["x"][-1]) == about["number"]
+    assert len(seen) > 3
+
+
+def test_the_header_says_what_it_is(tmp_path):
+    """A stranger with nothing but the safetensors library can tell what the file is."""
+    save_tensors(tmp_path / "f", "witnesses", 7, TENSORS, ABOUT)
+    with safetensors.safe_open(tmp_path / "f", framework="pt") as file:
+        header = file.metadata()
+    assert (header["holdfast"], header["version"], json.loads(header["about"])) == ("witnesses", "7", ABOUT)
