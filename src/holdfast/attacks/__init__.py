@@ -231,7 +231,7 @@ SUITES: dict[str, tuple[Stage, ...]] = {
         Stage("all targets", "apgd", "dlr", targets=9, settings={"steps": 20}, subset="nearest", share=0.3),
         *_round(1),
         *_round(2),
-        *_full("spot_check", 200),
+        *_full("sampled", 200),
         *_full("escalated", 1000),
     ),
     "paranoid": (

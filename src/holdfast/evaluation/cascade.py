@@ -306,12 +306,12 @@ class Cascade:
             chosen = nobody
         elif stage.subset == "nearest":
             chosen = self._nearest(stands, stage.share)
-        elif stage.subset == "spot_check":
+        elif stage.subset == "sampled":
             if not bool(c["spot_check"].any()):
                 self._draw(stands)
             chosen = c["spot_check"] > 0
         elif stage.subset == "escalated":
-            fell = c["spot_check"][self._hit(lambda other: other.subset == "spot_check")]
+            fell = c["spot_check"][self._hit(lambda other: other.subset == "sampled")]
             near, far = bool((fell == 1).any()), bool((fell == 2).any())
             chosen = stands if far else self._nearest(stands, stage.share) if near else nobody
             chosen = chosen & (c["spot_check"] == 0)  # those have been through it
@@ -482,10 +482,10 @@ class Cascade:
 
     def _drawn(self) -> SpotCheck | None:
         """What became of the sample, if all its stages have ended."""
-        last = max((k for k, stage in enumerate(self.stages) if stage.subset == "spot_check"), default=self.ended)
+        last = max((k for k, stage in enumerate(self.stages) if stage.subset == "sampled"), default=self.ended)
         if last >= self.ended:
             return None
-        place, hit = self.columns["spot_check"], self._hit(lambda stage: stage.subset == "spot_check")
+        place, hit = self.columns["spot_check"], self._hit(lambda stage: stage.subset == "sampled")
         near, far = place == 1, place == 2
         tried, fell = int(far.sum()), int((far & hit).sum())
         promoted = [k for k, stage in enumerate(self.stages) if stage.subset == "escalated"]
