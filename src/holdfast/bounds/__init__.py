@@ -1,0 +1,25 @@
+"""Bounds of a network over a threat: how far each logit difference can rise, by intervals and by Lipschitz constants.
+
+Training and certificates share them. The upper bound of logit_j - logit_y, less its value at x, is the inference
+information s that certified training puts into I-SCE; a sample is certified if that upper bound is negative for every
+competitor j. To bound another kind of layer, add a class and a line to ``LAYERS`` in ``layers.py``.
+"""
+
+from __future__ import annotations
+
+from .certify import certify
+from .interval import box_of, logit_difference_bounds, worst_logit_difference
+from .layers import CannotBound
+from .lipschitz import l2_radius, lipschitz_constant, lipschitz_s, s_lipschitz_pairwise
+
+__all__ = [
+    "CannotBound",
+    "box_of",
+    "certify",
+    "l2_radius",
+    "lipschitz_constant",
+    "lipschitz_s",
+    "logit_difference_bounds",
+    "s_lipschitz_pairwise",
+    "worst_logit_difference",
+]

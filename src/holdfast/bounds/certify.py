@@ -1,0 +1,85 @@
+"""Certificates: which samples are proved robust."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..outputs import Model, frozen_eval
+from ..threat import Threat
+from .chain import ROWS, chain_of, in_float64
+from .interval import worst_logit_difference
+from .layers import CannotBound, gamma
+from .lipschitz import l2_radius, layer_constants
+
+
+def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None:
+    """Prove of each sample that no x_adv of the threat has another argmax than y.
+
+    By intervals and by Lipschitz constants; a sample counts if either proves it. The arithmetic is float64 on the
+    float32 weights, with slack for the float32 rounding of the network itself and for all that ``Threat.violation``
+    forgives. Rounding is bounded for sums in any order at float32 precision: without TF32, and not for FFT or Winograd
+    kernels.
+
+    Args:
+        model: Images to logits or Outputs. It is evaluated in eval mode.
+        x: (N, C, H, W) float32 images.
+        y: (N,) int64 labels.
+        threat: Of any norm.
+
+    Returns:
+        (N,) bool, True where it is proved; None if no bound is known for the model.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # right while x > 0
+    >>> x, y = torch.tensor([0.05, 0.25]).view(2, 1, 1, 1), torch.tensor([0, 0])
+    >>> certify(net, x, y, Threat("linf", 0.1, -1, 1))
+    tensor([False,  True])
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    with frozen_eval(model), torch.no_grad():
+        network, images, labels = in_float64(model, x, y)
+        try:
+            proved = worst_logit_difference(network, images, labels, threat) < 0
+            return (proved | _proved_by_lipschitz(network, images, labels, threat)).to(x.device)
+        except CannotBound:
+            return None
+
+
+def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
+    """Which samples are proved by Lipschitz constants, (N,) bool.
+
+    Layer by layer, with L the layer's constant: h is its output at x, in exact arithmetic; no x_adv's exact output is
+    farther from h than ``radius``; no float32 output is farther from the exact one than ``rounding_error``, where
+
+        rounding_error' = L rounding_error + gamma (||  |W| |h| + |b|  || + || |W| || (radius + rounding_error))
+    """
+    dim = math.prod(x.shape[1:])
+    layers, last = chain_of(model)
+    constants = layer_constants(layers, x[:1].double(), proved=True)
+    weight, bias = last.parameters(torch.float64)
+    distances, lengths = (weight[None] - weight[:, None]).norm(dim=2), weight.norm(dim=1)
+    proved = []
+    for rows, labels in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        h = rows.double()
+        farthest = l2_radius(threat, dim, threat.farthest(dim))
+        radius = torch.full((len(h),), farthest, dtype=h.dtype, device=h.device)
+        rounding_error = torch.zeros_like(radius)
+        for layer, constant in zip(layers, constants, strict=True):
+            before, rounding_error = rounding_error, rounding_error * constant
+            if layer.n_terms:
+                size = layer.magnitude(h).flatten(1).norm(dim=1)
+                rounding_error = rounding_error + gamma(layer.n_terms) * (
+                    size + layer.magnitude_norm(h) * (radius + before)
+                )
+            h, radius = layer.apply(h), constant * radius
+        logits = h @ weight.T + bias
+        size = h.abs() @ weight.abs().T + bias.abs() + lengths * (radius + rounding_error)[:, None]
+        slack = gamma(weight.shape[1]) * (size + size.gather(1, labels[:, None]))
+        rise = distances[labels] * (radius + rounding_error)[:, None]
+        differences = logits - logits.gather(1, labels[:, None]) + rise + slack
+        proved.append((differences.scatter(1, labels[:, None], -math.inf) < 0).all(1))
+    return torch.cat(proved)

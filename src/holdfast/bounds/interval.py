@@ -1,0 +1,109 @@
+"""Interval bounds of logit differences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..threat import Threat
+from .chain import ROWS, chain_of, in_float64
+from .layers import CannotBound, gamma
+
+
+def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, *, slack: bool = False) -> Tensor:
+    """Bound logit_j - logit_y from above over all x with lo <= x <= hi, by interval propagation.
+
+        affine layers:  center' = W center + b,  radius' = |W| radius
+
+    The last layer is bounded as one affine layer with the weights W_j - W_y. Differentiable. A batch norm counts with
+    its running statistics, as in eval mode.
+
+    Args:
+        model: A Classifier with a chain for a backbone (linear, mlp, the convnets, the Lipschitz networks) and a linear
+            head, or an nn.Sequential of Linear, Conv2d, ReLU, MaxMin, pooling, Flatten, BatchNorm2d, Dropout.
+        lo: (N, C, H, W), the lower corner of each sample's box.
+        hi: (N, C, H, W), the upper corner.
+        y: (N,) int64 labels.
+        slack: Also cover the rounding of float32 evaluation: each layer's radius grows by its worst case,
+            (n + 2) 2^-24 (|W| |h| + |b|) for n terms. The bounds then hold for the numbers that a computer gets, if
+            it sums the terms at float32 precision, in any order (no TF32).
+
+    Returns:
+        (N, K) upper bounds, 0 at y.
+
+    Raises:
+        CannotBound: The network has a layer of another kind.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # logit_1 - logit_0 = -2 x
+    >>> lo, hi = torch.tensor([[[[0.2]]]]), torch.tensor([[[[0.4]]]])
+    >>> logit_difference_bounds(net, lo, hi, torch.tensor([0])).detach()
+    tensor([[ 0.0000, -0.4000]])
+    """
+    center, radius = (lo + hi) / 2, (hi - lo) / 2
+    layers, last = chain_of(model)
+    weight, bias = last.parameters(center.dtype)
+    for layer in layers:
+        center, radius = layer.propagate_interval(center, radius, slack)
+    if center.ndim != 2:
+        raise CannotBound(f"the last layer must read (N, D) features, it reads {tuple(center.shape)}.")
+    # W_j - W_y for each label, not for each sample: K products of (N, D) with (D, K) would be K times the work.
+    difference = weight[None] - weight[:, None]  # [y, j]
+    logits = center @ weight.T + bias
+    spread = torch.einsum("nd,nkd->nk", radius, difference.abs()[y])
+    bounds = logits - logits.gather(1, y[:, None]) + spread
+    if slack:
+        size = (center.abs() + radius) @ weight.abs().T + bias.abs()
+        bounds = bounds + gamma(weight.shape[1]) * (size + size.gather(1, y[:, None]))
+    return bounds.scatter(1, y[:, None], 0.0)
+
+
+def box_of(x: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
+    """Give the smallest box that holds all of the threat.
+
+    Args:
+        x: (N, ...) images in the threat's box of valid pixels.
+        threat: Of any norm. For l2 and l1 the box is much larger than the ball.
+
+    Returns:
+        (lo, hi), both of x's shape.
+
+    >>> box_of(torch.tensor([[0.95]]), Threat("linf", 0.1))
+    (tensor([[0.8500]]), tensor([[1.]]))
+    """
+    return (x - threat.eps).clamp_min(threat.lo), (x + threat.eps).clamp_max(threat.hi)
+
+
+def worst_logit_difference(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
+    """Bound max_{j != y} logit_j - logit_y over the threat, as float32 computes it. Below zero it is a proof.
+
+    By intervals in float64, over the box that holds all that ``Threat.violation`` forgives, with slack for rounding.
+
+    Args:
+        model: As for ``logit_difference_bounds``, in eval mode.
+        x: (N, C, H, W) float32 images.
+        y: (N,) int64 labels.
+        threat: Of any norm.
+
+    Returns:
+        (N,) float64 upper bounds.
+
+    Raises:
+        CannotBound: As ``logit_difference_bounds``.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # logit_1 - logit_0 = -2 x
+    >>> bound = worst_logit_difference(net, torch.tensor([[[[0.3]]]]), torch.tensor([0]), Threat("linf", 0.1))
+    >>> print(f"{bound.item():.4f}")
+    -0.4000
+    """
+    model, x, y = in_float64(model, x, y)
+    forgiven = replace(threat, eps=threat.farthest(math.prod(x.shape[1:])))
+    worst = []
+    for rows, labels in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        bounds = logit_difference_bounds(model, *box_of(rows.double(), forgiven), labels, slack=True)
+        worst.append(bounds.scatter(1, labels[:, None], -math.inf).amax(1))
+    return torch.cat(worst)

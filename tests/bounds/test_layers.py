@@ -1,0 +1,200 @@
+"""One contract for every kind of layer: sampled inputs, the Jacobian and float32 itself stay within its bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from holdfast.bounds import CannotBound, certify
+from holdfast.bounds.layers import LAYERS, Normalisation, gamma, largest_singular_value, layer_of
+from holdfast.models import build
+from holdfast.models.convnets import Step
+from holdfast.models.orthogonal import MaxMin, OrthogonalConv, OrthogonalLinear
+from holdfast.threat import Threat
+
+IMAGE, FLAT = (2, 6, 7), (6,)
+# Each kind in every form in which it computes something else, and the shape of its input.
+CASES = {
+    "linear": (nn.Linear(6, 4), FLAT),
+    "linear without bias": (nn.Linear(6, 9, bias=False), FLAT),
+    "linear on pixels": (nn.Linear(7, 3), IMAGE),
+    "conv": (nn.Conv2d(2, 3, 3), IMAGE),
+    "conv, strided, dilated, grouped, padded": (nn.Conv2d(2, 4, 3, stride=2, padding=2, dilation=2, groups=2), IMAGE),
+    "conv, large": (nn.Conv2d(2, 3, 3, padding=1), (2, 40, 40)),
+    "conv, large, strided, dilated": (nn.Conv2d(2, 3, 3, stride=2, dilation=2), (2, 50, 50)),
+    "relu": (nn.ReLU(), IMAGE),
+    "maxmin": (MaxMin(), IMAGE),
+    "flatten": (nn.Flatten(), IMAGE),
+    "max pool": (nn.MaxPool2d(2), IMAGE),
+    "max pool, overlapping": (nn.MaxPool2d(3, stride=1, padding=1), IMAGE),
+    "max pool, dilated": (nn.MaxPool2d(2, stride=2, dilation=2), IMAGE),
+    "max pool, ceil": (nn.MaxPool2d(3, stride=2, ceil_mode=True), IMAGE),
+    "average pool": (nn.AvgPool2d(2), IMAGE),
+    "average pool, overlapping": (nn.AvgPool2d(3, stride=2, padding=1), IMAGE),
+    "average pool, sums": (nn.AvgPool2d(2, divisor_override=1), IMAGE),
+    "average pool, padding not counted": (nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False), IMAGE),
+    "average pool, ceil": (nn.AvgPool2d(3, stride=2, ceil_mode=True), IMAGE),
+    "batch norm": (nn.BatchNorm2d(2), IMAGE),
+    "batch norm without weights": (nn.BatchNorm2d(2, affine=False), IMAGE),
+    "step": (Step(10.0, 0.01), IMAGE),
+    "orthogonal linear": (OrthogonalLinear(6, 4), FLAT),
+    "orthogonal conv": (OrthogonalConv(2, 3, 2), IMAGE),
+    "normalisation": (
+        build("linear", IMAGE, 2, mean=torch.tensor([0.2, 0.4]), std=torch.tensor([0.5, 0.1])), IMAGE,
+    ),
+}  # fmt: skip
+
+
+def case(name):
+    """(layer, x (4, ...) float32) of a case; parameters and statistics are none of the initial ones."""
+    module, shape = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point() and name != "normalisation":
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.copy_(torch.tensor([0.3, 2.0]))
+    module.eval().requires_grad_(False)
+    layer = Normalisation(module) if name == "normalisation" else layer_of(module)
+    return layer, torch.rand(4, *shape, generator=generator)
+
+
+def forward(layer, x):
+    """The layer as the network computes it."""
+    return (x - layer.module.mean) / layer.module.std if isinstance(layer, Normalisation) else layer.module(x)
+
+
+def jacobian(layer, x):
+    """(outputs, inputs) at x (1, ...) float64."""
+    return torch.autograd.functional.jacobian(layer.apply, x).reshape(-1, x.numel())
+
+
+def test_every_kind_is_tried():
+    assert {type(module) for module, _ in CASES.values()} >= LAYERS.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_output_lies_in_the_interval_as_float32_computes_it(name):
+    layer, x = case(name)
+    for size in (1e-7, 0.05, 1.0):
+        center, radius = layer.propagate_interval(x.double(), torch.full_like(x.double(), size), True)
+        exact = layer.propagate_interval(x.double(), torch.full_like(x.double(), size), False)
+        assert (exact[1] <= radius).all()
+        for seed in range(20):
+            moves = 2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+            inside = x.double() + size * (moves.sign() if seed % 2 else moves)
+            assert ((layer.apply(inside) - exact[0]).abs() <= exact[1] + 1e-12).all()
+            rounded = inside.float()
+            within = (rounded.double() - x.double()).abs() <= size
+            rounded = torch.where(within, rounded, x)
+            assert ((forward(layer, rounded).double() - center).abs() <= radius).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_rounds_by_no_more_than_gamma_times_the_magnitude(name):
+    layer, x = case(name)
+    error = (forward(layer, x).double() - layer.apply(x.double())).abs()
+    assert (error <= gamma(layer.n_terms) * layer.magnitude(x.double())).all() if layer.n_terms else not error.any()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "large" not in name])
+def test_no_jacobian_is_larger_than_the_lipschitz_bound(name):
+    layer, x = case(name)
+    for image in x.double().split(1):
+        matrix = jacobian(layer, image)
+        norm = float(largest_singular_value(matrix))
+        assert norm <= float(layer.lipschitz_upper_bound(image)) * (1 + 1e-6)
+        assert float(layer.lipschitz_estimate(image)) <= float(layer.lipschitz_upper_bound(image)) * (1 + 1e-6)
+        if layer.n_terms:
+            assert float(largest_singular_value(matrix.abs())) <= float(layer.magnitude_norm(image)) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["conv, large", "conv, large, strided, dilated"])
+def test_the_bound_by_the_kernel_holds_of_large_convolutions(name):
+    """Power iteration on the whole map comes near its norm from below."""
+    layer, x = case(name)
+    u = x[:1].double()
+    for _ in range(50):
+        u = torch.autograd.functional.vjp(layer.without_bias, u, layer.without_bias(u))[1]
+        u = u / u.norm()
+    norm, bound = float(layer.without_bias(u).norm()), float(layer.lipschitz_upper_bound(x[:1].double()))
+    assert norm <= bound <= 3 * norm
+
+
+def test_pairs_of_points_are_pushed_apart_by_no_more_where_a_maximum_repeats_them():
+    """The Jacobian at a random point seldom sees one pixel that wins several windows."""
+    for name in ("max pool, overlapping", "max pool, dilated"):
+        layer, x = case(name)
+        a, b = torch.zeros_like(x[:1]), torch.zeros_like(x[:1])
+        b[0, 0, 2, 2] = 1.0
+        assert (layer.apply(b) - layer.apply(a)).norm() <= layer.lipschitz_upper_bound(a) * (b - a).norm()
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    """A subclass that computes what its parent does."""
+
+
+def network(*layers):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def with_hook(net, register="register_forward_hook"):
+    getattr(net[-1], register)(lambda *_: None)
+    return net
+
+
+def patched(net):
+    net[1].forward = lambda x: 3 * x
+    return net
+
+
+@pytest.mark.parametrize(
+    ("net", "known"),
+    [
+        (network(nn.Linear(4, 4), Renamed(4, 3)), True),
+        (network(Residual(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 3)), False),
+        (network(Doubled(4, 4), nn.Linear(4, 3)), False),
+        (network(nn.Linear(4, 4), Doubled(4, 3)), False),
+        (Residual(nn.Flatten(), nn.Linear(4, 4)), False),
+        (patched(network(nn.Linear(4, 4), nn.Linear(4, 3))), False),
+        (with_hook(network(nn.Linear(4, 3))), False),
+        (with_hook(network(nn.Linear(4, 3)), "register_forward_pre_hook"), False),
+    ],
+    ids=["renamed", "residual", "doubled", "doubled last", "residual network", "patched", "hook", "pre-hook"],
+)
+def test_what_computes_something_else_than_its_class_says_is_not_bounded(net, known):
+    x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2])
+    assert (certify(net, x, y, Threat("linf", 1e-3)) is not None) == known
+
+
+def test_a_classifier_inside_a_network_is_no_layer():
+    net = nn.Sequential(build("linear", (1, 2, 2), 4), nn.Linear(4, 3))
+    assert certify(net, torch.rand(1, 1, 2, 2), torch.tensor([0]), Threat("linf", 1e-3)) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), "zero padding"),
+        (nn.Conv2d(1, 1, 3, padding="same"), "zero padding"),
+        (nn.BatchNorm2d(1, track_running_stats=False), "depends on its batch"),
+        (nn.AvgPool2d(2, divisor_override=-1), "positive divisor, got -1"),
+        (nn.Sigmoid(), "no bound is known for a layer of kind Sigmoid"),
+    ],
+)
+def test_refusals(module, message):
+    with pytest.raises(CannotBound, match=message):
+        layer_of(module)
