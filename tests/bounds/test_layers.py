@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from holdfast.bounds import CannotBound, certify
+from holdfast.bounds import CannotBound, certify, logit_difference_bounds
+from holdfast.bounds.chain import chain_of
 from holdfast.bounds.layers import LAYERS, Normalisation, gamma, largest_singular_value, layer_of
 from holdfast.models import build
 from holdfast.models.convnets import Step
@@ -178,6 +181,17 @@ def patched(net):
 def test_what_computes_something_else_than_its_class_says_is_not_bounded(net, known):
     x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2])
     assert (certify(net, x, y, Threat("linf", 1e-3)) is not None) == known
+
+
+def test_a_module_that_is_applied_twice_is_bounded_twice():
+    torch.manual_seed(0)
+    relu, dense = nn.ReLU(), nn.Linear(4, 4)
+    shared = nn.Sequential(nn.Flatten(), dense, relu, dense, relu, nn.Linear(4, 3))
+    apart = nn.Sequential(nn.Flatten(), dense, nn.ReLU(), copy.deepcopy(dense), nn.ReLU(), shared[-1])
+    x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2])
+    lo, hi = x - 0.1, x + 0.1
+    assert torch.equal(logit_difference_bounds(shared, lo, hi, y), logit_difference_bounds(apart, lo, hi, y))
+    assert len(chain_of(shared)[0]) == 5
 
 
 def test_a_classifier_inside_a_network_is_no_layer():

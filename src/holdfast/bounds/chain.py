@@ -43,22 +43,23 @@ def chain_of(model: nn.Module) -> tuple[list[Layer], LogitLayer]:
     """The layers in order, and the last one. Raises CannotBound for a network that is no chain of known layers."""
     if computes_as(model, Classifier):
         backbone, head = model.backbone, model.head
-        if not any(computes_as(backbone, kind) for kind in (*_CHAINS, convnets.Linear, nn.Sequential)):  # type: ignore[arg-type]
+        if not any(computes_as(backbone, kind) for kind in (*_CHAINS, convnets.Linear, nn.Sequential)):
             raise CannotBound(f"no bound is known for the backbone {type(backbone).__name__}.")
-        if not any(computes_as(head, kind) for kind in _LINEAR_HEADS):  # type: ignore[arg-type]
+        if not any(computes_as(head, kind) for kind in _LINEAR_HEADS):
             raise CannotBound(f"bounds need a linear head, got {type(head).__name__}.")
-        layers = [Normalisation(model), *map(layer_of, _leaves(backbone))]  # type: ignore[arg-type]
-        return layers, LogitLayer(_dense(head.linear), head, model.logit_scale)  # type: ignore[union-attr, arg-type]
+        layers = [Normalisation(model), *map(layer_of, _leaves(backbone))]
+        return layers, LogitLayer(_dense(head.linear), head, model.logit_scale)
     if computes_as(model, nn.Sequential):
         *hidden, last = list(_leaves(model)) or [model]
         return [layer_of(module) for module in hidden], LogitLayer(_dense(last))
     raise CannotBound(f"no bound is known for {type(model).__name__}: give an nn.Sequential or a Classifier.")
 
 
-def _dense(module: nn.Module) -> nn.Module:
+def _dense(module: Any) -> nn.Module:
     if not any(computes_as(module, kind) for kind in _DENSE):
         raise CannotBound(f"bounds need a network that ends with a linear layer, not with {type(module).__name__}.")
-    return module
+    dense: nn.Module = module
+    return dense
 
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
@@ -66,7 +67,7 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
     if any(computes_as(module, kind) for kind in _CHAINS):
         yield from _leaves(module.layers)  # type: ignore[arg-type]
     elif computes_as(module, nn.Sequential):
-        for child in module.children():
+        for child in module:
             yield from _leaves(child)
     elif computes_as(module, convnets.Linear):
         yield nn.Flatten()

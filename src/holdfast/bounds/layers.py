@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..models import convnets, orthogonal
 
+M = TypeVar("M", bound=nn.Module)
 UNIT = 2.0**-24  # the unit roundoff of float32, in which networks are evaluated
 SMALL = 4096  # a convolution's singular values are computed if neither its input nor its output has more values
 
@@ -36,7 +37,7 @@ def gamma(terms: int) -> float:
     return (terms + 2) * UNIT / (1 - (terms + 2) * UNIT)
 
 
-def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+def computes_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a module computes what ``kind`` computes. A subclass with its own forward, or a hook, may do anything.
 
     >>> class Residual(nn.Sequential):

@@ -1,4 +1,4 @@
-"""Robust or broken: a verdict on each sample, with the x_adv that breaks it."""
+"""Robust or broken: a decision for each sample, with the x_adv that breaks it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch import Tensor
 from ..errors import at_least
 from ..threat import Threat
 from .network import Affine, Array, box_around, checked, forward, logit_differences_of, scaled
-from .program import TIE, Program, bounds_of, tightened
+from .program import TIE, Program, preactivation_bounds, tighten
 
-FAR = 1e-4  # a gap that neither projection nor float32 can turn
+CLEAR = 1e-4  # of the logits' scale: neither projection nor float32 rounding changes the sign of such a difference
 
 
 @dataclass(frozen=True)
-class Exact:
-    """Per-sample columns, on the CPU.
+class Decision:
+    """What is known of each sample: per-sample columns, on the CPU.
 
-    status: N times "robust" (proved), "broken" (x_adv shows it) or "unknown" (a tie, or out of time); x_adv: float32,
-    of x's shape, x itself where nothing is broken; seconds: (N,) float64, what each sample took.
-    ``robust``, ``broken``, ``unknown``: (N,) bool.
+    Args:
+        status: N times "robust" (proved), "broken" (x_adv shows it) or "unknown" (a tie, or out of time).
+        x_adv: float32, of x's shape; x itself where nothing is broken.
+        seconds: (N,) float64, the time that each sample took.
     """
 
     status: tuple[str, ...]
@@ -33,14 +34,17 @@ class Exact:
 
     @property
     def robust(self) -> Tensor:
+        """(N,) bool."""
         return self._is("robust")
 
     @property
     def broken(self) -> Tensor:
+        """(N,) bool."""
         return self._is("broken")
 
     @property
     def unknown(self) -> Tensor:
+        """(N,) bool."""
         return self._is("unknown")
 
     def _is(self, name: str) -> Tensor:
@@ -49,100 +53,112 @@ class Exact:
 
 def decide(
     layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, threat: Threat, *, seconds: float = 60.0
-) -> Exact:
-    """Prove each sample robust, or show the x_adv that breaks it. All arithmetic in float64.
+) -> Decision:
+    """Prove each sample robust, or give the x_adv that breaks it. All arithmetic is float64.
 
         robust: max over t != y and over x_adv of  logit_t - logit_y  <  -tie      (proved for all x_adv)
         broken: some t and x_adv with              logit_t - logit_y  >   tie      (x_adv is returned)
 
     tie is ``TIE`` times the largest sum of absolute terms, |w| a + |b|, that interval bounds allow in any logit: about
-    16 roundings of float32. In between argmax is left to rounding, and the sample is "unknown", as it is after
-    ``seconds``. Broken means argmax != y: an exact tie is not counted for either side, whichever index is lower.
+    16 roundings of float32. In between, rounding decides the argmax, and the sample is "unknown"; so it is when
+    ``seconds`` run out. An exact tie counts for neither side, whichever index is lower.
 
-    "robust" is proved for all that ``Threat.violation`` forgives, so no judged attack can contradict it; x_adv of a
-    "broken" one is float32, projected on the threat itself, and measured after that. A sample that is wrong already is
-    broken by x. HiGHS works to tolerances of 1e-6: they can only add points, so "infeasible" holds of the network, and
-    each point it offers is measured by a forward pass.
+    "robust" holds for all that ``Threat.violation`` forgives, so no attack can contradict it. The x_adv of a "broken"
+    sample is float32, projected on the threat itself, and measured after that. A sample that is misclassified already
+    is broken by x. HiGHS works to tolerances of 1e-6. They can only add points: "infeasible" is therefore true of the
+    network, and each point that HiGHS offers is measured by a forward pass.
+
+    Where it fails: on networks with more than about a hundred unstable ReLUs most samples are "unknown".
 
     Args:
-        layers: (weight (out, in), bias (out,)) in order, a ReLU between each two; ``layers_of`` reads them off a model.
-        x: (N, ...) float in the threat's box, flattened to (N, in); read as float32. y: (N,) int64 in 0 .. K-1.
-        threat: linf. seconds: at most so many a sample, > 0; a program just begun ends a little later.
+        layers: (weight (out, in), bias (out,)) in order, with a ReLU between each two, as ``layers_of`` gives them.
+        x: (N, ...) float images in the threat's box, read as float32 and flattened to (N, in).
+        y: (N,) int64 labels in 0 .. K-1.
+        threat: An linf threat.
+        seconds: The time limit for each sample, > 0. The last program may end a little later.
 
-    Raises UserError for another norm, shapes that do not fit, weights that are not finite, pixels outside the box.
-    It fails, by "unknown", on networks with more than about a hundred unstable ReLUs.
+    Returns:
+        A Decision for the N samples.
 
-    >>> linear = [(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.zeros(2))]    # z_0 - z_1 = a + 2 b, by 3 eps at most
-    >>> x, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0])                   # 1.5 here: robust below eps = 0.5
+    Raises:
+        UserError: Another norm, shapes that do not fit, weights that are not finite, or pixels outside the box.
+
+    >>> linear = [(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.zeros(2))]    # z_0 - z_1 = a + 2 b falls by 3 eps
+    >>> x, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0])                   # from 1.5 here: robust below eps = 0.5
     >>> [decide(linear, x, y, Threat("linf", eps, -1, 1)).status for eps in (0.499, 0.5, 0.501)]
     [('robust',), ('unknown',), ('broken',)]
     """
     net = checked(layers, x, y, threat)
     at_least("seconds", seconds, above=True)
-    status, spent = [], []
+    statuses, spent = [], []
     x = x.detach().cpu().to(torch.float32)
     x_adv = x.clone()
     for i, label in enumerate(y.tolist()):
         began = time.perf_counter()
-        found, witness = _one(net, x[i : i + 1], label, threat, began + seconds)
-        status.append(found)
+        status, witness = _decide_one(net, x[i : i + 1], label, threat, began + seconds)
+        statuses.append(status)
         if witness is not None:
             x_adv[i] = witness[0]
         spent.append(time.perf_counter() - began)
-    return Exact(tuple(status), x_adv, torch.tensor(spent, dtype=torch.float64))
+    return Decision(tuple(statuses), x_adv, torch.tensor(spent, dtype=torch.float64))
 
 
-def _one(net: list[Affine], x: Tensor, y: int, threat: Threat, deadline: float) -> tuple[str, Tensor | None]:
-    """The status of one sample, x (1, ...), and what breaks it."""
+def _decide_one(net: list[Affine], x: Tensor, y: int, threat: Threat, deadline: float) -> tuple[str, Tensor | None]:
+    """The status of one sample, x (1, ...), and the x_adv that breaks it."""
     box = box_around(x, threat)
-    whole, (net, unit) = net, scaled(net, box)
+    given, (net, unit) = net, scaled(net, box)
     net = logit_differences_of(net, y)
 
-    def witness(point: Array) -> Tensor | None:
+    def as_witness(point: Array) -> Tensor | None:
+        """The x_adv at this point if it breaks the sample, measured on the network as it was given."""
         x_adv = threat.project(torch.from_numpy(point).to(torch.float32).view_as(x), x)
-        logits = forward(whole, x_adv.flatten().double().numpy())  # of the network as it was given
-        gap = np.delete(logits, y).max() - logits[y]
-        return x_adv if gap > TIE * unit and float(threat.violation(x_adv, x)) == 0 else None
+        logits = forward(given, x_adv.flatten().double().numpy())
+        difference = np.delete(logits, y).max() - logits[y]
+        return x_adv if difference > TIE * unit and float(threat.violation(x_adv, x)) == 0 else None
 
-    found = witness(x.flatten().double().numpy())
-    bounds = bounds_of(net, box)
-    if found is None and len(net) > 2 and bounds[-1][1].max() >= -TIE:
-        bounds = tightened(net, box, bounds)
-    open_ = np.flatnonzero(bounds[-1][1] >= -TIE)
+    witness = as_witness(x.flatten().double().numpy())
+    bounds = preactivation_bounds(net, box)
+    if witness is None and len(net) > 2 and bounds[-1][1].max() >= -TIE:
+        bounds = tighten(net, box, bounds)
+    unproved = np.flatnonzero(bounds[-1][1] >= -TIE)
     program = Program.of(net[:-1], box, bounds)
-    heights = {}
-    for t in open_[np.argsort(-bounds[-1][1][open_])]:
-        if found is not None:
+    upper = {}  # of the classes that the linear programs leave open
+    for t in unproved[np.argsort(-bounds[-1][1][unproved])]:
+        if witness is not None:
             break
-        height, point = program.relaxed(net[-1][0][t], net[-1][1][t])
-        if height >= -TIE:
-            heights[int(t)] = height
-            found = witness(point)
-    todo, tied = sorted(heights, key=lambda t: -heights[t]), False
-    while todo and found is None and time.perf_counter() < deadline:
+        value, point = program.relaxation(net[-1][0][t], net[-1][1][t])
+        if value >= -TIE:
+            upper[int(t)] = value
+            witness = as_witness(point)
+    todo, tied = sorted(upper, key=lambda t: -upper[t]), False
+    while todo and witness is None and time.perf_counter() < deadline:
         late = []
-        for left, t in enumerate(todo):
-            share = (deadline - time.perf_counter()) / (len(todo) - left)
-            state, found = _settle(program, (net[-1][0][t], net[-1][1][t]), witness, time.perf_counter() + share)
-            if found is not None:
+        for done, t in enumerate(todo):
+            share = (deadline - time.perf_counter()) / (len(todo) - done)
+            difference = net[-1][0][t], net[-1][1][t]
+            state, witness = _decide_class(program, difference, as_witness, time.perf_counter() + share)
+            if witness is not None:
                 break
-            tied |= state == "some"
+            tied |= state == "feasible"
             late += [t] * (state == "late")
         todo = late
-    if found is not None:
-        return "broken", found
+    if witness is not None:
+        return "broken", witness
     return "unknown" if todo or tied else "robust", None
 
 
-def _settle(
-    program: Program, gap: tuple[Array, float], witness: Callable[[Array], Tensor | None], until: float
+def _decide_class(
+    program: Program, difference: tuple[Array, float], as_witness: Callable[[Array], Tensor | None], until: float
 ) -> tuple[str, Tensor | None]:
-    """("none", None) if no run reaches the gap, ("some", x_adv or None for a tie), ("late", None) out of time."""
-    state = "none"
-    for least in (-TIE, FAR):  # a run that cannot be shown to be wrong may hide one that can
-        answer, points = program.search(*gap, least, until)
-        found = next((w for w in map(witness, points) if w is not None), None)
-        if found is not None or answer != "some":
-            return state if answer == "none" else answer, found
-        state = "some"
+    """Whether one logit difference can reach -TIE.
+
+    ("infeasible", None): it cannot. ("feasible", x_adv, or None for a tie): it can. ("late", None): out of time.
+    """
+    state = "infeasible"
+    for least in (-TIE, CLEAR):  # the first point found may be a tie; one that breaks the sample may still exist
+        answer, points = program.search(*difference, least, until)
+        witness = next((w for w in map(as_witness, points) if w is not None), None)
+        if witness is not None or answer != "feasible":
+            return state if answer == "infeasible" else answer, witness
+        state = "feasible"
     return state, None

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..bounds.layers import computes_as
 from ..errors import UserError
 from ..models import Classifier
 from ..models.convnets import Linear as Pixels
@@ -21,38 +22,47 @@ Affine = tuple[Array, Array]  # weight (out, in), bias (out,)
 
 
 def layers_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """(weight, bias) of each layer of a fully connected ReLU network, float64: what ``exact`` takes.
+    """Read a fully connected ReLU network as affine layers.
 
-    model: an nn.Sequential of Flatten, Linear and ReLU (nested ones too), or a Classifier with such a backbone ("mlp",
-    "linear", an nn.Sequential) and a linear head: its mean, std and logit_scale become part of the weights. Linear
-    layers without a ReLU between them become one. Raises UserError for anything else.
+    The mean, std and logit_scale of a Classifier become part of the weights. Linear layers without a ReLU between them
+    become one.
+
+    Args:
+        model: An nn.Sequential of Flatten, Linear and ReLU (nested ones too), or a Classifier with such a backbone
+            ("mlp", "linear", an nn.Sequential) and a linear head.
+
+    Returns:
+        (weight (out, in), bias (out,)) of each layer, float64, for ``decide`` and ``maximize``.
+
+    Raises:
+        UserError: The model is something else.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> [tuple(weight.shape) for weight, bias in layers_of(model)]
     [(3, 4), (2, 3)]
     """
-    parts = [model.backbone, model.head] if isinstance(model, Classifier) else [model]
+    parts = [model.backbone, model.head] if computes_as(model, Classifier) else [model]
     layers: list[tuple[Tensor, Tensor]] = []
-    apart = True  # whether a ReLU stands between the last layer and the next one
+    separate = True  # whether a ReLU lies between the last layer and the next one
     for module in (module for part in parts for module in _modules(part)):
-        if type(module) is nn.Linear:  # a subclass may do anything
+        if computes_as(module, nn.Linear):
             weight = module.weight.detach().cpu().double()
             bias = torch.zeros_like(weight[:, 0]) if module.bias is None else module.bias.detach().cpu().double()
-            if not apart:
+            if not separate:
                 before, offset = layers.pop()
                 weight, bias = weight @ before, weight @ offset + bias
             layers.append((weight, bias))
-            apart = False
-        elif type(module) is nn.ReLU and layers:
-            apart = True
-        elif layers or type(module) is not nn.Flatten or (module.start_dim, module.end_dim) != (1, -1):
+            separate = False
+        elif computes_as(module, nn.ReLU) and layers:
+            separate = True
+        elif layers or not computes_as(module, nn.Flatten) or (module.start_dim, module.end_dim) != (1, -1):
             raise UserError(
-                "exact knows fully connected ReLU networks, Flatten() and then Linear and ReLU in turn: "
-                f"it cannot read {module} as layer {len(layers)}."
+                "exact answers need a fully connected ReLU network, Flatten() and then Linear and ReLU in turn, "
+                f"got {module} as layer {len(layers)}."
             )
-    if not layers or apart:
-        raise UserError("a network for exact ends with a Linear layer, whose outputs are the logits.")
-    if isinstance(model, Classifier):
+    if not layers or separate:
+        raise UserError("exact answers need a network that ends with a Linear layer, whose outputs are the logits.")
+    if computes_as(model, Classifier):
         weight, bias = layers[-1]
         layers[-1] = (weight * model.logit_scale, bias * model.logit_scale)
         weight, bias = layers[0]
@@ -63,24 +73,24 @@ def layers_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The leaves in the order in which they are applied, as far as the kinds known here go."""
-    if type(model) is nn.Sequential:
+    """The leaves in the order in which they are applied. What is unknown here is given as it is, and refused later."""
+    if computes_as(model, nn.Sequential):
         for child in model:
             yield from _modules(child)
-    elif isinstance(model, Mlp):
+    elif computes_as(model, Mlp):
         yield from _modules(model.layers)
-    elif isinstance(model, LinearHead):
+    elif computes_as(model, LinearHead):
         yield model.linear
-    elif not isinstance(model, Pixels):
+    elif not computes_as(model, Pixels):
         yield model
 
 
 def checked(layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, threat: Threat) -> list[Affine]:
-    """The layers as float64 arrays, once everything fits."""
+    """The layers as float64 arrays. Raises UserError unless layers, x, y and threat fit each other."""
     if threat.norm != "linf":
-        raise UserError(f"exact is defined for linf, got {threat.norm}.")
+        raise UserError(f"exact answers exist for linf threats, got {threat.norm}.")
     if not layers:
-        raise UserError("exact needs at least one layer.")
+        raise UserError("exact answers need at least one layer.")
     net: list[Affine] = []
     width = x[:1].numel() if len(x) else layers[0][0].shape[-1]
     for number, (weight, bias) in enumerate(layers):
@@ -94,7 +104,7 @@ def checked(layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, threa
         if not all(np.isfinite(part).all() for part in net[-1]):
             raise UserError(f"layer {number} has weights that are NaN or infinite.")
     if width < 2:
-        raise UserError("exact needs at least two logits.")
+        raise UserError("exact answers need at least two logits.")
     if y.shape != x.shape[:1] or (len(y) and not (int(y.min()) >= 0 and int(y.max()) < width)):
         raise UserError(f"y must be (N,) = ({len(x)},) labels in 0 .. {width - 1}, got shape {tuple(y.shape)}.")
     if not bool(((x >= threat.lo) & (x <= threat.hi)).all()):
@@ -104,9 +114,9 @@ def checked(layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, threa
 
 def box_around(x: Tensor, threat: Threat) -> tuple[Array, Array]:
     """The box of all that ``Threat.violation`` forgives, in float64: x (1, ...) -> (in,), (in,)."""
-    middle = x.flatten().double().numpy()
-    reach = threat.farthest(len(middle))
-    return np.maximum(middle - reach, threat.lo), np.minimum(middle + reach, threat.hi)
+    center = x.flatten().double().numpy()
+    radius = threat.farthest(len(center))
+    return np.maximum(center - radius, threat.lo), np.minimum(center + radius, threat.hi)
 
 
 def logit_differences_of(net: list[Affine], y: int) -> list[Affine]:
@@ -130,21 +140,21 @@ def interval(layer: Affine, low: Array, high: Array) -> tuple[Array, Array]:
 
 
 def scaled(net: list[Affine], box: tuple[Array, Array]) -> tuple[list[Affine], float]:
-    """The same network in other units, and the unit of its logits.
+    """The network with each layer divided by a positive number, and the unit of its logits.
 
-    Every pre-activation lies within [-1, 1] by interval bounds, every logit's sum of absolute terms in [0, 1]. ReLU is
-    homogeneous, so each layer's unit is free; argmax stays.
+    By interval bounds, every pre-activation then lies in [-1, 1], and every logit's sum of absolute terms in [0, 1].
+    ReLU is positively homogeneous: the argmax stays the same.
     """
-    scaled = []
+    layers = []
     unit = 1.0
     low, high = box
     for number, (weight, bias) in enumerate(net):
-        weight = weight * unit  # what comes in is in units of the layer before
+        weight = weight * unit  # the layer's input is in units of the layer before
         if number < len(net) - 1:
             size = np.abs(interval((weight, bias), low, high)).max()
         else:
             size = (np.abs(weight) @ np.maximum(np.abs(low), np.abs(high)) + np.abs(bias)).max()
         unit = float(size) or 1.0
-        scaled.append((weight / unit, bias / unit))
-        low, high = (np.maximum(side, 0) for side in interval(scaled[-1], low, high))
-    return scaled, unit
+        layers.append((weight / unit, bias / unit))
+        low, high = (np.maximum(side, 0) for side in interval(layers[-1], low, high))
+    return layers, unit
