@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -146,6 +147,21 @@ def test_one_choice_does_not_change_the_next():
     first.head_settings["scale"] = 1
     assert loss_spec.parse("cosface").head_settings == {"scale": 64.0}
     assert loss_spec.parse("cosface:m=0.2,scale=15").head_settings == {"scale": 15}
+
+
+@pytest.mark.parametrize(
+    "text", ["sce", "isce:s=3*2", "cosface:m=0.2,scale=15", "isce:s=attack+trades:beta=2+fit:lr=1"]
+)
+def test_a_parsed_spec_travels_to_another_process(text):
+    """It holds functions and partials, so it is pickled as its text; equal texts are equal specs."""
+    one = loss_spec.parse(text)
+    again = pickle.loads(pickle.dumps(one))
+    assert again == one
+    assert hash(again) == hash(one)
+    assert (again.s, again.head, again.source, again.objective, again.fit) == (
+        one.s, one.head, one.source, one.objective, one.fit,
+    )  # fmt: skip
+    assert one != loss_spec.parse("mmc")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from sklearn.datasets import load_digits
 
 from holdfast import cli, results
 from holdfast.attacks import SUITES, Stage
-from holdfast.experiments.compare import Comparison, compare
+from holdfast.experiments.compare import compare
+from holdfast.experiments.config import Comparison
 from holdfast.replay import replay
 from holdfast.train import FitConfig
 
@@ -155,16 +156,17 @@ def test_two_kills_cost_nothing_but_time(tmp_path, monkeypatch):
 ONE_IDLE = """
 import sys, time
 from pathlib import Path
-from holdfast import jobs
+from holdfast import process_pool
 
-def work(job, tell):
+def work(job, progress):
     Path(sys.argv[1], f"began{job}").touch()
     while job:  # job 0 ends at once, and its worker waits for more that never comes
-        tell(str(job), "works", 1, 2)
+        progress(str(job), "works", 1, 2)
         time.sleep(0.1)
 
 if __name__ == "__main__":
-    jobs.run(work, [0, 1], workers=2, tell=lambda *_: None, finished=lambda job: Path(sys.argv[1], "ended").touch())
+    ended = Path(sys.argv[1], "ended")
+    process_pool.run(work, [0, 1], workers=2, progress=lambda *_: None, on_done=lambda job: ended.touch())
 """
 
 

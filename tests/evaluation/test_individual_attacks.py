@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.evaluation.test_evaluate import THREAT, Stop, Threshold, numbers, stop_after
-from tests.helpers import on_digits
+from tests.helpers import on_digits, unaudited
 from torch import nn
 
 import holdfast.evaluation as module
@@ -20,7 +20,10 @@ from holdfast.checks import PGD50 as ON_PUBLISHED
 from holdfast.checks import ROBUST, Claim, audit, judge
 from holdfast.errors import UserError
 from holdfast.evaluation import Budget, cascade, evaluate
-from holdfast.experiments.collect import NetworkResult, collect
+from holdfast.experiments import loss_spec
+from holdfast.experiments.collect import TrainedNetwork, collect
+from holdfast.experiments.config import DataCut
+from holdfast.experiments.training import TrainSummary
 from holdfast.io import load_tensors, save_tensors
 from holdfast.outputs import fooled
 from holdfast.threat import Threat
@@ -312,15 +315,18 @@ def test_without_a_certificate_the_check_says_what_is_missing(monkeypatch, net, 
 def test_folds_are_put_together(net, some, tmp_path):
     split = net[1]
     parts = [replace(split, test=some.take(rows)) for rows in (slice(0, 40), slice(40, 90))]
-    trained = {"accuracy": 1.0, "val": 1.0, "seconds": 0.0}
+    sce, trained = loss_spec.parse("sce"), TrainSummary(accuracy=1.0, val=1.0)
 
     def put(certify):
         found = []
         for part in parts:
             e = evaluate(net[0], part.test, CLOSE, PROTOCOLS[:3])
             found.append(e if certify(part) else replace(e, certified=None))
-        judged = [NetworkResult("sce", 0, tmp_path, e, trained, part, {}) for e, part in zip(found, parts, strict=True)]
-        return found, collect(judged, tmp_path, "digits", {}, "a test").runs[0]
+        networks = [
+            TrainedNetwork(sce, 0, tmp_path, trained, part, DataCut(), unaudited(e))
+            for e, part in zip(found, parts, strict=True)
+        ]
+        return found, collect(networks, tmp_path, "digits", {}, "a test").runs[0]
 
     found, run = put(lambda part: True)
     proved = torch.cat([e.certified for e in found])

@@ -8,6 +8,7 @@ import json
 import pytest
 from rich.console import Console
 from tests.faults.faulty_models import LIARS
+from tests.helpers import unaudited
 from typer.testing import CliRunner
 
 from holdfast import data, models
@@ -15,7 +16,10 @@ from holdfast.attacks import PGD50, SUITES
 from holdfast.cli import app
 from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
-from holdfast.experiments.collect import NetworkResult, collect
+from holdfast.experiments import loss_spec
+from holdfast.experiments.collect import TrainedNetwork, collect
+from holdfast.experiments.config import DataCut
+from holdfast.experiments.training import TrainSummary
 from holdfast.losses import sce
 from holdfast.objectives import standard
 from holdfast.report import waterfall
@@ -40,9 +44,10 @@ def explained(model, split, folder):
     """The run of an evaluation with the suite "explain", on 60 samples."""
     some = split.test.take(slice(0, 60))
     found = evaluate(model, some, Threat("linf", 0.1), "explain")
-    trained = {"accuracy": 1.0, "val": 1.0, "seconds": 0.0}
+    trained = TrainSummary(accuracy=1.0, val=1.0)
     few = type(split)(split.name, split.train, split.val, some, split.classes, split.fingerprint)
-    results = collect([NetworkResult("sce", 0, folder, found, trained, few, {})], folder, "digits", {}, "")
+    network = TrainedNetwork(loss_spec.parse("sce"), 0, folder, trained, few, DataCut(), unaudited(found))
+    results = collect([network], folder, "digits", {}, "")
     return results.runs[0], found
 
 

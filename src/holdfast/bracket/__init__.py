@@ -15,10 +15,10 @@ from pathlib import Path
 from .. import run_folder
 from ..errors import at_least
 from ..experiments import loss_spec
-from ..experiments.compare import threat_file_name
 from ..experiments.evaluate_model import from_run
 from ..losses import isce
-from ..process_pool import Progress
+from ..progress import JobProgress, silent_job
+from ..spec import threat_file_name
 from ..threat import Threat
 from .measure import bracket
 from .plot import figure, save, sentence
@@ -49,7 +49,7 @@ def of_run(
     limit: int = 100,
     seed: int = 0,
     device: str = "cpu",
-    tell: Progress = lambda *_: None,
+    tell: JobProgress = silent_job,
 ) -> tuple[Bracket, list[Path]]:
     """The bracket of a run folder's network on its test images; writes bracket.json, .svg and .png to ``out``.
 
@@ -71,7 +71,7 @@ def of_run(
         against,
         seconds=seconds,
         seed=seed,
-        trained_s=constant_s(subject.loss),
+        trained_s=constant_s(subject.loss.text),
         record=out / "bracket.safetensors",
         key=f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {threat} {seconds} {seed}",
         progress=partial(tell, subject.name),
