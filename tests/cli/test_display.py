@@ -697,7 +697,7 @@ def test_a_refusal_says_what_why_and_what_to_do_and_writes_nothing(words, messag
     for name, text in {
         "cut": whole[:500],
         "newer": whole.replace(f'"schema": {results.SCHEMA}', '"schema": 99'),
-        "none": '{"schema": 1, "runs": [], "data": {}}',
+        "none": '{"schema": 4, "runs": [], "data": {}}',
     }.items():
         (folders / name).mkdir()
         (folders / name / "results.json").write_text(text)
