@@ -54,7 +54,7 @@ def schedule_from(
     from ..spec import augmentation
 
     given = {"epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
-    return override(fit_for(data), **given, keep=keep, **augmentation(augment))
+    return override(fit_for(data), **given, checkpoint=keep, **augmentation(augment))
 
 
 def print_json(value: Any) -> None:

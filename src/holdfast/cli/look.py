@@ -108,7 +108,7 @@ def curves(
     with working("drawing", quiet or as_json):
         placed = write_files(partial(drawn.save, found), out or folder[0])
     if as_json:
-        told = [{**asdict(one), "best": one.best, "lost": one.lost} for one in found]
+        told = [{**asdict(one), "best": one.best, "lost": one.overfitting} for one in found]
         print_json({"curves": told, **_files(placed)})
         return
     for curve in found:

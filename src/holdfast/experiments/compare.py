@@ -185,7 +185,7 @@ def train_one(job: Job, tell: Progress) -> tuple[nn.Module, dict[str, Any], Spli
         val_threat=val_threat,
         out=job.folder,
         about=about,
-        progress=lambda done, total, line: tell(job.folder.name, "training", done, total),
+        progress=lambda what, done, total: tell(job.folder.name, "training", done, total),
         device=job.device,
     )
     model = model.to(job.device)
