@@ -206,7 +206,7 @@ def _cut(comparison: Comparison, fold: int) -> dict[str, Any]:
     """How a network's data is cut, as JSON keeps it: cross-validated data is attacked whole."""
     cut: dict[str, Any] = {"limit_train": comparison.limit_train or None}
     if comparison.on != "test":
-        cut["on"] = comparison.on
+        cut["eval_split"] = comparison.on
     if comparison.folds > 1:
         return {**cut, "fold": [fold, comparison.folds]}
     return {**cut, "limit": comparison.limit or None}

@@ -76,7 +76,7 @@ def from_run(run: Path, *, limit: int = 1000, device: str = "cpu") -> ModelUnder
     model, config = run_folder.load(run, device=device)
     if not {"data", "cut", "loss", "fit"} <= config.keys():
         raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
-    cut = {key: value for key, value in config["cut"].items() if key != "on"}  # chosen on val, judged on test
+    cut = {key: value for key, value in config["cut"].items() if key != "eval_split"}  # chosen on val, judged on test
     if not cut.get("fold"):
         cut["limit"] = limit or None
     summary = run / "train.json"
