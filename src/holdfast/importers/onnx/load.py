@@ -81,7 +81,7 @@ def _convert(proto: Any, path: Path, strip_softmax: bool) -> OnnxNet:
     _refuse_unknown(nodes, path)
     nodes, last_operator, removed = _without_softmax(nodes, output, strip=strip_softmax)
     nodes, constants = _fold_constants(nodes, constants, name)
-    if output not in {out for node in nodes for out in node.outputs}:
+    if output not in {out for node in nodes for out in node.output_names}:
         raise UserError(f"the output '{output}' of {path} does not depend on its input '{name}'.")
     net = OnnxNet(nodes, constants, (name, output), shape)
     net.last_operator, net.softmax_removed = last_operator, removed
@@ -123,9 +123,9 @@ def _needed(nodes: list[Node], output: str) -> list[Node]:
     """The nodes that the output depends on, in their order."""
     needed, kept = {output}, []
     for node in reversed(nodes):
-        if needed & set(node.outputs):
+        if needed & set(node.output_names):
             kept.append(node)
-            needed |= set(node.inputs) - {""}
+            needed |= set(node.input_names) - {""}
     return kept[::-1]
 
 
@@ -143,11 +143,16 @@ def _refuse_unknown(nodes: list[Node], path: Path) -> None:
 
 def _without_softmax(nodes: list[Node], output: str, *, strip: bool) -> tuple[list[Node], str, bool]:
     """(nodes, the operator that makes the output, whether that was a Softmax, now an Identity)."""
-    maker = {name: node for node in nodes for name in node.outputs}
-    uses = Counter(name for node in nodes for name in node.inputs)
+    maker = {name: node for node in nodes for name in node.output_names}
+    uses = Counter(name for node in nodes for name in node.input_names)
     node = maker.get(output)
-    while node is not None and node.op in SHAPE_OPERATORS and uses[node.inputs[0]] == 1 and node.inputs[0] in maker:
-        node = maker[node.inputs[0]]
+    while (
+        node is not None
+        and node.op in SHAPE_OPERATORS
+        and uses[node.input_names[0]] == 1
+        and node.input_names[0] in maker
+    ):
+        node = maker[node.input_names[0]]
     if node is None:
         return nodes, "", False
     over_classes = node.attributes.get("axis", -1 if node.opset >= 13 else 1) in (1, -1)
@@ -164,9 +169,9 @@ def _fold_constants(
     values = {"": None, **constants}  # type: dict[str, Tensor | None]
     variable, remaining = {source}, []
     for node in nodes:
-        if variable & set(node.inputs):
-            variable |= set(node.outputs)
-            constant_inputs = frozenset(k for k, name in enumerate(node.inputs) if name in values)
+        if variable & set(node.input_names):
+            variable |= set(node.output_names)
+            constant_inputs = frozenset(k for k, name in enumerate(node.input_names) if name in values)
             remaining.append(replace(node, constant_inputs=constant_inputs))
         else:
             with torch.no_grad():

@@ -48,7 +48,7 @@ class OnnxNet(nn.Module):
         self.buffer_of: dict[str, str] = {}
         uses = {name: [] for name in constants}  # type: dict[str, list[tuple[str, int]]]
         for node in nodes:
-            for position, name in enumerate(node.inputs):
+            for position, name in enumerate(node.input_names):
                 uses.get(name, []).append((node.op, position))
         for name, tensor in constants.items():
             if not uses[name]:
@@ -111,19 +111,19 @@ def compute_node(node: Node, settings: PassSettings, values: dict[str, Tensor | 
         UserError: an input is missing, or the operator fails on these shapes.
     """
     try:
-        result = OPERATORS[node.op](Context(node, settings), *[values[name] for name in node.inputs])
+        result = OPERATORS[node.op](Context(node, settings), *[values[name] for name in node.input_names])
     except KeyError as error:
         raise UserError(f"the node '{node.name}' needs {error}, which no node makes: the file is damaged.") from None
     except Exception as error:
         if isinstance(error, UserError) or out_of_memory(error):
             raise
-        shapes = ", ".join(str(tuple(v.shape)) for name in node.inputs if (v := values.get(name)) is not None)
+        shapes = ", ".join(str(tuple(v.shape)) for name in node.input_names if (v := values.get(name)) is not None)
         raise UserError(
             f"{node.op} (node '{node.name}') cannot be computed on inputs of shape {shapes}: "
             f"{type(error).__name__}: {error}"
         ) from error
     outputs = result if isinstance(result, tuple) else (result,)
-    values.update(zip(node.outputs, outputs, strict=False))  # a further output is missed by the node that needs it
+    values.update(zip(node.output_names, outputs, strict=False))  # a further output is missed by the node that needs it
     for name in node.last_use:
         values.pop(name, None)
 
@@ -132,7 +132,7 @@ def _with_last_use(nodes: Sequence[Node], output: str) -> list[Node]:
     """The nodes, each with the names of the values that no later node needs."""
     needed_later, marked = {output}, []
     for node in reversed(nodes):
-        names = dict.fromkeys([*node.inputs, *node.outputs])
+        names = dict.fromkeys([*node.input_names, *node.output_names])
         marked.append(replace(node, last_use=tuple(name for name in names if name and name not in needed_later)))
         needed_later |= set(names)
     return marked[::-1]

@@ -21,8 +21,8 @@ class Node:
     Args:
         op: operator name, with its domain unless that is ONNX's own.
         name: the node's name, for errors.
-        inputs: names of the values that it reads; "" for an optional input left out.
-        outputs: names of the values that it makes.
+        input_names: of the values that it reads; "" for an optional input left out.
+        output_names: of the values that it makes.
         attributes: as in the file; tensors as torch tensors.
         opset: version of the operator set that the file uses.
         constant_inputs: positions of the inputs that are constants.
@@ -31,8 +31,8 @@ class Node:
 
     op: str
     name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
     attributes: dict[str, Any] = field(default_factory=dict)
     opset: int = 0
     constant_inputs: frozenset[int] = frozenset()

@@ -43,7 +43,7 @@ def _concat(ctx: Context, *inputs: Tensor) -> Tensor:
 def _split(ctx: Context, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
     axis = ctx.get("axis", 0)
     lengths = integers(ctx.get("split") if sizes is None else sizes)
-    return x.split(lengths or math.ceil(x.shape[axis] / len(ctx.node.outputs)), axis)
+    return x.split(lengths or math.ceil(x.shape[axis] / len(ctx.node.output_names)), axis)
 
 
 def _slice(
