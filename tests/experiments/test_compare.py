@@ -625,7 +625,7 @@ def job(folder, loss="sce", epochs=1, seed=0, fold=0, **change):
 
 
 @pytest.mark.parametrize("row", ["isce:s=attack+adversarial:steps=2", "isce:s=lipschitz@orthogonal+lipmlp:width=16",
-                                 "sce+trades:steps=2+fit:epochs=1,keep=best"])  # fmt: skip
+                                 "sce+trades:steps=2+fit:epochs=1,checkpoint=best"])  # fmt: skip
 def test_a_row_with_an_objective_of_its_own_is_trained_once_and_opened_again(row, tmp_path, monkeypatch):
     one = job(tmp_path / "run", loss=row)
     model, trained, _ = train_network(one)

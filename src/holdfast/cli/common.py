@@ -55,7 +55,7 @@ def fit_from(
     from ..spec import augmentation
 
     given = {"epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
-    return override(fit_for(data), **given, keep=checkpoint, **augmentation(augment))
+    return override(fit_for(data), **given, checkpoint=checkpoint, **augmentation(augment))
 
 
 def print_json(value: Any) -> None:

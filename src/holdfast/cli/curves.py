@@ -35,7 +35,7 @@ def curves(
     with working("drawing", quiet or as_json):
         placed = write_files(partial(training.save, curves), out or folder[0])
     if as_json:
-        plain = [{**asdict(curve), "best": curve.best, "lost": curve.lost} for curve in curves]
+        plain = [{**asdict(curve), "best": curve.best, "overfitting": curve.overfitting} for curve in curves]
         print_json({"curves": plain, **file_lists(placed)})
         return
     for curve in curves:

@@ -22,8 +22,6 @@ from ..train import FitConfig
 from . import loss_spec
 from .loss_spec import LossSpec
 
-_KEYS = {"eval_split": "on"}
-
 
 @dataclass(frozen=True)
 class DataCut:
@@ -54,17 +52,12 @@ class DataCut:
         ({'fold': [0, 5]}, {})
         """
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return {
-            _KEYS.get(key, key): list(value) if isinstance(value, tuple) else value for key, value in changed.items()
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
 
     @staticmethod
     def from_json(cut: dict[str, Any]) -> DataCut:
         """The cut that ``to_json`` wrote."""
-        names = {key: name for name, key in _KEYS.items()}
-        known: dict[str, Any] = {
-            names.get(key, key): tuple(value) if isinstance(value, list) else value for key, value in cut.items()
-        }
+        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in cut.items()}
         return DataCut(**known)
 
 

@@ -95,7 +95,7 @@ def train_network(
         val_threat=_val_threat(job, split),
         out=job.folder,
         about=job.about(split),
-        progress=lambda done, total, line: progress("training", done, total),
+        progress=lambda what, done, total: progress("training", done, total),
         device=job.device,
     )
     model = model.to(job.device)
