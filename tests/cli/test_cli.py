@@ -229,6 +229,17 @@ def compared(done_once, tmp_path):
     return words, printed, tmp_path / "out"
 
 
+@pytest.fixture
+def sce_done(done_once):
+    """Puts the finished SCE network of that comparison into another output folder, where the same command finds it."""
+
+    def put(out):
+        name = "sce-seed0-fold0"
+        shutil.copytree(done_once[2] / "runs" / name, Path(out) / "runs" / name)
+
+    return put
+
+
 def test_compare_prints_a_table_and_says_where_things_are(compared, holdfast_):
     words, (status, out, err), folder = compared
     assert status == 0
@@ -252,7 +263,8 @@ def test_compare_prints_a_table_and_says_where_things_are(compared, holdfast_):
     assert (again[0], again[1]) == (0, out)
 
 
-def test_json_is_all_there_is_on_stdout(parquet, holdfast_, tmp_path):
+def test_json_is_all_there_is_on_stdout(parquet, holdfast_, tmp_path, sce_done):
+    sce_done("out")
     status, out, err = holdfast_(
         "compare", "--data", parquet, "--losses", "sce,mmc", *SMALL, "--out", "out", "--jobs", "1", "--json"
     )
@@ -262,7 +274,8 @@ def test_json_is_all_there_is_on_stdout(parquet, holdfast_, tmp_path):
     assert "network 2 of 2" in err
 
 
-def test_quiet_is_the_answer_alone(parquet, holdfast_, tmp_path):
+def test_quiet_is_the_answer_alone(parquet, holdfast_, tmp_path, sce_done):
+    sce_done("out")
     words = ("compare", "--data", parquet, "--losses", "sce", *SMALL, "--jobs", "1", "--quiet")
     status, out, err = holdfast_(*words, "--out", "out")
     assert (status, err) == (0, "")
@@ -327,9 +340,10 @@ def test_compare_on_the_embedded_digits(holdfast_, tmp_path):
     assert found["runs"][0]["n"] == 1797
 
 
-def test_a_folder_with_brackets_is_printed_as_it_is(parquet, holdfast_, tmp_path):
+def test_a_folder_with_brackets_is_printed_as_it_is(parquet, holdfast_, sce_done):
     """[...] is markup to rich and an ordinary folder name to everybody else."""
     folder = "a [bold] b [/x] :smile:"
+    sce_done(folder)
     status, out, _ = holdfast_("compare", "--data", parquet, "--losses", "sce", *SMALL, "--jobs", "1", "--out", folder)
     assert status == 0
     assert f"{folder}/results.json" in out
@@ -337,8 +351,9 @@ def test_a_folder_with_brackets_is_printed_as_it_is(parquet, holdfast_, tmp_path
     assert (status, out.strip()) == (0, f"{folder}/report.html")
 
 
-def test_the_command_to_replay_can_be_pasted(parquet, holdfast_):
+def test_the_command_to_replay_can_be_pasted(parquet, holdfast_, sce_done):
     """The command that is printed names the folder so that a shell understands it."""
+    sce_done("my out")
     _, out, _ = holdfast_("compare", "--data", parquet, "--losses", "sce", *SMALL, "--jobs", "1", "--out", "my out")
     line = next(line for line in out.splitlines() if "holdfast replay" in line)
     import shlex

@@ -134,7 +134,7 @@ def in_this_process(folder, words, monkeypatch):
 def test_two_kills_cost_nothing_but_time(tmp_path, monkeypatch):
     """The first while the first network is trained, the second once it is done: networks one after the other."""
     write_parquet(tmp_path / "data", 100, 40)
-    settings = {"epochs": 60, "jobs": 1}
+    settings = {"epochs": 30, "jobs": 1}
     in_this_process(tmp_path, words_for("unbroken", **settings), monkeypatch)
     first, second = (f"broken/runs/{name}-seed0-fold0" for name in ("sce", "isce_s=10"))
     for sign in (f"{first}/config.json", f"{second}/config.json"):

@@ -11,7 +11,7 @@ from tests.faults.faulty_models import LIARS
 from tests.helpers import unaudited
 from typer.testing import CliRunner
 
-from holdfast import data, models
+from holdfast import data, run_folder
 from holdfast.attacks import PGD50, SUITES
 from holdfast.cli import app
 from holdfast.errors import UserError
@@ -20,12 +20,9 @@ from holdfast.experiments import loss_spec
 from holdfast.experiments.collect import TrainedNetwork, collect
 from holdfast.experiments.config import DataCut
 from holdfast.experiments.training import TrainSummary
-from holdfast.losses import sce
-from holdfast.objectives import standard
 from holdfast.report import waterfall
 from holdfast.results import Verdict
 from holdfast.threat import Threat
-from holdfast.train import FitConfig, fit
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +31,8 @@ def split():
 
 
 @pytest.fixture(scope="module")
-def honest(split):
-    model = models.build("smallconv", split.shape, 10)
-    fit(model, split.train, split.val, standard(sce), FitConfig(epochs=8, batch_size=64, lr=3e-3), device="cpu")
-    return model.eval()
+def honest(trained_runs):
+    return run_folder.load(trained_runs("sce"))[0]
 
 
 def explained(model, split, folder):
@@ -144,11 +139,10 @@ def test_a_run_without_samples_cannot_be_explained(liar):
         waterfall.steps(dataclasses.replace(liar[0], samples=None))
 
 
-def test_the_command_line_explains_a_run(tmp_path, monkeypatch):
+def test_the_command_line_explains_a_run(copied_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    copied_run("isce")
     run = CliRunner().invoke
-    made = run(app, ["train", "-o", "run", "--loss", "isce:s=100", "--epochs", "2", "--device", "cpu", "--quiet"])
-    assert made.exit_code == 0, made.output
     told = run(app, ["explain", "run", "--limit", "20", "--device", "cpu", "--quiet", "--json"])
     assert told.exit_code == 0, told.output
     steps = json.loads(told.stdout)
