@@ -142,6 +142,15 @@ def test_settings_reach_the_loss_and_the_head():
     assert loss_spec.parse(" sce ").text == "sce"
 
 
+@pytest.mark.parametrize(
+    ("text", "s"),
+    [("isce:s=10@cosine", 10), ("isce", 1), ("isce:s=0", 0), ("isce:s=10*0.5", 5), ("cosface:m=0.2,scale=15", 3),
+     ("sce", None), ("mmc", None), ("isce:s=ibp", None)],
+)  # fmt: skip
+def test_the_constant_s_is_in_units_of_the_logits(text, s):
+    assert loss_spec.parse(text).s == s
+
+
 def test_one_choice_does_not_change_the_next():
     first = loss_spec.parse("cosface:m=0.2,scale=15")
     first.head_settings["scale"] = 1

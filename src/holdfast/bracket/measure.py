@@ -55,7 +55,7 @@ def bracket(
     Args:
         model: images to logits or Outputs, the same answer to the same image. data: at least one sample.
         seconds: on each sample's exact answer, 0 for none; where it is not enough s* lies in [s_low, s_high].
-        seed: of the attacks' starts. trained_s: kept in the answer, as ``constant_s`` reads it off a loss.
+        seed: of the attacks' starts. trained_s: kept in the answer, ``LossSpec.s``.
         record: a file that exact answers are kept in as they come; key: what it belongs to, else it is an error.
         progress: called with ("attacks" or "exact answers", samples done, samples).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,7 @@ def bracket(
     with aside(as_json), Display(quiet) as display:
         answer, files = of_run(
             run, threat, out, seconds=seconds, limit=limit, seed=seed, device=best_device(device),
-            tell=display.progress,
+            progress=partial(display.progress, run.name),
         )  # fmt: skip
     if as_json:
         print_json(files[0].read_text())

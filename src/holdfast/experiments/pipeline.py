@@ -60,20 +60,18 @@ class NetworkResult:
         return self.audit.verdict(claim)
 
     def __str__(self) -> str:
-        """The three accuracies, the interval of the robust one, and the two verdicts."""
-        n, robust = len(self.evaluation.y), self.verdict()
-        bound = proportion(int(self.evaluation.robust.sum()), n)
-        figure = f"<= {percent(bound.value)} [{percent(bound.low)}, {percent(bound.high)}]"
-        lines = [
-            f"{self.evaluation.threat}, {n:,} samples, in percent; 95% Clopper-Pearson interval",
-            f"clean   {percent(proportion(int(self.evaluation.clean.sum()), n).value)}",
-            f"PGD-50  {percent(proportion(int(self.evaluation.pgd50.sum()), n).value)}  {_words(self.verdict(PGD50))}",
-            f"robust  {'-' if robust.status == 'void' else figure}  {_words(robust)}",
-        ]
-        if self.evaluation.certified is not None and robust.status != "void":
-            certified = proportion(int(self.evaluation.certified.sum()), n).value
-            lines.insert(3, f"certified  {percent(certified)}")
-        return "\n".join(lines)
+        """The accuracies, the interval of the robust one, and the two verdicts."""
+        found, robust = self.evaluation, self.verdict()
+        void = robust.status == "void"
+        figures = {
+            "clean": _percent(found.clean),
+            "PGD-50": f"{_percent(found.pgd50)}  {_words(self.verdict(PGD50))}",
+            "robust": f"{'-' if void else _bound(found.robust)}  {_words(robust)}",
+        }
+        if found.certified is not None and not void:
+            figures["certified"] = _percent(found.certified)
+        head = f"{found.threat}, {len(found.y):,} samples, in percent; 95% Clopper-Pearson interval"
+        return "\n".join([head, *(f"{name:<10}{figure}" for name, figure in figures.items())])
 
     def _repr_html_(self) -> str:
         """The same as a table in a notebook, with the cost of each stage."""
@@ -87,6 +85,16 @@ class NetworkResult:
         }
         counts = {name: None if column is None else int(column.sum()) for name, column in columns.items()}
         return notebook_counts(str(found.threat), len(found.y), counts, found.stages, f"robust: {_words(robust)}")
+
+
+def _percent(correct: Tensor) -> str:
+    return percent(proportion(int(correct.sum()), len(correct)).value)
+
+
+def _bound(correct: Tensor) -> str:
+    """An upper bound with its interval: <= 41.0 [34.1, 48.2]."""
+    interval = proportion(int(correct.sum()), len(correct))
+    return f"<= {percent(interval.value)} [{percent(interval.low)}, {percent(interval.high)}]"
 
 
 def _words(verdict: Verdict) -> str:
