@@ -13,8 +13,8 @@ from .errors import UserError, unknown
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """(name, settings) of ``name:key=value,key=value``; values are numbers (fractions too), true/false, or words.
 
-    >>> parse("pgd:steps=100,step_size=1/4,keep=last")
-    ('pgd', {'steps': 100, 'step_size': 0.25, 'keep': 'last'})
+    >>> parse("pgd:steps=100,step_size=1/4,iterate=last")
+    ('pgd', {'steps': 100, 'step_size': 0.25, 'iterate': 'last'})
     """
     name, _, rest = text.strip().partition(":")
     settings: dict[str, Any] = {}
