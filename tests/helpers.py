@@ -10,7 +10,7 @@ from holdfast import data
 from holdfast.attacks import ATTACKS
 from holdfast.losses import negative_margin
 from holdfast.noise import Noise
-from holdfast.outputs import as_outputs, frozen_eval
+from holdfast.outputs import Outputs, as_outputs, fooled, frozen_eval
 
 
 def on_digits(layers, *, lr, epochs):
@@ -151,3 +151,22 @@ def unbreakable(x):
     """Two logits with a gradient everywhere; class 0 leads by so much that no attack changes the prediction."""
     total = x.flatten(1).sum(1)
     return torch.stack([1e6 + total, total * 0], 1)
+
+
+def island(low, high):
+    """Wrong only for low < x < high. The score is x itself, so an ascent walks across the island."""
+
+    def model(x):
+        p = x.flatten(1)[:, 0]
+        inside = torch.where((p > low) & (p < high), 1.0, -1.0)
+        return Outputs(torch.stack([-inside, inside], 1), x.flatten(1))
+
+    return model
+
+
+def survivors(name, model, x, y, threat, **settings):
+    """(N,) bool: the samples that an attack does not break; its points must lie in the threat."""
+    x_adv = run_attack(name, model, x, y, threat, **settings)
+    assert (threat.violation(x_adv, x) == 0).all()
+    with torch.no_grad():
+        return ~fooled(as_outputs(model(x_adv)).logits, y)

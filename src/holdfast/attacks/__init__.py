@@ -112,7 +112,7 @@ ATTACKS: dict[str, AttackEntry] = {
         spsa, "ascent on a gradient estimated from logits (Uesato 2018)", gradients=False, per_step=65.0
     ),
     "square": AttackEntry(
-        square, "random search with squares, no gradients (Andriushchenko 2020)", ("linf", "l2"), gradients=False, per_step=1.0
+        square, "random squares, no gradients (Andriushchenko 2020)", ("linf", "l2"), gradients=False, per_step=1.0
     ),
     "noise": AttackEntry(random_noise, "random points of the threat", gradients=False, per_step=1.0),
 }
