@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # From the ground up: a file imports from lower layers, or from its own, where that makes no circle.
 LAYERS = (
-    ("", "errors", "noise", "outputs", "process_pool"),  # "" is the package itself, which holds the version
+    ("", "errors", "noise", "outputs", "progress", "process_pool"),  # "" is the package itself, which holds the version
     ("threat", "spec", "io", "importers", "losses", "data"),
     ("results", "attacks", "models", "queries"),
     ("report", "bounds", "milp", "region", "run_folder"),

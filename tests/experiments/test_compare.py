@@ -171,7 +171,7 @@ def test_the_inference_region_is_measured_in_every_fold(original):
     found, _ = original
     for run in found.runs:
         assert run.region["n"] == 2 * 512  # of each fold
-        assert len(run.region["distances"]["distance"]) == 2 * measures.WALKED
+        assert len(run.region["distances"]["distance"]) == 2 * measures.N_DISTANCES
         assert run.region["space"] == "features"
         assert 0 <= run.region["two_sample"]["auc"] <= 1
         assert run.picture["classes"] == 10
@@ -241,7 +241,7 @@ def test_of_what_the_minimal_attack_breaks_only_what_stood_counts(votes, copied,
         return {"missed": n, "distances": {"index": []}, "passes": {"forwards": 3, "backwards": 2}}
 
     monkeypatch.setattr(pipeline.region, "measure", everything)
-    monkeypatch.setattr(pipeline.region, "picture", lambda *_, **__: {})
+    monkeypatch.setattr(pipeline.region, "projection", lambda *_, **__: {})
     told = [pipeline.cached_region(one, model, copied / "region", quiet, seed=0) for _ in range(2)]  # made, then read
     stood = int(one.evaluation.robust.sum())
     assert 0 < stood < n

@@ -39,7 +39,7 @@ class NetworkResult:
     cut: dict[str, Any]  # how ``data.load`` made that split
     audit: Audit | None = None
     name: str | None = None  # of the row; default: loss and seed
-    region: dict[str, Any] | None = None  # as ``region.measure`` and ``region.picture`` return them
+    region: dict[str, Any] | None = None  # as ``region.measure`` and ``region.projection`` return them
     picture: dict[str, Any] | None = None
 
 

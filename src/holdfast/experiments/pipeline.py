@@ -77,8 +77,8 @@ def cached_region(one: NetworkResult, model: nn.Module, record: Path, tell: Prog
         test, began, parts = one.split.test, time.perf_counter(), []
         columns = model, test.x, test.y, found.x_adv
         ask = partial(region.measure, *columns, found.threat, s=s, index=test.index, seed=seed)
-        measured = _fitting(partial(ask, keep=lambda *part: parts.append(part)))
-        drawn = _fitting(partial(region.picture, *columns, s=s, index=test.index, seed=seed))
+        measured = _fitting(partial(ask, on_witnesses=lambda one: parts.append(one)))
+        drawn = _fitting(partial(region.projection, *columns, s=s, index=test.index, seed=seed))
         fell, *_ = parts[-1]
         counts = found.robust[fell] & (found.votes == 1)
         broken = {name: column[counts] for name, column in zip(("rows", *FOUND), parts[-1], strict=True)}
