@@ -30,7 +30,7 @@ def few_are_walked(request):
     """Fewer samples whose smallest perturbation is looked for, but where that is tested: each network pays for it."""
     with pytest.MonkeyPatch.context() as patch:
         if "test_region" not in request.node.nodeid and "WRITE_DOCS" not in os.environ:
-            patch.setattr("holdfast.region.measures.WALKED", 24)
+            patch.setattr("holdfast.region.measures.N_DISTANCES", 24)
         yield
 
 

@@ -168,7 +168,7 @@ def test_adversarial_is_the_loss_on_the_last_iterate_of_pgd():
     model, (x, y, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("linf", 0.1)
     objective = adversarial(sce, threat, steps=4, step_size=0.03)(0.0)
     x_adv = objective.perturb(model, x, y, noise)
-    expected = pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=4, step_size=0.03, keep="last")
+    expected = pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=4, step_size=0.03, iterate="last")
     assert torch.equal(x_adv, expected)
     assert torch.equal(objective.loss(model, x, x_adv, y), sce(model(x_adv), y))
     assert (objective.loss(model, x, x_adv, y) > sce(model(x), y)).all()
@@ -178,7 +178,7 @@ def test_adversarial_is_the_loss_on_the_last_iterate_of_pgd():
 
 def test_ten_steps_unless_told_otherwise():
     model, (x, y, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("l2", 0.5)
-    expected = pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=10, step_size=0.125, keep="last")
+    expected = pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=10, step_size=0.125, iterate="last")
     assert torch.equal(adversarial(sce, threat)(0.0).perturb(model, x, y, noise), expected)
 
 
@@ -198,7 +198,7 @@ def test_inference_information_in_the_inner_problem_makes_no_difference(norm, s)
 def test_the_inner_score_is_the_losss_own_unless_it_is_named():
     (x, y, noise), threat = batch(), Threat("linf", 0.1)
     model = build("mlp", SHAPE, 4, head="mmc")
-    run = partial(pgd, model, x, y, threat, noise=noise, steps=10, keep="last")
+    run = partial(pgd, model, x, y, threat, noise=noise, steps=10, iterate="last")
     assert torch.equal(adversarial(mmc, threat)(0.0).perturb(model, x, y, noise), run(score=negative_margin))
     named = adversarial(mmc, threat, score=mmc)(0.0).perturb(model, x, y, noise)
     assert torch.equal(named, run(score=mmc))

@@ -325,7 +325,7 @@ class _Inner:
                 steps=self.steps,
                 step_size=None if self.step_size is None else share * self.step_size,
                 random_start=self.random_start,
-                keep="last",
+                iterate="last",
             )
 
 

@@ -30,7 +30,7 @@ from holdfast.experiments.evaluate_model import evaluate_model, from_run
 from holdfast.experiments.training import train_network
 from holdfast.io import load_tensors, save_tensors
 from holdfast.progress import NETWORK_DONE
-from holdfast.region import measures
+from holdfast.region import Witnesses, measures
 from holdfast.replay import WITNESSES, WITNESSES_VERSION, replay
 from holdfast.threat import Threat
 from holdfast.train import FitConfig
@@ -177,7 +177,7 @@ def test_the_inference_region_is_measured_in_every_fold(original):
     found, _ = original
     for run in found.runs:
         assert run.region["n"] == 2 * 512  # of each fold
-        assert len(run.region["distances"]["distance"]) == 2 * measures.WALKED
+        assert len(run.region["distances"]["distance"]) == 2 * measures.N_DISTANCES
         assert run.region["space"] == "features"
         assert 0 <= run.region["two_sample"]["auc"] <= 1
         assert run.picture["classes"] == 10
@@ -242,7 +242,7 @@ def test_a_damaged_cache_of_the_region_is_measured_again(original, copied):
 def test_what_the_minimal_attack_breaks_counts(copied, original, monkeypatch):
     lose_results(copied, "region.safetensors")
     with monkeypatch.context() as here:  # it "breaks" each sample at the image itself
-        here.setattr(measures, "smallest", lambda model, x, y, threat, **_: (x, torch.zeros(len(y))))
+        here.setattr(measures, "smallest_perturbation", lambda model, x, y, threat, **_: (x, torch.zeros(len(y))))
         found = compare(TINY, copied).runs
     for was, run in zip(original[0].runs, found, strict=True):
         assert run.stages[-1].broken > 0
@@ -258,12 +258,12 @@ def test_of_what_the_minimal_attack_breaks_only_what_stood_counts(votes, copied,
     evaluation = dataclasses.replace(evaluate(model, some, Threat("linf", 0.1), STAGES), votes=votes)
     n = len(some)
 
-    def everything(model, x, y, *_, keep, **__):
-        keep(torch.arange(n), evaluation.x_adv, torch.full((n,), -1.0), y)
+    def everything(model, x, y, *_, on_witnesses, **__):
+        on_witnesses(Witnesses(torch.arange(n), evaluation.x_adv, torch.full((n,), -1.0), y))
         return {"missed": n, "distances": {"index": []}, "passes": {"forwards": 3, "backwards": 2}}
 
     monkeypatch.setattr(pipeline.region, "measure", everything)
-    monkeypatch.setattr(pipeline.region, "picture", lambda *_, **__: {})
+    monkeypatch.setattr(pipeline.region, "projection", lambda *_, **__: {})
     survivors = int(evaluation.robust.sum())
     assert 0 < survivors < n
     for _ in range(2):  # measured, then read

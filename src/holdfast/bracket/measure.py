@@ -109,7 +109,7 @@ def _below(reached: Tensor, proved: Tensor, data: Data, what: str) -> None:
 class _Watched:
     """A model that keeps, for each sample, the point of all that it was asked about where the margin is smallest.
 
-    It must be asked about all samples in order, as ``pgd`` with keep="last" does. gap: (N,), -margin at that point.
+    It must be asked about all samples in order, as ``pgd`` with iterate="last" does. gap: (N,), -margin at that point.
     """
 
     def __init__(self, model: Model, x: Tensor, y: Tensor) -> None:
@@ -147,7 +147,7 @@ def _attacked(
             raise UserError("the model's logits are not finite numbers at clean images: there is no margin.")
         order = z.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1]
         watched = _Watched(model, here, y)
-        climb = partial(pgd, watched, here, y, threat, steps=STEPS, step_size=threat.eps / 10, keep="last")
+        climb = partial(pgd, watched, here, y, threat, steps=STEPS, step_size=threat.eps / 10, iterate="last")
         for k, target in enumerate(order.unbind(1)):
             for start in (False, True):
                 climb(score=partial(_gap_to, target), noise=own.fold(0, k), random_start=start)

@@ -47,7 +47,7 @@ class NetworkResult:
         audit: the findings of the trust checks and the estimate of remaining vulnerable samples; its ``evaluation`` is
             the final one too.
         region: the inference region, as ``region.measure`` returns it.
-        projection: what a figure of the region needs, as ``region.picture`` returns it.
+        projection: what a figure of the region needs, as ``region.projection`` returns it.
     """
 
     evaluation: Evaluation
@@ -331,7 +331,7 @@ def cached_region(
         seed: as for ``region.measure``.
         path: the cache file; None to keep nothing.
         key: what the file belongs to, data and weights.
-        progress: called once, before the measurement.
+        progress: called after each batch.
 
     Returns:
         (the evaluation with that stage, the measures, the projection).
@@ -343,15 +343,15 @@ def cached_region(
     name = mark.hexdigest()
     broken, kept = _read(path)
     if kept.get("key") != name:
-        progress("measuring the inference region", 1, 1)
-        began, parts = time.perf_counter(), []
+        began = time.perf_counter()
+        found: list[region.Witnesses] = []
         columns = model, data.x, data.y, evaluation.x_adv
         measure = partial(region.measure, *columns, evaluation.threat, s=s, index=data.index, seed=seed)
-        measured = _fitting(partial(measure, keep=lambda *part: parts.append(part)))
-        projection = _fitting(partial(region.picture, *columns, s=s, index=data.index, seed=seed))
-        rows, *_ = parts[-1]
-        counts = evaluation.robust[rows] & (evaluation.votes == 1)
-        broken = {name: column[counts] for name, column in zip(("rows", *FOUND), parts[-1], strict=True)}
+        measured = _fitting(partial(measure, on_witnesses=found.append, progress=progress))
+        projection = _fitting(partial(region.projection, *columns, s=s, index=data.index, seed=seed))
+        witnesses = found[-1]  # of the attempt that fitted in memory
+        counts = evaluation.robust[witnesses.rows] & (evaluation.votes == 1)
+        broken = {name: column[counts] for name, column in zip(("rows", *FOUND), witnesses, strict=True)}
         measured["missed"] = None if evaluation.votes > 1 else 0  # they count from here on
         attacked, seconds = len(measured["distances"]["index"]), time.perf_counter() - began
         cost = StageCost("region", attacked, len(broken["rows"]), **measured["passes"], seconds=seconds)

@@ -27,7 +27,7 @@ def save_result(path: Path, key: str, audit: Audit, region: dict[str, Any], proj
         key: what the result belongs to, as ``pipeline.result_key`` returns it.
         audit: with the final evaluation.
         region: as ``region.measure`` returned it.
-        projection: as ``region.picture`` returned it.
+        projection: as ``region.projection`` returned it.
     """
     evaluation = audit.evaluation
     tensors, plain = {}, {}
