@@ -174,7 +174,7 @@ def test_the_inference_region_is_measured_in_every_fold(original):
         assert len(run.region["distances"]["distance"]) == 2 * measures.WALKED
         assert run.region["space"] == "features"
         assert 0 <= run.region["two_sample"]["auc"] <= 1
-        assert run.picture["classes"] == 10
+        assert run.projection["classes"] == 10
         assert run.region["s"] == (10 if run.loss == "isce:s=10" else None)
     column = dict(zip(found.runs[0].samples.index, found.runs[0].samples.clean, strict=True))
     told = found.runs[0].region["distances"]
@@ -214,7 +214,7 @@ def test_a_damaged_record_of_the_region_is_measured_again(original, copied):
     for path in (copied / "runs").glob("*/region-*"):
         path.write_bytes(path.read_bytes()[:-9])
     for was, run in zip(original[0].runs, compare(TINY, copied).runs, strict=True):
-        assert (run.region, run.picture, run.samples) == (was.region, was.picture, was.samples)
+        assert (run.region, run.projection, run.samples) == (was.region, was.projection, was.samples)
 
 
 def test_what_the_minimal_attack_breaks_counts(copied, original, monkeypatch):
@@ -411,9 +411,9 @@ def test_verify_proves_what_was_claimed(original):
         assert proof.holds
         assert proof.failed == 0
         assert proof.bound == pytest.approx(run.robust.value)
-        assert proof.wrong == run.n - sum(run.samples.clean)
+        assert proof.misclassified == run.n - sum(run.samples.clean)
         assert proof.broken == sum(stage >= 0 for stage in run.samples.stage)
-    assert [(p.wrong, p.broken) for p in replay(out, batch_size=77)] == [(p.wrong, p.broken) for p in proofs]
+    assert replay(out, batch_size=77) == proofs
 
 
 def test_a_folder_that_was_moved_still_proves_itself(copied, tmp_path, monkeypatch):

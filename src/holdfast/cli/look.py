@@ -184,13 +184,11 @@ def verify(
         print_json([{**asdict(p), "bound": p.bound, "holds": p.holds} for p in proofs])
     else:
         for p in proofs:
-            word = "holds" if p.holds else f"FAILS ({p.failed} witnesses do not hold, {p.claimed:.1%} was claimed)"
-            screen.print(
-                f"{p.run}: at most {p.bound:.1%} of {p.n} are robust ({p.wrong} wrong, {p.broken} broken): {word}",
-                soft_wrap=True,
-            )
+            word = "holds" if p.holds else f"FAILS ({p.failed} witnesses do not hold, {p.reported:.1%} was reported)"
+            counts = f"{p.misclassified} misclassified, {p.broken} broken"
+            screen.print(f"{p.run}: at most {p.bound:.1%} of {p.n} are robust ({counts}): {word}", soft_wrap=True)
         if not proofs:
-            screen.print("every run is void, so no bound was claimed: there is nothing to prove.")
+            screen.print("every run is void, so no bound was reported: there is nothing to replay.")
     if not all(p.holds for p in proofs):
         raise typer.Exit(1)
 

@@ -99,7 +99,8 @@ def _run(parts: list[NetworkResult]) -> Run:
     void = bool(judged) and judged["verdict"].status == "void"
     certified = None if any(e.certified is None for e in evaluations) else column("certified")
     surveys = [part.region for part in parts if part.region]
-    protocols = [name for name in evaluations[0].individual if all(name in e.individual for e in evaluations)]
+    attacks = [_attacks(e) for e in evaluations]
+    names = [name for name in attacks[0] if all(name in one for one in attacks)]
     return Run(
         name=_name(parts[0]),
         loss=parts[0].name or parts[0].loss,
@@ -107,11 +108,9 @@ def _run(parts: list[NetworkResult]) -> Run:
         threat=evaluations[0].threat.describe(),
         n=len(clean),
         clean=_share(clean),
-        pgd50=_share(published),
+        attacks={name: _share(torch.cat([one[name] for one in attacks])) for name in names},
         robust=None if void else _share(robust),
-        own=None if any(e.own is None for e in evaluations) else _share(column("own")),
         certified=None if void or certified is None else _share(certified),
-        individual={name: _share(torch.cat([e.individual[name] for e in evaluations])) for name in protocols},
         **judged,
         cost={
             "forwards": sum(e.forwards for e in evaluations),
@@ -129,7 +128,7 @@ def _run(parts: list[NetworkResult]) -> Run:
         ),
         examples=tuple(_examples(evaluations[0], parts[0].split)),
         region=region.merge(surveys) if len(surveys) == len(parts) else {},
-        picture=parts[0].picture or {},
+        projection=parts[0].picture or {},
         train={
             **trained[0],
             **mean,
@@ -137,6 +136,12 @@ def _run(parts: list[NetworkResult]) -> Run:
             "networks": len(trained),
         },
     )
+
+
+def _attacks(evaluation: Evaluation) -> dict[str, Tensor]:
+    """Attack name -> correct under that attack alone; always has pgd50."""
+    trained = {} if evaluation.own is None else {"pgd50-train-loss": evaluation.own}
+    return {"pgd50": evaluation.pgd50, **evaluation.individual, **trained}
 
 
 def _verdicts(parts: list[NetworkResult], published: Tensor, robust: Tensor) -> dict[str, Any]:
