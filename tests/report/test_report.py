@@ -17,7 +17,6 @@ from holdfast import results as R
 from holdfast.errors import UserError
 
 
-
 class Page(HTMLParser):
     """Text, tags and attributes of a page; complains about tags that do not close."""
 
@@ -234,7 +233,10 @@ def test_protocols_have_a_table_of_their_own(tmp_path):
     runs = [proved(None, make_run("<b>", status="loose"), **{"pgd10": 0.55, "<i>x-y": 0.5}), make_run("mmc")]
     page = Page(report.render(make_results(runs), tmp_path / "r.html"))
     assert "Attack by attack" in page.text
-    assert "loss clean PGD-50 pgd10 <i>x-y robust, 95% verdict <b> 97.0 40.0 55.0 50.0 ≤ 30.0 23.7 to 36.9 loose mmc" in page.text
+    assert (
+        "loss clean PGD-50 pgd10 <i>x-y robust, 95% verdict <b> 97.0 40.0 55.0 50.0 ≤ 30.0 23.7 to 36.9 loose mmc"
+        in page.text
+    )
     assert "pgd10 55.0%" in page.text  # run by run
 
 
@@ -272,13 +274,13 @@ def test_files_and_several_results(tmp_path):
         report.render(tmp_path / "nowhere", tmp_path / "r.html")
 
 
-def test_who_is_mistaken_for_whom(tmp_path):
+def test_confusion_counts_survivors_on_the_diagonal(tmp_path):
     run = make_run("sce", n=10)
     samples = dataclasses.replace(
         run.samples,
         y=[0, 0, 0, 1, 1, 2, 2, 2, 2, 2],
         prediction_adv=[1, 1, 0, 1, 1, 0, 0, 0, 1, 1],
-        robust=[0, 0, 1, 1, 1, 0, 0, 0, 0, 1],  # the last one's worst image is called 1, and it holds: a void detail
+        robust=[0, 0, 1, 1, 1, 0, 0, 0, 0, 1],  # the last one is robust, whatever its prediction_adv
     )
     results = make_results([dataclasses.replace(run, samples=samples), make_run("mmc")], classes=["a", "<b>", "c"])
     names, counts = report.confusion(results, R.rows(results)[0])
@@ -288,9 +290,9 @@ def test_who_is_mistaken_for_whom(tmp_path):
     page = Page(report.render(results, tmp_path / "r.html"))
     assert "Confusion under attack" in page.text
     assert "sce c as a (3), a as <b> (2), c as <b> (1)" in page.text
-    assert "Who is mistaken" not in Page(report.render(make_results(), tmp_path / "old.html")).text
+    assert "Confusion under attack" not in Page(report.render(make_results(), tmp_path / "old.html")).text
     report.figures(results, tmp_path)
-    assert (tmp_path / "mistakes.png").exists()
+    assert (tmp_path / "confusion.png").exists()
     many = make_results([dataclasses.replace(run, samples=samples)], classes=[f"c{i}" for i in range(30)])
     assert "c2 as c0 (3)" in Page(report.render(many, tmp_path / "many.html")).text
 
@@ -340,7 +342,9 @@ def test_the_inference_region_is_shown(tmp_path):
 
 def test_seeds_share_a_line_of_measures():
     runs = [surveyed(make_run("sce", seed=seed), auc=auc) for seed, auc in enumerate((0.5, 0.7))]
-    assert dict(report.region_table(make_results(runs))[1])["separability of clean and adversarial features, AUC"] == ["0.6"]
+    assert dict(report.region_table(make_results(runs))[1])["separability of clean and adversarial features, AUC"] == [
+        "0.6"
+    ]
 
 
 def test_accuracy_over_eps_is_the_share_that_lies_farther(tmp_path):
@@ -384,16 +388,20 @@ def test_each_norm_has_a_legend_of_its_own():
     assert names[0] != names[1]
 
 
-def test_one_class_has_no_mistakes(tmp_path):
+def test_one_class_has_no_confusion(tmp_path):
     run = make_run("sce", n=10)
     samples = dataclasses.replace(run.samples, y=[0] * 10, prediction_adv=[0] * 10)
     results = make_results([dataclasses.replace(run, samples=samples)], classes=["a"])
-    assert "Who is mistaken" not in Page(report.render(results, tmp_path / "r.html")).text
+    assert "Confusion under attack" not in Page(report.render(results, tmp_path / "r.html")).text
 
 
 def test_measures_are_never_written_with_an_exponent_for_their_size():
     runs = [surveyed(make_run(f"loss{i}"), auc=value) for i, value in enumerate((99.4, 99.7, 1234.0))]
-    assert dict(report.region_table(make_results(runs))[1])["separability of clean and adversarial features, AUC"] == ["99", "100", "1,234"]
+    assert dict(report.region_table(make_results(runs))[1])["separability of clean and adversarial features, AUC"] == [
+        "99",
+        "100",
+        "1,234",
+    ]
 
 
 def test_figures_of_different_data_do_not_overwrite_each_other(tmp_path):

@@ -34,10 +34,10 @@ def make_run(loss="sce", seed=0, n=200, clean=0.97, pgd50=0.4, robust=0.3, scale
     y = np.random.default_rng(n).integers(0, 10, n)  # every network sees the same samples
     order = rng.permutation(n)
     k = [round(n * share) for share in (clean, pgd50, robust)]
-    right, held, left = (np.isin(np.arange(n), order[:m]) for m in k)
-    stage = np.where(left, -1, np.where(~right, -2, np.where(~held, 0, rng.integers(1, len(STAGES), n))))
-    margin = np.where(right, 1, -0.2) * scale * rng.lognormal(0, 0.5, n)
-    prediction = np.where(right, y, (y + 1) % 10)
+    correct, pgd50_correct, unbroken = (np.isin(np.arange(n), order[:m]) for m in k)
+    stage = np.where(unbroken, -1, np.where(~correct, -2, np.where(~pgd50_correct, 0, rng.integers(1, len(STAGES), n))))
+    margin = np.where(correct, 1, -0.2) * scale * rng.lognormal(0, 0.5, n)
+    prediction = np.where(correct, y, (y + 1) % 10)
     stages, alive = [], k[0]
     for j, name in enumerate(STAGES):
         broken = int((stage == j).sum())
@@ -64,9 +64,14 @@ def make_run(loss="sce", seed=0, n=200, clean=0.97, pgd50=0.4, robust=0.3, scale
         "robust": None if status == "void" else R.proportion(k[2], n),
         "verdict": verdict,
         "checks": [
-            {"name": "gradients reach the input", "status": "fires" if status == "loose" else "holds", "found": 0.61},
+            {
+                "name": "gradients reach the input",
+                "status": "fires" if status == "loose" else "holds",
+                "value": 0.61,
+                "threshold": 0.05,
+            },
             {"name": "more steps change nothing", "status": "holds", "why": "0 of 100 more broken"},
-            {"name": "a twin agrees", "status": "not run", "why": "needs a second network"},
+            {"name": "transfer is not stronger", "status": "not run", "why": "needs a second network"},
         ],
         "cost": {
             "forwards": sum(s.forwards for s in stages),
@@ -76,7 +81,9 @@ def make_run(loss="sce", seed=0, n=200, clean=0.97, pgd50=0.4, robust=0.3, scale
         "stages": stages,
         "examples": pictures,
         "train": {"accuracy": 0.991, "epochs": 10, "seconds": 61.5},
-        "samples": R.Samples(range(n), y, prediction, right, held, left, stage, margin, margin * 0.3 - 2),
+        "samples": R.Samples(
+            range(n), y, prediction, correct, pgd50_correct, unbroken, stage, margin, margin * 0.3 - 2
+        ),
     }
     return R.Run(**{**fields, **more})
 

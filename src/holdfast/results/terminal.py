@@ -34,7 +34,7 @@ class Printed:
     caption: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        head, lines = _wrapped(self.head, self.lines, 10), self.lines
+        head, lines = _wrapped(self.head, self.lines, 11), self.lines
         if len(head[0]) + sum(1 + wide for wide in _widths(head, lines)) > options.max_width - 1:
             lines = tuple(_folded(self.head, line) for line in self.lines)
             names = [name.replace("certified", "certi-fied") for name in self.head if name != "verdict"]
