@@ -142,8 +142,8 @@ def test_the_json_has_the_promised_fields(original):
         wanted = {"name", "loss", "seed", "threat", "n", "clean", "attacks", "robust", "verdict", "checks", "cost"}
         assert wanted <= set(run)
         assert set(run["threat"]) == {"norm", "eps", "lo", "hi"}
-        for interval in ("clean", "pgd50", "robust"):
-            assert set(run[interval]) == {"value", "low", "high"}
+        for interval in (run["clean"], run["attacks"]["pgd50"], run["robust"]):
+            assert set(interval) == {"value", "low", "high"}
         assert isinstance(run["checks"], list)
         assert {"forwards", "backwards", "seconds"} <= set(run["cost"])
     assert raw["data"]["n"] == 1797

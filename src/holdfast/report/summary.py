@@ -94,7 +94,7 @@ def _compare(results: Results, row: Row, base: Row) -> RowDifference:
             return RowDifference(row.label, base.label, "not compared: not evaluated on the same samples")
         won = sum(p > q for p, q in zip(a.robust, b.robust, strict=True))
         lost = sum(p < q for p, q in zip(a.robust, b.robust, strict=True))
-        test = f"exact McNemar; {won:,} samples only this one is robust on, {lost:,} only the first"
+        test = f"exact McNemar: robust on {won:,} samples where the first is not, the reverse on {lost:,}"
         return RowDifference(row.label, base.label, test, (won - lost) / len(a), p=mcnemar(a.robust, b.robust))
     by_seed = [{r.seed: r.robust.value for r in side if r.robust is not None} for side in (ours, theirs)]
     seeds = [s for s in by_seed[0] if s in by_seed[1]]

@@ -161,9 +161,10 @@ def figure(run: Run) -> Figure:
             ends = i == 0 or step.name == "pgd50" or i == len(shown) - 1
             at, now = i + 0.66, 100 * step.accuracy
             colour = CLEAN if i == 0 else PGD50 if step.name == "pgd50" else ROBUST
-            ax.text(0, i + 0.3, heading(step.name), va="center", fontweight="bold")
+            above_lines = {"zorder": 5, "bbox": {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}}
+            ax.text(0, i + 0.3, heading(step.name), va="center", fontweight="bold").set(**above_lines)
             change = ax.text(118, i + 0.3, CHANGES.get(step.name, ""), va="center", ha="right", color=MUTED)
-            change.set(fontsize=6.5, zorder=5, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5})
+            change.set(fontsize=6.5, **above_lines)
             if ends:
                 ax.barh(at, now, height=0.3, color=colour, zorder=2)
             if i and before > step.accuracy:
