@@ -110,10 +110,10 @@ def test_the_published_and_the_own_loss_keep_their_fields(net, some):
     assert e.own is not None
     assert e.individual == {}
     e = evaluate(net[0], some.take(slice(0, 8)), CLOSE, (PGD50_TRAIN_LOSS, PROTOCOLS[0], PGD50))
-    assert list(e.individual) == ["own loss", "pgd10", "pgd50"]
-    assert torch.equal(e.individual["own loss"], e.own)
+    assert list(e.individual) == ["pgd50-train-loss", "pgd10", "pgd50"]
+    assert torch.equal(e.individual["pgd50-train-loss"], e.own)
     assert torch.equal(e.individual["pgd50"], e.pgd50)
-    assert [stage.name for stage in e.stages] == ["clean", "pgd50", "own loss", "pgd10"]
+    assert [stage.name for stage in e.stages] == ["clean", "pgd50", "pgd50-train-loss", "pgd10"]
 
 
 def aimed(monkeypatch, samples, model, stage, **more):

@@ -145,11 +145,11 @@ def test_the_json_has_the_promised_fields(original):
     raw = json.loads((original[1] / "results.json").read_text())
     assert raw["schema"] == 4
     for run in raw["runs"]:
-        wanted = {"name", "loss", "seed", "threat", "n", "clean", "pgd50", "robust", "verdict", "checks", "cost"}
+        wanted = {"name", "loss", "seed", "threat", "n", "clean", "attacks", "robust", "verdict", "checks", "cost"}
         assert wanted <= set(run)
         assert set(run["threat"]) == {"norm", "eps", "lo", "hi"}
-        for interval in ("clean", "pgd50", "robust"):
-            assert set(run[interval]) == {"value", "low", "high"}
+        for interval in (run["clean"], run["attacks"]["pgd50"], run["robust"]):
+            assert set(interval) == {"value", "low", "high"}
         assert isinstance(run["checks"], list)
         assert {"forwards", "backwards", "seconds"} <= set(run["cost"])
     assert raw["data"]["n"] == 1797
@@ -180,7 +180,7 @@ def test_the_inference_region_is_measured_in_every_fold(original):
         assert len(run.region["distances"]["distance"]) == 2 * measures.N_DISTANCES
         assert run.region["space"] == "features"
         assert 0 <= run.region["two_sample"]["auc"] <= 1
-        assert run.picture["classes"] == 10
+        assert run.projection["classes"] == 10
         assert run.region["s"] == (10 if run.loss == "isce:s=10" else None)
     column = dict(zip(found.runs[0].samples.index, found.runs[0].samples.clean, strict=True))
     told = found.runs[0].region["distances"]
@@ -236,7 +236,7 @@ def test_a_damaged_cache_of_the_region_is_measured_again(original, copied):
     for path in (copied / "runs").glob("*/evaluation-*/region.safetensors"):
         path.write_bytes(path.read_bytes()[:-9])
     for was, run in zip(original[0].runs, compare(TINY, copied).runs, strict=True):
-        assert (run.region, run.picture, run.samples) == (was.region, was.picture, was.samples)
+        assert (run.region, run.projection, run.samples) == (was.region, was.projection, was.samples)
 
 
 def test_what_the_minimal_attack_breaks_counts(copied, original, monkeypatch):
@@ -483,9 +483,9 @@ def test_replay_confirms_the_bounds(original):
         assert proof.holds
         assert proof.failed == 0
         assert proof.bound == pytest.approx(run.robust.value)
-        assert proof.wrong == run.n - sum(run.samples.clean)
+        assert proof.misclassified == run.n - sum(run.samples.clean)
         assert proof.broken == sum(stage >= 0 for stage in run.samples.stage)
-    assert [(p.wrong, p.broken) for p in replay(out, batch_size=77)] == [(p.wrong, p.broken) for p in proofs]
+    assert replay(out, batch_size=77) == proofs
 
 
 def test_a_folder_that_was_moved_still_proves_itself(copied, tmp_path, monkeypatch):

@@ -222,7 +222,7 @@ class Stage:
 # Robustness as papers report it: F.cross_entropy, one random start, 50 PGD steps of eps/4, the last iterate.
 PGD50 = Stage("pgd50", "pgd", "cross_entropy", settings={"steps": 50, "iterate": "last"}, step=0.25, individual=True)
 # The usual adaptive attack: the same on the loss that the network was trained with.
-PGD50_TRAIN_LOSS = replace(PGD50, name="own loss", score="loss")
+PGD50_TRAIN_LOSS = replace(PGD50, name="pgd50-train-loss", score="loss")
 
 
 def _round(number: int) -> tuple[Stage, ...]:

@@ -34,17 +34,10 @@ def replay(
         print_json([{**asdict(one), "bound": one.bound, "holds": one.holds} for one in checked])
     else:
         for one in checked:
-            word = (
-                "holds"
-                if one.holds
-                else f"FAILS ({one.failed} adversarial examples failed; results.json says {one.claimed:.1%})"
-            )
-            screen.print(
-                f"{one.run}: at most {one.bound:.1%} of {one.n} are robust "
-                f"({one.wrong} misclassified, {one.broken} broken): {word}",
-                soft_wrap=True,
-            )
+            word = "holds" if one.holds else f"FAILS ({one.failed} of them failed; reported: {one.reported:.1%})"
+            counts = f"{one.misclassified} misclassified, {one.broken} broken by stored adversarial examples"
+            screen.print(f"{one.run}: at most {one.bound:.1%} of {one.n} are robust ({counts}): {word}", soft_wrap=True)
         if not checked:
-            screen.print("Every run is void, so results.json states no bound: there is nothing to check.")
+            screen.print("Every run is void, so results.json reports no bound: there is nothing to replay.")
     if not all(one.holds for one in checked):
         raise typer.Exit(1)

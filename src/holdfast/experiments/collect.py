@@ -135,7 +135,8 @@ def _run(parts: list[TrainedNetwork]) -> Run:
     verdicts = _verdicts(parts, pgd50, robust)
     void = verdicts["verdict"].status == "void"
     certified = None if any(e.certified is None for e in evaluations) else column("certified")
-    shown = [name for name in evaluations[0].individual if all(name in e.individual for e in evaluations)]
+    attacks = [_attacks(e) for e in evaluations]
+    names = [name for name in attacks[0] if all(name in one for one in attacks)]
     return Run(
         name=parts[0].row_name,
         loss=parts[0].name or parts[0].loss.text,
@@ -143,11 +144,9 @@ def _run(parts: list[TrainedNetwork]) -> Run:
         threat=evaluations[0].threat.describe(),
         n=len(clean),
         clean=_share(clean),
-        pgd50=_share(pgd50),
+        attacks={name: _share(torch.cat([one[name] for one in attacks])) for name in names},
         robust=None if void else _share(robust),
-        own=None if any(e.own is None for e in evaluations) else _share(column("own")),
         certified=None if void or certified is None else _share(certified),
-        individual={name: _share(torch.cat([e.individual[name] for e in evaluations])) for name in shown},
         **verdicts,
         cost={
             "forwards": sum(e.forwards for e in evaluations),
@@ -165,7 +164,7 @@ def _run(parts: list[TrainedNetwork]) -> Run:
         ),
         examples=tuple(_examples(evaluations[0], parts[0].split)),
         region=region.merge([result.region for result in results]),
-        picture=results[0].projection,
+        projection=results[0].projection,
         train={
             **{key: value for key, value in asdict(trained[0]).items() if value is not None},
             **{key: _mean([getattr(t, key) for t in trained]) for key in ("accuracy", "val")},
@@ -173,6 +172,12 @@ def _run(parts: list[TrainedNetwork]) -> Run:
             "networks": len(trained),
         },
     )
+
+
+def _attacks(evaluation: Evaluation) -> dict[str, Tensor]:
+    """Attack name -> correct under that attack alone; always has pgd50."""
+    trained = {} if evaluation.own is None else {"pgd50-train-loss": evaluation.own}
+    return {"pgd50": evaluation.pgd50, **evaluation.individual, **trained}
 
 
 def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor) -> dict[str, Any]:
