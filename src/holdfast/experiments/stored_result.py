@@ -30,19 +30,22 @@ def save_result(path: Path, key: str, audit: Audit, region: dict[str, Any], proj
         projection: as ``region.projection`` returned it.
     """
     evaluation = audit.evaluation
-    tensors, plain = {}, {}
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    columns_of: dict[str, list[str]] = {}  # the fields that are dicts of columns, with their keys in order
     for f in fields(Evaluation):
         value = getattr(evaluation, f.name)
         if isinstance(value, Tensor):
             tensors[f.name] = value
-        elif f.name == "individual":
-            tensors |= {f"individual/{name}": column for name, column in value.items()}
-            plain["individual"] = list(value)
+        elif isinstance(value, dict):
+            tensors |= {f"{f.name}/{name}": column for name, column in value.items()}
+            columns_of[f.name] = list(value)
         elif value is not None:
             plain[f.name] = value
     spot_check = evaluation.spot_check
     about = {
         "key": key,
+        "columns_of": columns_of,
         "evaluation": {
             **plain,
             "threat": evaluation.threat.describe(),
@@ -92,7 +95,10 @@ def _read(
             "threat": Threat(**plain["threat"]),
             "stages": tuple(StageCost(**cost) for cost in plain["stages"]),
             "spot_check": None if spot_check is None else SpotCheck(**spot_check),
-            "individual": {name: tensors[f"individual/{name}"] for name in plain["individual"]},
+            **{
+                field: {name: tensors[f"{field}/{name}"] for name in names}
+                for field, names in about["columns_of"].items()
+            },
         }
     )
     audit = Audit(
