@@ -124,12 +124,12 @@ def parts(paths: Sequence[Path], loaded: Sequence[Any]) -> list[dict[str, Any]]:
     from .. import report as reporting
     from ..results import rows
 
-    found = []
+    by_data = []
     for part in reporting.merged(loaded):
         theirs = [
             path for path, one in zip(paths, loaded, strict=True) if reporting.identity(one) == reporting.identity(part)
         ]
-        found.append(
+        by_data.append(
             {
                 "data": str(part.data.get("name", "data without a name")),
                 "fingerprint": part.data.get("fingerprint"),
@@ -138,7 +138,7 @@ def parts(paths: Sequence[Path], loaded: Sequence[Any]) -> list[dict[str, Any]]:
                 "from": list(dict.fromkeys(map(str, theirs))),
             }
         )
-    return found
+    return by_data
 
 
 def file_lists(placed: Sequence[OutputFile]) -> dict[str, list[str]]:
@@ -149,13 +149,13 @@ def file_lists(placed: Sequence[OutputFile]) -> dict[str, list[str]]:
     }
 
 
-def describe_parts(found: Sequence[dict[str, Any]]) -> list[str]:
+def describe_parts(by_data: Sequence[dict[str, Any]]) -> list[str]:
     """The parts in words, if there are several."""
-    if len(found) < 2:
+    if len(by_data) < 2:
         return []
-    names = Counter(part["data"] for part in found)
-    lines = [f"{len(found)} parts, one for each data set; rows of different parts are not compared:"]
-    for number, part in enumerate(found, 1):
+    names = Counter(part["data"] for part in by_data)
+    lines = [f"{len(by_data)} parts, one for each data set; rows of different parts are not compared:"]
+    for number, part in enumerate(by_data, 1):
         more = f" ({part['fingerprint'] or 'other classes'})" if names[part["data"]] > 1 else ""
         runs = "" if part["runs"] == part["rows"] else f" of {part['runs']} runs"
         row = f"{part['rows']} row{'s' * (part['rows'] != 1)}"

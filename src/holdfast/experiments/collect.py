@@ -70,7 +70,7 @@ def collect(
         networks: in the order of the rows; every loss and seed on the same folds.
         out: the folder that both files go to.
         data: the data set's name.
-        settings: what was asked for, as JSON can hold it.
+        settings: the settings of the command, as JSON can hold them.
         command: the command line.
 
     Returns:

@@ -208,15 +208,15 @@ def evaluate_model(
     with frozen_eval(subject.model), torch.no_grad():  # nor must a model that cannot answer
         CountingModel(subject.model)(pixels(subject.split.test.x[:2]))
     key = f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)}"
-    asked: Any = {
+    arguments: Any = {
         "trained_with": subject.loss.loss, "seed": seed, "batch_size": batch_size, "budget": budget, "key": key,
     }  # fmt: skip
     if not first:
-        evaluate(subject.model, subject.split.test, against, suite, record=out / EVALUATION_FILE, **asked)
+        evaluate(subject.model, subject.split.test, against, suite, record=out / EVALUATION_FILE, **arguments)
         return None
     run_folder.reserve(out, settings)
     result = evaluate_network(
-        subject.model, subject.split.test, against, suite, s=subject.loss.s, cache=out, progress=progress, **asked
+        subject.model, subject.split.test, against, suite, s=subject.loss.s, cache=out, progress=progress, **arguments
     )
     network = TrainedNetwork(
         subject.loss,

@@ -61,30 +61,31 @@ class NetworkResult:
 
     def __str__(self) -> str:
         """The accuracies, the interval of the robust one, and the two verdicts."""
-        found, robust = self.evaluation, self.verdict()
+        evaluation, robust = self.evaluation, self.verdict()
         void = robust.status == "void"
         figures = {
-            "clean": _percent(found.clean),
-            "PGD-50": f"{_percent(found.pgd50)}  {_words(self.verdict(PGD50))}",
-            "robust": f"{'-' if void else _bound(found.robust)}  {_words(robust)}",
+            "clean": _percent(evaluation.clean),
+            "PGD-50": f"{_percent(evaluation.pgd50)}  {_words(self.verdict(PGD50))}",
+            "robust": f"{'-' if void else _bound(evaluation.robust)}  {_words(robust)}",
         }
-        if found.certified is not None and not void:
-            figures["certified"] = _percent(found.certified)
-        head = f"{found.threat}, {len(found.y):,} samples, in percent; 95% Clopper-Pearson interval"
+        if evaluation.certified is not None and not void:
+            figures["certified"] = _percent(evaluation.certified)
+        head = f"{evaluation.threat}, {len(evaluation.y):,} samples, in percent; 95% Clopper-Pearson interval"
         return "\n".join([head, *(f"{name:<10}{figure}" for name, figure in figures.items())])
 
     def _repr_html_(self) -> str:
         """The same as a table in a notebook, with the cost of each stage."""
-        robust, pgd50, found = self.verdict(), self.verdict(PGD50), self.evaluation
+        robust, pgd50, evaluation = self.verdict(), self.verdict(PGD50), self.evaluation
         void = robust.status == "void"
         columns = {
-            "clean": found.clean,
-            f"PGD-50 ({pgd50.status})": found.pgd50,
-            "certified": None if void else found.certified,
-            f"robust, at most ({robust.status})": None if void else found.robust,
+            "clean": evaluation.clean,
+            f"PGD-50 ({pgd50.status})": evaluation.pgd50,
+            "certified": None if void else evaluation.certified,
+            f"robust, at most ({robust.status})": None if void else evaluation.robust,
         }
         counts = {name: None if column is None else int(column.sum()) for name, column in columns.items()}
-        return notebook_counts(str(found.threat), len(found.y), counts, found.stages, f"robust: {_words(robust)}")
+        note = f"robust: {_words(robust)}"
+        return notebook_counts(str(evaluation.threat), len(evaluation.y), counts, evaluation.stages, note)
 
 
 def _percent(correct: Tensor) -> str:
@@ -207,7 +208,7 @@ def result_key(
     stages = SUITES.get(suite) if isinstance(suite, str) else suite
     if stages is None:
         raise unknown("suite", str(suite), SUITES)
-    asked = {
+    identity = {
         "key": key,
         "threat": threat.describe(),
         "stages": [asdict(stage) for stage in stages],
@@ -218,11 +219,11 @@ def result_key(
         "checks": [name_of(check) for check in CHECKS],
         "versions": [__version__, region.VERSION, REGION_VERSION],
     }
-    return _hash(asked)
+    return _hash(identity)
 
 
-def _hash(asked: Any) -> str:
-    return hashlib.blake2b(json.dumps(asked, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+def _hash(identity: Any) -> str:
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
 def _name_of_loss(loss: Loss | None) -> str:
@@ -283,14 +284,14 @@ def cached_audit(
     Returns:
         The Audit.
     """
-    asked = {
+    identity = {
         "key": key,
         "stages": [asdict(cost) for cost in evaluation.stages],
         "checks": [name_of(check) for check in CHECKS],
         "transfer": None if transfer_source is None else hashlib.blake2b(transfer_source.numpy().tobytes()).hexdigest(),
         "seed": seed,
     }
-    mark = _hash(asked)
+    mark = _hash(identity)
     cached = None if path is None else load_audit(path, mark, evaluation)
     if cached is not None:
         return cached
@@ -344,12 +345,12 @@ def cached_region(
     broken, kept = _read(path)
     if kept.get("key") != name:
         began = time.perf_counter()
-        found: list[region.Witnesses] = []
+        attempts: list[region.Witnesses] = []
         columns = model, data.x, data.y, evaluation.x_adv
         measure = partial(region.measure, *columns, evaluation.threat, s=s, index=data.index, seed=seed)
-        measured = _fitting(partial(measure, on_witnesses=found.append, progress=progress))
+        measured = _fitting(partial(measure, on_witnesses=attempts.append, progress=progress))
         projection = _fitting(partial(region.projection, *columns, s=s, index=data.index, seed=seed))
-        witnesses = found[-1]  # of the attempt that fitted in memory
+        witnesses = attempts[-1]  # of the batch size that fitted in memory
         counts = evaluation.robust[witnesses.rows] & (evaluation.votes == 1)
         broken = {name: column[counts] for name, column in zip(("rows", *FOUND), witnesses, strict=True)}
         measured["missed"] = None if evaluation.votes > 1 else 0  # they count from here on
