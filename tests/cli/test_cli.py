@@ -318,6 +318,25 @@ def test_options_reach_the_training(parquet, holdfast_, tmp_path):
     assert json.loads((folder / "config.json").read_text())["model"]["name"] == "mlp"
 
 
+def test_the_split_and_the_checkpoint_are_chosen_by_options(holdfast_, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("holdfast.cli.compare.run_comparison", lambda comparison, *_: chosen.append(comparison))
+    assert holdfast_("compare", "--split", "val", "--checkpoint", "best")[0] == 0
+    assert (chosen[0].eval_split, chosen[0].fit.checkpoint) == ("val", "best")
+    assert holdfast_("compare")[0] == 0
+    assert (chosen[1].eval_split, chosen[1].fit.checkpoint) == ("test", "last")
+    for option, message in (("--split", "eval_split must be 'test' or 'val'"), ("--checkpoint", "checkpoint must be")):
+        status, _, err = holdfast_("compare", option, "train")
+        assert status == 2
+        assert message in one_line(err)
+
+
+def test_the_input_range_is_for_a_model_of_ones_own(compared, holdfast_):
+    status, _, err = holdfast_("evaluate", "out/runs/sce-seed0-fold0", "--input-range", "0,255")
+    assert status == 2
+    assert "--input-range is for your own model" in one_line(err)
+
+
 def test_compare_on_the_embedded_digits(holdfast_, tmp_path):
     status, out, _ = holdfast_(
         "compare",

@@ -468,9 +468,10 @@ def test_your_own_model_may_print(holdfast_, tmp_path):
         "def build():\n    print('building')\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
     )
     words = ("evaluate", "mymodel.py:build", "--data", "digits", "--suite", "quick", "--limit", "10", "--device", "cpu")
-    status, out, err = holdfast_(*words, "--json", "--out", "out")
+    status, out, err = holdfast_(*words, "--input-range", "0,255", "--json", "--out", "out")
     assert status == 0
     assert json.loads(out)["schema"] == results.SCHEMA
+    assert json.loads(Path("out/config.json").read_text())["model_file"]["input_range"] == [0, 255]
     assert "loading" in err
     assert "building" in err
 
