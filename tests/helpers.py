@@ -2,8 +2,15 @@
 
 import math
 
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
 from holdfast import data
@@ -180,3 +187,23 @@ def survivors(name, model, x, y, threat, **settings):
     assert (threat.violation(x_adv, x) == 0).all()
     with torch.no_grad():
         return ~fooled(as_outputs(model(x_adv)).logits, y)
+
+
+def write_parquet(folder, train=120, test=40, *, top=None, photographs=False):
+    """scikit-learn's first digits as a parquet folder with a test split; returns its path as text.
+
+    top: labels are taken modulo top + 1; photographs: 32x32, in colour.
+    """
+    digits = load_digits()
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int32())])
+    for name, rows in (("train", range(train)), ("test", range(train, train + test))):
+        cells = []
+        for row in rows:
+            buffer = io.BytesIO()
+            picture = Image.fromarray((digits.images[row] * 15).astype(np.uint8))
+            (picture.resize((32, 32)).convert("RGB") if photographs else picture).save(buffer, "PNG")
+            cells.append({"bytes": buffer.getvalue(), "path": None})
+        labels = [int(digits.target[row]) if top is None else int(digits.target[row]) % (top + 1) for row in rows]
+        pq.write_table(pa.table({"image": cells, "label": labels}, schema=kinds), folder / f"{name}.parquet")
+    return str(folder)

@@ -14,12 +14,8 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-from sklearn.datasets import load_digits
+from tests.helpers import write_parquet
 from typer.models import OptionInfo
 
 import holdfast
@@ -47,23 +43,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(SUITES, "tiny", TINY_SUITE)
-
-
-def write_parquet(folder, *, train=120, test=40, top=None, photographs=False):
-    """Digits as a parquet folder; with ``top``, every label is at most that; photographs: 32x32, in colour."""
-    digits = load_digits()
-    folder.mkdir(parents=True, exist_ok=True)
-    kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int32())])
-    for name, rows in (("train", range(train)), ("test", range(train, train + test))):
-        cells = []
-        for row in rows:
-            buffer = io.BytesIO()
-            picture = Image.fromarray((digits.images[row] * 15).astype(np.uint8))
-            (picture.resize((32, 32)).convert("RGB") if photographs else picture).save(buffer, "PNG")
-            cells.append({"bytes": buffer.getvalue(), "path": None})
-        labels = [int(digits.target[row]) if top is None else int(digits.target[row]) % (top + 1) for row in rows]
-        pq.write_table(pa.table({"image": cells, "label": labels}, schema=kinds), folder / f"{name}.parquet")
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

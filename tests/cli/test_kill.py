@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import random
 import shutil
@@ -13,12 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-from sklearn.datasets import load_digits
+from tests.helpers import write_parquet
 
 from holdfast import cli, results
 from holdfast.attacks import SUITES, Stage
@@ -29,21 +24,6 @@ from holdfast.train import FitConfig
 
 COLUMNS = [field.name for field in dataclasses.fields(results.Samples)]
 KILLS = 50
-
-
-def write_parquet(folder, train, test):
-    digits = load_digits()
-    folder.mkdir(parents=True)
-    kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int32())])
-    for name, rows in (("train", range(train)), ("test", range(train, train + test))):
-        cells = []
-        for row in rows:
-            buffer = io.BytesIO()
-            Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(buffer, "PNG")
-            cells.append({"bytes": buffer.getvalue(), "path": None})
-        labels = [int(digits.target[row]) for row in rows]
-        pq.write_table(pa.table({"image": cells, "label": labels}, schema=kinds), folder / f"{name}.parquet")
-    return folder
 
 
 def started(folder, words):

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import shutil
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
+from tests.helpers import write_parquet
 
 from holdfast import results, run_folder
 from holdfast.attacks import SUITES, Stage
@@ -72,18 +68,7 @@ def copied(original, tmp_path):
 def parquet(tmp_path, monkeypatch):
     """Some digits as a parquet folder with a test split of 60."""
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
-    digits = load_digits()
-    (tmp_path / "data").mkdir()
-    kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int32())])
-    for name, rows in (("train", range(200)), ("test", range(200, 260))):
-        cells = []
-        for row in rows:
-            buffer = io.BytesIO()
-            Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(buffer, "PNG")
-            cells.append({"bytes": buffer.getvalue(), "path": None})
-        table = pa.table({"image": cells, "label": [int(digits.target[row]) for row in rows]}, schema=kinds)
-        pq.write_table(table, tmp_path / "data" / f"{name}.parquet")
-    return str(tmp_path / "data")
+    return write_parquet(tmp_path / "data", 200, 60)
 
 
 def by_loss(found, loss):

@@ -643,6 +643,18 @@ def test_robust_validation_is_logged_and_chooses_the_best_epoch(split, tmp_path)
     assert done.kept_epoch == 4
 
 
+def test_progress_reports_each_epochs_log_line_in_words(split):
+    reports = []
+    config = dataclasses.replace(TINY, epochs=2)
+    done = fit_digits(
+        split, network(split), config=config, val_threat=Threat("linf", 0.05), progress=lambda *r: reports.append(r)
+    )
+    assert reports == [
+        (f"epoch {n}, loss {line['loss']:.4g}, validation {line['val']:.1%}, robust {line['val_robust']:.1%}", n, 2)
+        for n, line in enumerate(done.history, 1)
+    ]
+
+
 def fix_validation(monkeypatch, accuracies):
     """From here on validation measures these robust accuracies, one epoch after the other."""
     remaining = iter(accuracies)

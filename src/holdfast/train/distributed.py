@@ -46,7 +46,7 @@ def group_errors(processes: int, out: Path | None) -> Iterator[None]:
         return
 
     def on_sigterm(number: int, frame: Any) -> None:
-        raise UserError(_lost("this process was told to end (SIGTERM), as torchrun does when another one failed", out))
+        raise UserError(_lost("this process got SIGTERM, which torchrun sends when another one failed", out))
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     handle = in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -17,7 +17,7 @@ from .resize import RESIZE
 from .shapes import SHAPES
 
 OPERATORS: dict[str, Operator] = {**ARITHMETIC, **SHAPES, **RESIZE}
-READ_ON_CPU = (("Resize", 1), ("Resize", 2), ("Upsample", 1), ("Pad", 2))  # inputs whose values shape the computation
+READ_ON_CPU = (("Resize", 1), ("Resize", 2), ("Upsample", 1), ("Pad", 2))  # inputs read as sizes: they stay on the CPU
 
 
 class OnnxNet(nn.Module):
