@@ -63,6 +63,34 @@ def measure(
 
     It costs 3 passes for each sample, and 2 (steps + 10) more for each of the first 256.
 
+    Figures are floats, or None where there is none. A *spread* is a dict of q10, q25, median, q75, q90.
+
+    The result has these keys:
+
+    * n, right, not_finite: samples used, those classified correctly, those left out because of NaN or infinity.
+    * space, dim: "features", or "logits" for a model that returns no features; their dimension.
+    * norm, eps, s: as given.
+    * margin, margin_adv: spreads of logit_y - largest other logit, clean and under attack.
+    * inference_region, inference_region_adv: fractions with 0 < margin <= s, None without s.
+    * input_margin: spread of the first-order distance to the boundary, over correct samples (``input_margin``).
+    * distance: spread of the smallest perturbation found (``smallest_perturbation``); 0 for misclassified samples.
+    * distances: index and distance of each of these samples, None where nothing was found; they give robust
+      accuracy over eps.
+    * missed: how many of these FMN breaks within the threat although x_adv does not fool. If it is not 0, the
+      evaluation's robust accuracy is too high.
+    * lipschitz: spread of a lower bound of the margin's local Lipschitz constant, over correct samples.
+    * movement: spreads of the columns of ``Movement``, and the fractions strayed_before and strayed_after, over
+      correct samples. So are all measures below, because a sample that is misclassified already has no adversarial
+      example.
+    * scatter, scatter_adv: scatter within over between classes (``scatter_ratio``).
+    * two_sample: mmd2 (about 0 by chance); frechet; frechet_chance, the distance between two halves of the clean
+      samples (above the chance level of frechet, since a half has fewer samples); frechet_relative, over the
+      scatter of the clean features (independent of scale); auc (about 0.5 by chance). None for fewer than 10
+      samples.
+    * per_class: n, mmd2, frechet, frechet_chance, auc: lists with one entry for each class.
+    * calibration: for clean and adv: ece, brier, nll, bins (``reliability``).
+    * passes: forwards, backwards.
+
     Args:
         model: images to logits or Outputs.
         x: (N, C, H, W), uint8 or float in the threat's box, the clean images.
@@ -81,31 +109,7 @@ def measure(
         progress: called after each batch.
 
     Returns:
-        A dict. Figures are floats, or None where there is none. A *spread* is a dict of q10, q25, median, q75, q90.
-
-        * n, right, not_finite: samples used, those classified correctly, those left out because of NaN or infinity.
-        * space, dim: "features", or "logits" for a model that returns no features; their dimension.
-        * norm, eps, s: as given.
-        * margin, margin_adv: spreads of logit_y - largest other logit, clean and under attack.
-        * inference_region, inference_region_adv: fractions with 0 < margin <= s, None without s.
-        * input_margin: spread of the first-order distance to the boundary, over correct samples (``input_margin``).
-        * distance: spread of the smallest perturbation found (``smallest_perturbation``); 0 for misclassified samples.
-        * distances: index and distance of each of these samples, None where nothing was found; they give robust
-          accuracy over eps.
-        * missed: how many of these FMN breaks within the threat although x_adv does not fool. If it is not 0, the
-          evaluation's robust accuracy is too high.
-        * lipschitz: spread of a lower bound of the margin's local Lipschitz constant, over correct samples.
-        * movement: spreads of the columns of ``Movement``, and the fractions strayed_before and strayed_after, over
-          correct samples. So are all measures below, because a sample that is misclassified already has no adversarial
-          example.
-        * scatter, scatter_adv: scatter within over between classes (``scatter_ratio``).
-        * two_sample: mmd2 (about 0 by chance); frechet; frechet_chance, the distance between two halves of the clean
-          samples (above the chance level of frechet, since a half has fewer samples); frechet_relative, over the
-          scatter of the clean features (independent of scale); auc (about 0.5 by chance). None for fewer than 10
-          samples.
-        * per_class: n, mmd2, frechet, frechet_chance, auc: lists with one entry for each class.
-        * calibration: for clean and adv: ece, brier, nll, bins (``reliability``).
-        * passes: forwards, backwards.
+        A dict of plain data, with the keys above.
 
     Raises:
         UserError: for no samples, or columns of different length.

@@ -40,6 +40,19 @@ def projection(
     farthest apart. Points are projected onto it, so a point may lie on the other side of a boundary than the network's
     decision, which is in ``prediction``.
 
+    The result has these keys:
+
+    * exact: whether the plane is the box of pixels.
+    * space: "pixels", "features" or "logits".
+    * explained: the fraction of the scatter between class centers that lies in the plane; None for one class.
+    * s: as given.
+    * classes: number of classes.
+    * y, prediction, prediction_adv: a class for each point.
+    * points, points_adv, centers: [across, up] of each point, and of each class (None where it does not occur).
+    * grid: across and up (``grid`` values each); prediction[i][j] and margin[i][j] (largest logit - second largest)
+      at (across[j], up[i]), where 0 < margin <= s is the inference region. None where the head cannot be applied to
+      features alone, as for models that are not this package's.
+
     Args:
         model: images to logits or Outputs.
         x: (N, C, H, W), uint8 or float, the clean images.
@@ -53,18 +66,7 @@ def projection(
         batch_size: samples at a time; default by the device and the image size.
 
     Returns:
-        A dict:
-
-        * exact: whether the plane is the box of pixels.
-        * space: "pixels", "features" or "logits".
-        * explained: the fraction of the scatter between class centers that lies in the plane; None for one class.
-        * s: as given.
-        * classes: number of classes.
-        * y, prediction, prediction_adv: a class for each point.
-        * points, points_adv, centers: [across, up] of each point, and of each class (None where it does not occur).
-        * grid: across and up (``grid`` values each); prediction[i][j] and margin[i][j] (largest logit - second largest)
-          at (across[j], up[i]), where 0 < margin <= s is the inference region. None where the head cannot be applied to
-          features alone, as for models that are not this package's.
+        A dict of plain data, with the keys above.
 
     Raises:
         UserError: for no samples, or columns of different length.
