@@ -332,10 +332,10 @@ def test_folds_are_put_together(net, some, tmp_path):
     proved = torch.cat([e.certified for e in found])
     assert run.certified.value == share(proved)
     assert run.samples.certified == tuple(proved.int().tolist())
-    assert list(run.individual) == COLUMNS[:3]
-    for name, figure in run.individual.items():
+    assert list(run.attacks) == COLUMNS[:3]
+    for name, figure in run.attacks.items():
         assert figure.value == share(torch.cat([e.individual[name] for e in found]))
-    assert run.individual["pgd50"] == run.pgd50
+    assert run.attacks["pgd50"] == run.pgd50
     assert run.certified.value <= run.robust.value
     _, run = put(lambda part: part is parts[0])  # a fold without a bound: no figure of the whole
     assert run.certified is None

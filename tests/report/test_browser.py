@@ -45,7 +45,7 @@ def test_the_page_opens_from_disk_and_asks_for_nothing(tmp_path):
     assert console == []
     assert asked == set()
     text = words(dom)
-    assert "isce:s=100: PGD-50 reports 79.0%, but at most 19.5% is robust." in text
+    assert "isce:s=100: PGD-50 reports 79.0%, but robust accuracy is at most 19.5%." in text
     body = re.search(r'<table class="main.*?</table>', dom, re.S)[0]
     for row in R.rows(make_results()):
         assert row.label in words(body)

@@ -60,7 +60,7 @@ def test_the_numbers_are_the_datas(page):
             assert R.percent(i.value) in page.text
         assert row.verdict in page.text
     assert "≤ 41.0" in page.text
-    assert "isce:s=100: PGD-50 reports 79.0%, but at most 19.5% is robust." in page.text
+    assert "isce:s=100: PGD-50 reports 79.0%, but robust accuracy is at most 19.5%." in page.text
     assert "Most robust: isce:s=4.6, at most 41.0% (95% interval 34.1 to 48.2)." in page.text
     beyond = np.mean(np.array(results.runs[1].samples.margin) > 24 * np.log(2))
     assert f"{R.percent(beyond)}% beyond 16.6" in page.text
@@ -458,4 +458,6 @@ def test_a_tight_pgd50_accuracy_is_not_called_refuted():
     runs = [dataclasses.replace(run, pgd50_verdict=tight)]
     assert report.finding(make_results(runs)).startswith("No PGD-50 accuracy is refuted.")
     worse = dataclasses.replace(make_run("mmc", pgd50=0.9, robust=0.3), pgd50_verdict=R.Verdict("refuted", ""))
-    assert "mmc: PGD-50 reports 90.0%, but at most 30.0% is robust." in report.finding(make_results([*runs, worse]))
+    assert "mmc: PGD-50 reports 90.0%, but robust accuracy is at most 30.0%." in report.finding(
+        make_results([*runs, worse])
+    )

@@ -177,7 +177,8 @@ def _run(parts: list[TrainedNetwork]) -> Run:
 def _attacks(evaluation: Evaluation) -> dict[str, Tensor]:
     """Attack name -> correct under that attack alone; always has pgd50."""
     trained = {} if evaluation.own is None else {"pgd50-train-loss": evaluation.own}
-    return {"pgd50": evaluation.pgd50, **evaluation.individual, **trained}
+    first = {} if "pgd50" in evaluation.individual else {"pgd50": evaluation.pgd50}
+    return {**first, **evaluation.individual, **trained}
 
 
 def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def finding(results: Results) -> str:
         worst, robust = max(doubtful, key=lambda v: v[0].pgd50.value - v[1].value)
         reported, bound = percent(worst.pgd50.value), percent(robust.value)
         if worst.pgd50.value > robust.value and reported != bound:
-            sentences = [f"{worst.label}: PGD-50 reports {reported}%, but at most {bound}% is robust."]
+            sentences = [f"{worst.label}: PGD-50 reports {reported}%, but robust accuracy is at most {bound}%."]
     threats = list(dict.fromkeys(row.threat for row, _ in valid))
     for threat in threats if len(valid) > 1 else ():  # accuracies under different threats are not compared
         here = [v for v in valid if v[0].threat == threat]

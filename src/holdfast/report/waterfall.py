@@ -135,7 +135,8 @@ def sentence(run: Run) -> str:
     before, most = max(pairs, key=lambda pair: pair[0].correct - pair[1].correct)
     points = percent((before.correct - most.correct) / last.n)
     return (
-        f"PGD-50 reports {percent(pgd50.accuracy)}%, but at most {percent(last.accuracy)}% is robust ({interval}). "
+        f"PGD-50 reports {percent(pgd50.accuracy)}%, but robust accuracy is at most {percent(last.accuracy)}% "
+        f"({interval}). "
         f"The largest drop, {points} points, comes from '{heading(most.name)}': "
         f"{CHANGES.get(most.name, 'a stage of the suite')}.{alone}"
     )
