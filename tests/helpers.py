@@ -1,8 +1,7 @@
 """What several test files share: the training loop of small networks, models and images to attack, stand-ins."""
 
-import math
-
 import io
+import math
 
 import numpy as np
 import pyarrow as pa
