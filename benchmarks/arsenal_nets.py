@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from holdfast.data import Split
-from holdfast.experiments import loss_spec
-from holdfast.experiments.compare import Comparison, Job, train_one
+from holdfast.experiments.config import Comparison, Job
 from holdfast.experiments.recipes import fit_for, override
+from holdfast.experiments.training import train_network
 from holdfast.losses import Loss
 from holdfast.models import Classifier
 from holdfast.threat import Threat
@@ -99,9 +99,9 @@ def build(plan: Plan) -> Net:
         limit_train=plan.limit_train,
         fit=fit,
     ).checked()
-    job = Job(comparison, plan.loss, plan.seed, 0, FOLDER / plan.name, "cpu")
-    model, _, split = train_one(job, lambda *_: None)
-    return Net(plan, model, split, loss_spec.parse(plan.loss).loss)
+    job = Job(comparison, comparison.loss_specs[0], plan.seed, 0, FOLDER / plan.name)
+    model, _, split = train_network(job)
+    return Net(plan, model, split, job.loss.loss)
 
 
 def threats(plan: Plan) -> list[Threat]:

@@ -15,9 +15,9 @@ import torch
 
 from holdfast.attacks import ATTACKS, SCORES, matched_score
 from holdfast.data import pixels
-from holdfast.experiments import loss_spec
-from holdfast.experiments.compare import Comparison, Job, train_one
+from holdfast.experiments.config import Comparison, Job
 from holdfast.experiments.recipes import fit_for
+from holdfast.experiments.training import train_network
 from holdfast.losses import LOSSES
 from holdfast.noise import Noise
 from holdfast.outputs import as_outputs, fooled
@@ -47,12 +47,13 @@ def main() -> None:
         for seed in range(seeds):
             comparison = Comparison(losses=(text,), fit=fit_for("digits")).checked()
             where = FOLDER / f"{text.replace(':', '-').replace('*', 'x')}-{seed}"
-            model, _, split = train_one(Job(comparison, text, seed, 0, where, "cpu"), lambda *_: None)
+            loss = comparison.loss_specs[0]
+            model, _, split = train_network(Job(comparison, loss, seed, 0, where))
             x, y = pixels(split.test.x), split.test.y
             with torch.no_grad():
                 right = as_outputs(model(x)).logits.argmax(1) == y
             for name in found:
-                score = matched_score(loss_spec.parse(text).loss) if name == "matched" else SCORES[name]
+                score = matched_score(loss.loss) if name == "matched" else SCORES[name]
                 found[name].append(broken(model, score, x[right], y[right], split.test.index[right]))
         columns = {name: torch.cat(parts) for name, parts in found.items()}
         best = max((name for name in columns if name != "matched"), key=lambda name: int(columns[name].sum()))

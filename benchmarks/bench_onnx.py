@@ -52,7 +52,7 @@ def main(path: str | None = None) -> None:
 
 def compare_and_attack(file: Path) -> None:
     began = time.perf_counter()
-    model = open_model(ModelSource(str(file), pixels=(-1.0, 1.0)))
+    model = open_model(ModelSource(str(file), input_range=(-1.0, 1.0)))
     print(f"{file.name}: opened in {time.perf_counter() - began:.2f} s; batches {model.inner.batching}")
     net = load_onnx(file, strip_softmax=False)
     options = onnxruntime.SessionOptions()

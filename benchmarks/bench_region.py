@@ -1,4 +1,4 @@
-"""What the inference region costs: the feature measures at 10,000 x 512, and ``measure`` and ``picture`` on a network.
+"""What the inference region costs: the feature measures at 10,000 x 512, and ``measure`` and ``projection`` of a model.
 
     python benchmarks/bench_region.py
 
@@ -17,7 +17,7 @@ from holdfast.data import load, pixels, standardisation
 from holdfast.experiments.recipes import fit_for, override
 from holdfast.losses import sce
 from holdfast.objectives import standard
-from holdfast.region import auc, frechet, measure, mmd2, movement, picture, scatter_ratio
+from holdfast.region import auc, frechet, measure, mmd2, movement, projection, scatter_ratio
 from holdfast.threat import Threat
 from holdfast.train import fit
 
@@ -61,7 +61,7 @@ def main() -> None:
     print("the digits' network, one thread")
     measure(model, x, y, x_adv, threat)
     spent = min(timed("measure", lambda: measure(model, x, y, x_adv, threat, s=3.0)) for _ in range(3))
-    timed("picture", lambda: picture(model, x, y, x_adv, s=3.0))
+    timed("projection", lambda: projection(model, x, y, x_adv, s=3.0))
     print(f"  measure    {spent:6.2f} s ({'meets' if spent < NETWORK_GOAL else 'misses'} {NETWORK_GOAL:g})")
 
 

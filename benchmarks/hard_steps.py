@@ -59,7 +59,7 @@ def stands(model: nn.Module, test: Data, suite: str) -> tuple[float, float, list
 
 
 def main() -> None:
-    split = data.load(sys.argv[1] if len(sys.argv) > 1 else "mnist", limit_train=6000, on="val", limit=300)
+    split = data.load(sys.argv[1] if len(sys.argv) > 1 else "mnist", limit_train=6000, eval_split="val", limit=300)
     for name, leak in (("hard", 0.0), ("leak 0.01", 0.01)):
         model = models.build("stepnet:slope=10,leak=0.01", split.shape, len(split.classes))
         step = model.backbone.layers[0] = Step(10.0, leak)

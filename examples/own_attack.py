@@ -31,7 +31,7 @@ def corners(
         tried = sign.where(~flips, -sign)
         x_adv = threat.project(x + threat.eps * tried, x)
         out = predict(model, x_adv)
-        worst.see(rows, x_adv, out.logits)
+        worst.update(rows, x_adv, out.logits)
         value = score(out, y)
         better = value > best
         best = value.where(better, best)

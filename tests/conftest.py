@@ -1,9 +1,10 @@
 """Hypothesis: few examples, no deadline, in CI the same ones every time. One thread: tiny tensors, shared cores.
 
-And a small trained network that several files attack.
+And small trained networks that several files share: train here once what two files need.
 """
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -13,6 +14,9 @@ from tests.helpers import on_digits, right_ones
 from torch import nn
 
 from holdfast import cli
+from holdfast.experiments.config import Comparison, Job
+from holdfast.experiments.training import train_network
+from holdfast.train import FitConfig
 
 settings.register_profile("here", deadline=None, max_examples=40)
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True, print_blob=True)
@@ -26,7 +30,7 @@ def few_are_walked(request):
     """Fewer samples whose smallest perturbation is looked for, but where that is tested: each network pays for it."""
     with pytest.MonkeyPatch.context() as patch:
         if "test_region" not in request.node.nodeid and "WRITE_DOCS" not in os.environ:
-            patch.setattr("holdfast.region.measures.WALKED", 24)
+            patch.setattr("holdfast.region.measures.N_DISTANCES", 24)
         yield
 
 
@@ -42,6 +46,33 @@ def digits():
         epochs=6,
     )  # fmt: skip
     return net, *right_ones(net, split, 40)
+
+
+TRAINED = {"sce": "sce", "isce": "isce:s=100"}
+
+
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory):
+    """A function from a key of TRAINED to a finished run folder on one fold of the digits. Copy it before you write."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    def trained(name):
+        fit = FitConfig(epochs=8, batch_size=64, lr=3e-3)
+        comparison = Comparison(losses=(TRAINED[name],), folds=1, fit=fit).checked()
+        train_network(Job(comparison, comparison.loss_specs[0], 0, 0, folder / name))
+        return folder / name
+
+    return trained
+
+
+@pytest.fixture
+def copied_run(trained_runs, tmp_path):
+    """The same, copied to ``tmp_path / "run"``."""
+
+    def copied(name):
+        return shutil.copytree(trained_runs(name), tmp_path / "run")
+
+    return copied
 
 
 @pytest.fixture

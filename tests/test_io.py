@@ -40,8 +40,8 @@ def test_round_trip(tmp_path_factory, dtype, shape, about):
     path = tmp_path_factory.mktemp("round") / "file.safetensors"
     tensor = torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
     save_tensors(path, "thing", 3, {"x": tensor, "other": TENSORS["a.b"]}, about)
-    back, told = load_tensors(path, "thing", 3)
-    assert told == about
+    back, header = load_tensors(path, "thing", 3)
+    assert header == about
     assert set(back) == {"x", "other"}
     assert back["x"].dtype == dtype
     assert back["x"].shape == tensor.shape

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from tests.helpers import training_state
 from torch import nn
 
 from holdfast.attacks import pgd
@@ -63,12 +64,6 @@ def network(name, head="linear"):
     return model
 
 
-def state(model):
-    modes = [(name, m.training) for name, m in model.named_modules()]
-    wants = [(name, p.requires_grad, p.grad is None) for name, p in model.named_parameters()]
-    return modes, wants, {name: t.clone() for name, t in model.state_dict().items()}
-
-
 every = pytest.mark.parametrize("name", list(OBJECTIVES))
 
 
@@ -79,9 +74,9 @@ def test_perturb_stays_in_the_threat_and_leaves_the_model_as_it_was(name, norm, 
     model, (x, y, noise), threat = Normed(), batch(), Threat(norm, EPS[norm])
     objective = schedule(name, threat=threat)(progress)
     assert isinstance(objective, Objective)
-    before, kept = state(model), x.clone()
+    before, kept = training_state(model), x.clone()
     x_adv = objective.perturb(model, x, y, noise)
-    after = state(model)
+    after = training_state(model)
     assert before[:2] == after[:2]
     assert all(torch.equal(before[2][key], after[2][key]) for key in before[2]), "batch statistics moved"
     assert torch.equal(x, kept)
@@ -130,7 +125,7 @@ def test_perturb_depends_on_the_noise_alone(name):
 @every
 def test_the_model_comes_back_when_perturb_fails(name):
     model, (x, y, noise) = Normed(), batch()
-    before = state(model)
+    before = training_state(model)
     model.net.backbone.register_forward_hook(lambda *_: 1 / 0)
     try:
         schedule(name)(0.0).perturb(model, x, y, noise)
@@ -138,7 +133,7 @@ def test_the_model_comes_back_when_perturb_fails(name):
         pass
     else:
         assert name in ("standard", "interval")
-    assert before[:2] == state(model)[:2]
+    assert before[:2] == training_state(model)[:2]
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "interval"])  # which bounds no Normed
@@ -168,7 +163,7 @@ def test_adversarial_is_the_loss_on_the_last_iterate_of_pgd():
     model, (x, y, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("linf", 0.1)
     objective = adversarial(sce, threat, steps=4, step_size=0.03)(0.0)
     x_adv = objective.perturb(model, x, y, noise)
-    expected = pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=4, step_size=0.03, keep="last")
+    expected = pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=4, step_size=0.03, iterate="last")
     assert torch.equal(x_adv, expected)
     assert torch.equal(objective.loss(model, x, x_adv, y), sce(model(x_adv), y))
     assert (objective.loss(model, x, x_adv, y) > sce(model(x), y)).all()
@@ -178,7 +173,7 @@ def test_adversarial_is_the_loss_on_the_last_iterate_of_pgd():
 
 def test_ten_steps_unless_told_otherwise():
     model, (x, y, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("l2", 0.5)
-    expected = pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=10, step_size=0.125, keep="last")
+    expected = pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=10, step_size=0.125, iterate="last")
     assert torch.equal(adversarial(sce, threat)(0.0).perturb(model, x, y, noise), expected)
 
 
@@ -198,7 +193,7 @@ def test_inference_information_in_the_inner_problem_makes_no_difference(norm, s)
 def test_the_inner_score_is_the_losss_own_unless_it_is_named():
     (x, y, noise), threat = batch(), Threat("linf", 0.1)
     model = build("mlp", SHAPE, 4, head="mmc")
-    run = partial(pgd, model, x, y, threat, noise=noise, steps=10, keep="last")
+    run = partial(pgd, model, x, y, threat, noise=noise, steps=10, iterate="last")
     assert torch.equal(adversarial(mmc, threat)(0.0).perturb(model, x, y, noise), run(score=negative_margin))
     named = adversarial(mmc, threat, score=mmc)(0.0).perturb(model, x, y, noise)
     assert torch.equal(named, run(score=mmc))
@@ -259,11 +254,11 @@ def test_fast_is_one_step_from_a_wide_start():
 def test_batch_statistics_of_the_attack_are_a_choice(name):
     model, (x, y, noise), threat = Normed(), batch(), Threat("linf", 0.1)
     make = partial(OBJECTIVES[name], sce, threat, steps=3)
-    before = state(model)
+    before = training_state(model)
     frozen = make(batch_norm="eval")(0.0).perturb(model, x, y, noise)
     live = make(batch_norm="train")(0.0).perturb(model, x, y, noise)
     assert not torch.equal(frozen, live)
-    after = state(model)
+    after = training_state(model)
     assert all(torch.equal(before[2][key], after[2][key]) for key in before[2])
 
 
@@ -291,7 +286,7 @@ def test_awp_raises_the_loss_inside_and_restores_every_weight_outside():
     model.drop.p = 0.0
     objective = adversarial(sce, threat, steps=2, awp=0.05)(0.0)
     x_adv = objective.perturb(model, x, y, noise)
-    before, (_, _, kept) = objective.loss(model, x, x_adv, y).mean().item(), state(model)
+    before, (_, _, kept) = objective.loss(model, x, x_adv, y).mean().item(), training_state(model)
     with objective.weight_context(model, x, x_adv, y):
         moved = [(name, p) for name, p in model.named_parameters() if not torch.equal(p, kept[name])]
         assert {name for name, _ in moved} == {n for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
@@ -311,7 +306,7 @@ def test_every_source_pays_with_a_graph_and_lies_where_it_should(name):
     x_adv = objective.perturb(model, x, y, noise)
     each = objective.loss(model, x, x_adv, y)
     assert each.shape == (N,)
-    assert (each > sce(model(x), y) - 1e-6).all() or not given.adversary
+    assert (each > sce(model(x), y) - 1e-6).all() or not given.needs_attack
     each.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -361,5 +356,5 @@ def test_what_cannot_work_is_refused_at_once(name, settings, message):
 
 def test_mart_takes_no_s_that_its_attack_measures():
     threat = Threat("linf", 0.1)
-    with pytest.raises(UserError, match="pays for x_adv"):
+    with pytest.raises(UserError, match=r"at x_adv.*take 'adversarial'"):
         mart(isce, threat, s=source("attack", threat))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -141,11 +142,35 @@ def test_settings_reach_the_loss_and_the_head():
     assert loss_spec.parse(" sce ").text == "sce"
 
 
+@pytest.mark.parametrize(
+    ("text", "s"),
+    [("isce:s=10@cosine", 10), ("isce", 1), ("isce:s=0", 0), ("isce:s=10*0.5", 5), ("cosface:m=0.2,scale=15", 3),
+     ("sce", None), ("mmc", None), ("isce:s=ibp", None)],
+)  # fmt: skip
+def test_the_constant_s_is_in_units_of_the_logits(text, s):
+    assert loss_spec.parse(text).s == s
+
+
 def test_one_choice_does_not_change_the_next():
     first = loss_spec.parse("cosface:m=0.2,scale=15")
     first.head_settings["scale"] = 1
     assert loss_spec.parse("cosface").head_settings == {"scale": 64.0}
     assert loss_spec.parse("cosface:m=0.2,scale=15").head_settings == {"scale": 15}
+
+
+@pytest.mark.parametrize(
+    "text", ["sce", "isce:s=3*2", "cosface:m=0.2,scale=15", "isce:s=attack+trades:beta=2+fit:lr=1"]
+)
+def test_a_parsed_spec_travels_to_another_process(text):
+    """It holds functions and partials, so it is pickled as its text; equal texts are equal specs."""
+    one = loss_spec.parse(text)
+    again = pickle.loads(pickle.dumps(one))
+    assert again == one
+    assert hash(again) == hash(one)
+    assert (again.s, again.head, again.source, again.objective, again.fit) == (
+        one.s, one.head, one.source, one.objective, one.fit,
+    )  # fmt: skip
+    assert one != loss_spec.parse("mmc")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import scipy.optimize
 import scipy.stats
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -502,3 +502,41 @@ def test_nothing_that_is_forgiven_lies_farther_than_farthest(norm):
     passed = threat.violation(x_adv, x) == 0
     assert passed.any()
     assert (threat.size(x_adv.double() - x.double())[passed] <= threat.farthest(784)).all()
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10_000), st.sampled_from(["linf", "l2", "l1"]), st.floats(-1.5, 1.5))
+def test_to_plane_is_the_smallest_one_in_the_box(seed, norm, share):
+    """It meets the plane inside the box, or all walls are reached; no feasible point that we can make is smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(1, 6, generator=generator, dtype=torch.float64)
+    slope = torch.randn(1, 6, generator=generator, dtype=torch.float64)
+    slope[:, seed % 6] = 0.0
+    threat = Threat(norm, 1.0)
+    most = (slope.abs() * torch.where(slope * share > 0, 1 - x, x)).sum(1)
+    need = share * most
+    r = threat.to_plane(x, slope, need)
+    assert (x + r >= -1e-12).all()
+    assert (x + r <= 1 + 1e-12).all()
+    gained = (slope * r).sum(1)
+    assert torch.allclose(gained, need.clamp(-most, most), rtol=1e-9, atol=1e-12)
+    if abs(share) >= 1:
+        return
+    # Others on the same plane within the box: random points put there along their own segment to a corner.
+    corner = torch.where(slope * share > 0, 1.0, 0.0) - x
+    points = torch.rand(200, 6, generator=generator, dtype=torch.float64) - x
+    have = (points * slope).sum(1, keepdim=True)
+    t = (need[:, None] - have) / ((corner - points) * slope).sum(1, keepdim=True)
+    on_it = ((t >= 0) & (t <= 1))[:, 0]
+    others = (points + t * (corner - points))[on_it]
+    assert (threat.size(others) >= threat.size(r) - 1e-9).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_to_plane_survives_any_scale_and_no_slope(norm, scale):
+    x, threat = torch.zeros(2, 3), Threat(norm, 1.0, -9, 9)
+    slope = torch.tensor([[1.0, -2.0, 2.0], [0.0, 0.0, 0.0]])
+    r = threat.to_plane(x, slope * scale, torch.tensor([2.0, 2.0]) * scale)
+    assert torch.allclose((r * slope).sum(1), torch.tensor([2.0, 0.0]))
+    assert (r[1] == 0).all()

@@ -35,7 +35,8 @@ def per_seed(runs) -> None:
             m = r.measures
             write([
                 r.threat_text, r.loss, r.seed, r.n, f"{r.train['accuracy']:.4f}", f"{r.clean.value:.4f}",
-                f"{r.pgd50.value:.4f}", f"{r.own.value:.4f}", "" if r.robust is None else f"{r.robust.value:.4f}",
+                f"{r.pgd50.value:.4f}", f"{r.attacks['pgd50-train-loss'].value:.4f}",
+                "" if r.robust is None else f"{r.robust.value:.4f}",
                 f"{m['zero_gradient']:.4f}", f"{m['zero_gradient_own']:.4f}", f"{m['input_margin']:.5f}",
                 r.pgd50_verdict.status, r.verdict.status, f"{r.remaining['expected']:.2f}", r.remaining["high"],
             ])  # fmt: skip
@@ -85,7 +86,7 @@ def row(loss, runs, test) -> str:
         mean(r.train["accuracy"] for r in runs),
         mean(r.clean.value for r in runs),
         mean(r.pgd50.value for r in runs),
-        mean(r.own.value for r in runs),
+        mean(r.attacks["pgd50-train-loss"].value for r in runs),
         f"{100 * robust.value:.1f} [{100 * robust.low:.1f}, {100 * robust.high:.1f}]",
         f"{100 * t.difference:+.1f} [{100 * t.low:+.1f}, {100 * t.high:+.1f}]" if t else "",
         f"{p:.2g}" if t else "",

@@ -1,21 +1,30 @@
-"""What a user can mend gets one kind of error, and one way to name the nearest thing that exists."""
+"""UserError, the one kind of error for what a user can fix, and helpers that word it."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
-    """Something the caller can mend: the message says what was wrong, what was expected and what to do.
+    """An error that the caller can fix: the message says what was wrong, what was expected and what to do.
 
     The command line prints it without a traceback; in Python it is a plain ``ValueError``.
     """
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest names that do.
+    """Make the error for a name that does not exist, with the closest name that does.
+
+    Args:
+        kind: what was looked up, such as "loss".
+        name: the name that does not exist.
+        known: the names that exist.
+
+    Returns:
+        The error, for the caller to raise.
 
     >>> print(unknown("loss", "icse", ["sce", "isce", "mmc"]))
     unknown loss 'icse'. Did you mean 'isce'? Known: isce, mmc, sce.
@@ -27,7 +36,16 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def at_least(name: str, value: float, low: float = 0.0, *, above: bool = False) -> None:
-    """Raise UserError unless ``value`` is a finite number >= low (> low with ``above``); NaN is refused too.
+    """Check that a number is finite and not below a bound; NaN is refused too.
+
+    Args:
+        name: the argument's name, for the error.
+        value: the number.
+        low: the bound.
+        above: refuse ``low`` itself.
+
+    Raises:
+        UserError: ``value`` is no finite number >= ``low`` (> ``low`` with ``above``).
 
     >>> at_least("weight", 0.5)
     >>> at_least("scale", 0.0, above=True)
@@ -36,3 +54,13 @@ def at_least(name: str, value: float, low: float = 0.0, *, above: bool = False) 
     """
     if not isinstance(value, (int, float)) or not (low < value < math.inf or (value == low and not above)):
         raise UserError(f"{name} must be {'>' if above else '>='} {low:g}, got {value}.")
+
+
+def type_of(value: Any) -> str:
+    """Name the type of a value, with its article, for an error.
+
+    >>> type_of({}), type_of(3)
+    ('a dict', 'an int')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample: the same for any batch size, order or number of processes."""
+"""Random numbers that depend on the seed and the sample alone, not on batch size, order or number of processes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15  # the golden ratio's odd 64-bit integer, the counter's stride
+_GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: the increment of SplitMix64's counter
 
 
 def _signed(value: int) -> int:
-    """The same 64 bits, read as Python reads a signed integer: what an int64 tensor can hold."""
+    """The same 64 bits as a signed integer, which an int64 tensor can hold."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
 
@@ -23,7 +23,7 @@ _MIX1, _MIX2, _STRIDE = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser, in place on int64 (multiplication wraps; the masks make >> a logical shift)."""
+    """SplitMix64's finaliser, in place on int64. Multiplication wraps; the masks turn >> into a logical shift."""
     z ^= (z >> 30) & ((1 << 34) - 1)
     z *= _MIX1
     z ^= (z >> 27) & ((1 << 37) - 1)
@@ -33,6 +33,7 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _mix_int(z: int) -> int:
+    """The same for a Python integer."""
     z &= _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -41,14 +42,15 @@ def _mix_int(z: int) -> int:
 
 @dataclass(frozen=True)
 class Noise:
-    """Counter-based noise: sample i's numbers are a hash of (seed, i, position), never of its place in a batch.
+    """Counter-based noise: a sample's numbers are a hash of (seed, index, position), whatever its place in a batch.
+
+    ``noise[rows]`` is the noise of these samples; ``noise.fold(k)`` is an independent stream (restart k, step k, ...).
 
     Args:
         seed: any integer.
-        index: (N,) int64, the sample's own number (its position in the data set, not in the batch).
+        index: (N,) int64, the samples' own indices: positions in the data set, not in the batch.
 
-    ``noise[rows]`` is the noise of those samples, ``noise.fold(k)`` an independent stream (restart k, step k, ...).
-    Source: SplitMix64 (Steele, Lea, Flood 2014) used as a hash of a counter.
+    Source: SplitMix64 (Steele, Lea, Flood 2014), used as a hash of a counter.
 
     >>> noise = Noise(0, torch.arange(4))
     >>> bool((noise.uniform((2, 3))[1:3] == noise[1:3].uniform((2, 3))).all())
@@ -81,7 +83,7 @@ class Noise:
         return _mix(rows[:, None] + cells).view(len(self), *shape)
 
     def uniform(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
-        """(N, *shape), uniform on the open interval (0, 1): never 0, never 1, so its logarithm is finite."""
+        """(N, *shape), uniform on the open interval (0, 1), so that the logarithm is finite."""
         digits = {torch.float64: 52, torch.float16: 10, torch.bfloat16: 7}.get(dtype, 23)
         whole = (self.bits(shape) >> (64 - digits)) & ((1 << digits) - 1)
         return (whole.to(dtype) + 0.5) * 2.0**-digits
@@ -91,9 +93,9 @@ class Noise:
         return torch.special.ndtri(self.uniform(shape, dtype))
 
     def sign(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
-        """(N, *shape), -1 or +1 with equal chance."""
-        return (self.bits(shape) >> 63).to(dtype) * 2 + 1  # an arithmetic shift: -1 or 0
+        """(N, *shape), -1 or +1 with equal probability."""
+        return (self.bits(shape) >> 63).to(dtype) * 2 + 1  # the arithmetic shift gives -1 or 0
 
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
-        """(N, *shape) int64, uniform on 0 .. high-1 (high at most 2^31: the bias is then under 2^-22)."""
+        """(N, *shape) int64, uniform on 0 .. high-1; high at most 2^31, so that the bias is below 2^-22."""
         return (self.uniform(shape, torch.float64) * high).to(torch.int64)

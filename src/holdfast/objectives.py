@@ -1,9 +1,10 @@
-"""The min-max problem of training: what the inner player does to x, what the outer player pays for it.
+"""The min-max problem of training: how the attack perturbs x, and which loss the weights minimise.
 
     min over weights  mean_i loss(model, x_i, perturb(x_i), y_i)
 
-A factory returns a Schedule: progress in [0, 1] -> Objective, so every ramp lives in one place. Each takes any loss,
-and any source of s (``sources``) where the loss is I-SCE. To add one: the factory and a line in ``OBJECTIVES``.
+A factory returns a Schedule: progress in [0, 1] -> Objective, so that every ramp is in one place. Each factory takes
+any loss, and for I-SCE any source of s (``holdfast.information.sources``). To add an objective: the factory, and a line
+in ``OBJECTIVES``.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ def _no_weight_context(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Abs
 
 @dataclass(frozen=True)
 class Objective:
-    """One moment of the min-max problem.
+    """The min-max problem at one time of training.
 
-    perturb: (model, x, y, noise) -> x_adv; loss: (model, x, x_adv, y) -> (N,) with a graph; around: (model, x, x_adv,
-    y) -> context in which loss and its gradient are taken (where the weights stand meanwhile).
+    Attributes:
+        perturb: (model, x, y, noise) -> x_adv, the inner problem.
+        loss: (model, x, x_adv, y) -> (N,) with a graph, the outer loss.
+        weight_context: (model, x, x_adv, y) -> a context manager in which the loss and its gradient are computed; it
+            may perturb the weights.
     """
 
     perturb: Callable[[Model, Tensor, Tensor, Noise], Tensor]
@@ -45,38 +49,50 @@ class Objective:
 
 
 Schedule = Callable[[float], Objective]
+# (model, x, x_adv, loss_input, y, progress) -> (the model's output at loss_input, the loss there)
 OuterLoss = Callable[[Model, Tensor, Tensor, Tensor, Tensor, float], tuple[Any, Tensor]]
 
 
 def _outer_loss(loss: Loss, s: Source | None) -> OuterLoss:
-    """(model, x, x_adv, at, y, progress) -> (the answer that is paid for, the loss), s inferred where asked for."""
+    """The loss at ``loss_input``, with s from the source where there is one; at x where s is measured by the attack."""
 
-    def pay(model: Model, x: Tensor, x_adv: Tensor, at: Tensor, y: Tensor, progress: float) -> tuple[Any, Tensor]:
+    def outer_loss(
+        model: Model, x: Tensor, x_adv: Tensor, loss_input: Tensor, y: Tensor, progress: float
+    ) -> tuple[Any, Tensor]:
         if s is None:
-            out = model(at)
+            out = model(loss_input)
             return out, loss(out, y)
-        at = x if s.adversary else at
-        out = as_outputs(model(at))
-        plain = getattr(model, "module", model)  # under torchrun: the network itself
-        return out, isce(out, y, s=s.infer(SourceContext(plain, x, x_adv, at, out, y, progress)))
+        loss_input = x if s.needs_attack else loss_input
+        out = as_outputs(model(loss_input))
+        network = getattr(model, "module", model)  # without the wrapper of distributed training
+        context = SourceContext(network, x, x_adv, loss_input, out, y, progress)
+        return out, isce(out, y, s=s.infer(context))
 
-    return pay
+    return outer_loss
 
 
 def standard(loss: Loss, *, s: Source | None = None) -> Schedule:
-    """Plain training: the loss on the images as they are.
+    """Standard training: the loss on clean images.
 
-    Args: loss: (out, y) -> (N,). s: where I-SCE's s comes from, instead of the loss's own number.
+    Args:
+        loss: (out, y) -> (N,).
+        s: a source of I-SCE's s, used instead of the loss's own number.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        UserError: for a source that needs an attack.
     """
-    if s is not None and s.adversary:
+    if s is not None and s.needs_attack:
         raise UserError("this s is measured by an attack, and objective 'standard' has none: take 'adversarial'.")
-    pay = _outer_loss(loss, s)
+    outer_loss = _outer_loss(loss, s)
 
     def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         return x
 
     def schedule(progress: float) -> Objective:
-        return Objective(perturb, lambda model, x, x_adv, y: pay(model, x, x, x, y, progress)[1])
+        return Objective(perturb, lambda model, x, x_adv, y: outer_loss(model, x, x, x, y, progress)[1])
 
     return schedule
 
@@ -94,26 +110,36 @@ def adversarial(
     batch_norm: str = "eval",
     awp: float = 0.0,
 ) -> Schedule:
-    """Adversarial training (Madry et al. 2018): the loss on the last iterate of PGD with one random start.
+    """Adversarial training (Madry et al. 2018): the loss at the last iterate of PGD with one random start.
 
     Args:
-        loss: the outer loss, (out, y) -> (N,); s: where I-SCE's s comes from.
-        threat: what the inner player may do; steps, step_size: its PGD, default 10 steps of 2.5 eps / steps.
-        score: what PGD climbs, default ``score_of(loss)``. For I-SCE an s in here would change nothing: the gradient's
-            direction is the same for every s.
-        ramp: the share of training, in [0, 1], over which eps rises from 1% to all of it. Small networks answer the
-            same for every image when they meet a large eps (MNIST, 0.2 and more) from the first step.
-        factor: the eps of training over that of the threat.
-        batch_norm: "eval": the attack sees running statistics; "train": those of its own batch, as the outer loss does.
-        awp: gamma of adversarial weight perturbation, 0 is none; see ``_perturbed_weights``.
+        loss: the outer loss, (out, y) -> (N,).
+        threat: the threat of the inner attack.
+        s: a source of I-SCE's s.
+        steps: steps of PGD, >= 1.
+        step_size: of PGD, in pixels; default 2.5 eps / steps.
+        score: what PGD maximises, default ``score_of(loss)``. An s of I-SCE would change nothing here, because the
+            direction of the gradient is the same for every s.
+        ramp: the fraction of training, in [0, 1], over which eps increases from 1% to all of it. With a large eps from
+            the first step (MNIST, 0.2 and more) small networks learn a constant output.
+        factor: the eps of training over the threat's, > 0.
+        batch_norm: "eval" attacks with running statistics, "train" with those of the attack's own batch, as the outer
+            loss uses.
+        awp: gamma of adversarial weight perturbation, >= 0; 0 is none. See ``_perturbed_weights``.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        UserError: for a setting out of range, and for a loss without a known score where none is given.
     """
-    climb = score_of(loss) if score is None else score
-    inner = _Inner(threat, steps, step_size, ramp, factor, batch_norm)
+    score_fn = score_of(loss) if score is None else score
+    attack = _InnerAttack(threat, steps, step_size, ramp, factor, batch_norm)
     at_least("awp", awp)
-    pay = _outer_loss(loss, s)
+    outer_loss = _outer_loss(loss, s)
 
     def schedule(progress: float) -> Objective:
-        return _guarded(partial(inner, progress, score=climb), partial(_at_x_adv, pay, progress), awp)
+        return _with_awp(partial(attack, progress, score=score_fn), partial(_at_x_adv, outer_loss, progress), awp)
 
     return schedule
 
@@ -134,27 +160,39 @@ def fast(
 
         x_adv = box(x + start eps U + step eps ascent(gradient there)),  U uniform in the ball
 
-    A start wider than the ball, without a projection, is what keeps it from catastrophic overfitting, where training on
-    single steps within the ball (start=1, step=1.25, Wong et al. 2020) may break down from one epoch to the next. x_adv
-    can lie (start + step) eps from x. Watch the robust accuracy of validation, and keep the best epoch.
+    A start wider than the ball, without a projection, prevents catastrophic overfitting. With single steps inside the
+    ball (start=1, step=1.25, Wong et al. 2020) robust accuracy may collapse from one epoch to the next. x_adv can be
+    (start + step) eps away from x. Watch the robust validation accuracy, and keep the best checkpoint.
+    Arguments that are not listed here are those of ``adversarial``.
+
+    Args:
+        start: the radius of the random start over eps, >= 0.
+        step: the length of the step over eps, > 0.
+
+    Returns:
+        The schedule.
+
+    Raises:
+
     Source: de Jorge et al. 2022.
     """
     at_least("start", start)
     at_least("step", step, above=True)
-    climb = score_of(loss) if score is None else score
-    # The step is held only by the box: the ball around its start is as wide as the step.
-    inner = _Inner(threat, 1, threat.eps, ramp, step, batch_norm, random_start=False)
+    score_fn = score_of(loss) if score is None else score
+    # PGD's ball lies around the random start here and is as wide as the step, so only the box limits the step.
+    attack = _InnerAttack(threat, 1, threat.eps, ramp, step, batch_norm, random_start=False)
     at_least("awp", awp)
-    pay = _outer_loss(loss, s)
+    outer_loss = _outer_loss(loss, s)
 
     def schedule(progress: float) -> Objective:
-        wide = replace(threat, eps=start * ramp_fraction(progress, ramp, LEAST) * threat.eps) if start else None
+        start_eps = start * ramp_fraction(progress, ramp, MIN_EPS_FRACTION) * threat.eps
+        start_threat = replace(threat, eps=start_eps) if start else None
 
         def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-            begin = x if wide is None else wide.random_start(x, noise)
-            return inner(progress, model, begin, y, noise, score=climb)
+            x_start = x if start_threat is None else start_threat.random_start(x, noise)
+            return attack(progress, model, x_start, y, noise, score=score_fn)
 
-        return _guarded(perturb, partial(_at_x_adv, pay, progress), awp)
+        return _with_awp(perturb, partial(_at_x_adv, outer_loss, progress), awp)
 
     return schedule
 
@@ -171,26 +209,36 @@ def trades(
     batch_norm: str = "eval",
     awp: float = 0.0,
 ) -> Schedule:
-    """TRADES (Zhang et al. 2019): loss(x) + beta KL(p(x) || p(x_adv)), x_adv climbing that KL from a random start.
+    """TRADES (Zhang et al. 2019): loss(x) + beta KL(p(x) || p(x_adv)); the attack maximises that KL divergence.
 
-    Args: loss: of the clean images; beta >= 0: 6 for CIFAR-10, 1 for MNIST; the others as of ``adversarial``.
+    Arguments that are not listed here are those of ``adversarial``.
+
+    Args:
+        loss: the loss of the clean images, (out, y) -> (N,).
+        beta: weight of the divergence, >= 0; the paper uses 6 for CIFAR-10 and 1 for MNIST.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        UserError: for a setting out of range.
     """
     at_least("beta", beta)
-    inner = _Inner(threat, steps, step_size, ramp, 1.0, batch_norm)
+    attack = _InnerAttack(threat, steps, step_size, ramp, 1.0, batch_norm)
     at_least("awp", awp)
-    pay = _outer_loss(loss, s)
+    outer_loss = _outer_loss(loss, s)
 
     def schedule(progress: float) -> Objective:
         def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
             with _batch_norm(model, batch_norm), frozen_eval(model), torch.no_grad():
                 z = _logits(model(x))
-            return inner(progress, model, x, y, noise, score=lambda out, y: divergence(z, _logits(out)))
+            return attack(progress, model, x, y, noise, score=lambda out, y: divergence(z, _logits(out)))
 
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-            out, first = pay(model, x, x_adv, x, y, progress)
-            return first + beta * divergence(_logits(out), _logits(model(x_adv)))
+            out, clean = outer_loss(model, x, x_adv, x, y, progress)
+            return clean + beta * divergence(_logits(out), _logits(model(x_adv)))
 
-        return _guarded(perturb, outer, awp)
+        return _with_awp(perturb, outer, awp)
 
     return schedule
 
@@ -208,55 +256,79 @@ def mart(
     batch_norm: str = "eval",
     awp: float = 0.0,
 ) -> Schedule:
-    """MART (Wang et al. 2020): what is wrong already is pulled back harder.
+    """MART (Wang et al. 2020): misclassified samples get a larger weight.
 
         loss(x_adv) - log(1 - max_{j != y} p_j(x_adv)) + weight (1 - p_y(x)) KL(p(x) || p(x_adv))
 
-    Args: weight >= 0: 5 for CIFAR-10; the others as of ``adversarial``. With SCE the first two terms are its BCE.
+    With SCE the first two terms are the paper's boosted cross-entropy. Arguments that are not listed here are those of
+    ``adversarial``.
+
+    Args:
+        loss: the loss at x_adv, (out, y) -> (N,).
+        weight: weight of the divergence, >= 0; the paper uses 5 for CIFAR-10.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        UserError: for a setting out of range, and for a source of s that needs an attack.
     """
     at_least("weight", weight)
-    if s is not None and s.adversary:
-        raise UserError("objective 'mart' pays for x_adv, and an s that the attack measures is paid for at x.")
-    climb = score_of(loss) if score is None else score
-    inner = _Inner(threat, steps, step_size, ramp, 1.0, batch_norm)
+    if s is not None and s.needs_attack:
+        raise UserError(
+            "objective 'mart' computes its loss at x_adv, but an s from an attack needs the loss at x: "
+            "take 'adversarial' or 'trades'."
+        )
+    score_fn = score_of(loss) if score is None else score
+    attack = _InnerAttack(threat, steps, step_size, ramp, 1.0, batch_norm)
     at_least("awp", awp)
-    pay = _outer_loss(loss, s)
+    outer_loss = _outer_loss(loss, s)
 
     def schedule(progress: float) -> Objective:
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
             clean = _logits(model(x))
-            out, first = pay(model, x, x_adv, x_adv, y, progress)
-            return first + mart_terms(clean, _logits(out), y, weight)
+            out, at_x_adv = outer_loss(model, x, x_adv, x_adv, y, progress)
+            return at_x_adv + mart_terms(clean, _logits(out), y, weight)
 
-        return _guarded(partial(inner, progress, score=climb), outer, awp)
+        return _with_awp(partial(attack, progress, score=score_fn), outer, awp)
 
     return schedule
 
 
 def interval(loss: Loss, threat: Threat, *, kappa: float = 0.5, ramp: float = 0.55, factor: float = 1.0) -> Schedule:
-    """Interval-bound training (Gowal et al. 2019): what the worst case could be, by bounds; no attack at all.
+    """Interval-bound training (Gowal et al. 2019): the loss of the worst case by interval bounds; no attack.
 
-        (1 - k) loss(bounds of the gaps over the threat) + k loss(x),    k from 1 down to kappa while eps rises
+        (1 - k) loss(bounds of the logit differences over the threat) + k loss(x)
 
-    An s of the loss stands on top of the bound, where it is a hinge that is certified.
+    k decreases from 1 to kappa while eps increases. An s of the loss is added to the bound: a certified margin.
 
-    Args: loss: of logits alone (the SCE family); kappa in [0, 1]: the clean share at the end; ramp: the share of
-    training over which eps and k move; factor: the eps of training over that of the threat.
-    Raises UserError for a network that has no interval bounds (``bounds.logit_difference_bounds``).
+    Args:
+        loss: of logits alone (the SCE family), (out, y) -> (N,).
+        threat: what the bounds hold for.
+        kappa: the weight of the clean loss at the end, in [0, 1].
+        ramp: the fraction of training, in [0, 1], over which eps and k change.
+        factor: the eps of training over the threat's, > 0.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        UserError: for a setting out of range, and for a network that has no interval bounds
+            (``bounds.logit_difference_bounds``).
     """
-    check_fraction("ramp, over which eps rises,", ramp)
-    check_fraction("kappa, the clean share of interval training,", kappa)
+    check_fraction("ramp, over which eps increases,", ramp)
+    check_fraction("kappa, the weight of the clean loss,", kappa)
     at_least("factor", factor, above=True)
 
     def schedule(progress: float) -> Objective:
-        share = ramp_fraction(progress, ramp)
-        now, clean = replace(threat, eps=share * factor * threat.eps), 1 - share * (1 - kappa)
+        fraction = ramp_fraction(progress, ramp)
+        current, k = replace(threat, eps=fraction * factor * threat.eps), 1 - fraction * (1 - kappa)
 
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-            first = loss(model(x), y)
-            network: Any = getattr(model, "module", model)  # under torchrun: the network itself
-            worst = logit_difference_bounds(network, *box_of(x, now), y)
-            return clean * first + (1 - clean) * loss(worst, y)
+            clean = loss(model(x), y)
+            network: Any = getattr(model, "module", model)  # without the wrapper of distributed training
+            worst = logit_difference_bounds(network, *box_of(x, current), y)
+            return k * clean + (1 - k) * loss(worst, y)
 
         return Objective(lambda model, x, y, noise: x, outer)
 
@@ -264,7 +336,14 @@ def interval(loss: Loss, threat: Threat, *, kappa: float = 0.5, ramp: float = 0.
 
 
 def divergence(z: Tensor, z_adv: Tensor) -> Tensor:
-    """KL(softmax(z) || softmax(z_adv)): (N, K), (N, K) -> (N,).
+    """KL(softmax(z) || softmax(z_adv)).
+
+    Args:
+        z: (N, K) clean logits.
+        z_adv: (N, K) adversarial logits.
+
+    Returns:
+        (N,).
 
     >>> print(f"{divergence(torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([[1.0, 1.5, 0.1]])).item():.5f}")
     0.23763
@@ -274,7 +353,16 @@ def divergence(z: Tensor, z_adv: Tensor) -> Tensor:
 
 
 def mart_terms(z: Tensor, z_adv: Tensor, y: Tensor, weight: float) -> Tensor:
-    """-log(1 - max_{j != y} p_j(x_adv)) + weight (1 - p_y(x)) KL: what MART adds to the loss at x_adv; (N,).
+    """What MART adds to the loss at x_adv: -log(1 - max_{j != y} p_j(x_adv)) + weight (1 - p_y(x)) KL.
+
+    Args:
+        z: (N, K) clean logits.
+        z_adv: (N, K) adversarial logits.
+        y: (N,) labels.
+        weight: weight of the divergence.
+
+    Returns:
+        (N,).
 
     >>> z, z_adv = torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([[1.0, 1.5, 0.1]])
     >>> y = torch.tensor([0])
@@ -282,17 +370,17 @@ def mart_terms(z: Tensor, z_adv: Tensor, y: Tensor, weight: float) -> Tensor:
     2.297753
     """
     p, p_adv = torch.softmax(z, 1), torch.softmax(z_adv, 1)
-    rival = p_adv.scatter(1, y[:, None], 0.0).amax(1)
+    largest_other = p_adv.scatter(1, y[:, None], 0.0).amax(1)
     wrong = 1 - p.gather(1, y[:, None])[:, 0]
-    return -torch.log1p(-rival.clamp_max(1 - 1e-6)) + weight * wrong * divergence(z, z_adv)
+    return -torch.log1p(-largest_other.clamp_max(1 - 1e-6)) + weight * wrong * divergence(z, z_adv)
 
 
-LEAST = 0.01  # of eps, where an attack's rises: less would move nothing
+MIN_EPS_FRACTION = 0.01  # of eps, at the start of a ramp: a smaller one would leave x as it is
 
 
 @dataclass(frozen=True)
-class _Inner:
-    """The inner player: the last iterate of PGD, its eps rising with progress. Settings as of ``adversarial``."""
+class _InnerAttack:
+    """The inner attack: the last iterate of PGD, with the settings of ``adversarial``."""
 
     threat: Threat
     steps: int
@@ -307,51 +395,54 @@ class _Inner:
             raise UserError(f"adversarial training needs steps >= 1, got {self.steps}.")
         if self.step_size is not None:
             at_least("step_size", self.step_size, above=True)
-        check_fraction("ramp, the share of training over which eps rises,", self.ramp)
+        check_fraction("ramp, the fraction of training over which eps increases,", self.ramp)
         at_least("factor", self.factor, above=True)
         if self.batch_norm not in ("eval", "train"):
             raise UserError(f"batch_norm of the inner attack must be 'eval' or 'train', got '{self.batch_norm}'.")
 
     def __call__(self, progress: float, model: Model, x: Tensor, y: Tensor, noise: Noise, *, score: Loss) -> Tensor:
-        share = self.factor * ramp_fraction(progress, self.ramp, LEAST)
+        fraction = self.factor * ramp_fraction(progress, self.ramp, MIN_EPS_FRACTION)
         with _batch_norm(model, self.batch_norm):
             return pgd(
                 model,
                 x,
                 y,
-                replace(self.threat, eps=share * self.threat.eps),
+                replace(self.threat, eps=fraction * self.threat.eps),
                 score=score,
                 noise=noise,
                 steps=self.steps,
-                step_size=None if self.step_size is None else share * self.step_size,
+                step_size=None if self.step_size is None else fraction * self.step_size,
                 random_start=self.random_start,
-                keep="last",
+                iterate="last",
             )
 
 
-def _at_x_adv(pay: OuterLoss, progress: float, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-    return pay(model, x, x_adv, x_adv, y, progress)[1]
+def _at_x_adv(outer_loss: OuterLoss, progress: float, model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+    """The outer loss at x_adv."""
+    return outer_loss(model, x, x_adv, x_adv, y, progress)[1]
 
 
 def _logits(answer: Any) -> Tensor:
     return logits_of(as_outputs(answer))
 
 
-def _guarded(perturb: Any, outer: Any, awp: float) -> Objective:
-    """With weight perturbation around it, where awp > 0."""
+def _with_awp(perturb: Any, outer: Any, awp: float) -> Objective:
+    """The objective, with adversarial weight perturbation where awp > 0."""
     if not awp:
         return Objective(perturb, outer)
 
-    def around(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
+    def weight_context(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
         return _perturbed_weights(model, lambda: outer(model, x, x_adv, y).mean(), awp)
 
-    return Objective(perturb, outer, around)
+    return Objective(perturb, outer, weight_context)
 
 
 @contextmanager
 def _perturbed_weights(model: Model, loss: Callable[[], Tensor], gamma: float) -> Iterator[None]:
-    """Adversarial weight perturbation (Wu et al. 2020): w + gamma ||w|| g / ||g|| for each matrix and kernel, g the
-    gradient of the loss; the weights come back on the way out. Batch statistics move once, not twice.
+    """Adversarial weight perturbation (Wu et al. 2020): w + gamma ||w|| g / ||g|| for each matrix and kernel.
+
+    g is the gradient of the loss. The weights are restored on exit. Batch-norm statistics are updated by the outer loss
+    alone, not by the pass that computes g.
     """
     if not isinstance(model, nn.Module):
         raise UserError("awp perturbs weights: it needs an nn.Module.")
@@ -361,37 +452,38 @@ def _perturbed_weights(model: Model, loss: Callable[[], Tensor], gamma: float) -
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-        kept = [w.clone() for w in weights]
+        saved = [w.clone() for w in weights]
         for w, g in zip(weights, grads, strict=True):
             if g is not None:
-                if distributed.is_available() and distributed.is_initialized():  # one direction for all processes
+                if distributed.is_available() and distributed.is_initialized():  # the same direction in all processes
                     distributed.all_reduce(g)
                 w.add_(g * (gamma * w.norm() / g.norm().clamp_min(1e-12)))
     try:
         yield
     finally:
         with torch.no_grad():
-            for w, before in zip(weights, kept, strict=True):
+            for w, before in zip(weights, saved, strict=True):
                 w.copy_(before)
 
 
 @contextmanager
 def _batch_norm(model: Model, mode: str) -> Iterator[None]:
-    """With "train", batch norms forget their running statistics for a while: even in eval mode they then use those of
-    the batch, and move nothing. Only those that are in train mode: one that its owner froze stays frozen.
+    """With "train", batch norms use the statistics of the batch even in eval mode, and update nothing.
+
+    This holds for batch norms that are in train mode now; one that its owner froze stays frozen.
     """
     norms = [
         module
         for module in (model.modules() if mode == "train" and isinstance(model, nn.Module) else ())
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
     ]
-    kept = [(norm.running_mean, norm.running_var) for norm in norms]
+    saved = [(norm.running_mean, norm.running_var) for norm in norms]
     try:
         for norm in norms:
             norm.running_mean = norm.running_var = None
         yield
     finally:
-        for norm, (mean, var) in zip(norms, kept, strict=True):
+        for norm, (mean, var) in zip(norms, saved, strict=True):
             norm.running_mean, norm.running_var = mean, var
 
 

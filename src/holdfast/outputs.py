@@ -1,4 +1,4 @@
-"""What a model returns, how it is asked, and the one border at which a bare logits tensor is wrapped."""
+"""What a model returns, its evaluation mode, and the one place where bare logits become Outputs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ Model = Callable[[Tensor], Any]  # an nn.Module or any function from images to l
 
 
 class Outputs(NamedTuple):
-    """A network's answer for N images.
+    """A network's output for N images.
 
-    logits: (N, K), what argmax is taken of: w.h, scale * cosine, or -distance / 2.
-    features: (N, D), what the head saw, or None.
-    distances: (N, K) squared distances of the features to the head's centers, raw, or None.
+    Attributes:
+        logits: (N, K), whose argmax is the prediction: W h, scale * cosine, or -distance / 2.
+        features: (N, D), the head's input, or None.
+        distances: (N, K), squared distances of the features to the head's centers, unscaled, or None.
     """
 
     logits: Tensor
@@ -26,9 +27,16 @@ class Outputs(NamedTuple):
 
 
 def as_outputs(answer: Any) -> Outputs:
-    """Outputs from what a model returned: Outputs, a logits tensor, a tuple that starts with one, or ``.logits``.
+    """Outputs from what a model returned.
 
-    Raises TypeError when there are no (N, K) logits in it.
+    Args:
+        answer: Outputs, a logits tensor, an object with ``.logits``, or a tuple or list that starts with logits.
+
+    Returns:
+        Outputs. Features and distances are kept from Outputs alone.
+
+    Raises:
+        TypeError: where there are no (N, K) logits in it.
 
     >>> import torch
     >>> as_outputs(torch.zeros(2, 3)).logits.shape
@@ -37,7 +45,7 @@ def as_outputs(answer: Any) -> Outputs:
     if isinstance(answer, Outputs):
         return answer
     logits = answer
-    if not isinstance(answer, Tensor):  # a name says more than a place
+    if not isinstance(answer, Tensor):  # a named attribute comes first
         logits = getattr(answer, "logits", None)
         if logits is None and isinstance(answer, (tuple, list)) and answer:
             logits = answer[0]
@@ -50,12 +58,14 @@ def as_outputs(answer: Any) -> Outputs:
 
 
 def logits_of(out: Outputs | Tensor) -> Tensor:
-    """The (N, K) logits of a model's answer."""
+    """The (N, K) logits of Outputs, or the logits themselves."""
     return out.logits if isinstance(out, Outputs) else out
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: of the device, or, in words alone, of a CPU. Smaller batches help.
+    """Whether an error means that memory ran out, on the device or on a CPU, so that a smaller batch may work.
+
+    PyTorch raises a plain RuntimeError for a CPU; it is recognised by its message.
 
     >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory")), out_of_memory(RuntimeError("shape"))
     (True, False)
@@ -65,9 +75,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def frozen_eval(model: Model) -> Iterator[None]:
-    """Every module in eval mode and no parameter with a gradient, each restored to its own state afterwards.
+    """Every module in eval mode and every parameter without gradient; both are restored afterwards.
 
-    Per module, not by one flag: a batch norm that its owner froze comes back frozen, a dropout in train mode likewise.
+    Each module gets its own mode back. A batch norm that its owner froze stays frozen, and a dropout that was in train
+    mode returns to it.
+
+    Args:
+        model: an nn.Module; any other callable is left as it is.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
@@ -86,7 +100,14 @@ def frozen_eval(model: Model) -> Iterator[None]:
 
 
 def fooled(logits: Tensor, y: Tensor) -> Tensor:
-    """argmax != y, and no logit is NaN or infinite: broken arithmetic is never a success. (N, K), (N,) -> (N,) bool.
+    """Whether the model is fooled: argmax != y, and all logits are finite. NaN is never a success.
+
+    Args:
+        logits: (N, K).
+        y: (N,) labels.
+
+    Returns:
+        (N,) bool.
 
     >>> import torch
     >>> fooled(torch.tensor([[0.0, 1.0], [0.0, float("nan")]]), torch.tensor([0, 0]))

@@ -1,4 +1,4 @@
-"""Independent jobs side by side: one process a core for small networks, so that no thread waits for another."""
+"""Independent jobs side by side: one process per core for small networks, so that no thread waits for another."""
 
 from __future__ import annotations
 
@@ -14,67 +14,77 @@ from typing import Any
 
 import torch
 
-Progress = Callable[[str, str, int, int], None]  # (job, what it does, units done, units)
-_outbox: Any = None
+from .progress import JobProgress
+
+_reports: Any = None  # in a worker: the queue that its progress reports go to
 
 
-def _enter(outbox: Any, parent: int, threads: int) -> None:
-    """Once in each worker: few threads, no say in Ctrl-C (the parent decides), and the way to report."""
-    global _outbox
+def _start_worker(reports: Any, parent: int, threads: int) -> None:
+    """Run once in each worker: set its threads, ignore Ctrl-C (the parent handles it), keep the report queue."""
+    global _reports
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    _outbox = outbox
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    _reports = reports
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _follow(parent: int) -> None:
-    """End with the parent, also when it was killed: what is on disk is whole, the next start goes on from it."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent process is gone, killed or not: what is on disk is complete, and the next run resumes."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
-def _tell(job: str, what: str, done: int, total: int) -> None:
-    _outbox.put((job, what, done, total))
+def _report(job: str, what: str, done: int, total: int) -> None:
+    _reports.put((job, what, done, total))
 
 
-def _work(function: Callable[..., Any], job: Any) -> Any:
-    return function(job, _tell)
+def _work(function: Callable[..., Any], job: Any) -> None:
+    function(job, _report)  # its result stays in the worker: what a job did is on disk
 
 
 def run(
-    function: Callable[[Any, Progress], Any],
+    function: Callable[[Any, JobProgress], Any],
     jobs: Iterable[Any],
     *,
     workers: int,
-    tell: Progress,
-    finished: Callable[[Any], None],
+    progress: JobProgress,
+    on_done: Callable[[Any], None] = lambda job: None,
 ) -> None:
-    """Call ``function(job, tell)`` for every job, on ``workers`` processes (1: in this one, with its threads).
+    """Call ``function(job, progress)`` for every job, on several processes.
 
-    tell: called with each job's reports, here; finished: called with each job as it ends, in any order.
-    The first error stops the rest and is raised. On Ctrl-C the workers end at once.
+    Jobs start in the order they are given in, so a job may wait for a file that an earlier one writes.
+    The first error stops the other jobs and is raised. On Ctrl-C the workers are terminated.
+
+    Args:
+        function: what does a job; a module-level function, since workers import it. Its return value is dropped.
+        jobs: one object per job, which can be pickled.
+        workers: processes; with 1, or a single job, everything runs in this process with all its threads.
+        progress: called in this process with every job's reports.
+        on_done: called in this process with each job when it is done, in any order.
+
+    Raises:
+        Exception: whatever the function raised first.
     """
     jobs = list(jobs)
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
-            function(job, tell)
-            finished(job)
+            function(job, progress)
+            on_done(job)
         return
     context = multiprocessing.get_context("spawn")
-    outbox: Any = context.Queue()
+    reports: Any = context.Queue()
     threads = max(1, torch.get_num_threads() // workers)
-    workers = min(workers, len(jobs))
-    pool = ProcessPoolExecutor(workers, context, _enter, (outbox, os.getpid(), threads))
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (reports, os.getpid(), threads))
     waiting: dict[Future[Any], Any] = {pool.submit(_work, function, job): job for job in jobs}
     try:
         while waiting:
-            done, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
-            _drain(outbox, tell)
-            for future in done:
+            ended, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+            _forward(reports, progress)
+            for future in ended:
                 job = waiting.pop(future)
                 future.result()
-                finished(job)
+                on_done(job)
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()
@@ -83,9 +93,9 @@ def run(
     pool.shutdown()
 
 
-def _drain(outbox: Any, tell: Progress) -> None:
+def _forward(reports: Any, progress: JobProgress) -> None:
     while True:
         try:
-            tell(*outbox.get_nowait())
+            progress(*reports.get_nowait())
         except queue.Empty:
             return

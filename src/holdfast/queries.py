@@ -1,4 +1,4 @@
-"""How a model is asked: every pass counted, float32 that is float32, a randomised model more than once."""
+"""Querying a model: every pass is counted, float32 is exact, and a randomised model is queried more than once."""
 
 from __future__ import annotations
 
@@ -13,27 +13,38 @@ from .data import Data
 from .errors import UserError
 from .outputs import Model, Outputs, as_outputs, out_of_memory
 
-EOT_SAMPLES, VOTES = 8, 32  # answers of a randomised model: averaged for an attack's step, counted for a verdict
-SAME = 1e-3  # two answers are the same if they differ by less than this share of the logits' spread
+EOT_SAMPLES = 8  # outputs of a randomised model that an attack's step averages
+VOTES = 32  # outputs of a randomised model that a majority vote counts
+LOGIT_TOLERANCE = 1e-3  # two outputs agree if they differ by less than this fraction of the logits' range
 
 
 class CountingModel:
-    """A model that counts, without reading the device: samples forward, gradients back, logits that are no numbers.
+    """A model that counts its forward and backward passes in samples, without waiting for the device.
 
-    ``into``: another one that keeps the counts; ``channels_last``: images are handed over in that memory order, which
-    convolutions on a CPU like better. Raises UserError, with the model's own words, where it cannot answer.
+    Args:
+        model: images to logits or Outputs.
+        counter: another CountingModel that keeps the counts.
+        channels_last: pass images in that memory format, which is faster for convolutions on a CPU.
+
+    Attributes:
+        forwards: samples that went forward.
+        backwards: samples that a gradient was computed for.
+        nonfinite: outputs with a NaN or infinite logit.
+
+    Raises:
+        UserError: when it is called and the model fails, with the model's own message.
     """
 
-    def __init__(self, model: Model, into: CountingModel | None = None, channels_last: bool = False) -> None:
-        self.model, self.counts, self.channels_last = model, into or self, channels_last
+    def __init__(self, model: Model, counter: CountingModel | None = None, channels_last: bool = False) -> None:
+        self.model, self.counter, self.channels_last = model, counter or self, channels_last
         self.forwards, self.backwards = 0, 0
         self.nonfinite: Tensor | int = 0
 
     def __call__(self, x: Tensor) -> Outputs:
-        self.counts.forwards += len(x)
+        self.counter.forwards += len(x)
         if x.requires_grad:
-            x = x.view_as(x)  # a node of the graph: its gradient is seen once, however many outputs lead to it
-            x.register_hook(self._returned)
+            x = x.view_as(x)  # a new graph node, whose gradient arrives once, however many outputs depend on it
+            x.register_hook(self._count_backward)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         try:
@@ -49,30 +60,45 @@ class CountingModel:
         if len(out.logits) != len(x) or out.logits.device != x.device:
             got = f"logits of shape {tuple(out.logits.shape)} on {out.logits.device}"
             raise UserError(f"the model answers a batch of shape {tuple(x.shape)} on {x.device} with {got}.")
-        self.counts.nonfinite = self.counts.nonfinite + (~out.logits.detach().isfinite().all(1)).sum()
+        self.counter.nonfinite = self.counter.nonfinite + (~out.logits.detach().isfinite().all(1)).sum()
         return out
 
-    def _returned(self, grad: Tensor) -> None:
-        self.counts.backwards += len(grad)
+    def _count_backward(self, grad: Tensor) -> None:
+        self.counter.backwards += len(grad)
 
 
 class EOTModel:
-    """The mean of several answers: what an attack climbs on a randomised model (expectation over transformation)."""
+    """The mean of several outputs of a randomised model, for attacks (expectation over transformation).
 
-    def __init__(self, model: CountingModel, answers: int) -> None:
-        self.model, self.answers = model, answers
+    Args:
+        model: the randomised model.
+        samples: number of outputs, >= 1.
+
+    Source: Athalye et al. 2018.
+    """
+
+    def __init__(self, model: CountingModel, samples: int) -> None:
+        self.model, self.samples = model, samples
 
     def __call__(self, x: Tensor) -> Outputs:
         total = self.model(x).logits
-        for _ in range(self.answers - 1):
+        for _ in range(self.samples - 1):
             total = total + self.model(x).logits
-        return Outputs(total / self.answers)
+        return Outputs(total / self.samples)
 
 
 def majority_vote(model: CountingModel, x: Tensor, votes: int) -> tuple[Tensor, Tensor]:
-    """(mean logits (N, K), votes for each class (N, K)) of ``votes`` answers; one answer is its own mean and vote.
+    """The mean logits of several outputs, and the number of outputs that predict each class.
 
-    An answer with a logit that is no number votes for nobody.
+    An output with a NaN or infinite logit votes for no class.
+
+    Args:
+        model: a randomised model.
+        x: (N, ...).
+        votes: number of outputs, >= 1.
+
+    Returns:
+        (mean logits (N, K), votes for each class (N, K)).
     """
     total, count = _vote(model, x)
     for _ in range(votes - 1):
@@ -82,37 +108,50 @@ def majority_vote(model: CountingModel, x: Tensor, votes: int) -> tuple[Tensor, 
 
 
 def _vote(model: CountingModel, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits, and their vote, both (N, K)."""
     z = model(x).logits
     return z, torch.zeros_like(z).scatter(1, z.argmax(1, keepdim=True), 1.0) * z.isfinite().all(1, keepdim=True)
 
 
-def is_misclassified(votes: Tensor, y: Tensor, asked: int) -> Tensor:
-    """(N,) bool: most of the ``asked`` answers are wrong. votes: (N, K), as ``majority`` counts them."""
-    return votes.sum(1) - votes.gather(1, y[:, None])[:, 0] > asked / 2
+def is_misclassified(votes: Tensor, y: Tensor, n_votes: int) -> Tensor:
+    """Whether most outputs are wrong.
+
+    Args:
+        votes: (N, K), as ``majority_vote`` counts them.
+        y: (N,) labels.
+        n_votes: number of outputs.
+
+    Returns:
+        (N,) bool. Outputs that voted for no class count as correct.
+    """
+    return votes.sum(1) - votes.gather(1, y[:, None])[:, 0] > n_votes / 2
 
 
 def logits_differ(a: Tensor, b: Tensor) -> Tensor:
-    """(N,) bool: whether two answers to the same image differ by more than rounding; NaN counts as moved."""
-    spread = (a.amax(1) - a.amin(1)).clamp_min(torch.finfo(a.dtype).tiny)
-    return ~((a - b).abs().amax(1) <= SAME * spread)
+    """Whether two outputs for the same images differ by more than rounding: (N, K), (N, K) -> (N,) bool.
+
+    NaN counts as a difference.
+    """
+    logit_range = (a.amax(1) - a.amin(1)).clamp_min(torch.finfo(a.dtype).tiny)
+    return ~((a - b).abs().amax(1) <= LOGIT_TOLERANCE * logit_range)
 
 
 def prefers_channels_last(model: CountingModel, x: Tensor, logits: Tensor) -> bool:
-    """Whether the model's convolutions may be fed in channels_last order: on a CPU, and where its answers stay."""
+    """Whether to pass images in channels_last format: for convolutions on a CPU, if the logits stay the same."""
     modules = model.model.modules() if isinstance(model.model, nn.Module) else iter(())
-    wide = x.ndim == 4 and x.shape[1] > 1 and x.device.type == "cpu"
-    if not wide or not any(isinstance(module, nn.Conv2d) for module in modules):
+    multichannel = x.ndim == 4 and x.shape[1] > 1 and x.device.type == "cpu"
+    if not multichannel or not any(isinstance(module, nn.Conv2d) for module in modules):
         return False
     try:
-        again = CountingModel(model.model, model, channels_last=True)(x).logits
-    except UserError:  # a view that asks for the plain order
+        channels_last = CountingModel(model.model, model, channels_last=True)(x).logits
+    except UserError:  # e.g. a view that needs the contiguous format
         return False
-    return not bool(logits_differ(logits, again).any())
+    return not bool(logits_differ(logits, channels_last).any())
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """float32 that is float32: TF32 off on CUDA, no autocast; restored afterwards."""
+    """Exact float32: TF32 off on CUDA, no autocast; both are restored afterwards."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
@@ -123,13 +162,13 @@ def exact_float32() -> Iterator[None]:
 
 
 def device_of(model: Model, data: Data) -> torch.device:
-    """Where the model's parameters and buffers are; the data's own device for a model without any."""
+    """The device of the model's parameters and buffers; the data's device for a model without any."""
     tensors = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else iter(())
     return next(tensors, data.x).device
 
 
 def default_batch_size(x: Tensor) -> int:
-    """A batch size for these images: on a CPU as many as its caches like, at least 64; elsewhere 512."""
+    """A batch size for these images: on a CPU 64 to 512, by the image size, to fit its caches; elsewhere 512."""
     if x.device.type != "cpu":
         return 512
     return max(64, min(512, 200_000 // max(1, x[0].numel())))

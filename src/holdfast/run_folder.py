@@ -1,20 +1,23 @@
-"""The run folder: config.json, env.json, log.jsonl, checkpoint.safetensors, and model.safetensors once it is done."""
+"""The run folder: config.json, env.json, log.jsonl, checkpoint.safetensors, and model.safetensors once finished."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import __version__, models
+from . import models
+from .environment import environment
 from .errors import UserError
 from .importers.model_file import ModelSource, open_model
 from .io import load_tensors, write_atomic
+
+MODEL_FILE = "model_file"  # the key of config.json that holds the ModelSource of a user's own model
 
 
 def check_device(device: str) -> None:
@@ -27,7 +30,7 @@ def check_device(device: str) -> None:
 
 
 def folder_name(loss: str, seed: int, fold: int) -> str:
-    """The folder of one network, in characters that every file system takes.
+    """The folder of one network, in characters that every file system accepts.
 
     >>> folder_name("isce:s=10@cosine", 0, 2)
     'isce_s=10_cosine-seed0-fold2'
@@ -36,48 +39,67 @@ def folder_name(loss: str, seed: int, fold: int) -> str:
     return f"{plain}-seed{seed}-fold{fold}"
 
 
-def reserve(out: Path, wanted: dict[str, Any], *, write: bool = True) -> None:
-    """Write config.json, or refuse a folder that belongs to another configuration."""
+def reserve(out: Path, config: dict[str, Any], *, write: bool = True) -> None:
+    """Make ``out`` the folder of this configuration, or refuse it if it belongs to another one.
+
+    Args:
+        out: the folder; it is created where it does not exist.
+        config: what config.json holds; values that JSON can hold.
+        write: whether to write config.json and env.json where they are missing; if False, only check.
+
+    Raises:
+        UserError: config.json is there and differs, or cannot be read or written.
+    """
     path = out / "config.json"
     if path.exists():
-        found = read_json(path)
-        differs = sorted(key for key in {*found, *wanted} if found.get(key) != json.loads(json.dumps(wanted.get(key))))
+        there = read_json(path)
+        differs = sorted(key for key in {*there, *config} if there.get(key) != json.loads(json.dumps(config.get(key))))
         if differs:
             raise UserError(
                 f"{out} holds a run with another configuration (they differ in {', '.join(differs)}). "
                 "Name another folder, or delete this one."
             )
     elif write:
-        # config.json last: it is what makes the folder this run's.
+        # config.json last: with it the folder is reserved.
         write_atomic(out / "env.json", json.dumps(environment(), indent=1))
-        write_atomic(path, json.dumps(wanted, indent=1))
+        write_atomic(path, json.dumps(config, indent=1))
 
 
 def load(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """(model, configuration) of a finished run folder whose fit was told ``about["model"]``, what ``build`` takes; or
-    of a folder that an evaluation of a user's own model wrote: that model, opened again.
+    """The network in a run folder, and its configuration.
 
-    Raises UserError when the folder is missing, unfinished, or not a run's.
+    The folder is one that ``fit`` wrote with ``about["model"]``, the arguments of ``models.build``; or one that an
+    evaluation of a user's own model wrote: then that model is opened again.
+
+    Args:
+        folder: the run folder.
+        device: where the model goes.
+
+    Returns:
+        (model in eval mode, the contents of config.json).
+
+    Raises:
+        UserError: the folder is missing, unfinished, or not a run folder; or the device cannot be used.
     """
     check_device(device)
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} is no run folder: it has no config.json.")
+        raise UserError(f"{folder} is not a run folder: it has no config.json.")
     config = read_json(path)
-    if "foreign" in config:
-        return open_model(ModelSource(**config["foreign"]), device), config
+    if MODEL_FILE in config:
+        return open_model(ModelSource(**config[MODEL_FILE]), device), config
     if not (folder / "model.safetensors").exists():
-        raise UserError(f"the run in {folder} is not finished: repeat the command that began it, it will resume.")
+        raise UserError(f"the run in {folder} is not finished: rerun the command that started it; it resumes.")
     if "model" not in config:
         raise UserError(
-            f"{path} does not say how its model is built ('model' is missing): build it and load the weights."
+            f"{path} does not say how the model is built (no key 'model'): build it and load the weights yourself."
         )
     model = models.build(**config["model"])
     tensors, _ = load_tensors(folder / "model.safetensors", "model", 1)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"the weights in {folder} are not of the network that {path} describes: {error}") from None
+        raise UserError(f"the weights in {folder} do not fit the network that {path} describes: {error}") from None
     model.logit_scale = config.get("logit_scale", 1.0)
     return model.to(device).eval(), config
 
@@ -85,39 +107,30 @@ def load(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str, Any
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a run folder. Raises UserError when it cannot be read."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete the folder {path.parent} to begin again.") from None
-    return found
+        raise UserError(f"{path} cannot be read ({error}): delete the folder {path.parent} and start again.") from None
+    return content
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A short hash of all weights and buffers: which network a record belongs to."""
-    mark = hashlib.blake2b(str(getattr(model, "logit_scale", 1.0)).encode(), digest_size=8)
-    for name, tensor in model.state_dict().items():
+    """A short hash of all weights, buffers and the logit scale: it says which network a cached file belongs to."""
+    return _hash(model.state_dict(), getattr(model, "logit_scale", 1.0))
+
+
+def stored_weights_hash(folder: Path) -> str:
+    """``weights_hash`` of the network in a finished run folder, read from its files: no model is built.
+
+    Raises:
+        UserError: config.json or model.safetensors is missing or damaged.
+    """
+    tensors, _ = load_tensors(folder / "model.safetensors", "model", 1)
+    return _hash(tensors, read_json(folder / "config.json").get("logit_scale", 1.0))
+
+
+def _hash(tensors: Mapping[str, Tensor], logit_scale: object) -> str:
+    mark = hashlib.blake2b(str(logit_scale).encode(), digest_size=8)
+    for name in sorted(tensors):
         mark.update(name.encode())
-        mark.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        mark.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return mark.hexdigest()
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, as env.json and results.json hold them."""
-    cuda = torch.cuda.is_available()
-    return {
-        "holdfast": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

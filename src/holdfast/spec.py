@@ -1,4 +1,4 @@
-"""What a user writes on a command line, read once: names with settings, lists of them, numbers, augmentations."""
+"""The mini-language of the command line: names with settings, lists of them, numbers, augmentations, file names."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from .errors import UserError, unknown
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """(name, settings) of ``name:key=value,key=value``; values are numbers (fractions too), true/false, or words.
+    """Read ``name:key=value,key=value``; values are numbers (fractions too), true/false, or words.
 
-    >>> parse("pgd:steps=100,step_size=1/4,keep=last")
-    ('pgd', {'steps': 100, 'step_size': 0.25, 'keep': 'last'})
+    Args:
+        text: one spec; spaces around its parts do not matter, the name is read in any case.
+
+    Returns:
+        (name in lower case, settings).
+
+    Raises:
+        UserError: a part is not key=value.
+
+    >>> parse("pgd:steps=100,step_size=1/4,iterate=last")
+    ('pgd', {'steps': 100, 'step_size': 0.25, 'iterate': 'last'})
     """
     name, _, rest = text.strip().partition(":")
     settings: dict[str, Any] = {}
@@ -45,7 +54,16 @@ def value_of(text: str) -> Any:
 
 
 def split(text: str) -> list[str]:
-    """Several specs in one argument: a comma begins a new one unless what follows is a setting (key=value).
+    """Split a list of specs: a comma begins a new one unless what follows is a setting (key=value).
+
+    Args:
+        text: specs with commas between.
+
+    Returns:
+        The specs, each with its own settings.
+
+    Raises:
+        UserError: there is no spec in the text.
 
     >>> split("sce,isce:s=10,cosface:m=0.2,scale=15,mmc")
     ['sce', 'isce:s=10', 'cosface:m=0.2,scale=15', 'mmc']
@@ -58,33 +76,52 @@ def split(text: str) -> list[str]:
         else:
             specs.append(part)
     if not specs:
-        raise UserError(f"no names in '{text}': expected some, such as sce,isce:s=10.")
+        raise UserError(f"no names in '{text}': expected at least one, such as sce,isce:s=10.")
     return specs
 
 
 def accepts(kind: str, name: str, function: Callable[..., Any], settings: dict[str, Any]) -> None:
-    """Raise UserError unless the function takes each setting as a keyword, with a value of the default's kind."""
+    """Check settings against a function's keyword arguments.
+
+    Args:
+        kind: what the function is, for the error: "loss", "head", ...
+        name: its name, for the error.
+        function: its keyword arguments with defaults are the legal settings.
+        settings: key -> value.
+
+    Raises:
+        UserError: a setting that the function does not take, or a value of another type than the default's.
+    """
     known = {key: p for key, p in inspect.signature(function).parameters.items() if _writable(p)}
     for key, value in settings.items():
         if key not in known:
             raise unknown(f"setting of {kind} '{name}'", key, known or ["(none)"])
-        wanted = known[key].default
-        if isinstance(wanted, bool) and not isinstance(value, bool):
+        default = known[key].default
+        if isinstance(default, bool) and not isinstance(value, bool):
             raise UserError(f"{key} of {kind} '{name}' must be true or false, got '{value}'.")
-        numbers = isinstance(wanted, (int, float)) and not isinstance(wanted, bool)
+        numbers = isinstance(default, (int, float)) and not isinstance(default, bool)
         if numbers and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UserError(f"{key} of {kind} '{name}' must be a number, got '{value}'.")
-        if isinstance(wanted, int) and not isinstance(wanted, bool) and not isinstance(value, int):
+        if isinstance(default, int) and not isinstance(default, bool) and not isinstance(value, int):
             raise UserError(f"{key} of {kind} '{name}' must be a whole number, got {value}.")
 
 
 def _writable(parameter: inspect.Parameter) -> bool:
-    """Whether a user can write it as key=value: it has a default, and is no function."""
+    """Whether a user can write it as key=value: it has a default and is not a loss function."""
     return parameter.default is not parameter.empty and "Loss" not in str(parameter.annotation)
 
 
 def augmentation(text: str | None) -> dict[str, Any]:
-    """The settings of FitConfig that ``none``, ``crop:PAD`` or ``crop:PAD+flip`` names; none of them for None.
+    """The settings of FitConfig for ``none``, ``crop:PAD`` or ``crop:PAD+flip``.
+
+    Args:
+        text: one of these forms; None sets nothing.
+
+    Returns:
+        {"pad": int, "flip": bool}, or an empty dict for None.
+
+    Raises:
+        UserError: any other text.
 
     >>> augmentation("crop:4+flip"), augmentation("none")
     ({'pad': 4, 'flip': True}, {'pad': 0, 'flip': False})
@@ -101,7 +138,17 @@ def augmentation(text: str | None) -> dict[str, Any]:
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:
-    """The numbers of an option of this name, with commas (or colons) between.
+    """Read a list of numbers.
+
+    Args:
+        name: the option's name, for the error.
+        text: numbers with commas (or colons) between.
+
+    Returns:
+        The numbers; none for an empty text.
+
+    Raises:
+        UserError: a part is not a number.
 
     >>> numbers("mean", "0.5,0.25")
     (0.5, 0.25)
@@ -112,3 +159,12 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
         raise UserError(
             f"cannot read --{name} '{text}': expected numbers with commas between, such as 0,255."
         ) from None
+
+
+def threat_file_name(threat: str) -> str:
+    """A threat as part of a file's name.
+
+    >>> threat_file_name("linf:8/255,l2:1")
+    'linf8_255-l21'
+    """
+    return threat.replace(":", "").replace("/", "_").replace(",", "-")

@@ -1,4 +1,4 @@
-"""What the adversary may do: the norm ball around x, cut with the box of valid pixels. The only norm geometry here."""
+"""The threat model: the norm ball around x intersected with the box of valid pixels. All norm geometry is here."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .errors import UserError, unknown
 from .noise import Noise
 
 NORMS = ("linf", "l2", "l1")
-TOLERANCE = 1e-5  # relative to eps, plus the rounding of a pixel in float32: what `violation` forgives
-SPARSITY = 0.02  # the share of pixels that one l1 step moves
+TOLERANCE = 1e-5  # relative to eps: what `violation` forgives, besides the rounding of float32 pixels
+SPARSITY = 0.02  # the fraction of pixels that one l1 step moves
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
@@ -29,9 +29,11 @@ class Threat:
     Args:
         norm: "linf", "l2" or "l1", over all values of one sample.
         eps: radius, > 0, in units of the pixels (8/255 for images in [0, 1]).
-        lo, hi: the box of valid pixel values, lo < hi. Every x must lie in it.
+        lo: the smallest valid pixel value. Every x must lie in [lo, hi].
+        hi: the largest valid pixel value, > lo.
 
-    Raises UserError for an unknown norm, a radius that is not a positive number, or an empty box.
+    Raises:
+        UserError: for an unknown norm, a radius that is not a positive number, or an empty box.
 
     >>> Threat("linf", 0.1)
     Threat(norm='linf', eps=0.1, lo=0.0, hi=1.0)
@@ -55,7 +57,16 @@ class Threat:
 
     @staticmethod
     def parse(text: str) -> Threat:
-        """A threat from ``norm:eps``; eps may be a fraction.
+        """A threat from ``norm:eps``.
+
+        Args:
+            text: such as linf:0.1, linf:8/255 or l2:0.5; eps may be a fraction.
+
+        Returns:
+            The threat, with the box [0, 1].
+
+        Raises:
+            UserError: for a text that cannot be read.
 
         >>> Threat.parse("linf:8/255").eps == 8 / 255
         True
@@ -84,63 +95,38 @@ class Threat:
         return flat.norm(p=2 if self.norm == "l2" else 1, dim=1)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """The nearest point (Euclidean) to ``x_adv`` in the ball around ``x`` cut with the box.
+        """The nearest point (Euclidean) to ``x_adv`` in the intersection of the ball around ``x`` with the box.
 
-        Inside points come back as they are. All three norms are exact to rounding: the cut of ball and box is
-        convex and its nearest point is found coordinate by coordinate, up to one number that makes the size eps.
+        Points inside come back unchanged. All three norms are exact to rounding: the intersection is convex, and its
+        nearest point is found coordinate by coordinate, up to one number that makes the norm equal to eps.
+
+        Args:
+            x_adv: (N, ...).
+            x: (N, ...) in the box.
+
+        Returns:
+            (N, ...).
         """
         if self.norm == "linf":
             return torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps).clamp(self.lo, self.hi)
         clipped = x_adv.clamp(self.lo, self.hi)
-        far = self.size(clipped - x) > self.eps
-        shrink = self._shrink_l2 if self.norm == "l2" else self._shrink_l1
-        shrunk = (x + shrink(x_adv - x, x)).clamp(self.lo, self.hi)
-        return torch.where(column(far, x), shrunk, clipped)
-
-    def _shrink_l2(self, v: Tensor, x: Tensor) -> Tensor:
-        # The minimiser is clip(t v) for one t in (0, 1]. Fixing the clipped set and solving for t gives a sequence that
-        # rises to the answer and never passes it: a few rounds suffice, unless the box stops coordinates one by one.
-        # Halving the interval as well bounds those cases. On the CPU it ends where t stopped moving.
-        low, high, eps2 = self.lo - x, self.hi - x, self.eps**2
-        v2 = v.square()
-        t = (self.eps / self.size(v).clamp_min(1e-30)).clamp_max(1.0)
-        below = torch.ones_like(t)  # t <= answer <= below
-        for _ in range(16):
-            delta = torch.minimum(torch.maximum(column(t, v) * v, low), high)
-            free = delta == column(t, v) * v
-            held = torch.where(free, 0.0, delta.square()).flatten(1).sum(1)
-            loose = torch.where(free, v2, 0.0).flatten(1).sum(1)
-            root = ((eps2 - held).clamp_min(0.0) / loose.clamp_min(1e-30)).sqrt()
-            before, t = t, torch.maximum(t, torch.minimum(root, below))
-            moved = t > before  # a sample that has settled stays as it is, whatever its batch mates do
-            if v.device.type == "cpu" and not bool(moved.any()):
-                break
-            middle = (t + below) / 2
-            fits = self.size(torch.minimum(torch.maximum(column(middle, v) * v, low), high)) <= self.eps
-            t, below = torch.where(moved & fits, middle, t), torch.where(fits, below, middle)
-        delta = torch.minimum(torch.maximum(column(t, v) * v, low), high)
-        return delta * column((self.eps / self.size(delta).clamp_min(1e-30)).clamp_max(1.0), v)
-
-    def _shrink_l1(self, v: Tensor, x: Tensor) -> Tensor:
-        # The minimiser is sign(v) min(max(|v| - t, 0), room) for one t >= 0; bisection, ending on the feasible side.
-        room = torch.where(v > 0, self.hi - x, x - self.lo)
-        size = v.abs()
-        low = torch.zeros(len(v), dtype=v.dtype, device=v.device)
-        high = size.flatten(1).amax(1)
-        for _ in range(40):
-            middle = (low + high) / 2
-            kept = torch.minimum((size - column(middle, v)).clamp_min(0.0), room).flatten(1).sum(1)
-            too_big = kept > self.eps
-            low, high = torch.where(too_big, middle, low), torch.where(too_big, high, middle)
-        delta = torch.minimum((size - column(high, v)).clamp_min(0.0), room)
-        return v.sign() * delta
+        outside = self.size(clipped - x) > self.eps
+        shrink = _shrink_l2 if self.norm == "l2" else _shrink_l1
+        shrunk = (x + shrink(x_adv - x, x, self)).clamp(self.lo, self.hi)
+        return torch.where(column(outside, x), shrunk, clipped)
 
     def ascent(self, grad: Tensor, x_adv: Tensor | None = None) -> Tensor:
-        """The direction of size 1 in which a linear score rises: (N, ...) -> (N, ...); zero where the gradient is.
+        """The steepest ascent direction: of norm 1, and zero where the gradient is zero.
 
-        linf: sign(g).  l2: g / ||g||_2.  l1: sign(g) on the largest few coordinates, divided by their number (SLIDE,
-        Tramer and Boneh 2019: one coordinate at a time is exact but hopelessly slow). With ``x_adv`` the l1 step
-        passes over coordinates that the box already stops.
+        linf: sign(g). l2: g / ||g||_2. l1: sign(g) on the largest few coordinates, divided by their number (SLIDE,
+        Tramer and Boneh 2019; a single coordinate is exact, but needs far more steps).
+
+        Args:
+            grad: (N, ...).
+            x_adv: (N, ...), the current points; the l1 step then skips coordinates that the box stops.
+
+        Returns:
+            (N, ...), a new tensor.
 
         >>> Threat("l2", 1.0).ascent(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
         tensor([[0.6000, 0.8000],
@@ -149,7 +135,7 @@ class Threat:
         if self.norm == "linf":
             return grad.sign()
         if self.norm == "l2":
-            # Divided by the largest entry first: the square of a gradient of 1e-30 would vanish.
+            # Divide by the largest entry first: the square of a gradient of 1e-30 would underflow.
             scaled = grad / column(grad.flatten(1).abs().amax(1).clamp_min(torch.finfo(grad.dtype).tiny), grad)
             return scaled / column(self.size(scaled).clamp_min(1e-12), grad)
         if x_adv is not None:
@@ -162,19 +148,29 @@ class Threat:
         return (step / step.abs().sum(1, keepdim=True).clamp_min(1.0)).view_as(grad)
 
     def dual_size(self, grad: Tensor) -> Tensor:
-        """||grad|| of each sample in the dual norm, how far a linear score rises in a step of size 1: (N, ...) -> (N,).
+        """||grad|| of each sample in the dual norm: what a linear score gains in a step of norm 1. (N, ...) -> (N,).
 
         >>> Threat("linf", 1.0).dual_size(torch.tensor([[3.0, -4.0]]))
         tensor([7.])
         """
         return Threat({"linf": "l1", "l2": "l2", "l1": "linf"}[self.norm], 1.0).size(grad)
 
-    def to_plane(self, x: Tensor, slope: Tensor, need: Tensor) -> Tensor:
-        """The smallest r, in the threat's norm, with slope . r = need and x + r in the box; (N, ...), (N, ...), (N,).
+    def to_plane(self, x: Tensor, grad: Tensor, need: Tensor) -> Tensor:
+        """The smallest step r, in the threat's norm, with grad . r = need and x + r in the box.
 
-        linf: r = sign min(t, room).  l2: r = sign min(t |slope|, room), room being the way to the wall. What t gains is
-        piecewise linear and rising, so t is exact after one sort.  l1: the steepest pixels first, each to its wall.
-        Where the box holds no such r it goes as far as the box lets it. Source: Croce and Hein 2020, section 3.1.
+        linf: r = sign min(t, room). l2: r = sign min(t |grad|, room). room is the distance to the edge of the box.
+        grad . r is piecewise linear and increasing in t, so t is exact after one sort. l1: the pixels with the largest
+        gradients first, each moved to the edge of the box.
+
+        Args:
+            x: (N, ...) in the box.
+            grad: (N, ...).
+            need: (N,).
+
+        Returns:
+            (N, ...). Where no such step exists in the box, the step goes as far as the box allows.
+
+        Source: Croce and Hein 2020, section 3.1.
 
         >>> r = Threat("l2", 1.0, -9, 9).to_plane(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]), torch.tensor([5.0]))
         >>> [round(float(value), 4) for value in r[0]]
@@ -182,39 +178,46 @@ class Threat:
         >>> Threat("linf", 1.0, -9, 0.5).to_plane(torch.zeros(1, 2), torch.tensor([[1.0, 4.0]]), torch.tensor([3.0]))
         tensor([[0.5000, 0.5000]])
         """
-        flat, need_sign = slope.flatten(1), torch.where(need < 0, -1.0, 1.0).to(slope.dtype)
+        flat, need_sign = grad.flatten(1), torch.where(need < 0, -1.0, 1.0).to(grad.dtype)
         sign = flat.sign() * need_sign[:, None]
-        top = flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
-        steep, need = flat.abs() / top, (need.abs() / top[:, 0]).clamp_max(1e30)
+        largest = flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+        slope, need = flat.abs() / largest, (need.abs() / largest[:, 0]).clamp_max(1e30)
         room = torch.where(sign > 0, self.hi - x.flatten(1), x.flatten(1) - self.lo).clamp_min(0.0)
         if self.norm == "l1":
-            order = steep.sort(dim=1, descending=True, stable=True).indices
-            steep, wall = steep.gather(1, order), room.gather(1, order)
-            gain = steep * wall
+            order = slope.sort(dim=1, descending=True, stable=True).indices
+            slope, room = slope.gather(1, order), room.gather(1, order)
+            gain = slope * room
             before = gain.cumsum(1) - gain
-            move = ((need[:, None] - before).clamp_min(0.0) / steep).nan_to_num(0.0).minimum(wall)
+            move = ((need[:, None] - before).clamp_min(0.0) / slope).nan_to_num(0.0).minimum(room)
             size = torch.zeros_like(move).scatter(1, order, move)
         else:
-            speed = torch.ones_like(steep) if self.norm == "linf" else steep
-            ends = torch.where(speed > 0, room / speed, math.inf).sort(
-                dim=1, stable=True
-            )  # the t that stops each pixel
-            gain, rate = (steep * room).gather(1, ends.indices), (steep * speed).gather(1, ends.indices)
-            held = gain.cumsum(1)
-            loose = rate.flip(1).cumsum(1).flip(1)  # of this pixel and all that stop later
-            # Gained by the time that each pixel stops; what lies below the need has stopped at the answer.
-            stopped = ((held - gain + loose * ends.values) < need[:, None]).sum(1, keepdim=True)
-            nothing = torch.zeros_like(need)[:, None]
-            held = torch.cat([nothing, held], 1).gather(1, stopped)
-            loose = torch.cat([loose, nothing], 1).gather(1, stopped)
-            t = ((need[:, None] - held).clamp_min(0.0) / loose.clamp_min(1e-30)).clamp_max(1e30)
+            speed = torch.ones_like(slope) if self.norm == "linf" else slope
+            # The t at which each pixel reaches the edge of the box.
+            stops = torch.where(speed > 0, room / speed, math.inf).sort(dim=1, stable=True)
+            gain, rate = (slope * room).gather(1, stops.indices), (slope * speed).gather(1, stops.indices)
+            stopped_gain = gain.cumsum(1)
+            moving_rate = rate.flip(1).cumsum(1).flip(1)  # of this pixel and all that stop later
+            # A pixel stops before the solution if the total gain at its stop is less than needed.
+            total = stopped_gain - gain + moving_rate * stops.values
+            n_stopped = (total < need[:, None]).sum(1, keepdim=True)
+            zero = torch.zeros_like(need)[:, None]
+            stopped_gain = torch.cat([zero, stopped_gain], 1).gather(1, n_stopped)
+            moving_rate = torch.cat([moving_rate, zero], 1).gather(1, n_stopped)
+            t = ((need[:, None] - stopped_gain).clamp_min(0.0) / moving_rate.clamp_min(1e-30)).clamp_max(1e30)
             size = (t * speed).minimum(room)
         return (sign * size).nan_to_num(0.0, 0.0, 0.0).view_as(x)
 
     def random_start(self, x: Tensor, noise: Noise) -> Tensor:
-        """A point drawn uniformly from the ball, then put into the box: (N, ...) -> (N, ...).
+        """A point drawn uniformly from the ball, then clipped to the box.
 
-        linf: uniform in the cube.  l2: a normal direction times U^(1/d).  l1: signed exponentials likewise.
+        linf: uniform in the cube. l2: a normal direction times U^(1/d). l1: signed exponentials likewise.
+
+        Args:
+            x: (N, ...) in the box.
+            noise: the noise of these samples.
+
+        Returns:
+            (N, ...).
         """
         shape = tuple(x.shape[1:])
         if self.norm == "linf":
@@ -229,9 +232,16 @@ class Threat:
         return (x + delta).clamp(self.lo, self.hi)
 
     def violation(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """By how much each x_adv breaks the rules, in pixel units: (N,), 0 where it does not; NaN counts as infinite.
+        """By how much each x_adv violates the threat, in pixel units.
 
-        Forgives a relative ``TOLERANCE`` of eps and the rounding of float32 pixels, and nothing else.
+        A relative ``TOLERANCE`` of eps and the rounding of float32 pixels are forgiven, and nothing else.
+
+        Args:
+            x_adv: (N, ...).
+            x: (N, ...).
+
+        Returns:
+            (N,), 0 where the threat is kept and infinite for NaN.
         """
         allowed = self.eps * (1 + TOLERANCE) + self._rounding(math.prod(x.shape[1:]))
         over = (self.size(x_adv - x) - allowed).clamp_min(0.0)
@@ -239,9 +249,15 @@ class Threat:
         return torch.maximum(over, outside).nan_to_num(nan=math.inf)
 
     def farthest(self, dim: int) -> float:
-        """No x_adv with ``dim`` values that ``violation`` forgives is farther from x, in the threat's norm: for proofs.
+        """The largest distance to x, in the threat's norm, of any x_adv that ``violation`` forgives: for proofs.
 
-        More than eps by the tolerance, the rounding of pixels, and what float32 may lose while it sums up a size.
+        It exceeds eps by the tolerance, by the rounding of pixels, and by what float32 may lose when it sums up a norm.
+
+        Args:
+            dim: number of values of a sample.
+
+        Returns:
+            A float.
 
         >>> 0.1 < Threat("linf", 0.1).farthest(784) < 0.10001 and 1 < Threat("l2", 1.0).farthest(784) < 1.0001
         True
@@ -250,10 +266,52 @@ class Threat:
         return self.eps * (1 + TOLERANCE) * (1 + summing) + 2 * self._rounding(dim)
 
     def _rounding(self, dim: int) -> float:
-        """What float32 pixels can add to a size."""
+        """What the rounding of float32 pixels can add to a norm."""
         pixel = torch.finfo(torch.float32).eps * max(abs(self.lo), abs(self.hi))
         return pixel * {"linf": 1.0, "l2": math.sqrt(dim), "l1": dim}[self.norm]
 
     def describe(self) -> dict[str, float | str]:
-        """The threat as JSON holds it."""
+        """The threat as a dict for JSON."""
         return {"norm": self.norm, "eps": self.eps, "lo": self.lo, "hi": self.hi}
+
+
+def _shrink_l2(v: Tensor, x: Tensor, threat: Threat) -> Tensor:
+    """The perturbation nearest to v of l2 norm at most eps that keeps x in the box."""
+    # The minimiser is clip(t v) for one t in (0, 1]. With the set of clipped coordinates fixed, t has a
+    # closed form; repeating this gives a sequence that increases to the solution and never exceeds it. A few rounds
+    # suffice, unless the box stops the coordinates one by one. Bisection bounds those cases.
+    low, high, eps2 = threat.lo - x, threat.hi - x, threat.eps**2
+    v2 = v.square()
+    t = (threat.eps / threat.size(v).clamp_min(1e-30)).clamp_max(1.0)
+    upper = torch.ones_like(t)  # t <= solution <= upper
+    for _ in range(16):
+        delta = torch.minimum(torch.maximum(column(t, v) * v, low), high)
+        free = delta == column(t, v) * v
+        clipped_square = torch.where(free, 0.0, delta.square()).flatten(1).sum(1)
+        free_square = torch.where(free, v2, 0.0).flatten(1).sum(1)
+        root = ((eps2 - clipped_square).clamp_min(0.0) / free_square.clamp_min(1e-30)).sqrt()
+        before, t = t, torch.maximum(t, torch.minimum(root, upper))
+        moved = t > before  # a converged sample does not change, whatever happens in its batch
+        if v.device.type == "cpu" and not bool(moved.any()):
+            break
+        middle = (t + upper) / 2
+        fits = threat.size(torch.minimum(torch.maximum(column(middle, v) * v, low), high)) <= threat.eps
+        t, upper = torch.where(moved & fits, middle, t), torch.where(fits, upper, middle)
+    delta = torch.minimum(torch.maximum(column(t, v) * v, low), high)
+    return delta * column((threat.eps / threat.size(delta).clamp_min(1e-30)).clamp_max(1.0), v)
+
+
+def _shrink_l1(v: Tensor, x: Tensor, threat: Threat) -> Tensor:
+    """The perturbation nearest to v of l1 norm at most eps that keeps x in the box."""
+    # The minimiser is sign(v) min(max(|v| - t, 0), room) for one t >= 0. Bisection ends on the feasible side.
+    room = torch.where(v > 0, threat.hi - x, x - threat.lo)
+    size = v.abs()
+    low = torch.zeros(len(v), dtype=v.dtype, device=v.device)
+    high = size.flatten(1).amax(1)
+    for _ in range(40):
+        middle = (low + high) / 2
+        norm = torch.minimum((size - column(middle, v)).clamp_min(0.0), room).flatten(1).sum(1)
+        too_big = norm > threat.eps
+        low, high = torch.where(too_big, middle, low), torch.where(too_big, high, middle)
+    delta = torch.minimum((size - column(high, v)).clamp_min(0.0), room)
+    return v.sign() * delta

@@ -49,8 +49,8 @@ class Pair:
     @property
     def label(self) -> str:
         """Its name and the settings that its name does not tell."""
-        told = ("steps", "stepsize", "initial_stepsize", "max_stepsize", "binary_search_steps")
-        kept = [f"{name}={value:g}" for name, value in self.their_settings.items() if name in told]
+        named = ("steps", "stepsize", "initial_stepsize", "max_stepsize", "binary_search_steps")
+        kept = [f"{name}={value:g}" for name, value in self.their_settings.items() if name in named]
         return f"{self.theirs.removesuffix('Attack')} {' '.join(kept)}"
 
 
@@ -196,7 +196,7 @@ def run_ours(pair: Pair, model: nn.Module, x: Tensor, y: Tensor, threat: Threat,
 
 
 def run_theirs(pair: Pair, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int = 0) -> Run:
-    """foolbox's side. Attacks that look for the smallest perturbation are not told eps."""
+    """foolbox's side. Attacks that look for the smallest perturbation are not given eps."""
     import foolbox
 
     settings = dict(pair.their_settings)

@@ -55,7 +55,7 @@ def test_nothing_in_the_box_lies_above_the_bound(name, slack):
         for t in range(5):
             target = (y + 1 + t) % 5
             found.append(pgd(model, x, y, threat, score=negative_margin, noise=Noise(0, torch.arange(N)), steps=10,
-                             target=target, keep="last"))  # fmt: skip
+                             target=target, iterate="last"))  # fmt: skip
         with torch.no_grad():
             worst = torch.stack([logit_differences(model(one).logits, y) for one in found]).amax(0)
         assert (worst <= bound + (0 if slack else 1e-5)).all()

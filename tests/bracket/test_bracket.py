@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import holdfast.bracket.measure as measuring
 from holdfast import models
-from holdfast.bracket import STATUS, Bracket, bracket, constant_s, figure, of_run, save, sentence
+from holdfast.bracket import STATUS, Bracket, bracket, figure, of_run, save, sentence
 from holdfast.cli import app
 from holdfast.data import Data
 from holdfast.errors import UserError
@@ -191,14 +191,6 @@ def test_it_says_what_it_cannot_take(brief):
             bracket(*wrong)
     with pytest.raises(UserError, match="seconds"):
         bracket(model, data, THREAT, seconds=-1)
-
-
-def test_the_constant_s_of_a_loss():
-    assert constant_s("isce:s=10@cosine") == 10
-    assert constant_s("isce:s=0") == 0
-    assert constant_s("isce:s=10*0.5") == 5
-    for text in ("sce", "mmc", "cosface:m=0.2,scale=15", "isce:s=ibp"):
-        assert constant_s(text) is None
 
 
 COLUMNS = {"margin": [-1.0, 2.0, 3.0, 9.0], "s_att": [1.0, 2.5, 2.0, 2.0]}

@@ -164,7 +164,7 @@ def test_the_interval_covers_what_is_simulated():
 
 @pytest.mark.parametrize("bad", [(1, 1, 2, 5, 5), (3, 3, 0, 5, 9), (0, 0, 0, 6, 5), (-1, 0, 0, 5, 5)])
 def test_impossible_counts_are_refused(bad):
-    with pytest.raises(UserError, match="remainder expects"):
+    with pytest.raises(UserError, match="remaining_vulnerable expects"):
         remaining_vulnerable(*bad)
 
 
@@ -261,7 +261,8 @@ def test_an_audit_says_what_each_claim_is_worth(honest, some, clean_audit):
     with pytest.raises(UserError, match="unknown claim 'own'"):
         liar.verdict("own")
     twice = checks.remaining([clean_audit, clean_audit])
-    assert (twice["tested"], twice["stood"]) == (2 * clean_audit.remaining.tested, 2 * clean_audit.remaining.stood)
+    left = clean_audit.remaining
+    assert (twice["tested"], twice["survivors"]) == (2 * left.tested, 2 * left.survivors)
 
 
 # Liars.

@@ -14,19 +14,15 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-from sklearn.datasets import load_digits
+from tests.helpers import write_parquet
 from typer.models import OptionInfo
 
 import holdfast
 from holdfast import cli, results
 from holdfast.attacks import ATTACKS, SUITES, Stage
 from holdfast.data import DATASETS
-from holdfast.experiments.compare import Comparison
+from holdfast.experiments.config import Comparison
 from holdfast.experiments.recipes import RECIPES, Recipe
 from holdfast.information.sources import SOURCES
 from holdfast.losses import LOSSES
@@ -35,7 +31,7 @@ from holdfast.models.heads import HEADS
 from holdfast.objectives import OBJECTIVES
 from holdfast.train import FitConfig
 
-COMMANDS = ("compare", "recipe", "train", "evaluate", "explain", "bracket", "curves", "report", "verify", "list")
+COMMANDS = ("compare", "recipe", "train", "evaluate", "explain", "bracket", "curves", "report", "replay", "list")
 SMALL = ("--epochs", "2", "--batch-size", "32", "--suite", "tiny", "--device", "cpu")
 TINY_SUITE = (Stage("apgd", "apgd", settings={"steps": 3}),)
 
@@ -47,23 +43,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(SUITES, "tiny", TINY_SUITE)
-
-
-def write_parquet(folder, *, train=120, test=40, top=None, photographs=False):
-    """Digits as a parquet folder; with ``top``, every label is at most that; photographs: 32x32, in colour."""
-    digits = load_digits()
-    folder.mkdir(parents=True, exist_ok=True)
-    kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int32())])
-    for name, rows in (("train", range(train)), ("test", range(train, train + test))):
-        cells = []
-        for row in rows:
-            buffer = io.BytesIO()
-            picture = Image.fromarray((digits.images[row] * 15).astype(np.uint8))
-            (picture.resize((32, 32)).convert("RGB") if photographs else picture).save(buffer, "PNG")
-            cells.append({"bytes": buffer.getvalue(), "path": None})
-        labels = [int(digits.target[row]) if top is None else int(digits.target[row]) % (top + 1) for row in rows]
-        pq.write_table(pa.table({"image": cells, "label": labels}, schema=kinds), folder / f"{name}.parquet")
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +85,7 @@ def test_every_option_says_what_it_is(command, holdfast_):
         about = parameter.annotation.__metadata__[0]
         assert about.help, name
         if parameter.default is not parameter.empty and isinstance(about, OptionInfo):
-            flag = "--json" if name == "as_json" else "--" + name.replace("_", "-")
+            flag = {"as_json": "--json"}.get(name, "--" + name.replace("_", "-"))
             assert re.search(rf"(?<![\w-]){flag}(?![\w-])", out), flag
 
 
@@ -183,7 +162,7 @@ def test_a_recipe_of_another_size_expects_nothing(holdfast_, parquet, monkeypatc
         "--out", "out", "--quiet", "--jobs", "1",
     )  # fmt: skip
     assert status == 0
-    assert "expected" not in out.replace("the recipe expects nothing", "")
+    assert "as expected" not in out
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10-wide"])
@@ -194,7 +173,7 @@ def test_the_recipes_of_photographs_run_end_to_end(name, holdfast_, tmp_path):
     photographs = write_parquet(tmp_path / "photographs", photographs=True)
     status, out, _ = holdfast_("recipe", name, "--data", photographs, "--model", model, "--out", "out", *words)
     assert status == 0
-    assert "owed" not in out
+    assert "not available" not in out
 
 
 def test_an_unknown_recipe_is_named(holdfast_):
@@ -229,17 +208,28 @@ def compared(done_once, tmp_path):
     return words, printed, tmp_path / "out"
 
 
+@pytest.fixture
+def sce_done(done_once):
+    """Puts the finished SCE network of that comparison into another output folder, where the same command finds it."""
+
+    def put(out):
+        name = "sce-seed0-fold0"
+        shutil.copytree(done_once[2] / "runs" / name, Path(out) / "runs" / name)
+
+    return put
+
+
 def test_compare_prints_a_table_and_says_where_things_are(compared, holdfast_):
     words, (status, out, err), folder = compared
     assert status == 0
     assert re.search(r"sce +[\d.]+ +[\d.]+ +\w+ +([\d.-]+ +)?(<= )?[\d.]+ \[[\d.]+, [\d.]+\] +\w+", out)
     assert "isce:s=10" in out
-    for name in ("out/results.json", "out/report.html", "holdfast verify out"):
+    for name in ("out/results.json", "out/report.html", "holdfast replay out"):
         assert name in out
     for name in ("results.json", "report.html", "witnesses.safetensors", "config.json", "env.json"):
         assert (folder / name).is_file(), name
-    lines = [line for line in err.splitlines() if line.startswith("network")]  # more on a slow machine
-    assert lines == [f"network {i} of 2 is trained and attacked: {name}" for i, name in
+    lines = [line for line in err.splitlines() if line.startswith("network ")]  # more on a slow machine
+    assert lines == [f"network {i} of 2 done: {name}" for i, name in
                      enumerate(("sce-seed0-fold0", "isce_s=10-seed0-fold0"), 1)]  # fmt: skip
     found = results.load(folder)
     assert found.command.startswith("holdfast compare --data ")
@@ -252,7 +242,8 @@ def test_compare_prints_a_table_and_says_where_things_are(compared, holdfast_):
     assert (again[0], again[1]) == (0, out)
 
 
-def test_json_is_all_there_is_on_stdout(parquet, holdfast_, tmp_path):
+def test_json_is_all_there_is_on_stdout(parquet, holdfast_, tmp_path, sce_done):
+    sce_done("out")
     status, out, err = holdfast_(
         "compare", "--data", parquet, "--losses", "sce,mmc", *SMALL, "--out", "out", "--jobs", "1", "--json"
     )
@@ -262,7 +253,8 @@ def test_json_is_all_there_is_on_stdout(parquet, holdfast_, tmp_path):
     assert "network 2 of 2" in err
 
 
-def test_quiet_is_the_answer_alone(parquet, holdfast_, tmp_path):
+def test_quiet_is_the_answer_alone(parquet, holdfast_, tmp_path, sce_done):
+    sce_done("out")
     words = ("compare", "--data", parquet, "--losses", "sce", *SMALL, "--jobs", "1", "--quiet")
     status, out, err = holdfast_(*words, "--out", "out")
     assert (status, err) == (0, "")
@@ -305,6 +297,25 @@ def test_options_reach_the_training(parquet, holdfast_, tmp_path):
     assert json.loads((folder / "config.json").read_text())["model"]["name"] == "mlp"
 
 
+def test_the_split_and_the_checkpoint_are_chosen_by_options(holdfast_, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("holdfast.cli.compare.run_comparison", lambda comparison, *_: chosen.append(comparison))
+    assert holdfast_("compare", "--split", "val", "--checkpoint", "best")[0] == 0
+    assert (chosen[0].eval_split, chosen[0].fit.checkpoint) == ("val", "best")
+    assert holdfast_("compare")[0] == 0
+    assert (chosen[1].eval_split, chosen[1].fit.checkpoint) == ("test", "last")
+    for option, message in (("--split", "eval_split must be 'test' or 'val'"), ("--checkpoint", "checkpoint must be")):
+        status, _, err = holdfast_("compare", option, "train")
+        assert status == 2
+        assert message in one_line(err)
+
+
+def test_the_input_range_is_for_a_model_of_ones_own(compared, holdfast_):
+    status, _, err = holdfast_("evaluate", "out/runs/sce-seed0-fold0", "--input-range", "0,255")
+    assert status == 2
+    assert "--input-range is for your own model" in one_line(err)
+
+
 def test_compare_on_the_embedded_digits(holdfast_, tmp_path):
     status, out, _ = holdfast_(
         "compare",
@@ -327,9 +338,10 @@ def test_compare_on_the_embedded_digits(holdfast_, tmp_path):
     assert found["runs"][0]["n"] == 1797
 
 
-def test_a_folder_with_brackets_is_printed_as_it_is(parquet, holdfast_, tmp_path):
+def test_a_folder_with_brackets_is_printed_as_it_is(parquet, holdfast_, sce_done):
     """[...] is markup to rich and an ordinary folder name to everybody else."""
     folder = "a [bold] b [/x] :smile:"
+    sce_done(folder)
     status, out, _ = holdfast_("compare", "--data", parquet, "--losses", "sce", *SMALL, "--jobs", "1", "--out", folder)
     assert status == 0
     assert f"{folder}/results.json" in out
@@ -337,10 +349,11 @@ def test_a_folder_with_brackets_is_printed_as_it_is(parquet, holdfast_, tmp_path
     assert (status, out.strip()) == (0, f"{folder}/report.html")
 
 
-def test_the_way_to_verify_can_be_pasted(parquet, holdfast_):
+def test_the_command_to_replay_can_be_pasted(parquet, holdfast_, sce_done):
     """The command that is printed names the folder so that a shell understands it."""
+    sce_done("my out")
     _, out, _ = holdfast_("compare", "--data", parquet, "--losses", "sce", *SMALL, "--jobs", "1", "--out", "my out")
-    line = next(line for line in out.splitlines() if "holdfast verify" in line)
+    line = next(line for line in out.splitlines() if "holdfast replay" in line)
     import shlex
 
     assert shlex.split(line)[-1] == "my out"
@@ -349,7 +362,7 @@ def test_the_way_to_verify_can_be_pasted(parquet, holdfast_):
 # The chain.
 
 
-def test_train_evaluate_report_verify(parquet, holdfast_, tmp_path):
+def test_train_evaluate_report_replay(parquet, holdfast_, tmp_path):
     status, out, _ = holdfast_(
         "train", "--out", "run", "--data", parquet, "--loss", "isce:s=10", "--epochs", "3", "--batch-size", "32",
         "--device", "cpu",
@@ -374,25 +387,25 @@ def test_train_evaluate_report_verify(parquet, holdfast_, tmp_path):
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} >= {".svg", ".png"}
     assert all((tmp_path / line).exists() for line in out.splitlines())
 
-    status, out, _ = holdfast_("verify", "run/evaluation-linf8_255-tiny", "--device", "cpu")
+    status, out, _ = holdfast_("replay", "run/evaluation-linf8_255-tiny", "--device", "cpu")
     assert status == 0
     assert re.search(r"isce:s=10 seed 0, linf 8/255: at most [\d.]+% of 40 are robust \(.*\): holds", out)
-    assert holdfast_("verify", "run/evaluation-linf8_255-tiny", "--device", "cpu", "-q") == (0, out, "")
-    status, out, _ = holdfast_("verify", "run/evaluation-linf8_255-tiny", "--json")
+    assert holdfast_("replay", "run/evaluation-linf8_255-tiny", "--device", "cpu", "-q") == (0, out, "")
+    status, out, _ = holdfast_("replay", "run/evaluation-linf8_255-tiny", "--json")
     assert status == 0
     assert json.loads(out)[0]["holds"] is True
     assert json.loads(out)[0]["bound"] == pytest.approx(found.runs[0].robust.value)
 
 
-def test_a_proof_that_fails_says_so_and_returns_1(compared, holdfast_):
+def test_a_replay_that_fails_says_so_and_returns_1(compared, holdfast_):
     _, _, folder = compared
     raw = json.loads((folder / "results.json").read_text())
     raw["runs"][0]["robust"] = {"value": 0.0, "low": 0.0, "high": 0.2}
     (folder / "results.json").write_text(json.dumps(raw))
-    status, out, err = holdfast_("verify", "out")
+    status, out, err = holdfast_("replay", "out")
     assert (status, err) == (1, "")
     assert re.search(r"sce seed 0, linf 0.1: .*: FAILS \(", out)
-    status, out, _ = holdfast_("verify", "out", "--json")
+    status, out, _ = holdfast_("replay", "out", "--json")
     assert status == 1
     assert [proof["holds"] for proof in json.loads(out)] == [False, True]
 
@@ -469,7 +482,7 @@ def test_report_takes_several_files(compared, holdfast_, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line(words, message, holdfast_, monkeypatch):
-    monkeypatch.setattr("holdfast.experiments.compare.evaluate", lambda *_, **__: pytest.fail("it was trained first"))
+    monkeypatch.setattr("holdfast.experiments.training.fit", lambda *_, **__: pytest.fail("it was trained first"))
     status, out, err = holdfast_("compare", "--losses", "sce", "--epochs", "1", "--jobs", "1", "--out", "out", *words)
     assert (status, out) == (2, ""), err
     assert re.search(message, one_line(err))
@@ -479,7 +492,7 @@ def test_a_mistake_is_one_line(words, message, holdfast_, monkeypatch):
     "words",
     [
         ("compare", "--los", "sce"), ("compare", "--epsilon", "0.1"), ("compare", "--epochs", "many"),
-        ("compare", "extra"), ("compar",), ("train",), ("evaluate",), ("report",), ("verify",), ("train", "--out"),
+        ("compare", "extra"), ("compar",), ("train",), ("evaluate",), ("report",), ("replay",), ("train", "--out"),
         ("list", "--yaml"),
     ],
 )  # fmt: skip
@@ -558,7 +571,7 @@ def test_the_results_of_another_comparison_are_one_line(compared, holdfast_):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("evaluate", "gone"), r"gone is no run folder"),
+        (("evaluate", "gone"), r"gone is not a run folder"),
         (("evaluate", "out"), r"out"),
         (("evaluate", "out/runs/sce-seed0-fold0", "--threat", "linf:0"), r"eps must be a positive"),
         (("evaluate", "out/runs/sce-seed0-fold0", "--suite", "quik"), r"unknown suite 'quik'"),
@@ -566,9 +579,9 @@ def test_the_results_of_another_comparison_are_one_line(compared, holdfast_):
         (("report", "gone"), r"could not read gone"),
         (("report", "out/report.html"), r"is not readable JSON"),
         (("report", "out/config.json"), r"is not a holdfast results file"),
-        (("verify", "gone"), r"could not read gone"),
-        (("verify", "out/runs"), r"results\.json"),
-        (("verify", "out", "--device", "gpu"), r"device 'gpu' cannot be used"),
+        (("replay", "gone"), r"could not read gone"),
+        (("replay", "out/runs"), r"results\.json"),
+        (("replay", "out", "--device", "gpu"), r"device 'gpu' cannot be used"),
         (("evaluate", "out/runs/sce-seed0-fold0", "--device", "gpu"), r"device 'gpu' cannot be used"),
         (("train", "--out", "new", "--loss", "icse"), r"Did you mean 'isce'"),
         (("train", "--out", "new", "--fold", "7"), r"fold"),
@@ -648,7 +661,7 @@ def test_ctrl_c_is_a_stop_not_a_crash(parquet, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     assert process.returncode == 130
-    assert "the same command goes on from here" in err
+    assert "rerun the same command to resume" in err
     assert "Traceback" not in err
     until = time.monotonic() + 10
     while alive(process.pid) and time.monotonic() < until:

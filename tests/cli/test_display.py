@@ -24,13 +24,13 @@ import pytest
 import torch
 import typer
 from rich.console import Console
-from tests.results.test_results import PROTOCOLS, THREAT, make_results, make_run, proved
+from tests.results.factory import PROTOCOLS, THREAT, make_results, make_run, proved
 
 from holdfast import cli, results
 from holdfast.cli import display, output_files
 from holdfast.cli.display import Display
 from holdfast.evaluation import Evaluation
-from holdfast.results import tables
+from holdfast.progress import NETWORK_DONE
 from holdfast.threat import Threat
 
 LONG = (
@@ -90,7 +90,7 @@ def test_every_column_at_once_fits_with_long_names():
     wide = [
         dataclasses.replace(
             proved(1.0, make_run(loss, **whole, status="loose")),
-            own=results.proportion(200, 200),
+            attacks=dict.fromkeys(("pgd50", "pgd50-train-loss"), results.proportion(200, 200)),
             pgd50_verdict=results.Verdict("refuted", "more"),
         )
         for loss in LONG
@@ -100,7 +100,7 @@ def test_every_column_at_once_fits_with_long_names():
     for loss in LONG:
         assert loss in text
     assert text.count("<= 100.0 [98.2, 100.0] loose") == 3
-    assert "certified" in text.splitlines()[0]
+    assert "certified" in text.splitlines()[1]
 
 
 def test_a_wide_terminal_has_a_line_for_each_row():
@@ -125,7 +125,7 @@ def test_the_papers_table_keeps_names_whole_too():
     text = printed(make_results(runs))
     assert max(map(len, text.splitlines())) <= 80
     assert all(re.search(rf"^{re.escape(loss)} *$", text, re.M) for loss in LONG)
-    assert re.search(r"^sce +97\.0 +55\.0", text, re.M)
+    assert re.search(r"^sce +97\.0 +40\.0 +55\.0", text, re.M)
 
 
 def test_the_table_says_what_its_figures_are_of():
@@ -236,13 +236,14 @@ def test_a_terminal_has_colours_unless_they_are_not_wanted():
 # Progress.
 
 WORK = """
-import time, types
+import time
 from holdfast.cli.display import Display
+from holdfast.progress import NETWORK_DONE
 with Display(networks=2) as d:
     for n, name in enumerate(("a" * 90 + "-seed7-fold3", "b"), 1):
         for k in range(3):
-            d.tell(name, "training", k, 3); time.sleep(0.05)
-        d.finished(types.SimpleNamespace(folder=types.SimpleNamespace(name=name)), n, 2)
+            d.progress(name, "training", k, 3); time.sleep(0.05)
+        d.progress(name, NETWORK_DONE, n, 2)
 print("the answer")
 """
 BARS = re.compile(r"\r|\x1b\[\?25|\x1b\[\d*[AKJ]|━")
@@ -252,25 +253,25 @@ def test_a_log_has_plain_lines_even_with_forced_colours():
     for environment in ({}, {"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}):
         text = real([sys.executable, "-c", WORK], **environment)
         assert not BARS.search(text), environment
-        assert "network 1 of 2 is trained and attacked" in text
+        assert "network 1 of 2 done" in text
         assert len(text.splitlines()) == 3
 
 
 def test_a_terminal_has_bars_that_fit_and_are_gone_at_the_end():
     text = real([sys.executable, "-c", WORK], terminal=True)
     assert "━" in text
-    assert "networks trained and attacked" in text
+    assert "networks done" in text
     assert "…a-seed7-fold3 · training" in text, "what it does is seen beside a long name"
     frames = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", text)]
     assert max(map(len, frames)) <= 80
-    assert "is trained and attacked" not in text
+    assert "network 1 of 2 done" not in text
     assert frames[-2] == "the answer"
 
 
 def test_a_dumb_terminal_has_lines():
     text = real([sys.executable, "-c", WORK], terminal=True, TERM="dumb")
     assert "━" not in text
-    assert "network 2 of 2 is trained and attacked: b" in text
+    assert "network 2 of 2 done: b" in text
 
 
 @pytest.fixture
@@ -281,49 +282,43 @@ def clock(monkeypatch):
     return now
 
 
-def job(name):
-    return types.SimpleNamespace(folder=Path(name))
-
-
-def test_a_log_is_told_after_ten_seconds_and_then_every_minute(clock, capsys):
-    with Display(networks=3) as told:
+def test_a_log_has_a_line_after_ten_seconds_and_then_every_minute(clock, capsys):
+    with Display(networks=3) as shown:
         for second in range(181):
             clock[0] = 1000.0 + second
-            told.tell("sce-seed0", "training", second, 360)
+            shown.progress("sce-seed0", "training", second, 360)
             if second == 100:
-                told.finished(job("sce-seed0"), 1, 3)
+                shown.progress("sce-seed0", NETWORK_DONE, 1, 3)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "10 s · trained and attacked 0 of 3 · sce-seed0 · training · 3%",
-        "1 min · trained and attacked 0 of 3 · sce-seed0 · training · 19%",
-        "network 1 of 3 is trained and attacked: sce-seed0",
-        "2 min · trained and attacked 1 of 3 · sce-seed0 · training · 36%",
+        "10 s · 0 of 3 networks done · sce-seed0 · training · 3%",
+        "1 min · 0 of 3 networks done · sce-seed0 · training · 19%",
+        "network 1 of 3 done: sce-seed0",
+        "2 min · 1 of 3 networks done · sce-seed0 · training · 36%",
     ]
 
 
 def test_one_network_is_not_counted(clock, capsys):
-    with Display() as told:
+    with Display() as shown:
         clock[0] += 30
-        told.tell("run", "apgd", 1, 0)
+        shown.progress("run", "apgd", 1, 0)
     assert capsys.readouterr().err == "30 s · run · apgd · 100%\n"
 
 
-def test_checks_are_counted(clock, capsys):
-    with Display(networks=2) as told:
-        told.finished(job("a"), 2, 2)
-        told.checked(job("a"))
+def test_networks_are_counted(clock, capsys):
+    with Display(networks=2) as shown:
+        shown.progress("a", NETWORK_DONE, 1, 2)
         clock[0] += 30
-        told.tell("b", "checking: noise", 1, 4)
-    assert "30 s · checked 1 of 2 · b · checking: noise · 25%" in capsys.readouterr().err
+        shown.progress("b", "checking: noise", 1, 4)
+    assert "30 s · 1 of 2 networks done · b · checking: noise · 25%" in capsys.readouterr().err
 
 
 def test_quiet_says_nothing_whatever_happens(clock, capsys):
-    with Display(quiet=True, networks=2) as told:
+    with Display(quiet=True, networks=2) as shown:
         clock[0] += 1000
-        told.tell("a", "training", 1, 2)
-        told.finished(job("a"), 1, 2)
-        told.checked(job("a"))
+        shown.progress("a", "training", 1, 2)
+        shown.progress("a", NETWORK_DONE, 1, 2)
     assert capsys.readouterr() == ("", "")
 
 
@@ -350,27 +345,27 @@ def cells(monkeypatch):
 
 
 def test_a_notebook_has_one_line_that_changes_once_a_second(clock, cells, capsys):
-    with Display(networks=2) as told:
+    with Display(networks=2) as shown:
         for tenth in range(300):  # half a minute
             clock[0] = 1000.0 + tenth / 10
-            told.tell("sce", "training", tenth, 300)
-        told.finished(job("sce"), 1, 2)
+            shown.progress("sce", "training", tenth, 300)
+        shown.progress("sce", NETWORK_DONE, 1, 2)
     assert len(cells) == 1, "one output, not one more each time"
     assert 20 <= len(cells[0]) <= 32
-    assert cells[0][-1] == "network 1 of 2 is trained and attacked: sce"
+    assert cells[0][-1] == "network 1 of 2 done: sce"
     assert capsys.readouterr() == ("", "")
 
 
 def test_ctrl_c_in_a_notebook_stops_the_cell_not_the_notebook(cells):
     with pytest.raises(KeyboardInterrupt), Display():
         raise KeyboardInterrupt
-    assert cells == [["stopped. What was finished is kept: the same command goes on from here."]]
+    assert cells == [["Interrupted. Completed work is saved; rerun the same command to resume."]]
 
 
 def test_ctrl_c_elsewhere_ends_with_130(capsys):
     with pytest.raises(SystemExit, match="130"), Display(quiet=True):
         raise KeyboardInterrupt
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "rerun the same command to resume" in capsys.readouterr().err
 
 
 def test_a_spinner_turns_on_a_terminal_alone():
@@ -395,9 +390,9 @@ def test_a_notebook_without_ipython_has_a_log(clock, monkeypatch):
 def test_every_command_takes_json_and_quiet_and_tells_its_exit_statuses(name, holdfast_):
     assert {"quiet", "as_json"} <= set(inspect.signature(COMMANDS[name].callback).parameters)
     _, out, _ = holdfast_(name, "--help")
-    assert re.search(r"Exit status: 0 done; .*2\s+it\s+cannot", out, re.S)
-    assert ("1 a proof fails" in out) == (name == "verify")
-    assert ("1 a number lies outside" in out) == (name == "recipe")
+    assert re.search(r"Exit status: 0 success; .*2\s+invalid\s+request", out, re.S)
+    assert ("1 a check fails" in out) == (name == "replay")
+    assert ("1 a result is outside" in out) == (name == "recipe")
 
 
 def test_what_others_print_does_not_reach_the_json():
@@ -473,9 +468,10 @@ def test_your_own_model_may_print(holdfast_, tmp_path):
         "def build():\n    print('building')\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
     )
     words = ("evaluate", "mymodel.py:build", "--data", "digits", "--suite", "quick", "--limit", "10", "--device", "cpu")
-    status, out, err = holdfast_(*words, "--json", "--out", "out")
+    status, out, err = holdfast_(*words, "--input-range", "0,255", "--json", "--out", "out")
     assert status == 0
     assert json.loads(out)["schema"] == results.SCHEMA
+    assert json.loads(Path("out/config.json").read_text())["model_file"]["input_range"] == [0, 255]
     assert "loading" in err
     assert "building" in err
 
@@ -524,7 +520,7 @@ class Page(html.parser.HTMLParser):
 
 def test_a_result_in_a_notebook():
     loss = "<script>alert(1)</script>&x"
-    page = Page(tables.notebook(make_results([*make_results().runs, make_run(loss, status="void")])))
+    page = Page(results.notebook(make_results([*make_results().runs, make_run(loss, status="void")])))
     assert "script" not in page.tags
     assert page.text.count(loss) == 1
     for cell in ("isce:s=100", "19.5 [14.2, 25.7]", "<= 41.0 [34.1, 48.2]", "loose", "void"):
@@ -534,8 +530,8 @@ def test_a_result_in_a_notebook():
 
 
 def test_results_and_evaluations_show_themselves():
-    results = make_results()
-    assert results._repr_html_() == tables.notebook(results)
+    shown = make_results()
+    assert shown._repr_html_() == results.notebook(shown)
     column = torch.tensor([True, False, True, True])
     nothing = torch.zeros(4)
     found = Evaluation(
@@ -550,32 +546,32 @@ def test_results_and_evaluations_show_themselves():
 
 def test_a_notebook_keeps_its_own_colours():
     """A dark theme stays readable: no colour of the text, none behind it."""
-    for style in Page(tables.notebook(make_results())).styles:
+    for style in Page(results.notebook(make_results())).styles:
         assert not re.search(r"(?<!border-)color:|background", style)
 
 
 def test_several_threats_are_parts_in_a_notebook():
     two = [make_run(), make_run(threat={**THREAT, "eps": 0.2})]
-    page = Page(tables.notebook(make_results(two)))
+    page = Page(results.notebook(make_results(two)))
     assert [text for text in page.text if text.startswith("linf")] == ["linf 0.1", "linf 0.2"]
     assert page.text.count("sce") == 2
 
 
 def test_an_empty_result_in_a_notebook():
-    assert Page(tables.notebook(dataclasses.replace(make_results(), runs=()))).text == ["No runs."]
+    assert Page(results.notebook(dataclasses.replace(make_results(), runs=()))).text == ["No runs."]
 
 
 def test_counts_in_a_notebook():
     """What an Evaluation needs to show itself."""
     stages = make_run().stages
-    page = Page(tables.notebook_counts("linf <0.1>", 200, {"clean": 194, "robust": 60, "own": None}, stages, "a note"))
+    page = Page(results.notebook_counts("linf <0.1>", 200, {"clean": 194, "robust": 60, "own": None}, stages, "a note"))
     assert page.text[:6] == ["accuracy", "%", "95%", "clean", "97.0", "[93.6, 98.9]"]
     assert "30.0" in page.text
     assert "own" not in page.text
     assert "linf <0.1>, 200 samples; Clopper-Pearson intervals" in page.text
     assert stages[0].name in page.text
     assert page.text[-1] == "a note"
-    assert Page(tables.notebook_counts("none", 0, {"clean": 0})).text[-1].startswith("none, 0 samples")
+    assert Page(results.notebook_counts("none", 0, {"clean": 0})).text[-1].startswith("none, 0 samples")
 
 
 # Report.
@@ -701,7 +697,7 @@ def test_a_refusal_says_what_why_and_what_to_do_and_writes_nothing(words, messag
     for name, text in {
         "cut": whole[:500],
         "newer": whole.replace(f'"schema": {results.SCHEMA}', '"schema": 99'),
-        "none": '{"schema": 1, "runs": [], "data": {}}',
+        "none": '{"schema": 4, "runs": [], "data": {}}',
     }.items():
         (folders / name).mkdir()
         (folders / name / "results.json").write_text(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import random
 import shutil
@@ -13,36 +12,18 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-from sklearn.datasets import load_digits
+from tests.helpers import write_parquet
 
 from holdfast import cli, results
 from holdfast.attacks import SUITES, Stage
-from holdfast.experiments.compare import Comparison, compare
+from holdfast.experiments.compare import compare
+from holdfast.experiments.config import Comparison
 from holdfast.replay import replay
 from holdfast.train import FitConfig
 
 COLUMNS = [field.name for field in dataclasses.fields(results.Samples)]
 KILLS = 50
-
-
-def write_parquet(folder, train, test):
-    digits = load_digits()
-    folder.mkdir(parents=True)
-    kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int32())])
-    for name, rows in (("train", range(train)), ("test", range(train, train + test))):
-        cells = []
-        for row in rows:
-            buffer = io.BytesIO()
-            Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(buffer, "PNG")
-            cells.append({"bytes": buffer.getvalue(), "path": None})
-        labels = [int(digits.target[row]) for row in rows]
-        pq.write_table(pa.table({"image": cells, "label": labels}, schema=kinds), folder / f"{name}.parquet")
-    return folder
 
 
 def started(folder, words):
@@ -133,7 +114,7 @@ def in_this_process(folder, words, monkeypatch):
 def test_two_kills_cost_nothing_but_time(tmp_path, monkeypatch):
     """The first while the first network is trained, the second once it is done: networks one after the other."""
     write_parquet(tmp_path / "data", 100, 40)
-    settings = {"epochs": 60, "jobs": 1}
+    settings = {"epochs": 30, "jobs": 1}
     in_this_process(tmp_path, words_for("unbroken", **settings), monkeypatch)
     first, second = (f"broken/runs/{name}-seed0-fold0" for name in ("sce", "isce_s=10"))
     for sign in (f"{first}/config.json", f"{second}/config.json"):
@@ -155,16 +136,17 @@ def test_two_kills_cost_nothing_but_time(tmp_path, monkeypatch):
 ONE_IDLE = """
 import sys, time
 from pathlib import Path
-from holdfast import jobs
+from holdfast import process_pool
 
-def work(job, tell):
+def work(job, progress):
     Path(sys.argv[1], f"began{job}").touch()
     while job:  # job 0 ends at once, and its worker waits for more that never comes
-        tell(str(job), "works", 1, 2)
+        progress(str(job), "works", 1, 2)
         time.sleep(0.1)
 
 if __name__ == "__main__":
-    jobs.run(work, [0, 1], workers=2, tell=lambda *_: None, finished=lambda job: Path(sys.argv[1], "ended").touch())
+    ended = Path(sys.argv[1], "ended")
+    process_pool.run(work, [0, 1], workers=2, progress=lambda *_: None, on_done=lambda job: ended.touch())
 """
 
 

@@ -1,4 +1,4 @@
-"""Contracts of holdfast.data: cuts, checks, sources, cache, augmentation. No network, no file outside tmp_path."""
+"""Contracts of holdfast.data: splits, checks, readers, cache, augmentation. No download, no file outside tmp_path."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def same(a: data.Data, b: data.Data) -> bool:
     return torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and torch.equal(a.index, b.index)
 
 
-# ---------------------------------------------------------------------------------------------------------------- cuts
+# ------------------------------------------------------------------------------------------------------------- splits
 
 
 def test_digits():
@@ -125,7 +125,7 @@ def test_folds_cover_every_image_once():
     val=st.floats(0, 0.4),
     seed=st.integers(-(2**70), 2**70),
 )
-def test_cuts_are_disjoint_stratified_and_complete(labels, folds, val, seed):
+def test_splits_are_disjoint_stratified_and_complete(labels, folds, val, seed):
     labels = labels + [0, 1, 2] * 4
     x = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1)
     seen = []
@@ -163,8 +163,8 @@ def test_global_random_state_is_neither_used_nor_moved():
     assert same(one.train, data.load("digits").train)
 
 
-def test_cuts_never_change():
-    """Written down once: records and stored adversarial examples rest on them."""
+def test_splits_never_change():
+    """Stored adversarial examples and published results depend on these numbers."""
     split = data.load("digits", limit=10)
     assert split.test.index.tolist() == [193, 476, 624, 813, 1047, 1095, 1162, 1528, 1545, 1645]
     assert split.val.index[:5].tolist() == [5, 16, 35, 37, 54]
@@ -184,9 +184,9 @@ def test_limits_are_balanced_and_nested():
     assert small.fingerprint != large.fingerprint
 
 
-def test_on_val_judges_validation_images_and_touches_no_test_image():
+def test_eval_split_val_evaluates_validation_images_and_touches_no_test_image():
     given = data.load("digits", fold=(2, 5))
-    chosen, few = (data.load("digits", fold=(2, 5), on="val", limit=n) for n in (None, 20))
+    chosen, few = (data.load("digits", fold=(2, 5), eval_split="val", limit=n) for n in (None, 20))
     assert chosen.test.index.tolist() == given.val.index.tolist()
     assert chosen.train.index.tolist() == given.train.index.tolist()
     assert len(few.test) == 20
@@ -201,31 +201,31 @@ def test_val_zero_is_empty():
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("arguments", "message"),
     [
-        ({"fold": (5, 5)}, r"fold is \(5, 5\): expected \(k, n\)"),
+        ({"fold": (5, 5)}, r"fold must be \(k, n\) .* got \(5, 5\)"),
         ({"fold": (0, 1)}, r"n >= 2"),
-        ({"fold": (0, 1000)}, r"arrays cannot be cut into 1000 folds \(it has 30 samples\)"),
-        ({"val": 1.0}, r"val is 1.0: .* 0 <= val < 1"),
-        ({"val": -0.1}, r"val is -0.1"),
-        ({"val": 0.99}, r"val=0.99 of 24 samples leaves none of class '.' to train on: lower val"),
-        ({"limit": 0}, r"limit is 0: .* 1 or more, or None"),
-        ({"limit_train": -3}, r"limit_train is -3"),
-        ({"limit_train": 3}, r"val=0.1 of 3 samples leaves none of class '.' to train on: .* raise limit_train"),
-        ({"limit_train": 1}, r"of 1 samples leaves none of class .* raise limit_train"),
-        ({"on": "train"}, r"on is 'train': expected 'test', or 'val'"),
-        ({"on": "val", "val": 0.0}, r"nothing is held out"),
+        ({"fold": (0, 1000)}, r"arrays cannot be split into 1000 folds \(it has 30 samples\)"),
+        ({"val": 1.0}, r"val must be .* 0 <= val < 1, got 1.0"),
+        ({"val": -0.1}, r"val must be .* got -0.1"),
+        ({"val": 0.99}, r"val=0.99 of 24 samples leaves no sample of class '.' to train on: lower val"),
+        ({"limit": 0}, r"limit must be .* >= 1, or None for all, got 0"),
+        ({"limit_train": -3}, r"limit_train must be .* got -3"),
+        ({"limit_train": 3}, r"val=0.1 of 3 samples leaves no sample of class '.' to train on: .* raise limit_train"),
+        ({"limit_train": 1}, r"of 1 samples leaves no sample of class .* raise limit_train"),
+        ({"eval_split": "train"}, r"eval_split must be 'test' or 'val', got 'train'"),
+        ({"eval_split": "val", "val": 0.0}, r"nothing is held out"),
         ({"device": "no-such"}, r"device 'no-such' cannot be used"),
     ],
 )
-def test_wishes_are_checked(wish, message):
+def test_arguments_are_checked(arguments, message):
     with pytest.raises(UserError, match=message):
-        data.from_arrays(*arrays(), **wish)
+        data.from_arrays(*arrays(), **arguments)
 
 
 def test_fold_needs_data_without_a_test_split():
     x, y = arrays()
-    with pytest.raises(UserError, match=r"has a test split of its own: leave fold out"):
+    with pytest.raises(UserError, match=r"has an official test split: leave fold out"):
         data.from_arrays(x, y, test=(x, y), fold=(0, 5))
 
 
@@ -244,7 +244,7 @@ def test_arrays_keep_their_values():
     assert torch.equal(data.check_arrays(x, y).x, torch.from_numpy(x.copy()))
 
 
-def test_own_test_arrays_are_the_test_set():
+def test_the_users_test_arrays_are_the_test_set():
     x, y = arrays()
     split = data.from_arrays(x[:20], y[:20], test=(x[20:], y[20:]), classes=ODD)
     assert torch.equal(split.test.x, torch.from_numpy(x[20:]))
@@ -266,7 +266,7 @@ def replaced(values, value):
 @pytest.mark.parametrize(
     ("x", "y", "kind", "message"),
     [
-        (X[:0], Y[:0], {}, r"arrays is empty \(x has shape \(0, 1, 4, 4\)\): at least one sample"),
+        (X[:0], Y[:0], {}, r"arrays is empty \(x has shape \(0, 1, 4, 4\)\): expected at least one sample"),
         (X, Y * 0, {}, r"one class only \('0'\): a classifier needs at least two"),
         (
             X,
@@ -288,13 +288,13 @@ def replaced(values, value):
         (X[:, 0], Y, {}, r"shape \(30, 4, 4\): expected \(N, C, H, W\). Add the channel with x\[:, None\]"),
         (X.reshape(30, -1), Y, {}, r"shape \(30, 16\): expected \(N, C, H, W\)\.$"),
         (np.zeros((30, 8, 8, 3), np.uint8), Y, {}, r"channels last: expected \(N, C, H, W\); use x.transpose"),
-        (np.array(["a"]), Y, {}, r"arrays is not made of numbers"),
+        (np.array(["a"]), Y, {}, r"arrays must be arrays of numbers"),
         (X, Y, {"classes": ["a", "b", "a"]}, r"a class name twice among a, a, b"),
         (X, Y, {"test": (X[:, :, :3], Y)}, r"are \(1, 4, 4\) torch.uint8 in train but \(1, 3, 4\) torch.uint8 in test"),
         (X, Y, {"test": (F, Y)}, r"torch.uint8 in train but \(1, 4, 4\) torch.float32 in test"),
         (X, Y, {"test": (X, Y + 1)}, r"label 3 in row 2 of arrays \(test\) is out of range"),
-        (X[:4], [0, 0, 0, 1], {}, r"cannot be cut into 5 folds"),
-        (X[:6], [0, 0, 0, 0, 0, 1], {}, r"cannot be cut into 5 folds \(class '1' has one sample\)"),
+        (X[:4], [0, 0, 0, 1], {}, r"cannot be split into 5 folds"),
+        (X[:6], [0, 0, 0, 0, 0, 1], {}, r"cannot be split into 5 folds \(class '1' has one sample\)"),
     ],
 )
 def test_arrays_are_checked(x, y, kind, message):
@@ -348,7 +348,7 @@ def test_augment_crops_and_mirrors(shape, pad, flip, dtype, seed):
         assert any(torch.equal(result, c) for c in crops)
 
 
-def test_augment_uses_every_crop_and_only_its_own_chance():
+def test_augment_uses_every_crop_and_only_its_own_generator():
     x = torch.ones(4000, 1, 1, 1)
     state = torch.get_rng_state()
     out = data.augment(x, torch.Generator().manual_seed(0), pad=1, flip=True)
@@ -357,12 +357,12 @@ def test_augment_uses_every_crop_and_only_its_own_chance():
     x = torch.tensor([1.0, 2.0]).expand(4000, 1, 1, 2)
     mirrored = data.augment(x, torch.Generator().manual_seed(0), pad=0, flip=True)[:, 0, 0, 0] == 2
     assert float(mirrored.float().mean()) == pytest.approx(0.5, abs=0.04)
-    chance = torch.Generator().manual_seed(0)
-    assert data.augment(x, chance, pad=0, flip=False) is x
-    one, two = (data.augment(x, chance, pad=2, flip=True) for _ in range(2))
+    rng = torch.Generator().manual_seed(0)
+    assert data.augment(x, rng, pad=0, flip=False) is x
+    one, two = (data.augment(x, rng, pad=2, flip=True) for _ in range(2))
     assert not torch.equal(one, two)
-    with pytest.raises(UserError, match="pad is -1: expected 0 or more"):
-        data.augment(x, chance, pad=-1, flip=False)
+    with pytest.raises(UserError, match="pad must be >= 0 pixels, got -1"):
+        data.augment(x, rng, pad=-1, flip=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- parquet
@@ -405,7 +405,7 @@ def test_splits_named_by_folder(tmp_path):
     assert len(data.load(tmp_path).test) == 4
 
 
-def test_single_parquet_file_is_cut(tmp_path):
+def test_single_parquet_file_is_split(tmp_path):
     write(tmp_path, train=table([k % 2 for k in range(20)], names=["a", "b"]))
     split = data.load(tmp_path / "train.parquet", val=0)
     assert [len(split.train), len(split.test)] == [16, 4]
@@ -444,14 +444,14 @@ def only(column: str) -> pa.Table:
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        (table([]), r"is empty: at least one image"),
+        (table([]), r"is empty: expected at least one image"),
         (table([1] * 12), r"has one class only \('1'\)"),
-        (table([0, 1, -1] * 4), r"label -1 in row 2 of .* \(train\) is negative: .* labels are withheld"),
+        (table([0, 1, -1] * 4), r"label -1 in row 2 of .* \(train\) is negative: .* hidden labels"),
         (table([0, 1, 7] * 4), r"label 7 in row 2 of .* is out of range: with 3 classes"),
         (table([0, 1, None] * 4), r"column label of .* has 4 empty entries"),
         (table([0, 1, 2] * 4, names=["0", "1", "two"]), r"differ in their classes \('2', 'two'\)"),
         (table([0, 1, 2] * 4, names=["1", "0", "2"]), r"differ in their classes \(their order\)"),
-        (table([0, 1, 2] * 4, images=[*IMAGES[:-1], b"no image"]), r"row 11 of .*set \(train\) cannot .* \(no known"),
+        (table([0, 1, 2] * 4, images=[*IMAGES[:-1], b"no image"]), r"row 11 of .*set \(train\) cannot .* \(unknown"),
         (table([0, 1, 2] * 4, images=[*IMAGES[:-1], b""]), r"image in row 11 of .*train.* cannot be decoded"),
         (table([0, 1, 2] * 4, images=[*IMAGES[:-1], IMAGES[0][:-30]]), r"image in row 11 .* cannot be decoded"),
         (
@@ -469,7 +469,7 @@ def test_parquet_is_checked(tmp_path, cache, train, message):
     root = write(tmp_path / "set", train=train, test=GOOD)
     with pytest.raises(UserError, match=message):
         data.load(root)
-    assert not cache.exists()  # what was refused is not kept
+    assert not cache.exists()  # refused data is not cached
 
 
 def test_ambiguous_columns_are_named(tmp_path):
@@ -489,13 +489,13 @@ def test_truncated_parquet(tmp_path, keep):
     root = write(tmp_path / "set", train=GOOD, test=GOOD)
     file = tmp_path / "set" / "test.parquet"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"test.parquet' cannot be read as parquet .* Fetch it anew"):
+    with pytest.raises(UserError, match=r"test.parquet' cannot be read as parquet .* Download it again"):
         data.load(root)
 
 
 def test_splits_must_be_clear(tmp_path):
     root = write(tmp_path / "set", train=GOOD, validation=GOOD)
-    with pytest.raises(UserError, match=r"has the splits train, validation: expected train and test, or one to cut"):
+    with pytest.raises(UserError, match=r"has the splits train, validation: expected train and test, or a single one"):
         data.load(root)
 
 
@@ -517,7 +517,7 @@ def test_image_folder_with_splits(tmp_path):
         assert files[i].parent.name == split.classes[y]
 
 
-def test_image_folder_without_splits_loses_a_fifth_to_test(tmp_path):
+def test_image_folder_without_splits_gives_a_fifth_to_test(tmp_path):
     split = data.load(write_folder(tmp_path / "set", {"car": 10, "train": 10}))  # a class may be called train
     assert split.classes == ("car", "train")
     assert split.test.y.bincount().tolist() == [2, 2]
@@ -532,7 +532,7 @@ def test_image_folder_errors(tmp_path):
     with pytest.raises(UserError, match=r"b/001.png' is 9x9 L, but image '.*a/000.png' is 4x4 L"):
         data.load(root)
     (tmp_path / "set" / "b" / "001.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"b/001.png' cannot be decoded \(no known format\): replace or remove it"):
+    with pytest.raises(UserError, match=r"b/001.png' cannot be decoded \(unknown format\): replace or remove it"):
         data.load(root)
     (tmp_path / "set" / "c").mkdir()
     with pytest.raises(UserError, match=r"class folder '.*c' holds no images"):
@@ -546,10 +546,10 @@ def test_image_folder_errors(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-def test_decoded_data_is_kept_and_rebuilt(tmp_path, cache, monkeypatch):
+def test_decoded_data_is_cached_and_rebuilt(tmp_path, cache, monkeypatch):
     root = write(tmp_path / "set", train=table([0, 1, 2] * 4, names=ODD), test=table([0, 1, 2] * 4, names=ODD))
     first = data.load(root)
-    (kept,) = cache.iterdir()  # one file, and nothing left of the writing
+    (kept,) = cache.iterdir()  # one file, and no temporary one
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(data.readers, "_decode", None)  # a second decode would fail
@@ -575,7 +575,7 @@ def test_a_cache_that_cannot_be_written_warns(tmp_path, monkeypatch):
     root = write(tmp_path / "set", train=GOOD, test=GOOD)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.warns(UserWarning, match="decoded data is not kept: .* set HOLDFAST_CACHE"):
+    with pytest.warns(UserWarning, match="decoded data is not cached: .* set HOLDFAST_CACHE"):
         assert len(data.load(root).test) == 12
 
 
@@ -602,7 +602,7 @@ def as_dataset(content: pa.Table) -> datasets.Dataset:
 @pytest.mark.parametrize(
     ("name", "repo"), [("cifar10", "uoft-cs/cifar10"), ("mnist", "ylecun/mnist"), ("a/b-1", "a/b-1")]
 )
-def test_hub_is_asked_once(monkeypatch, name, repo):
+def test_hub_data_is_downloaded_once(monkeypatch, name, repo):
     parts = {
         "train": as_dataset(table([0, 1, 2] * 4, names=ODD, column="img")),
         "test": as_dataset(table([0, 1], names=ODD, column="img")),
@@ -655,15 +655,15 @@ def test_hub_errors(monkeypatch, answer, message):
         ("train.parquet", r"there is no such path"),
     ],
 )
-def test_names_that_lead_nowhere(monkeypatch, name, message):
-    hub(monkeypatch, AssertionError("the hub must not be asked"))
+def test_names_that_do_not_exist(monkeypatch, name, message):
+    hub(monkeypatch, AssertionError("the hub must not be called"))
     with pytest.raises(UserError, match=message):
         data.load(name)
 
 
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "x.csv").write_text("1,2")
-    with pytest.raises(UserError, match=r"is not a .parquet file"):
+    with pytest.raises(UserError, match=r"a file of another kind: expected a .parquet file"):
         data.load(tmp_path / "x.csv")
 
 

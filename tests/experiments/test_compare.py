@@ -1,32 +1,34 @@
-"""Contracts of compare and verify: every image judged once, work done once, bounds that are proved or refused."""
+"""Contracts of compare and replay: every image evaluated once, work done once, bounds that are checked or refused."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import shutil
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
+from tests.helpers import write_parquet
 
 from holdfast import results, run_folder
 from holdfast.attacks import SUITES, Stage
 from holdfast.data import load
 from holdfast.errors import UserError
+from holdfast.evaluation import evaluate
+from holdfast.evaluation.cascade import RECORD, RECORD_VERSION
 from holdfast.experiments import compare as comparing
-from holdfast.experiments import pipeline
-from holdfast.experiments.compare import Comparison, Job, compare, default_out, train_one
+from holdfast.experiments import pipeline, training
+from holdfast.experiments.compare import cache_folder, compare, run_job, stored_results
+from holdfast.experiments.config import Comparison, Job, default_out
 from holdfast.experiments.evaluate_model import evaluate_model, from_run
+from holdfast.experiments.training import train_network
 from holdfast.io import load_tensors, save_tensors
-from holdfast.region import measures
+from holdfast.progress import NETWORK_DONE
+from holdfast.region import Witnesses, measures
 from holdfast.replay import WITNESSES, WITNESSES_VERSION, replay
+from holdfast.threat import Threat
 from holdfast.train import FitConfig
 
 FIT = FitConfig(epochs=3, batch_size=50, lr=3e-3)
@@ -66,18 +68,7 @@ def copied(original, tmp_path):
 def parquet(tmp_path, monkeypatch):
     """Some digits as a parquet folder with a test split of 60."""
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
-    digits = load_digits()
-    (tmp_path / "data").mkdir()
-    kinds = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int32())])
-    for name, rows in (("train", range(200)), ("test", range(200, 260))):
-        cells = []
-        for row in rows:
-            buffer = io.BytesIO()
-            Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(buffer, "PNG")
-            cells.append({"bytes": buffer.getvalue(), "path": None})
-        table = pa.table({"image": cells, "label": [int(digits.target[row]) for row in rows]}, schema=kinds)
-        pq.write_table(table, tmp_path / "data" / f"{name}.parquet")
-    return str(tmp_path / "data")
+    return write_parquet(tmp_path / "data", 200, 60)
 
 
 def by_loss(found, loss):
@@ -137,13 +128,13 @@ def test_the_columns_tell_one_story(original):
 
 def test_the_json_has_the_promised_fields(original):
     raw = json.loads((original[1] / "results.json").read_text())
-    assert raw["schema"] == 3
+    assert raw["schema"] == 4
     for run in raw["runs"]:
-        wanted = {"name", "loss", "seed", "threat", "n", "clean", "pgd50", "robust", "verdict", "checks", "cost"}
+        wanted = {"name", "loss", "seed", "threat", "n", "clean", "attacks", "robust", "verdict", "checks", "cost"}
         assert wanted <= set(run)
         assert set(run["threat"]) == {"norm", "eps", "lo", "hi"}
-        for interval in ("clean", "pgd50", "robust"):
-            assert set(run[interval]) == {"value", "low", "high"}
+        for interval in (run["clean"], run["attacks"]["pgd50"], run["robust"]):
+            assert set(interval) == {"value", "low", "high"}
         assert isinstance(run["checks"], list)
         assert {"forwards", "backwards", "seconds"} <= set(run["cost"])
     assert raw["data"]["n"] == 1797
@@ -171,10 +162,10 @@ def test_the_inference_region_is_measured_in_every_fold(original):
     found, _ = original
     for run in found.runs:
         assert run.region["n"] == 2 * 512  # of each fold
-        assert len(run.region["distances"]["distance"]) == 2 * measures.WALKED
+        assert len(run.region["distances"]["distance"]) == 2 * measures.N_DISTANCES
         assert run.region["space"] == "features"
         assert 0 <= run.region["two_sample"]["auc"] <= 1
-        assert run.picture["classes"] == 10
+        assert run.projection["classes"] == 10
         assert run.region["s"] == (10 if run.loss == "isce:s=10" else None)
     column = dict(zip(found.runs[0].samples.index, found.runs[0].samples.clean, strict=True))
     told = found.runs[0].region["distances"]
@@ -188,14 +179,14 @@ def test_the_inference_region_is_measured_in_every_fold(original):
 def test_where_memory_runs_out_the_region_is_asked_for_in_smaller_batches(most, sizes):
     asked = []
 
-    def ask(batch_size):
+    def measure(batch_size):
         asked.append(batch_size)
         if batch_size is None or batch_size > most:
             raise torch.OutOfMemoryError
         return {"size": batch_size}
 
     with pytest.raises(torch.OutOfMemoryError) if most == 0 else contextlib.nullcontext():
-        assert pipeline._fitting(ask) == {"size": sizes[-1]}
+        assert pipeline._fitting(measure) == {"size": sizes[-1]}
     assert asked == sizes
 
 
@@ -203,25 +194,40 @@ def test_the_same_again_does_no_work(original, copied, monkeypatch):
     def no(*_, **__):
         pytest.fail("the work was done again")
 
-    monkeypatch.setattr(comparing, "fit", no)
-    monkeypatch.setattr("holdfast.evaluation.Cascade._judge", no)
+    monkeypatch.setattr(training, "fit", no)
+    monkeypatch.setattr(training.run_folder, "load", no)
+    monkeypatch.setattr(comparing, "run_job", no)
     again = compare(TINY, copied, command="holdfast compare --tiny")
     assert again.runs == original[0].runs
     assert again.data == original[0].data
 
 
-def test_a_damaged_record_of_the_region_is_measured_again(original, copied):
-    for path in (copied / "runs").glob("*/region-*"):
+def lose_results(out, *more):
+    """Delete every finished result under a comparison's folder, and other files of the cache."""
+    for name in ("result.safetensors", *more):
+        for path in (out / "runs").glob(f"*/evaluation-*/{name}"):
+            path.unlink()
+
+
+def test_a_damaged_result_is_made_again_from_the_caches(original, copied, monkeypatch):
+    for path in (copied / "runs").glob("*/evaluation-*/result.safetensors"):
+        path.write_bytes(path.read_bytes()[:-9])
+    monkeypatch.setattr("holdfast.experiments.pipeline.audit", lambda *_, **__: pytest.fail("audited again"))
+    assert compare(TINY, copied).runs == original[0].runs
+
+
+def test_a_damaged_cache_of_the_region_is_measured_again(original, copied):
+    lose_results(copied)
+    for path in (copied / "runs").glob("*/evaluation-*/region.safetensors"):
         path.write_bytes(path.read_bytes()[:-9])
     for was, run in zip(original[0].runs, compare(TINY, copied).runs, strict=True):
-        assert (run.region, run.picture, run.samples) == (was.region, was.picture, was.samples)
+        assert (run.region, run.projection, run.samples) == (was.region, was.projection, was.samples)
 
 
 def test_what_the_minimal_attack_breaks_counts(copied, original, monkeypatch):
-    for path in (copied / "runs").glob("*/region-*"):
-        path.unlink()
+    lose_results(copied, "region.safetensors")
     with monkeypatch.context() as here:  # it "breaks" each sample at the image itself
-        here.setattr(measures, "smallest", lambda model, x, y, threat, **_: (x, torch.zeros(len(y))))
+        here.setattr(measures, "smallest_perturbation", lambda model, x, y, threat, **_: (x, torch.zeros(len(y))))
         found = compare(TINY, copied).runs
     for was, run in zip(original[0].runs, found, strict=True):
         assert run.stages[-1].broken > 0
@@ -232,23 +238,81 @@ def test_what_the_minimal_attack_breaks_counts(copied, original, monkeypatch):
 
 @pytest.mark.parametrize("votes", [1, 2])
 def test_of_what_the_minimal_attack_breaks_only_what_stood_counts(votes, copied, monkeypatch):
-    model, (one,) = comparing.train_and_attack(job(copied / "run"), quiet)
-    one = dataclasses.replace(one, evaluation=dataclasses.replace(one.evaluation, votes=votes))
-    n = len(one.evaluation.y)
+    model, _, split = train_network(job(copied / "run"))
+    some = split.test.take(slice(0, 60))
+    evaluation = dataclasses.replace(evaluate(model, some, Threat("linf", 0.1), STAGES), votes=votes)
+    n = len(some)
 
-    def everything(model, x, y, *_, keep, **__):
-        keep(torch.arange(n), one.evaluation.x_adv, torch.full((n,), -1.0), y)
+    def everything(model, x, y, *_, on_witnesses, **__):
+        on_witnesses(Witnesses(torch.arange(n), evaluation.x_adv, torch.full((n,), -1.0), y))
         return {"missed": n, "distances": {"index": []}, "passes": {"forwards": 3, "backwards": 2}}
 
     monkeypatch.setattr(pipeline.region, "measure", everything)
-    monkeypatch.setattr(pipeline.region, "picture", lambda *_, **__: {})
-    told = [pipeline.cached_region(one, model, copied / "region", quiet, seed=0) for _ in range(2)]  # made, then read
-    stood = int(one.evaluation.robust.sum())
-    assert 0 < stood < n
-    for found in told:
-        assert found.evaluation.stages[-1].broken == (stood if votes == 1 else 0)
-        assert int(found.evaluation.robust.sum()) == (0 if votes == 1 else stood)
-        assert found.region["missed"] == (0 if votes == 1 else None)
+    monkeypatch.setattr(pipeline.region, "projection", lambda *_, **__: {})
+    survivors = int(evaluation.robust.sum())
+    assert 0 < survivors < n
+    for _ in range(2):  # measured, then read
+        found, measures, _ = pipeline.cached_region(
+            model, some, evaluation, s=None, seed=0, path=copied / "region", key=""
+        )
+        assert found.stages[-1].broken == (survivors if votes == 1 else 0)
+        assert int(found.robust.sum()) == (0 if votes == 1 else survivors)
+        assert measures["missed"] == (0 if votes == 1 else None)
+
+
+def test_what_is_complete_is_skipped_and_the_rest_is_run(original, copied, monkeypatch):
+    """Resume is a visible step: only the network whose result is missing runs, and the count starts at the others."""
+    lost = copied / "runs" / run_folder.folder_name("isce:s=10", 0, 1)
+    (lost / "evaluation-linf0.1" / "result.safetensors").unlink()
+    ran, reports = [], []
+    monkeypatch.setattr(comparing, "run_job", lambda one, progress: (ran.append(one.name), run_job(one, progress)))
+    again = compare(TINY, copied, progress=lambda *report: reports.append(report))
+    assert ran == [lost.name]
+    assert again.runs == original[0].runs
+    ended = [(done, total) for _, what, done, total in reports if what == NETWORK_DONE]
+    assert ended == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert reports[-1][0] == lost.name
+
+
+def test_results_are_read_back_without_a_model(original, monkeypatch):
+    found, out = original
+    monkeypatch.setattr(run_folder.models, "build", lambda *_, **__: pytest.fail("a model was built"))
+    one = TINY.checked().jobs(out)[0]
+    (result,) = stored_results(one, one.cut.load("digits"))
+    assert result.verdict() is not None
+    robust = result.evaluation.robust.int().tolist()
+    assert tuple(robust) == by_loss(found, "sce").samples.robust[: len(robust)]
+
+
+def test_a_result_of_other_weights_is_not_read_back(copied):
+    one, two = TINY.checked().jobs(copied)[:2]
+    shutil.copy(two.folder / "model.safetensors", one.folder / "model.safetensors")
+    assert stored_results(one, one.cut.load("digits")) is None
+
+
+def test_the_audit_waits_for_the_sce_network_of_the_same_seed_and_fold(original, monkeypatch):
+    """Wherever SCE is named, its jobs come first; the others wait for its adversarial examples."""
+    _, out = original
+    checked = dataclasses.replace(TINY, losses=("isce:s=10", "sce")).checked()
+    jobs = checked.jobs(out)
+    assert [comparing._transfer_job(one) for one in jobs if one.loss.text == "sce"] == [None, None]
+    for one in jobs[::2]:
+        sce = comparing._transfer_job(one)
+        assert (sce.loss.text, sce.seed, sce.fold) == ("sce", one.seed, one.fold)
+    sce, split, threat = comparing._transfer_job(jobs[0]), jobs[0].cut.load("digits"), checked.threats[0]
+    waited, ended = [], iter([False, False, True])
+    monkeypatch.setattr(comparing, "_is_evaluated", lambda *_: next(ended))
+    monkeypatch.setattr(comparing.time, "sleep", waited.append)
+    x_adv = comparing._wait_for_x_adv(sce, threat, split, lambda *_: None)
+    assert waited == [comparing.POLL] * 2
+    stored, _ = load_tensors(cache_folder(sce, threat) / "evaluation.safetensors", *(RECORD, RECORD_VERSION))
+    assert torch.equal(x_adv, stored["x_adv"])
+    ran = []
+    monkeypatch.setattr(comparing, "stored_results", lambda *_: None)
+    monkeypatch.setattr(comparing.process_pool, "run", lambda _, jobs, **__: ran.extend(jobs))
+    with pytest.raises(UserError, match="disappeared"):
+        compare(dataclasses.replace(TINY, losses=("isce:s=10", "sce")), out.parent / "another")
+    assert [one.loss.text for one in ran] == ["sce", "sce", "isce:s=10", "isce:s=10"]
 
 
 def test_lost_results_are_assembled_from_what_is_there(original, copied):
@@ -278,15 +342,8 @@ def test_another_comparison_in_the_same_folder_is_refused(change, copied):
 def test_two_workers_find_what_one_finds(parquet, tmp_path):
     """In processes of their own, which a patched suite does not reach: so with "quick"."""
     small = dataclasses.replace(TINY, data=parquet, suite="quick", folds=0)
-    told, ended = [], []
-
-    def tell(*said):
-        told.append(said)
-
-    def finished(job, done, total):
-        ended.append((job.folder.name, done, total))
-
-    two = compare(small, tmp_path / "two", workers=2, tell=tell, finished=finished)
+    reports = []
+    two = compare(small, tmp_path / "two", workers=2, progress=lambda *report: reports.append(report))
     one = compare(small, tmp_path / "one", workers=1)
     for a, b in zip(one.runs, two.runs, strict=True):
         assert a.samples.certified == b.samples.certified
@@ -296,11 +353,11 @@ def test_two_workers_find_what_one_finds(parquet, tmp_path):
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-4)
             else:
                 assert (mine != theirs).float().mean() <= 0.005, column
-    assert [done for _, done, _ in ended] == [1, 2]
-    assert {total for _, _, total in ended} == {2}
-    assert {name for name, *_ in ended} == {path.name for path in (tmp_path / "two" / "runs").iterdir()}
-    assert {job for job, *_ in told} <= {name for name, *_ in ended}
-    assert all(0 < done <= total for _, _, done, total in told)
+    ended = [(job, done, total) for job, what, done, total in reports if what == NETWORK_DONE]
+    assert [(done, total) for _, done, total in ended] == [(1, 2), (2, 2)]
+    assert {job for job, *_ in ended} == {path.name for path in (tmp_path / "two" / "runs").iterdir()}
+    assert {job for job, *_ in reports} == {job for job, *_ in ended}
+    assert all(0 <= done <= total for _, _, done, total in reports)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -326,9 +383,9 @@ def test_seeds_are_networks_of_their_own(tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == 4
 
 
-def test_settings_are_chosen_on_validation_images_and_judged_on_fresh_seeds(tmp_path):
+def test_settings_are_chosen_on_validation_images_and_evaluated_on_fresh_seeds(tmp_path):
     comparison = dataclasses.replace(
-        TINY, losses=("sce",), folds=1, seeds=2, first_seed=3, on="val", fit=dataclasses.replace(FIT, epochs=1)
+        TINY, losses=("sce",), folds=1, seeds=2, first_seed=3, eval_split="val", fit=dataclasses.replace(FIT, epochs=1)
     )
     found = compare(comparison, tmp_path)
     split = load("digits", limit_train=200)
@@ -336,8 +393,8 @@ def test_settings_are_chosen_on_validation_images_and_judged_on_fresh_seeds(tmp_
     assert sorted(found.runs[0].samples.index) == sorted(split.val.index.tolist())
     assert found.data["name"] == "digits, validation images"
     assert all(proof.holds for proof in replay(tmp_path))
-    judged = from_run(next((tmp_path / "runs").iterdir()))  # the same network, judged on its own: on test images
-    assert judged.split.fingerprint == load("digits").fingerprint
+    subject = from_run(next((tmp_path / "runs").iterdir()))  # the same network, evaluated alone: on test images
+    assert subject.split.fingerprint == load("digits").fingerprint
 
 
 # Refusals: before anything is trained, and before the folder is anybody's.
@@ -374,7 +431,7 @@ def test_settings_are_chosen_on_validation_images_and_judged_on_fresh_seeds(tmp_
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(change, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparing, "fit", lambda *_, **__: pytest.fail("a network was trained first"))
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("a network was trained first"))
     with pytest.raises(UserError, match=message):
         compare(dataclasses.replace(TINY, **change), tmp_path / "out")
 
@@ -400,10 +457,10 @@ def test_equal_comparisons_share_a_folder_and_others_do_not():
         assert len(default_out(dataclasses.replace(TINY, threat=text)).parts) == 2
 
 
-# Verify: the witnesses against the networks.
+# Replay: the witnesses against the networks.
 
 
-def test_verify_proves_what_was_claimed(original):
+def test_replay_confirms_the_bounds(original):
     found, out = original
     proofs = replay(out)
     assert [proof.run for proof in proofs] == [f"{run.name}, linf 0.1" for run in found.runs]
@@ -411,9 +468,9 @@ def test_verify_proves_what_was_claimed(original):
         assert proof.holds
         assert proof.failed == 0
         assert proof.bound == pytest.approx(run.robust.value)
-        assert proof.wrong == run.n - sum(run.samples.clean)
+        assert proof.misclassified == run.n - sum(run.samples.clean)
         assert proof.broken == sum(stage >= 0 for stage in run.samples.stage)
-    assert [(p.wrong, p.broken) for p in replay(out, batch_size=77)] == [(p.wrong, p.broken) for p in proofs]
+    assert replay(out, batch_size=77) == proofs
 
 
 def test_a_folder_that_was_moved_still_proves_itself(copied, tmp_path, monkeypatch):
@@ -549,44 +606,41 @@ def job(folder, loss="sce", epochs=1, seed=0, fold=0, **change):
     comparison = dataclasses.replace(
         TINY, losses=(loss,), fit=dataclasses.replace(FIT, epochs=epochs), **change
     ).checked()  # fmt: skip
-    return Job(comparison, loss, seed, fold, folder, "cpu")
-
-
-def quiet(*_):
-    pass
+    return Job(comparison, comparison.loss_specs[0], seed, fold, folder)
 
 
 @pytest.mark.parametrize("row", ["isce:s=attack+adversarial:steps=2", "isce:s=lipschitz@orthogonal+lipmlp:width=16",
-                                 "sce+trades:steps=2+fit:epochs=1,keep=best"])  # fmt: skip
+                                 "sce+trades:steps=2+fit:epochs=1,checkpoint=best"])  # fmt: skip
 def test_a_row_with_an_objective_of_its_own_is_trained_once_and_opened_again(row, tmp_path, monkeypatch):
     one = job(tmp_path / "run", loss=row)
-    model, trained, _ = train_one(one, quiet)
-    monkeypatch.setattr(comparing, "fit", lambda *_, **__: pytest.fail("trained again"))
-    again, same, _ = train_one(one, quiet)
+    model, trained, _ = train_network(one)
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("trained again"))
+    again, same, _ = train_network(one)
     assert same == trained
     assert run_folder.weights_hash(again) == run_folder.weights_hash(model)
+    assert run_folder.stored_weights_hash(one.folder) == run_folder.weights_hash(model)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all("val_robust" in line for line in lines)
 
 
 def test_a_finished_run_folder_is_not_handed_out_for_another_job(tmp_path):
     """Asked for another loss, seed, fold or schedule, the folder of a finished run is refused, not returned."""
-    train_one(job(tmp_path / "run"), quiet)
+    train_network(job(tmp_path / "run"))
     changes = [{"loss": "mmc"}, {"epochs": 2}, {"seed": 1}, {"fold": 1}, {"limit_train": 100}, {"model": "mlp"}]
     for change in changes:
         with pytest.raises(UserError, match="another configuration"):
-            train_one(job(tmp_path / "run", **change), quiet)
-    train_one(job(tmp_path / "run"), quiet)
+            train_network(job(tmp_path / "run", **change))
+    train_network(job(tmp_path / "run"))
 
 
 def test_an_evaluation_of_other_weights_is_not_handed_out(tmp_path):
     """The run was trained anew in the same place: what is recorded in --out belongs to the weights that are gone."""
     run, out = tmp_path / "run", tmp_path / "evaluation"
-    train_one(job(run, epochs=2), quiet)
+    train_network(job(run, epochs=2))
     first = evaluate_run(run, "linf:0.1", "tiny", out)
     assert evaluate_run(run, "linf:0.1", "tiny", out).runs[0].samples == first.runs[0].samples
     shutil.rmtree(run)
-    train_one(job(run, epochs=2, seed=5), quiet)
+    train_network(job(run, epochs=2, seed=5))
     try:
         second = evaluate_run(run, "linf:0.1", "tiny", out)
     except UserError:
@@ -616,7 +670,7 @@ def test_a_larger_eps_leaves_less(original, tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_refused(original, tmp_path):
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         evaluate_run(original[1] / "runs", "linf:0.1", "tiny", tmp_path / "one")
     with pytest.raises(UserError):
         evaluate_run(original[1], "linf:0.1", "tiny", tmp_path / "two")  # the comparison's folder, not a run's

@@ -1,7 +1,8 @@
 """The networks that the trust checks are calibrated on: honest ones set thresholds, others count false alarms.
 
 Each network is a run folder under out/calibration/, so a build that was stopped goes on, and a finished one is loaded.
-``python tests/faults/calibration_nets.py`` builds them all: digits, and MNIST where HOLDFAST_MNIST names its parquet folder.
+``python tests/faults/calibration_nets.py`` builds them all: digits, and MNIST where HOLDFAST_MNIST names
+its parquet folder.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from rich import progress as bars
 from torch import nn
 
 from holdfast.data import Split
-from holdfast.experiments import loss_spec
-from holdfast.experiments.compare import Comparison, Job, train_one
+from holdfast.experiments.config import Comparison, Job
 from holdfast.experiments.recipes import fit_for
+from holdfast.experiments.training import train_network
 from holdfast.losses import Loss
-from holdfast.process_pool import Progress
+from holdfast.progress import Progress, silent
 from holdfast.threat import Threat
 from holdfast.train import FitConfig
 
@@ -126,18 +127,15 @@ def job(plan: Plan, data: str = "digits") -> Job:
         limit_train=0 if small else 5000,
         fit=replace(fit, weight_decay=plan.weight_decay),
     )
-    return Job(comparison.checked(), plan.loss, plan.seed, 0, FOLDER / data / plan.name, "cpu")
+    checked = comparison.checked()
+    return Job(checked, checked.loss_specs[0], plan.seed, 0, FOLDER / data / plan.name)
 
 
-def _quiet(name: str, what: str, done: int, total: int) -> None:
-    pass
-
-
-def network(plan: Plan, data: str = "digits", tell: Progress = _quiet) -> Net:
+def network(plan: Plan, data: str = "digits", progress: Progress = silent) -> Net:
     """Train the network, or load it if that is done."""
-    model, _, split = train_one(job(plan, data), tell)
-    loss = loss_spec.parse(plan.loss).loss
-    return Net(plan.name, model.eval(), split, Threat.parse(plan.threat), loss, plan.honest, plan.role)
+    wanted = job(plan, data)
+    model, _, split = train_network(wanted, progress=progress)
+    return Net(plan.name, model.eval(), split, Threat.parse(plan.threat), wanted.loss.loss, plan.honest, plan.role)
 
 
 def networks(kind: str, data: str = "digits") -> list[Net]:
@@ -163,10 +161,10 @@ def main() -> None:
         for data, plan in todo:
             progress.reset(one, description=f"{data} {plan.name}")
 
-            def tell(name: str, what: str, done: int, total: int) -> None:
+            def report(what: str, done: int, total: int) -> None:
                 progress.update(one, completed=done, total=total)
 
-            network(plan, data, tell)
+            network(plan, data, report)
             progress.advance(whole)
 
 

@@ -122,7 +122,7 @@ def test_a_success_is_preferred_to_a_higher_loss():
     assert len(seen) < len(walk)  # once fooled, it goes no further; and if it did:
     worst = MostAdversarial(x, y)
     for point in walk:
-        worst.see(torch.tensor([0]), point, model(point).logits)
+        worst.update(torch.tensor([0]), point, model(point).logits)
     assert wrong(model, worst.x, y).all()
 
 

@@ -313,7 +313,7 @@ def test_any_batch_size(n, tmp_path):
     """A file of fixed batch size answers others, as its own size would one by one."""
     model = small(n, softmax=False)
     net = load_onnx(saved(model, tmp_path))
-    assert net.batching == ("as written" if n is None else "rescaled")
+    assert net.batching == ("as exported" if n is None else "rescaled")
     for count in (1, 2, 3, 5):
         x = noise(count, 1, 8, 8, seed=count)
         padded = np.concatenate([x, x[-1:]]) if n == 2 and count % 2 else x
@@ -333,7 +333,7 @@ def test_a_batch_that_cannot_be_rescaled_goes_in_pieces(tmp_path):
         helper.make_node("Tanh", ["v"], ["y"]),
     ]
     net = load_onnx(saved(build(nodes, (1, 2, 3, 3), {"s": ints(2, 9), "whole": ints(1, 18)}), tmp_path))
-    assert net.batching == "pieces"
+    assert net.batching == "chunks"
     x = torch.from_numpy(noise(3, 2, 3, 3)).requires_grad_()
     found = net(x)
     torch.testing.assert_close(found, torch.cat([net(one[None]) for one in x]))
@@ -366,10 +366,10 @@ def test_a_last_softmax_is_left_out(tail, opset, tmp_path):
         nodes, ("n", 6), {"w": noise(6, 3), "b": noise(3), **({"s": ints(-1, 3)} if tail == "Reshape" else {})}, opset
     )
     net, x = load_onnx(saved(model, tmp_path)), noise(4, 6)
-    assert (net.ends_in, net.stripped) == ("Softmax", True)
+    assert (net.last_operator, net.softmax_removed) == ("Softmax", True)
     np.testing.assert_allclose(torch.softmax(net(torch.from_numpy(x)), 1).numpy(), truth(model, x), atol=1e-6)
     kept, _ = agrees(model, tmp_path, x)
-    assert (kept.ends_in, kept.stripped) == ("Softmax", False)
+    assert (kept.last_operator, kept.softmax_removed) == ("Softmax", False)
 
 
 def test_weights_are_buffers(tmp_path):
@@ -550,4 +550,4 @@ def test_real_architectures(path, tmp_path):
     (grad,) = torch.autograd.grad(z.square().sum(), leaf)
     assert grad.isfinite().all()
     assert grad.abs().max() > 0
-    assert net.batching in ("as written", "rescaled")
+    assert net.batching in ("as exported", "rescaled")

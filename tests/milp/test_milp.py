@@ -529,7 +529,9 @@ def test_no_attack_exceeds_the_worst_logit_differences_of_a_trained_network(name
     _, x, y, threat = samples(truth, split)
     x, y, noise = x[:2], y[:2], Noise(3, torch.arange(2))
     layers = layers_of(truth.model)
-    x_adv = ATTACKS["pgd"].attack(truth.model, x, y, threat, score=negative_margin, noise=noise, steps=50, keep="last")
+    x_adv = ATTACKS["pgd"].attack(
+        truth.model, x, y, threat, score=negative_margin, noise=noise, steps=50, iterate="last"
+    )
     reached = negative_margin(truth.model(x_adv).logits, y).double()
     found = maximize(layers, x, y, threat, start=[x_adv])
     low, high = widest(found, y)

@@ -21,6 +21,7 @@ from holdfast.region import (
     auc,
     choose,
     class_centers,
+    fraction_within,
     frechet,
     input_margin,
     local_lipschitz,
@@ -29,13 +30,12 @@ from holdfast.region import (
     merge,
     mmd2,
     movement,
-    picture,
     plane,
+    projection,
     reliability,
     scatter_ratio,
-    share_within,
     shrunk_covariance,
-    smallest,
+    smallest_perturbation,
 )
 from holdfast.threat import NORMS, Threat
 
@@ -81,7 +81,7 @@ def test_first_order_margin_without_a_gradient():
 @pytest.mark.parametrize("dim", [2, 12])
 def test_the_distance_of_a_linear_model_is_found(norm, dim):
     line, threat = Line(dim), Threat(norm, 0.1, -9, 9)
-    nearest, size = smallest(line, line.x, line.y, threat)
+    nearest, size = smallest_perturbation(line, line.x, line.y, threat)
     exact = line.distance(threat)
     assert (size >= exact * (1 - 1e-5)).all()
     assert (size <= exact * 1.02).all()
@@ -93,7 +93,7 @@ def test_a_walk_that_ends_on_the_boundary_itself_is_no_dead_end():
     def model(x):
         return torch.stack([x[:, 0], 1 - x[:, 0]], 1)  # 0.8 - 0.3 is 0.5 to the last bit, where the first logit wins
 
-    _, size = smallest(model, torch.tensor([[0.8]]), torch.tensor([0]), Threat("linf", 0.01))
+    _, size = smallest_perturbation(model, torch.tensor([[0.8]]), torch.tensor([0]), Threat("linf", 0.01))
     assert float(size) == pytest.approx(0.3, abs=1e-3)
 
 
@@ -101,13 +101,13 @@ def test_distance_takes_what_was_found_before_and_nothing_else():
     line, threat = Line(5), Threat("l2", 0.1, -9, 9)
     x_adv = torch.where((torch.arange(50) % 2 == 0)[:, None], -line.x, line.x)  # the even ones fool, and are far
     stuck = lambda x: line(x.detach())  # noqa: E731 - no gradient: FMN finds nothing
-    nearest, size = smallest(stuck, line.x, line.y, threat, x_adv=x_adv)
+    nearest, size = smallest_perturbation(stuck, line.x, line.y, threat, x_adv=x_adv)
     assert torch.equal(nearest, x_adv)
     assert torch.allclose(size[::2], 2 * line.x[::2].norm(dim=1))
     assert size[1::2].isinf().all()
-    better = smallest(line, line.x, line.y, threat, x_adv=x_adv)[1]
+    better = smallest_perturbation(line, line.x, line.y, threat, x_adv=x_adv)[1]
     assert (better <= line.distance(threat) * 1.02).all()  # a far one found before does not hide a near one
-    wrong = smallest(line, line.x, 1 - line.y, threat)[1]
+    wrong = smallest_perturbation(line, line.x, 1 - line.y, threat)[1]
     assert not wrong.any()
 
 
@@ -129,8 +129,8 @@ def test_the_slope_is_looked_for_in_the_ball():
 
 
 def test_share_within():
-    assert share_within(torch.tensor([-0.1, 0.0, 0.1, 3.0, 3.1]), 3.0) == pytest.approx(0.4)
-    assert share_within(torch.zeros(0), 3.0) == 0.0
+    assert fraction_within(torch.tensor([-0.1, 0.0, 0.1, 3.0, 3.1]), 3.0) == pytest.approx(0.4)
+    assert fraction_within(torch.zeros(0), 3.0) == 0.0
 
 
 # -------------------------------------------------------------------------------------------------------- distributions
@@ -248,15 +248,15 @@ def test_movement_by_hand():
     h = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 9.0], [0.0, 11.0]])
     y = torch.tensor([3, 3, 5, 5])  # centers (0, 0) and (0, 10)
     h_adv = h + torch.tensor([[1.0, 8.0], [0.0, 0.0], [0.0, 0.0], [3.0, -1.0]])
-    told = movement(h, h_adv, y)
-    assert torch.allclose(told.moved, torch.tensor([65**0.5, 0, 0, 10**0.5]))
-    assert torch.allclose(told.relative, told.moved / 10)
-    assert torch.allclose(told.own_before, torch.tensor([1.0, 1, 1, 1]))
-    assert torch.allclose(told.own_after, torch.tensor([8.0, 1, 1, 3]))
-    assert torch.allclose(told.other_before, torch.tensor([101**0.5, 101**0.5, 9, 11]))
-    assert torch.allclose(told.other_after, torch.tensor([2, 101**0.5, 9, 109**0.5]))
-    assert told.strayed_after.tolist() == [True, False, False, False]
-    assert not told.strayed_before.any()
+    result = movement(h, h_adv, y)
+    assert torch.allclose(result.moved, torch.tensor([65**0.5, 0, 0, 10**0.5]))
+    assert torch.allclose(result.relative, result.moved / 10)
+    assert torch.allclose(result.own_before, torch.tensor([1.0, 1, 1, 1]))
+    assert torch.allclose(result.own_after, torch.tensor([8.0, 1, 1, 3]))
+    assert torch.allclose(result.other_before, torch.tensor([101**0.5, 101**0.5, 9, 11]))
+    assert torch.allclose(result.other_after, torch.tensor([2, 101**0.5, 9, 109**0.5]))
+    assert result.strayed_after.tolist() == [True, False, False, False]
+    assert not result.strayed_before.any()
 
 
 def test_class_centers():
@@ -276,9 +276,9 @@ def binary(confidence, right):
 
 
 def test_calibrated_predictions_have_no_error():
-    told = reliability(*binary([0.75] * 4 + [0.9] * 10, [True] * 3 + [False] + [True] * 9 + [False]))
-    assert told["ece"] == pytest.approx(0, abs=1e-12)
-    assert told["brier"] == pytest.approx(2 * (4 * 0.75 * 0.25 + 10 * 0.9 * 0.1) / 14)  # 2 p (1 - p)
+    result = reliability(*binary([0.75] * 4 + [0.9] * 10, [True] * 3 + [False] + [True] * 9 + [False]))
+    assert result["ece"] == pytest.approx(0, abs=1e-12)
+    assert result["brier"] == pytest.approx(2 * (4 * 0.75 * 0.25 + 10 * 0.9 * 0.1) / 14)  # 2 p (1 - p)
     p = torch.softmax(2 * draw(40_000, 4, seed=1), 1)
     y = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0]
     drawn = reliability(p.log(), y)
@@ -287,14 +287,14 @@ def test_calibrated_predictions_have_no_error():
 
 
 def test_overconfident_predictions():
-    told = reliability(*binary([0.95] * 100, [True] * 60 + [False] * 40))
-    assert told["ece"] == pytest.approx(0.35)
-    assert told["brier"] == pytest.approx(2 * (0.6 * 0.05**2 + 0.4 * 0.95**2))
-    assert told["nll"] == pytest.approx(-0.6 * math.log(0.95) - 0.4 * math.log(0.05))
-    (bin_,) = [b for b, n in enumerate(told["bins"]["n"]) if n]
+    result = reliability(*binary([0.95] * 100, [True] * 60 + [False] * 40))
+    assert result["ece"] == pytest.approx(0.35)
+    assert result["brier"] == pytest.approx(2 * (0.6 * 0.05**2 + 0.4 * 0.95**2))
+    assert result["nll"] == pytest.approx(-0.6 * math.log(0.95) - 0.4 * math.log(0.05))
+    (bin_,) = [b for b, n in enumerate(result["bins"]["n"]) if n]
     assert bin_ == 14
-    assert (told["bins"]["n"][14], told["bins"]["accuracy"][14]) == (100, pytest.approx(0.6))
-    assert told["bins"]["confidence"][:14] == [None] * 14
+    assert (result["bins"]["n"][14], result["bins"]["accuracy"][14]) == (100, pytest.approx(0.6))
+    assert result["bins"]["confidence"][:14] == [None] * 14
 
 
 def test_a_confidence_on_a_border_is_in_the_lower_bin():
@@ -302,8 +302,8 @@ def test_a_confidence_on_a_border_is_in_the_lower_bin():
 
 
 def test_calibration_of_huge_logits_is_a_number():
-    told = reliability(torch.tensor([[1e4, 0.0], [1e4, 0.0]]), torch.tensor([0, 1]))
-    assert (told["ece"], told["brier"], told["nll"]) == (0.5, 1.0, 5000.0)
+    result = reliability(torch.tensor([[1e4, 0.0], [1e4, 0.0]]), torch.tensor([0, 1]))
+    assert (result["ece"], result["brier"], result["nll"]) == (0.5, 1.0, 5000.0)
 
 
 # ---------------------------------------------------------------------------------------------------- what is looked at
@@ -353,37 +353,43 @@ def everything(value):
         yield value
 
 
-def is_json(told, most=120_000):
-    text = json.dumps(told, allow_nan=False)  # raises for NaN and infinity
-    assert json.loads(text) == told
-    assert {type(value) for value in everything(told)} <= {int, float, str, bool, type(None)}
+def is_json(result, most=120_000):
+    text = json.dumps(result, allow_nan=False)  # raises for NaN and infinity
+    assert json.loads(text) == result
+    assert {type(value) for value in everything(result)} <= {int, float, str, bool, type(None)}
     return len(text) < most
 
 
 def test_measure_of_a_linear_network(linear):
     model, x, y, x_adv, threat = linear
-    told = measure(model, x, y, x_adv, threat, s=0.1)
-    assert is_json(told)
-    assert (told["n"], told["right"], told["not_finite"], told["missed"]) == (120, 120, 0, 0)
-    assert (told["space"], told["dim"], told["norm"], told["eps"], told["s"]) == ("features", 6, "linf", 0.02, 0.1)
+    result = measure(model, x, y, x_adv, threat, s=0.1)
+    assert is_json(result)
+    assert (result["n"], result["right"], result["not_finite"], result["missed"]) == (120, 120, 0, 0)
+    assert (result["space"], result["dim"], result["norm"], result["eps"], result["s"]) == (
+        "features",
+        6,
+        "linf",
+        0.02,
+        0.1,
+    )
     with torch.no_grad():
         margin, margin_adv = ((out.logits[:, 0] - out.logits[:, 1]) * torch.where(y == 0, 1, -1) for out in (
             model(x), model(x_adv)
         ))  # fmt: skip
         slope = float((model.head.linear.weight[0] - model.head.linear.weight[1]).abs().sum())
-    assert told["lipschitz"]["q10"] == pytest.approx(slope, rel=1e-4) == told["lipschitz"]["q90"]
+    assert result["lipschitz"]["q10"] == pytest.approx(slope, rel=1e-4) == result["lipschitz"]["q90"]
     middle = float(margin.quantile(0.5, interpolation="nearest"))
-    assert told["margin"]["median"] == pytest.approx(middle, rel=1e-4)
-    assert told["input_margin"]["median"] == pytest.approx(middle / slope, rel=1e-4)
-    assert told["distance"]["median"] == pytest.approx(middle / slope, rel=2e-3)
+    assert result["margin"]["median"] == pytest.approx(middle, rel=1e-4)
+    assert result["input_margin"]["median"] == pytest.approx(middle / slope, rel=1e-4)
+    assert result["distance"]["median"] == pytest.approx(middle / slope, rel=2e-3)
     for key, values in (("inference_region", margin), ("inference_region_adv", margin_adv)):
         expected = float(((values > 0) & (values <= 0.1)).double().mean())
         assert 0 < expected < 1
-        assert told[key] == pytest.approx(expected, abs=1e-5)
-    found = dict(zip(told["distances"]["index"], told["distances"]["distance"], strict=True))
+        assert result[key] == pytest.approx(expected, abs=1e-5)
+    found = dict(zip(result["distances"]["index"], result["distances"]["distance"], strict=True))
     assert found == pytest.approx({i: float(margin[i]) / slope for i in range(120)}, rel=2e-3)
-    assert told["movement"]["moved"]["q90"] == pytest.approx(0.02 * 6**0.5, rel=1e-4)  # features are the pixels
-    assert sum(told["passes"].values()) == 3 * 120 + 2 * (50 + 10) * 120
+    assert result["movement"]["moved"]["q90"] == pytest.approx(0.02 * 6**0.5, rel=1e-4)  # features are the pixels
+    assert sum(result["passes"].values()) == 3 * 120 + 2 * (50 + 10) * 120
 
 
 def test_of_what_is_wrong_already_there_is_no_twin():
@@ -393,23 +399,23 @@ def test_of_what_is_wrong_already_there_is_no_twin():
 
     x = torch.linspace(0.05, 0.95, 40).view(-1, 1, 1, 1)
     x_adv = torch.where(x > 0.5, x - 0.01, x)
-    told = measure(model, x, torch.zeros(40).long(), x_adv, Threat("linf", 0.01))
-    assert (told["n"], told["right"], told["per_class"]["n"]) == (40, 20, [20, 0])
-    assert told["lipschitz"] == dict.fromkeys(told["lipschitz"], 10.0)
-    assert told["movement"]["moved"]["q10"] == told["movement"]["moved"]["q90"] == pytest.approx(0.01, rel=1e-3)
-    assert told["input_margin"]["q10"] > 0 > told["margin"]["q10"]
-    assert sorted(told["distances"]["distance"])[:21].count(0.0) == 20
+    result = measure(model, x, torch.zeros(40).long(), x_adv, Threat("linf", 0.01))
+    assert (result["n"], result["right"], result["per_class"]["n"]) == (40, 20, [20, 0])
+    assert result["lipschitz"] == dict.fromkeys(result["lipschitz"], 10.0)
+    assert result["movement"]["moved"]["q10"] == result["movement"]["moved"]["q90"] == pytest.approx(0.01, rel=1e-3)
+    assert result["input_margin"]["q10"] > 0 > result["margin"]["q10"]
+    assert sorted(result["distances"]["distance"])[:21].count(0.0) == 20
 
 
 def test_the_curve_that_distances_make_is_the_accuracy_under_attack(linear):
     model, x, y, x_adv, threat = linear
-    told = measure(model, x, y, x_adv, threat)
+    result = measure(model, x, y, x_adv, threat)
     for eps in (0.005, 0.02, 0.06):
         line = model.head.linear
         slope = (line.weight[0] - line.weight[1]).abs().sum()
         with torch.no_grad():
             stands = (model(x).logits[:, 0] - model(x).logits[:, 1]).abs() > eps * slope
-        curve = np.mean([d is None or d > eps for d in told["distances"]["distance"]])
+        curve = np.mean([d is None or d > eps for d in result["distances"]["distance"]])
         assert curve == pytest.approx(float(stands.float().mean()), abs=0.01)
 
 
@@ -417,19 +423,28 @@ def test_measure_is_the_same_every_time_and_in_every_batch(digits):
     model, x, y = digits
     x_adv = (x + 0.1 * (x < 0.5)).clamp(0, 1)
     threat = Threat("linf", 0.1)
-    told = measure(model, x, y, x_adv, threat, s=1.0, steps=10)
-    assert told == measure(model, x, y, x_adv, threat, s=1.0, steps=10)
-    assert told["space"] == "logits"
-    assert told["dim"] == 10
+    result = measure(model, x, y, x_adv, threat, s=1.0, steps=10)
+    assert result == measure(model, x, y, x_adv, threat, s=1.0, steps=10)
+    assert result["space"] == "logits"
+    assert result["dim"] == 10
     split = measure(model, x, y, x_adv, threat, s=1.0, steps=10, batch_size=7)
-    assert split["distances"]["distance"] == pytest.approx(told["distances"]["distance"], rel=0.05)
-    assert split["two_sample"]["auc"] == pytest.approx(told["two_sample"]["auc"], abs=1e-3)
-    few = measure(model, x, y, x_adv, threat, most=15, steps=10)
+    assert split["distances"]["distance"] == pytest.approx(result["distances"]["distance"], rel=0.05)
+    assert split["two_sample"]["auc"] == pytest.approx(result["two_sample"]["auc"], abs=1e-3)
+    few = measure(model, x, y, x_adv, threat, limit=15, steps=10)
     assert few["n"] == 15
-    assert few["distances"]["index"] == told["distances"]["index"][:15]
+    assert few["distances"]["index"] == result["distances"]["index"][:15]
     numbered = measure(model, x, y, x_adv, threat, index=torch.arange(len(y)) + 500, steps=10)
     assert min(numbered["distances"]["index"]) == 500
     assert numbered["inference_region"] is None
+
+
+def test_measure_reports_its_progress(linear):
+    model, x, y, x_adv, threat = linear
+    reports = []
+    measure(model, x, y, x_adv, threat, steps=2, batch_size=50, progress=lambda *report: reports.append(report))
+    assert reports == [
+        (f"measuring {what}", done, 120) for what in ("features", "distances") for done in (50, 100, 120)
+    ]
 
 
 def test_measure_leaves_the_network_as_it_was(linear):
@@ -447,10 +462,10 @@ def test_what_the_evaluation_missed_is_counted(linear):
         falls = int((model(x_adv).logits.argmax(1) != y).sum())
     assert 0 < falls < 120
     kept = []  # x_adv = x: the evaluation has found nothing at all
-    told = measure(model, x, y, x, threat, keep=lambda *found: kept.append(found))
-    assert abs(told["missed"] - falls) <= 1
+    result = measure(model, x, y, x, threat, on_witnesses=kept.append)
+    assert abs(result["missed"] - falls) <= 1
     (rows, points, margin, prediction), *more = kept
-    assert (len(rows), more) == (told["missed"], [])
+    assert (len(rows), more) == (result["missed"], [])
     assert bool((threat.violation(points, x[rows]) == 0).all())
     with torch.no_grad():
         logits = model(points).logits
@@ -507,22 +522,22 @@ def test_degenerate_input_gives_no_odd_numbers(kind, labels, attacked):
     if labels == "one sample":
         x, y = x[:1], y[:1]
     x_adv = 1 - x if attacked else x
-    told = measure(model, x, y, x_adv, Threat("l2", 3.0), s=0.5, steps=3)
-    assert is_json(told)
-    assert is_json(merge([told, told]))
+    result = measure(model, x, y, x_adv, Threat("l2", 3.0), s=0.5, steps=3)
+    assert is_json(result)
+    assert is_json(merge([result, result]))
     usual = measure(Odd("plain"), x, y, x_adv, Threat("l2", 3.0), steps=1)
-    assert set(keys_of(told)) == set(keys_of(usual))
-    drawn = picture(model, x, y, x_adv, s=0.5, grid=5)
+    assert set(keys_of(result)) == set(keys_of(usual))
+    drawn = projection(model, x, y, x_adv, s=0.5, grid=5)
     assert is_json(drawn)
     if kind == "nan":
-        assert told["not_finite"] > 0 or labels == "one sample"
-    if not attacked and told["right"] >= 10:
-        assert told["two_sample"]["mmd2"] == 0.0
-        assert told["two_sample"]["auc"] == 0.5
+        assert result["not_finite"] > 0 or labels == "one sample"
+    if not attacked and result["right"] >= 10:
+        assert result["two_sample"]["mmd2"] == 0.0
+        assert result["two_sample"]["auc"] == 0.5
 
 
-def keys_of(told, path=""):
-    for key, value in told.items():
+def keys_of(result, path=""):
+    for key, value in result.items():
         yield f"{path}/{key}"
         if isinstance(value, dict) and key not in ("clean", "adv"):
             yield from keys_of(value, f"{path}/{key}")
@@ -553,7 +568,7 @@ def test_merged_networks(linear):
     assert both["per_class"]["n"] == y.bincount().tolist()
 
 
-# -------------------------------------------------------------------------------------------------------------- picture
+# ----------------------------------------------------------------------------------------------------------- projection
 
 
 def test_the_plane_goes_through_the_centers():
@@ -579,7 +594,7 @@ def test_the_plane_shows_what_the_head_decides(head):
     model.logit_scale = 2.0
     x = draw(60, 1, 3, 3, seed=1).sigmoid().float()
     y = torch.arange(60) % 4
-    drawn = picture(model, x, y, x.flip(3), s=1.0, most=40, grid=9)
+    drawn = projection(model, x, y, x.flip(3), s=1.0, limit=40, grid=9)
     assert is_json(drawn)
     assert (drawn["exact"], drawn["space"], drawn["classes"], drawn["s"]) == (False, "features", 4, 1.0)
     assert 0 < drawn["explained"] < 1
@@ -606,9 +621,9 @@ def test_the_plane_shows_what_the_head_decides(head):
     assert grid["margin"][2][6] == pytest.approx(float(top.values[0] - top.values[1]), rel=2e-2, abs=1e-3)
 
 
-def test_a_picture_of_a_model_of_another_make(digits):
+def test_the_projection_of_a_model_of_another_make(digits):
     model, x, y = digits
-    drawn = picture(model, x, y, x, grid=7)
+    drawn = projection(model, x, y, x, grid=7)
     assert drawn["space"] == "logits"  # whose plane needs no head
     at = np.array([(u, v) for v in drawn["grid"]["up"] for u in drawn["grid"]["across"]])
     rows = choose(y, torch.arange(len(y)), 200, 0)
@@ -616,7 +631,7 @@ def test_a_picture_of_a_model_of_another_make(digits):
         origin, axes, _ = plane(model(x[rows]).double(), y[rows])
     decided = (origin.numpy() + at @ axes.numpy()).argmax(1)
     assert (decided.reshape(7, 7) == np.array(drawn["grid"]["prediction"])).mean() > 0.9  # four digits of a coordinate
-    hidden = picture(lambda images: Outputs(model(images), images.flatten(1)), x, y, x)
+    hidden = projection(lambda images: Outputs(model(images), images.flatten(1)), x, y, x)
     assert hidden["space"] == "features"
     assert hidden["grid"] is None
 
@@ -628,9 +643,9 @@ def test_a_head_that_does_not_read_its_features_is_not_drawn():
 
     model = models.build("mlp:width=8", (1, 2, 2), 2)
     x, y = draw(30, 1, 2, 2).sigmoid().float(), torch.arange(30) % 2
-    assert picture(model, x, y, x)["grid"] is not None
+    assert projection(model, x, y, x)["grid"] is not None
     model.head = Twice(8, 2)
-    assert picture(model, x, y, x)["grid"] is None
+    assert projection(model, x, y, x)["grid"] is None
 
 
 def test_images_of_two_values_are_drawn_as_they_are():
@@ -638,7 +653,7 @@ def test_images_of_two_values_are_drawn_as_they_are():
     model = models.build("mlp:width=8", split.shape, 2, seed=0)
     x, y = data.pixels(split.test.x), split.test.y
     x_adv = (x + 0.05).clamp(0, 1)
-    drawn = picture(model, x, y, x_adv, s=0.5, grid=61)
+    drawn = projection(model, x, y, x_adv, s=0.5, grid=61)
     assert is_json(drawn)
     assert drawn["exact"] is True
     assert drawn["space"] == "pixels"

@@ -8,8 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from tests.report.test_report import EVIL
-from tests.results.test_results import make_results, make_run
+from tests.results.factory import EVIL, make_results, make_run
 
 from holdfast import report
 from holdfast import results as R
@@ -46,7 +45,7 @@ def test_the_page_opens_from_disk_and_asks_for_nothing(tmp_path):
     assert console == []
     assert asked == set()
     text = words(dom)
-    assert "isce:s=100: published 79.0% but at most 19.5% is true." in text
+    assert "isce:s=100: PGD-50 reports 79.0%, but robust accuracy is at most 19.5%." in text
     body = re.search(r'<table class="main.*?</table>', dom, re.S)[0]
     for row in R.rows(make_results()):
         assert row.label in words(body)

@@ -10,13 +10,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from tests.results.test_results import THREAT, make_results, make_run, proved
+from tests.results.factory import EVIL, THREAT, make_results, make_run, proved
 
 from holdfast import report
 from holdfast import results as R
 from holdfast.errors import UserError
-
-EVIL = "<script>alert(1)</script>\"'&--><b>"
 
 
 class Page(HTMLParser):
@@ -62,7 +60,7 @@ def test_the_numbers_are_the_datas(page):
             assert R.percent(i.value) in page.text
         assert row.verdict in page.text
     assert "≤ 41.0" in page.text
-    assert "isce:s=100: published 79.0% but at most 19.5% is true." in page.text
+    assert "isce:s=100: PGD-50 reports 79.0%, but robust accuracy is at most 19.5%." in page.text
     assert "Most robust: isce:s=4.6, at most 41.0% (95% interval 34.1 to 48.2)." in page.text
     beyond = np.mean(np.array(results.runs[1].samples.margin) > 24 * np.log(2))
     assert f"{R.percent(beyond)}% beyond 16.6" in page.text
@@ -82,18 +80,18 @@ def test_the_numbers_are_the_datas(page):
 
 def test_every_section_is_there(page):
     for heading in (
-        "Clean, published, robust",
-        "Which stage broke how many",
+        "Clean, PGD-50, robust",
+        "Samples broken by each stage",
         "Margins and the float32 dead zone",
         "Class by class",
-        "What breaks them",
-        "Is the difference more than chance?",
+        "Adversarial examples",
+        "Statistical comparison",
         "Run by run",
-        "To reproduce",
+        "Reproduce",
     ):
         assert heading in page.text
     assert page.tags.count("svg") == 3
-    assert re.search(r"was \d, becomes \d", page.text)
+    assert re.search(r"\d → \d", page.text)
 
 
 def test_it_asks_nothing_of_the_network(page):
@@ -155,14 +153,14 @@ def test_figures_are_files(tmp_path):
 def test_several_seeds_are_compared_by_pairs_of_seeds(tmp_path):
     robust = {"sce": (0.38, 0.36, 0.40), "isce:s=1": (0.30, 0.31, 0.33), "mmc": (0.38, 0.36, 0.40)}
     results = make_results([make_run(k, seed=s, robust=v) for k, vs in robust.items() for s, v in enumerate(vs)])
-    first, second = report.compare(results)
+    first, second = report.compare_rows(results)
     expected = R.paired_t(robust["isce:s=1"], robust["sce"])
     assert first.p == pytest.approx(expected.p)
     assert first.p_holm == pytest.approx(2 * expected.p)
     assert (first.low, first.high) == pytest.approx((expected.low, expected.high))
     assert (second.difference, second.p_holm) == (0.0, 1.0)
     page = Page(report.render(results, tmp_path / "r.html"))
-    assert "paired t over 3 seeds; fewer than the 8 a claim needs" in page.text
+    assert "paired t over 3 seeds; fewer than the 8 that a claim needs" in page.text
     assert "mean and 95% t interval over 3 seeds" in page.text
     assert f"{100 * expected.difference:+.1f}".replace("-", "−") in page.text
 
@@ -170,10 +168,10 @@ def test_several_seeds_are_compared_by_pairs_of_seeds(tmp_path):
 def test_one_seed_is_compared_on_the_same_samples():
     results = make_results()
     a, b = results.runs[0].samples.robust, results.runs[1].samples.robust
-    first = report.compare(results)[0]
+    first = report.compare_rows(results)[0]
     assert first.p == R.mcnemar(b, a)
     assert first.difference == pytest.approx((sum(b) - sum(a)) / 200)
-    assert [c.p_holm for c in report.compare(results)] == R.holm([c.p for c in report.compare(results)])
+    assert [c.p_holm for c in report.compare_rows(results)] == R.holm([c.p for c in report.compare_rows(results)])
 
 
 def test_what_cannot_be_compared_says_why():
@@ -187,7 +185,7 @@ def test_what_cannot_be_compared_says_why():
         make_run("e", seed=2),
         make_run("f", threat={**THREAT, "eps": 0.3}),
     ]
-    got = report.compare(make_results(runs))
+    got = report.compare_rows(make_results(runs))
     assert [c.p for c in got] == [None] * 4
     assert [c.label for c in got] == ["b", "c", "d", "e"]
     assert "same samples" in got[0].test
@@ -198,11 +196,11 @@ def test_what_cannot_be_compared_says_why():
 @pytest.mark.parametrize(
     ("runs", "says"),
     [
-        ([make_run(pgd50=0.3, robust=0.3)], "No published figure exceeds what stronger attacks left standing."),
+        ([make_run(pgd50=0.3, robust=0.3)], "No PGD-50 accuracy exceeds the robust accuracy."),
         ([make_run(x, pgd50=0.3, robust=0.3) for x in "ab"], "Most robust: a and b, at most 30.0%"),
-        ([make_run(pgd50=0.2, robust=0.3)], "No published figure exceeds"),
+        ([make_run(pgd50=0.2, robust=0.3)], "No PGD-50 accuracy exceeds"),
         ([make_run("a"), make_run("b", threat={**THREAT, "eps": 0.3})], "Most robust under linf 0.3: b, at most 30.0%"),
-        ([make_run(status="void")], "No robust figure stands: every measurement is void."),
+        ([make_run(status="void")], "No robust accuracy can be reported: every measurement is void."),
     ],
 )
 def test_the_finding(runs, says):
@@ -217,15 +215,15 @@ def test_certified_and_robust_are_drawn_as_a_bracket(tmp_path):
     assert len(brackets) == 1
     assert [float(end[1]) for end in ends if end] == [pytest.approx(29)]
     assert "12.0 7.8 to 17.3" in page.text
-    assert "at most 41.0% (95% interval 34.1 to 48.2), and 12.0% is proved." in page.text
+    assert "at most 41.0% (95% interval 34.1 to 48.2), and 12.0% is certified." in page.text
     assert "var(--certified)" in page.source
-    assert "Protocol by protocol" not in page.text
+    assert "Attack by attack" not in page.text
     bare = Page(report.render(make_results(), tmp_path / "bare.html"))
     assert "certified" not in bare.text
     assert not [v for _, k, v in bare.attributes if k == "class" and v == "bracket"]
     nothing = Page(report.render(make_results([proved(0.0, make_run(robust=0.41))]), tmp_path / "nothing.html"))
     assert 'data-name="certified"' not in nothing.source  # the run's own details still say 0.0
-    assert "is proved" not in nothing.text
+    assert "is certified" not in nothing.text
     assert not [v for _, k, v in nothing.attributes if k == "class" and v == "bracket"]
     report.figures(make_results(runs), tmp_path)
     assert "certified" in "".join(ET.parse(tmp_path / "accuracy.svg").getroot().itertext())
@@ -234,8 +232,11 @@ def test_certified_and_robust_are_drawn_as_a_bracket(tmp_path):
 def test_protocols_have_a_table_of_their_own(tmp_path):
     runs = [proved(None, make_run("<b>", status="loose"), **{"pgd10": 0.55, "<i>x-y": 0.5}), make_run("mmc")]
     page = Page(report.render(make_results(runs), tmp_path / "r.html"))
-    assert "Protocol by protocol" in page.text
-    assert "loss clean pgd10 <i>x-y robust, 95% verdict <b> 97.0 55.0 50.0 ≤ 30.0 23.7 to 36.9 loose mmc" in page.text
+    assert "Attack by attack" in page.text
+    assert (
+        "loss clean PGD-50 pgd10 <i>x-y robust, 95% verdict <b> 97.0 40.0 55.0 50.0 ≤ 30.0 23.7 to 36.9 loose mmc"
+        in page.text
+    )
     assert "pgd10 55.0%" in page.text  # run by run
 
 
@@ -243,7 +244,7 @@ def test_a_void_run_shows_no_robust_number(tmp_path):
     page = Page(report.render(make_results([make_run(status="void")]), tmp_path / "r.html"))
     assert "30.0" not in page.text
     assert "robust: void" in page.text
-    assert "becomes" not in page.text
+    assert "→" not in page.text
 
 
 def test_the_barest_results_render(tmp_path):
@@ -251,7 +252,7 @@ def test_the_barest_results_render(tmp_path):
     results = R.Results(runs=[run], data={})
     page = Page(report.render(results, tmp_path))
     assert (tmp_path / "report.html").exists()
-    assert "not judged" in page.text
+    assert "not audited" in page.text
     assert {path.name for path in report.figures(results, tmp_path)} == {
         "accuracy.svg", "accuracy.png", "table.csv", "table.tex", "table.md"
     }  # fmt: skip
@@ -273,25 +274,25 @@ def test_files_and_several_results(tmp_path):
         report.render(tmp_path / "nowhere", tmp_path / "r.html")
 
 
-def test_who_is_mistaken_for_whom(tmp_path):
+def test_confusion_counts_survivors_on_the_diagonal(tmp_path):
     run = make_run("sce", n=10)
     samples = dataclasses.replace(
         run.samples,
         y=[0, 0, 0, 1, 1, 2, 2, 2, 2, 2],
         prediction_adv=[1, 1, 0, 1, 1, 0, 0, 0, 1, 1],
-        robust=[0, 0, 1, 1, 1, 0, 0, 0, 0, 1],  # the last one's worst image is called 1, and it holds: a void detail
+        robust=[0, 0, 1, 1, 1, 0, 0, 0, 0, 1],  # the last one is robust, whatever its prediction_adv
     )
     results = make_results([dataclasses.replace(run, samples=samples), make_run("mmc")], classes=["a", "<b>", "c"])
-    names, counts = report.mistakes(results, R.rows(results)[0])
+    names, counts = report.confusion(results, R.rows(results)[0])
     assert names == ["a", "<b>", "c"]
     assert counts == [[1, 2, 0], [0, 2, 0], [3, 1, 1]]
-    assert report.mistakes(results, R.rows(results)[1]) == ([], [])  # an older file: no column
+    assert report.confusion(results, R.rows(results)[1]) == ([], [])  # no column
     page = Page(report.render(results, tmp_path / "r.html"))
-    assert "Who is mistaken for whom" in page.text
+    assert "Confusion under attack" in page.text
     assert "sce c as a (3), a as <b> (2), c as <b> (1)" in page.text
-    assert "Who is mistaken" not in Page(report.render(make_results(), tmp_path / "old.html")).text
+    assert "Confusion under attack" not in Page(report.render(make_results(), tmp_path / "old.html")).text
     report.figures(results, tmp_path)
-    assert (tmp_path / "mistakes.png").exists()
+    assert (tmp_path / "confusion.png").exists()
     many = make_results([dataclasses.replace(run, samples=samples)], classes=[f"c{i}" for i in range(30)])
     assert "c2 as c0 (3)" in Page(report.render(many, tmp_path / "many.html")).text
 
@@ -308,12 +309,12 @@ def surveyed(run, *, distances=(0.05, 0.15, None, 0.0), s=3.0, auc=0.8, grid=Tru
         "across": [-0.5, 0.5, 1.5], "up": [-0.5, 1.5], "prediction": [[0, 1, 1], [1, 1, 0]],
         "margin": [[5.0, 1.0, None], [1.0, 9.0, 2.0]],
     }  # fmt: skip
-    picture = {
+    projection = {
         "exact": False, "space": "features", "explained": 0.625, "s": s, "classes": 10, "y": [0, 1, 2, 0],
         "prediction": [0, 1, 2, 0], "prediction_adv": [1, 1, 0, 0], "points": points, "points_adv": points[::-1],
         "centers": [None] * 10, "grid": ground if grid else None,
     }  # fmt: skip
-    return dataclasses.replace(run, region={**told, **region}, picture=picture)
+    return dataclasses.replace(run, region={**told, **region}, projection=projection)
 
 
 def test_the_inference_region_is_shown(tmp_path):
@@ -326,22 +327,24 @@ def test_the_inference_region_is_shown(tmp_path):
     for heading in ("Accuracy over eps", "The inference region", "Features in two dimensions"):
         assert heading in page.text
     assert page.tags.count("svg") == 5
-    assert "62% of centers' scatter" in page.text
-    labels, lines = report.measures(results)
+    assert "62% of the variance of class centers" in page.text
+    labels, lines = report.region_table(results)
     assert labels == ["sce", "mmc"]
     assert dict(lines) == {
-        "median distance to a mistake, first order": ["0.031", "0.031"],
-        "0 < margin ≤ s: clean, attacked": ["0.25 → 0.5", "– → 0.5"],
-        "told apart, AUC": ["0.8", "0.6"],
+        "distance to the decision boundary, first-order estimate, median": ["0.031", "0.031"],
+        "share with 0 < margin ≤ s": ["0.25 → 0.5", "– → 0.5"],
+        "separability of clean and adversarial features, AUC": ["0.8", "0.6"],
         "MMD²": ["0.01", "0.01"],
     }
-    assert "told apart, AUC 0.8 0.6" in page.text
+    assert "separability of clean and adversarial features, AUC 0.8 0.6" in page.text
     assert "too high" not in page.text
 
 
 def test_seeds_share_a_line_of_measures():
     runs = [surveyed(make_run("sce", seed=seed), auc=auc) for seed, auc in enumerate((0.5, 0.7))]
-    assert dict(report.measures(make_results(runs))[1])["told apart, AUC"] == ["0.6"]
+    assert dict(report.region_table(make_results(runs))[1])["separability of clean and adversarial features, AUC"] == [
+        "0.6"
+    ]
 
 
 def test_accuracy_over_eps_is_the_share_that_lies_farther(tmp_path):
@@ -359,11 +362,11 @@ def test_accuracy_over_eps_is_the_share_that_lies_farther(tmp_path):
 
 def test_what_the_evaluation_missed_is_said(tmp_path):
     page = Page(report.render(make_results([surveyed(make_run("sce"), missed=3)]), tmp_path / "r.html"))
-    assert "sce: the minimal attack behind these measures broke 3 samples that stand above" in page.text
+    assert "sce: the minimal-norm attack of these measures broke 3 samples counted as robust above" in page.text
     runs = [surveyed(make_run("one"), missed=1), surveyed(make_run("varied"), missed=None)]
     runs.append(surveyed(make_run("void", status="void"), missed=5))  # of no figure can be said that it is too high
     page = Page(report.render(make_results(runs), tmp_path / "r.html"))
-    assert "one: the minimal attack behind these measures broke 1 sample that stands above" in page.text
+    assert "one: the minimal-norm attack of these measures broke 1 sample counted as robust above" in page.text
     assert page.text.count("is too high") == 1
 
 
@@ -385,16 +388,20 @@ def test_each_norm_has_a_legend_of_its_own():
     assert names[0] != names[1]
 
 
-def test_one_class_has_no_mistakes(tmp_path):
+def test_one_class_has_no_confusion(tmp_path):
     run = make_run("sce", n=10)
     samples = dataclasses.replace(run.samples, y=[0] * 10, prediction_adv=[0] * 10)
     results = make_results([dataclasses.replace(run, samples=samples)], classes=["a"])
-    assert "Who is mistaken" not in Page(report.render(results, tmp_path / "r.html")).text
+    assert "Confusion under attack" not in Page(report.render(results, tmp_path / "r.html")).text
 
 
 def test_measures_are_never_written_with_an_exponent_for_their_size():
     runs = [surveyed(make_run(f"loss{i}"), auc=value) for i, value in enumerate((99.4, 99.7, 1234.0))]
-    assert dict(report.measures(make_results(runs))[1])["told apart, AUC"] == ["99", "100", "1,234"]
+    assert dict(report.region_table(make_results(runs))[1])["separability of clean and adversarial features, AUC"] == [
+        "99",
+        "100",
+        "1,234",
+    ]
 
 
 def test_figures_of_different_data_do_not_overwrite_each_other(tmp_path):
@@ -434,7 +441,7 @@ def test_ten_thousand_samples_of_eight_losses(tmp_path):
     side = list(map(float, range(61)))
     ground = {"across": side, "up": side, "prediction": [[i % 10] * 61 for i in range(61)], "margin": [side] * 61}
     points = {"points": at, "points_adv": at[::-1], "y": [i % 10 for i in range(200)], "grid": ground}
-    runs = [dataclasses.replace(r, picture={**r.picture, **points}) for r in runs]
+    runs = [dataclasses.replace(r, projection={**r.projection, **points}) for r in runs]
     column = {"prediction_adv": [i % 10 for i in range(10_000)]}
     runs = [dataclasses.replace(r, samples=dataclasses.replace(r.samples, **column)) for r in runs]
     folder = R.save(make_results(runs), tmp_path).parent
@@ -445,10 +452,12 @@ def test_ten_thousand_samples_of_eight_losses(tmp_path):
     assert "more are in the results file" in path.read_text()
 
 
-def test_a_tight_published_figure_is_not_called_untrue():
+def test_a_tight_pgd50_accuracy_is_not_called_refuted():
     tight = R.Verdict("tight", "attacks agree")
     run = make_run("sce", pgd50=0.31, robust=0.3)
     runs = [dataclasses.replace(run, pgd50_verdict=tight)]
-    assert report.finding(make_results(runs)).startswith("No published figure is refuted.")
+    assert report.finding(make_results(runs)).startswith("No PGD-50 accuracy is refuted.")
     worse = dataclasses.replace(make_run("mmc", pgd50=0.9, robust=0.3), pgd50_verdict=R.Verdict("refuted", ""))
-    assert "mmc: published 90.0% but at most 30.0% is true." in report.finding(make_results([*runs, worse]))
+    assert "mmc: PGD-50 reports 90.0%, but robust accuracy is at most 30.0%." in report.finding(
+        make_results([*runs, worse])
+    )

@@ -1,8 +1,7 @@
-"""results: the factory of synthetic results (also used by test_report), intervals, tests, JSON and tables."""
+"""results: intervals, tests, JSON and tables."""
 
 from __future__ import annotations
 
-import base64
 import csv as csv_module
 import dataclasses
 import errno
@@ -10,8 +9,7 @@ import io
 import itertools
 import json
 import os
-import struct
-import zlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,98 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
+from tests.results.factory import PROTOCOLS, THREAT, make_results, make_run, proved
 
 from holdfast import results as R
 from holdfast.errors import UserError
-
-THREAT = {"norm": "linf", "eps": 0.1, "lo": 0.0, "hi": 1.0}
-STAGES = ("pgd-20", "pgd-100 on the score", "targeted", "square")
-
-
-def png(pixels: np.ndarray) -> str:
-    """A grey (H, W) uint8 picture as PNG in base64, by hand."""
-    h, w = pixels.shape
-    raw = b"".join(b"\x00" + row.tobytes() for row in pixels.astype(np.uint8))
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", w, h, 8, 0, 0, 0, 0)
-    whole = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
-    return base64.b64encode(whole).decode()
-
-
-def make_run(loss="sce", seed=0, n=200, clean=0.97, pgd50=0.4, robust=0.3, scale=8.0, status="tight", **more) -> R.Run:
-    """One synthetic run: seeded columns whose counts, stages and intervals agree with each other."""
-    rng = np.random.default_rng([seed or 0, len(loss), n, round(1000 * pgd50)])
-    y = np.random.default_rng(n).integers(0, 10, n)  # every network sees the same samples
-    order = rng.permutation(n)
-    k = [round(n * share) for share in (clean, pgd50, robust)]
-    right, held, left = (np.isin(np.arange(n), order[:m]) for m in k)
-    stage = np.where(left, -1, np.where(~right, -2, np.where(~held, 0, rng.integers(1, len(STAGES), n))))
-    margin = np.where(right, 1, -0.2) * scale * rng.lognormal(0, 0.5, n)
-    prediction = np.where(right, y, (y + 1) % 10)
-    stages, alive = [], k[0]
-    for j, name in enumerate(STAGES):
-        broken = int((stage == j).sum())
-        stages.append(
-            R.Stage(name, alive, broken, alive * 20 * (j + 1), alive * (0 if name == "square" else 20), 1.5 * j)
-        )
-        alive -= broken
-    pictures = []
-    for i in np.flatnonzero(stage >= 0)[:8]:
-        x = np.clip(rng.normal(100, 60, (12, 12)), 0, 255)
-        delta = 25 * rng.choice([-1, 1], (12, 12))
-        adv = np.clip(x + delta, 0, 255)
-        pictures.append(R.Example(int(i), int(y[i]), int(y[i]), int(y[i] + 5) % 10, png(x), png(adv), png(delta + 128)))
-    why = {"loose": "gradients vanish on 61% of samples", "refuted": "the score attack broke more, beyond chance"}
-    verdict = R.Verdict(status, why.get(status, "attacks of three kinds agree" if status == "tight" else "NaN logits"))
-    fields = {
-        "name": f"{loss}-seed{seed}",
-        "loss": loss,
-        "seed": seed,
-        "threat": dict(THREAT),
-        "n": n,
-        "clean": R.proportion(k[0], n),
-        "pgd50": R.proportion(k[1], n),
-        "robust": None if status == "void" else R.proportion(k[2], n),
-        "verdict": verdict,
-        "checks": [
-            {"name": "gradients reach the input", "status": "fires" if status == "loose" else "holds", "found": 0.61},
-            {"name": "more steps change nothing", "status": "holds", "why": "0 of 100 more broken"},
-            {"name": "a twin agrees", "status": "not run", "why": "needs a second network"},
-        ],
-        "cost": {
-            "forwards": sum(s.forwards for s in stages),
-            "backwards": sum(s.backwards for s in stages),
-            "seconds": 9.0,
-        },
-        "stages": stages,
-        "examples": pictures,
-        "train": {"accuracy": 0.991, "epochs": 10, "seconds": 61.5},
-        "samples": R.Samples(range(n), y, prediction, right, held, left, stage, margin, margin * 0.3 - 2),
-    }
-    return R.Run(**{**fields, **more})
-
-
-def make_results(runs=None, classes=None, **more) -> R.Results:
-    runs = runs or [
-        make_run("sce"),
-        make_run("isce:s=100", pgd50=0.79, robust=0.195, scale=130, status="refuted"),
-        make_run("isce:s=4.6", pgd50=0.55, robust=0.41, scale=20, status="loose"),
-    ]
-    data = {"name": "digits", "classes": classes or list("0123456789"), "n": runs[0].n, "shape": [1, 12, 12]}
-    fields = {
-        "runs": runs,
-        "data": {**data, "fingerprint": "9f2c41d0"},
-        "command": "holdfast evaluate runs/digits --suite strong --eps 0.1",
-        "created": "2026-01-02T03:04:05+00:00",
-        "holdfast": "0.1.0",
-        "settings": {"suite": "strong", "fit": {"epochs": 10, "lr": 0.001}},
-        "environment": {"versions": {"python": "3.11", "torch": "2.6"}, "hardware": "2 CPU cores"},
-    }
-    return R.Results(**{**fields, **more})
-
 
 # --- intervals and tests
 
@@ -174,6 +84,7 @@ def test_holm_orders_and_never_shrinks(ps):
         lambda: R.Samples([1], [1], [1], [1], [1], [], [1], [0.0], [0.0]),
         lambda: make_run(n=20, samples=make_run(n=10).samples),
         lambda: make_run(threat={"norm": "l2", "eps": 1, "lo": 0}),
+        lambda: make_run(attacks={"cw": R.Interval(0.5, 0.4, 0.6)}),
     ],
 )
 def test_nonsense_is_refused(call):
@@ -213,17 +124,19 @@ run = samples_of.flatmap(
         threat=threat,
         n=st.just(len(s)),
         clean=interval,
-        pgd50=interval,
+        attacks=st.dictionaries(text, interval, max_size=2).flatmap(
+            lambda others: interval.map(lambda pgd50: {"pgd50": pgd50, **others})
+        ),
         robust=st.none() | interval,
         verdict=st.none() | st.builds(R.Verdict, text, text),
         checks=st.lists(plain, max_size=2),
         cost=bag,
         samples=st.sampled_from([None, s]),
         train=bag,
+        projection=bag,
         interval=text,
         stages=st.lists(st.builds(R.Stage, text, count, count, count, count, number), max_size=2),
         certified=st.none() | interval,
-        individual=st.dictionaries(text, interval, max_size=2),
         examples=st.lists(st.builds(R.Example, count, count, count, count, text, text, text), max_size=2),
     )
 )
@@ -251,23 +164,25 @@ def test_json_is_what_the_page_says(tmp_path):
     path = R.save(make_results(), tmp_path / "new" / "folder")
     raw = json.loads(path.read_text())
     assert path.name == "results.json"
-    assert raw["schema"] == R.SCHEMA == 3
+    assert raw["schema"] == R.SCHEMA == 4
     first = raw["runs"][0]
-    assert set(first["clean"]) == set(first["pgd50"]) == set(first["robust"]) == {"value", "low", "high"}
+    assert set(first["clean"]) == set(first["attacks"]["pgd50"]) == set(first["robust"]) == {"value", "low", "high"}
     assert first["threat"] == THREAT
     assert first["verdict"] == {"status": "tight", "why": "attacks of three kinds agree"}
     described = (Path(__file__).parents[2] / "docs" / "results-schema.md").read_text()
-    for kind in (R.Results, R.Run, R.Interval, R.Verdict, R.Samples, R.Stage, R.Example):
+    for kind in (R.Results, R.Run, R.Interval, R.Verdict, R.Remaining, R.SpotCheck, R.Samples, R.Stage, R.Example):
         for f in dataclasses.fields(kind):
-            assert f"`{f.name}`" in described, f"docs/results-schema.md does not tell of {kind.__name__}.{f.name}"
+            assert f"`{f.name}`" in described, f"docs/results-schema.md does not describe {kind.__name__}.{f.name}"
     assert R.load(tmp_path / "new" / "folder") == R.load(path) == make_results()
 
 
 def test_a_small_file_by_hand_loads(tmp_path):
     i = {"value": 0.5, "low": 0.4, "high": 0.6}
-    run = {"name": "a", "loss": "sce", "seed": 0, "threat": THREAT, "n": 10, "clean": i, "pgd50": i, "robust": None}
-    (tmp_path / "results.json").write_text(json.dumps({"schema": 1, "runs": [run], "data": {}}))
+    run = {"name": "a", "loss": "sce", "seed": 0, "threat": THREAT, "n": 10, "clean": i, "robust": None}
+    run["attacks"] = {"pgd50": i}
+    (tmp_path / "results.json").write_text(json.dumps({"schema": 4, "runs": [run], "data": {}}))
     assert R.load(tmp_path).runs[0].robust is None
+    assert R.load(tmp_path).runs[0].pgd50 == R.Interval(0.5, 0.4, 0.6)
 
 
 def test_arrays_and_numpy_scalars_become_plain(tmp_path):
@@ -329,23 +244,24 @@ def _with(value, *keys):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (_with(4, "schema"), "written by a newer holdfast: schema 4"),
+        (_with(5, "schema"), "written by a newer holdfast: schema 5, this one reads 4"),
         (_without("schema"), "not a holdfast results file"),
         (_without("runs"), "not a holdfast results file"),
         (_without("data"), "results.data is missing"),
-        (_without("runs", 0, "pgd50"), r"results.runs\[0\].pgd50 is missing"),
+        (_without("runs", 0, "attacks"), r"results.runs\[0\].attacks is missing"),
+        (_without("runs", 0, "attacks", "pgd50"), "attacks needs the key 'pgd50'"),
         (_without("runs", 0, "clean", "low"), r"results.runs\[0\].clean.low is missing"),
         (_without("runs", 0, "threat", "eps"), "'eps' is missing"),
         (_without("runs", 0, "samples", "stage"), "samples.stage is missing"),
         (_with("many", "runs", 0, "n"), r"results.runs\[0\].n should be int, got str"),
         (_with([1.5], "runs", 0, "samples", "y"), r"samples.y\[0\] should be int"),
         (_with([1], "runs", 0, "samples", "certified"), "Samples column 'certified' has 1 entries"),
-        (_with({"cw": 0.5}, "runs", 0, "alone"), r"individual.cw should be an object"),
-        (_with([], "runs", 0, "alone"), r"individual should be dict"),
+        (_with({"cw": 0.5}, "runs", 0, "attacks"), r"attacks.cw should be an object"),
+        (_with([], "runs", 0, "attacks"), r"attacks should be dict"),
         (_with([], "runs", 0, "clean"), "should be an object"),
         (_with(7, "runs"), "should be tuple"),
         (_with(1.5, "runs", 0, "clean", "value"), "low <= value"),
-        (_with(1, "runs", 0, "novelty"), "'novelty', which schema 3 does not know"),
+        (_with(1, "runs", 0, "novelty"), "'novelty', which schema 4 does not know"),
     ],
 )
 def test_load_says_what_is_wrong(tmp_path, edit, says):
@@ -434,42 +350,32 @@ def test_markdown_csv_and_latex():
     assert tex.count(r"\\") == 5
 
 
-PROTOCOLS = {"pgd10": 0.55, "pgd10-targeted": 0.8, "pgd50": 0.4, "pgd50-targeted": 0.75, "cw": 0.41}
-
-
-def proved(certified, run=None, **alone):
-    """A run with a certificate, and attacks that stood alone."""
-    run = run or make_run()
-    figures = {name: R.proportion(round(value * run.n), run.n) for name, value in alone.items()}
-    k = None if certified is None else R.proportion(round(certified * run.n), run.n)
-    return dataclasses.replace(run, certified=k, individual=figures)
-
-
 def test_what_the_minimal_attack_broke_is_in_doubt():
     run = dataclasses.replace(make_run("sce"), region={"missed": 2})
     void = dataclasses.replace(make_run("mmc", status="void"), region={"missed": 2})
     none = dataclasses.replace(make_run("center"), region={"missed": None})
-    said = [line for line in R.doubts(make_results([run, void, none])) if "minimal attack" in line]
-    assert said == [f"{run.name}: the minimal attack behind the region's measures broke 2 more: robust is too high"]
+    lines = [line for line in R.doubts(make_results([run, void, none])) if "minimal-norm" in line]
+    assert lines == [f"{run.name}: the minimal-norm attack of the region measures broke 2 more: robust is too high"]
 
 
-def test_a_file_of_schema_1_is_read(tmp_path):
-    """It has neither certificates nor protocols, and becomes what this version writes."""
-    results = make_results()
-    path = R.save(results, tmp_path)
-    raw = json.loads(path.read_text())
-    raw["schema"] = 1
-    for one in raw["runs"]:
-        del one["certified"], one["individual"], one["samples"]["certified"]
-    path.write_text(json.dumps(raw))
-    assert R.load(tmp_path) == results
-    assert results.runs[0].samples.certified is None
+@pytest.mark.parametrize("command", ["holdfast compare --out out/digits", ""])
+@pytest.mark.parametrize("schema", [1, 2, 3])
+def test_load_refuses_an_older_schema_and_says_what_to_rerun(tmp_path, schema, command):
+    raw = json.loads(R.to_json(make_results(command=command)))
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**raw, "schema": schema}))
+    with pytest.raises(UserError) as refusal:
+        R.load(tmp_path)
+    again = f"the command recorded in it: {command}" if command else "the evaluation that wrote it."
+    assert str(refusal.value) == (
+        f"{path} was written by holdfast with results schema {schema}; this version reads schema 4: rerun {again}"
+    )
 
 
 def test_certified_has_a_column_before_robust_where_a_run_has_it():
     runs = [proved(0.12), make_run("mmc")]
     head, _, first, second = R.markdown(make_results(runs)).splitlines()
-    assert head == "| loss | clean | published | certified | robust, 95% | verdict |"
+    assert head == "| loss | clean | PGD-50 | certified | robust, 95% | verdict |"
     assert first == "| sce | 97.0 | 40.0 | 12.0 | 30.0 [23.7, 36.9] | tight |"
     assert "| 40.0 | - | 30.0 [23.7, 36.9] |" in second
     assert "certified" in _printed(make_results(runs))
@@ -494,36 +400,108 @@ def test_certified_and_protocols_are_averaged_over_seeds():
     runs = [proved(c, make_run(seed=s), pgd10=a, cw=0.3) for s, (c, a) in enumerate([(0.1, 0.5), (0.12, 0.6)])]
     (row,) = R.rows(make_results(runs))
     assert row.certified == R.over_seeds([0.1, 0.12])
-    assert row.individual == {"pgd10": R.over_seeds([0.5, 0.6]), "cw": R.over_seeds([0.3, 0.3])}
+    assert row.attacks["pgd10"] == R.over_seeds([0.5, 0.6])
+    assert row.attacks["cw"] == R.over_seeds([0.3, 0.3])
     (row,) = R.rows(make_results([*runs, proved(None, make_run(seed=2), cw=0.3)]))
     assert row.certified is None  # a mean of some seeds would be of other networks than the rest of the row
-    assert list(row.individual) == ["cw"]
+    assert list(row.attacks) == ["pgd50", "cw"]
 
 
-def test_the_papers_table_has_a_column_for_each_attack_alone():
+def test_cells_have_a_column_for_each_attack():
     runs = [proved(0.05, **PROTOCOLS), proved(None, make_run("isce:s=4.6", status="loose"), **PROTOCOLS)]
-    head, *lines = R.per_attack_table(R.rows(make_results(runs)))
-    assert head == ("loss", "clean", *PROTOCOLS, "certified", "robust, 95%", "verdict")
-    figures = tuple(R.percent(value) for value in PROTOCOLS.values())
+    head, *lines = R.cells(R.rows(make_results(runs)))
+    others = [name for name in PROTOCOLS if name != "pgd50"]
+    assert head == ("loss", "clean", "PGD-50", *others, "certified", "robust, 95%", "verdict")
+    figures = (R.percent(PROTOCOLS["pgd50"]), *(R.percent(PROTOCOLS[name]) for name in others))
     assert lines[0] == ("sce", "97.0", *figures, "5.0", "30.0 [23.7, 36.9]", "tight")
     assert lines[1][-3:] == ("-", "<= 30.0 [23.7, 36.9]", "loose")
-    assert "| pgd10 | pgd10-targeted | pgd50 | pgd50-targeted | cw | certified |" in R.markdown(make_results(runs))
+    assert "| PGD-50 | pgd10 | pgd10-targeted | pgd50-targeted | cw | certified |" in R.markdown(make_results(runs))
     assert "pgd50-targeted & cw & certified" in R.latex(make_results(runs))
     read = list(csv_module.DictReader(io.StringIO(R.csv(make_results(runs)))))
     assert [float(read[0][name]) for name in PROTOCOLS] == list(PROTOCOLS.values())
     assert float(read[0]["cw_low"]) == R.proportion(82, 200).low
 
 
-def test_the_papers_table_fits_a_terminal_at_two_threats():
+def test_cells_show_a_column_only_where_a_row_has_a_value():
+    bare = make_run("bare", verdict=None)
+    assert R.cells(R.rows(make_results([bare])))[0] == ("loss", "clean", "PGD-50", "robust, 95%")
+    trained = {"pgd50-train-loss": 0.35, "cw": 0.41}
+    full = dataclasses.replace(proved(0.1, **trained), pgd50_verdict=R.Verdict("refuted", "more"))
+    head, first, second = R.cells(R.rows(make_results([full, bare])))
+    assert head == (
+        "loss",
+        "clean",
+        "PGD-50",
+        "verdict",
+        "cw",
+        "PGD-50, train loss",
+        "certified",
+        "robust, 95%",
+        "verdict",
+    )
+    assert first == ("sce", "97.0", "40.0", "refuted", "41.0", "35.0", "10.0", "30.0 [23.7, 36.9]", "tight")
+    assert second[3:] == ("-", "-", "-", "-", "30.0 [23.7, 36.9]", "-")
+    for text in (R.markdown, R.latex, R.notebook):
+        assert "PGD-50, train loss" in text(make_results([full]))
+    assert "pgd50-train-loss_low" in R.csv(make_results([full]))
+
+
+def test_a_table_of_many_attacks_fits_a_terminal_at_two_threats():
     losses = ("sce", "isce:s=100", "isce:s=4.6@cosine:scale=15")
     pairs = [(loss, eps) for eps in (0.1, 0.2) for loss in losses]
     runs = [proved(0.05, make_run(loss, threat={**THREAT, "eps": eps}), **PROTOCOLS) for loss, eps in pairs]
     runs.append(make_run("mmc", status="void"))
     text = _printed(make_results(runs))
     assert max(map(len, text.splitlines())) <= 80
-    for told in ("linf 0.1", "linf 0.2", "isce:s=100 ", "targeted", "30.0 tight", "[23.7, 36.9]", " void "):
-        assert told in text, told
+    for part in ("linf 0.1", "linf 0.2", "isce:s=100 ", "targeted", "30.0 tight", "[23.7, 36.9]", " void "):
+        assert part in text, part
     assert "void void" not in text
+
+
+def test_a_table_with_every_column_folds_its_verdicts():
+    runs = [
+        dataclasses.replace(
+            proved(0.05, make_run("sce", status="loose"), **PROTOCOLS, **{"pgd50-train-loss": 0.35}),
+            pgd50_verdict=R.Verdict("refuted", "more"),
+        )
+    ]
+    text = _printed(make_results(runs))
+    assert max(map(len, text.splitlines())) <= 80
+    heads = [line.split() for line in text.split("─")[0].splitlines()]
+    assert heads == [
+        ["PGD-50,"],
+        ["pgd10-", "pgd50-", "train", "certi-"],
+        ["loss", "clean", "PGD-50", "pgd10", "targeted", "targeted", "cw", "loss", "fied", "robust,", "95%"],
+    ]
+    first, second = next(pair for pair in itertools.pairwise(text.splitlines()) if pair[0].startswith("sce"))
+    assert re.fullmatch(r"sce +97\.0 +40\.0 +55\.0 +80\.0 +75\.0 +41\.0 +35\.0 +5\.0 +<= 30\.0 loose *", first)
+    assert re.fullmatch(r" +refuted +\[23\.7, 36\.9\] *", second)
+
+
+def test_remaining_text_says_what_was_tested_and_what_limits_it():
+    left = R.Remaining(1.2, 0, 5, 150, 100, 3, 4, 2)
+    assert R.remaining_text(make_run()) == ""
+    text = R.remaining_text(make_run(remaining=left.to_dict()))
+    assert text == (
+        "Two independent attacks on 100 of 150 survivors broke 3 and 4, 2 of them in common: an estimated 1.2 more of "
+        "200 are still breakable (95% interval 0 to 5)."
+    )
+    spot = R.SpotCheck(near=32, near_broken=1, far=32, far_broken=0, rest=320)
+    whole = dataclasses.replace(left, spot_check=spot, unfinished=True, votes=3)
+    assert R.Remaining.from_dict(dataclasses.asdict(whole)) == R.Remaining.from_dict(whole.to_dict()) == whole
+    more = R.remaining_text(make_run(remaining=whole.to_dict())).removeprefix(text)
+    for part in ("32 survivors with the smallest margins", "at most 29 more", "budget ran out", "majority of 3 votes"):
+        assert part in more
+    (line,) = R.doubts(make_results([make_run(remaining=whole.to_dict())]))
+    assert "an estimated 1.2 more of 200 are still breakable, at most 5" in line
+
+
+def test_json_stores_the_derived_counts_of_a_spot_check(tmp_path):
+    spot = R.SpotCheck(near=32, near_broken=1, far=32, far_broken=0, rest=320)
+    left = R.Remaining(1.2, 0, 5, 150, 100, 3, 4, 2, spot)
+    back = R.load(R.save(make_results([make_run(remaining=left.to_dict())]), tmp_path)).runs[0].remaining
+    assert back["spot_check"]["high"] == spot.high
+    assert R.Remaining.from_dict(back) == left
 
 
 def test_no_runs_is_an_empty_table():

@@ -28,7 +28,7 @@ def test_what_the_best_epoch_had_and_the_last_lost(tmp_path):
     curve = curves.read(run_folder(tmp_path / "run", *LINES, objective="fast"))
     assert (curve.loss, curve.val, curve.robust) == ([2.0, 1.0, 0.5], [0.5, 0.8, 0.9], [0.3, 0.6, 0.45])
     assert curve.best == 2
-    assert curve.lost == pytest.approx(0.15)
+    assert curve.overfitting == pytest.approx(0.15)
     assert curves.sentence(curve) == (
         "sce, seed 3, fast: 3 epochs, loss 0.5, validation 90.0%, robust validation 45.0%; epoch 2 had 60.0%."
     )
@@ -36,7 +36,7 @@ def test_what_the_best_epoch_had_and_the_last_lost(tmp_path):
 
 def test_where_no_threat_is_watched_there_is_no_robust_figure(tmp_path):
     curve = curves.read(run_folder(tmp_path / "run", {"loss": 2.0, "val": 0.5}, {"loss": 1.0, "val": None}))
-    assert (curve.best, curve.lost) == (1, None)
+    assert (curve.best, curve.overfitting) == (1, None)
     assert curves.sentence(curve) == "sce, seed 3: 2 epochs, loss 1."
 
 

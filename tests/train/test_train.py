@@ -1,4 +1,4 @@
-"""Contracts of fit: it learns, it resumes bit for bit, it refuses what it cannot do, it never loses what it kept."""
+"""Contracts of fit: it learns, resumes bit for bit, refuses what it cannot do, and never loses a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
 from holdfast.noise import Noise
 from holdfast.objectives import Objective, adversarial, standard
+from holdfast.progress import silent
 from holdfast.threat import Threat
 from holdfast.train import SCHEDULES, FitConfig, accuracy, fast_kernels, fit, loop, robust_accuracy
 
@@ -35,7 +36,7 @@ TINY = FitConfig(epochs=4, batch_size=50, lr=3e-3, checkpoint_seconds=0)
 
 
 class Killed(BaseException):
-    """Stands for kill -9 in this process: nothing catches it."""
+    """Simulates kill -9 in this process: nothing catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +58,20 @@ def same(a, b):
 
 
 def timeless(history):
-    return [{key: value for key, value in line.items() if key not in ("seconds", "watch_seconds")} for line in history]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "val_seconds")} for line in history]
 
 
 def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def fit_digits(split, model, *, objective=None, config=TINY, **settings):
+    """fit on the CPU, by default with SCE and TINY."""
+    return fit(model, split.train, split.val, objective or standard(losses.sce), config, device="cpu", **settings)
+
+
 def kill_after(epoch):
-    def progress(done, total, line):
+    def progress(what, done, total):
         if done == epoch:
             raise Killed
 
@@ -107,19 +113,16 @@ def test_four_epochs_are_two_and_two_bit_for_bit(case, split, tmp_path):
     if case == "adversarial":
         objective = adversarial(losses.sce, Threat("linf", 0.1), steps=2)
     whole = network(split)
-    one = fit(whole, split.train, split.val, objective, config, out=tmp_path / "whole", device="cpu")
+    one = fit_digits(split, whole, objective=objective, config=config, out=tmp_path / "whole")
 
     broken = tmp_path / "broken"
     with pytest.raises(Killed):
-        fit(
-            network(split), split.train, split.val, objective, config,
-            out=broken, device="cpu", progress=kill_after(2),
-        )  # fmt: skip
+        fit_digits(split, network(split), objective=objective, config=config, out=broken, progress=kill_after(2))
     assert len(log(broken)) == 2
     assert not (broken / "model.safetensors").exists()
     again = network(split, seed=99)  # other weights: all of them must come from the checkpoint
     torch.randn(1000)
-    two = fit(again, split.train, split.val, objective, config, out=broken, device="cpu")
+    two = fit_digits(split, again, objective=objective, config=config, out=broken)
 
     assert same(weights(whole), weights(again))
     assert timeless(one.history) == timeless(two.history) == timeless(log(broken))
@@ -135,10 +138,10 @@ def test_four_epochs_are_two_and_two_bit_for_bit(case, split, tmp_path):
 
 def test_a_finished_run_is_not_trained_again(split, tmp_path, monkeypatch):
     first = network(split)
-    done = fit(first, split.train, split.val, standard(losses.sce), TINY, out=tmp_path / "run", device="cpu")
+    done = fit_digits(split, first, out=tmp_path / "run")
     monkeypatch.setattr(loop, "_epoch", lambda *_: pytest.fail("trained again"))
     second = network(split, seed=5)
-    again = fit(second, split.train, split.val, standard(losses.sce), TINY, out=tmp_path / "run", device="cpu")
+    again = fit_digits(split, second, out=tmp_path / "run")
     assert again.history == done.history
     assert same(weights(first), weights(second))
 
@@ -159,7 +162,7 @@ def test_adversarial_training_buys_robustness(split):
     config = dataclasses.replace(TINY, epochs=15)
     for name, objective in (("plain", standard(losses.sce)), ("robust", adversarial(losses.sce, threat, steps=5))):
         model = network(split)
-        fit(model, split.train, split.val, objective, config, device="cpu")
+        fit_digits(split, model, objective=objective, config=config)
         found[name] = evaluate(model, split.test, threat, ()).robust.float().mean()
     assert found["robust"] > found["plain"] + 0.05
 
@@ -179,20 +182,14 @@ def test_a_kill_costs_what_checkpoint_seconds_says(split, tmp_path, monkeypatch)
     for stop, kept in ((2, 0), (5, 3), (7, 6)):
         out = tmp_path / str(stop)
         with pytest.raises(Killed):
-            fit(
-                network(split), split.train, split.val, ticking, config,
-                out=out, progress=kill_after(stop), device="cpu",
-            )  # fmt: skip
+            fit_digits(split, network(split), objective=ticking, config=config, out=out, progress=kill_after(stop))
         lines = log(out) if (out / "log.jsonl").exists() else []
         assert len(lines) == kept
         lost = (stop - kept) * 4
         assert lost < config.checkpoint_seconds + 4  # and the epoch that was under way
     zero = dataclasses.replace(config, checkpoint_seconds=0)
     with pytest.raises(Killed):
-        fit(
-            network(split), split.train, split.val, ticking, zero,
-            out=tmp_path / "z", progress=kill_after(5), device="cpu",
-        )  # fmt: skip
+        fit_digits(split, network(split), objective=ticking, config=zero, out=tmp_path / "z", progress=kill_after(5))
     assert len(log(tmp_path / "z")) == 5
 
 
@@ -200,14 +197,16 @@ def test_log_has_one_line_an_epoch_whatever_was_killed(split, tmp_path):
     config = dataclasses.replace(TINY, epochs=5)
     for epoch in (1, 2, 2, 4):
         with pytest.raises(Killed):
-            fit(
-                network(split), split.train, split.val, standard(losses.sce), config,
-                out=tmp_path, progress=kill_after(max(epoch, len(log(tmp_path)) + 1 if (tmp_path / "log.jsonl").exists()
-                                                      else epoch)), device="cpu",
-            )  # fmt: skip
+            fit_digits(
+                split,
+                network(split),
+                config=config,
+                out=tmp_path,
+                progress=kill_after(max(epoch, len(log(tmp_path)) + 1 if (tmp_path / "log.jsonl").exists() else epoch)),
+            )
         lines = log(tmp_path)
         assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
-    fit(network(split), split.train, split.val, standard(losses.sce), config, out=tmp_path, device="cpu")
+    fit_digits(split, network(split), config=config, out=tmp_path)
     assert [line["epoch"] for line in log(tmp_path)] == [1, 2, 3, 4, 5]
     assert set(log(tmp_path)[0]) == {"epoch", "loss", "lr", "val", "seconds", "best_epoch"}
 
@@ -217,7 +216,7 @@ def test_a_kill_at_any_write_leaves_a_folder_that_resumes_whole(moment, split, t
     """Dies at the k-th rename, for every k; afterwards weights, log and files are those of a whole run."""
     config, objective = dataclasses.replace(TINY, epochs=2), standard(losses.sce)
     whole = network(split)
-    one = fit(whole, split.train, split.val, objective, config, out=tmp_path / "whole", device="cpu")
+    one = fit_digits(split, whole, objective=objective, config=config, out=tmp_path / "whole")
     real, names = os.replace, sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == [
         "best.safetensors",
@@ -243,7 +242,7 @@ def test_a_kill_at_any_write_leaves_a_folder_that_resumes_whole(moment, split, t
         monkeypatch.setattr(os, "replace", dying)
         out, died = tmp_path / f"run{k}", False
         try:
-            fit(network(split), split.train, split.val, objective, config, out=out, device="cpu")
+            fit_digits(split, network(split), objective=objective, config=config, out=out)
         except Killed:
             died = True
         monkeypatch.setattr(os, "replace", real)
@@ -251,7 +250,7 @@ def test_a_kill_at_any_write_leaves_a_folder_that_resumes_whole(moment, split, t
             break
         # other weights, where a checkpoint brings the right ones
         again = network(split, seed=3 if (out / "checkpoint.safetensors").exists() else 0)
-        two = fit(again, split.train, split.val, objective, config, out=out, device="cpu")
+        two = fit_digits(split, again, objective=objective, config=config, out=out)
         assert same(weights(whole), weights(again)), written[-1]
         assert timeless(two.history) == timeless(one.history), written[-1]
         missing = [name for name in names if not (out / name).exists()]
@@ -265,10 +264,9 @@ def test_a_kill_at_any_write_leaves_a_folder_that_resumes_whole(moment, split, t
 
 def test_another_configuration_is_refused_by_name(split, tmp_path):
     def go(config=TINY, **about):
-        return fit(
-            network(split), split.train, split.val, standard(losses.sce), config,
-            out=tmp_path / "run", about=about, device="cpu", progress=kill_after(1),
-        )  # fmt: skip
+        return fit_digits(
+            split, network(split), config=config, out=tmp_path / "run", about=about, progress=kill_after(1)
+        )
 
     with pytest.raises(Killed):
         go(loss="sce", data="digits")
@@ -287,7 +285,7 @@ def test_another_configuration_is_refused_by_name(split, tmp_path):
 def test_a_config_that_cannot_be_read_is_a_user_error(split, tmp_path):
     (tmp_path / "config.json").write_text('{"fit": {"epo')
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        fit(network(split), split.train, split.val, standard(losses.sce), TINY, out=tmp_path, device="cpu")
+        fit_digits(split, network(split), out=tmp_path)
     assert (tmp_path / "config.json").read_text() == '{"fit": {"epo'
 
 
@@ -296,14 +294,11 @@ def stopped(split, tmp_path):
     """A run folder that was killed after its second epoch, and a way to go on."""
     out = tmp_path / "run"
     with pytest.raises(Killed):
-        fit(
-            network(split), split.train, split.val, standard(losses.sce), TINY,
-            out=out, device="cpu", progress=kill_after(2),
-        )  # fmt: skip
+        fit_digits(split, network(split), out=out, progress=kill_after(2))
 
     def resume(model=None, **settings):
         model = network(split) if model is None else model
-        return model, fit(model, split.train, split.val, standard(losses.sce), TINY, out=out, device="cpu", **settings)
+        return model, fit_digits(split, model, out=out, **settings)
 
     return out, resume
 
@@ -342,49 +337,49 @@ def test_a_truncated_checkpoint_is_refused_and_kept(share, stopped):
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_full_disk_keeps_the_last_checkpoint(failing, split, tmp_path, monkeypatch):
     whole = network(split)
-    one = fit(whole, split.train, split.val, standard(losses.sce), TINY, device="cpu")
+    one = fit_digits(split, whole)
     real = getattr(os, failing)
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def fill_disk_after_two(done, total, line):
+    def fill_disk_after_two(done):
         if done == 2:
             monkeypatch.setattr(os, failing, full)
 
     out, kept = tmp_path / "run", {}
 
-    def watch(done, total, line):
+    def keep_a_copy(what, done, total):
         kept[done] = (out / "checkpoint.safetensors").read_bytes()
-        fill_disk_after_two(done, total, line)
+        fill_disk_after_two(done)
 
     with pytest.raises(UserError, match=r"could not write .*checkpoint\.safetensors.*No space left"):
-        fit(network(split), split.train, split.val, standard(losses.sce), TINY, out=out, device="cpu", progress=watch)
+        fit_digits(split, network(split), out=out, progress=keep_a_copy)
     monkeypatch.setattr(os, failing, real)
     assert (out / "checkpoint.safetensors").read_bytes() == kept[2]
     assert not list(out.glob(".*tmp"))
     again = network(split, seed=9)
-    two = fit(again, split.train, split.val, standard(losses.sce), TINY, out=out, device="cpu")
+    two = fit_digits(split, again, out=out)
     assert same(weights(whole), weights(again))
     assert timeless(one.history) == timeless(two.history)
 
 
 def test_a_nan_loss_names_epoch_and_step_and_keeps_the_last_good_checkpoint(split, tmp_path):
     with pytest.raises(UserError, match=r"not finite in epoch 3, step 2\b") as error:
-        fit(network(split), split.train, split.val, poisoned(9 / 16), TINY, out=tmp_path, device="cpu")
+        fit_digits(split, network(split), objective=poisoned(9 / 16), out=tmp_path)
     assert str(tmp_path) in str(error.value)
     tensors, about = io.load_tensors(tmp_path / "checkpoint.safetensors", "checkpoint", 2)
     assert len(about["history"]) == len(log(tmp_path)) == 2
     assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
     assert not (tmp_path / "model.safetensors").exists()
     model = network(split)
-    fit(model, split.train, split.val, standard(losses.sce), TINY, out=tmp_path, device="cpu")
+    fit_digits(split, model, out=tmp_path)
     assert all(tensor.isfinite().all() for tensor in weights(model).values())
 
 
 def test_a_nan_loss_in_the_first_epoch_promises_no_checkpoint(split, tmp_path):
     with pytest.raises(UserError, match="epoch 1, step 1") as error:
-        fit(network(split), split.train, split.val, poisoned(0), TINY, out=tmp_path, device="cpu")
+        fit_digits(split, network(split), objective=poisoned(0), out=tmp_path)
     assert not (tmp_path / "checkpoint.safetensors").exists()
     assert "checkpoint is in" not in str(error.value)
 
@@ -392,7 +387,7 @@ def test_a_nan_loss_in_the_first_epoch_promises_no_checkpoint(split, tmp_path):
 def test_a_learning_rate_out_of_bounds_is_reported(split):
     config = dataclasses.replace(TINY, optimizer="sgd", lr=1e30)
     with pytest.raises(UserError, match="Lower the learning rate"):
-        fit(network(split), split.train, split.val, standard(losses.sce), config, device="cpu")
+        fit_digits(split, network(split), config=config)
 
 
 @pytest.mark.parametrize("epoch", [2, 4])
@@ -400,7 +395,7 @@ def test_weights_that_turn_nan_at_the_last_step_of_an_epoch_are_never_kept(epoch
     """The losses of that epoch are finite, the last update is not: neither checkpoint nor model may hold it."""
     at = (epoch - 1) / 4 + 3 / 16
     with pytest.raises(UserError, match="not finite"):
-        fit(network(split), split.train, split.val, poisoned(0, grad=True, at=at), TINY, out=tmp_path, device="cpu")
+        fit_digits(split, network(split), objective=poisoned(0, grad=True, at=at), out=tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     tensors, about = io.load_tensors(tmp_path / "checkpoint.safetensors", "checkpoint", 2)
     assert len(about["history"]) == epoch - 1
@@ -422,8 +417,8 @@ def test_an_empty_validation_set_is_allowed(split, tmp_path):
 
 def test_labels_beyond_the_head_are_refused(split, tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(UserError, match=r"head has 5 logits, labels go up to 9.*10 classes"):
-        fit(network(split, classes=5), split.train, split.val, standard(losses.sce), TINY, out=out, device="cpu")
+    with pytest.raises(UserError, match=r"head has 5 logits, but labels go up to 9.*10 classes"):
+        fit_digits(split, network(split, classes=5), out=out)
     assert not out.exists()
 
 
@@ -440,7 +435,7 @@ def test_negative_labels_are_refused(split):
         ("optimizer", "Adam"), ("lr", 0.0), ("lr", -1e-3), ("lr", math.inf), ("lr", math.nan), ("schedule", "linear"),
         ("weight_decay", -1e-4), ("weight_decay", math.nan), ("ema", -0.1), ("ema", 1.0), ("ema", math.nan),
         ("pad", -1), ("precision", "fp8"), ("precision", "float32"), ("momentum", -0.5), ("momentum", math.nan),
-        ("checkpoint_seconds", -1.0), ("checkpoint_seconds", math.nan), ("keep", "first"),
+        ("checkpoint_seconds", -1.0), ("checkpoint_seconds", math.nan), ("checkpoint", "first"),
     ],
 )  # fmt: skip
 def test_every_bad_setting_is_named(name, value):
@@ -460,11 +455,8 @@ def test_every_schedule_and_precision_is_accepted():
 def test_precision_may_change_between_two_fits_of_one_process(split):
     """A notebook trains in float32, then tries bf16: the second fit is as good as the first."""
     config = dataclasses.replace(TINY, epochs=1)
-    fit(network(split), split.train, split.val, standard(losses.sce), config, device="cpu")
-    done = fit(
-        network(split), split.train, split.val, standard(losses.sce), dataclasses.replace(config, precision="bf16"),
-        device="cpu",
-    )  # fmt: skip
+    fit_digits(split, network(split), config=config)
+    done = fit_digits(split, network(split), config=dataclasses.replace(config, precision="bf16"))
     assert math.isfinite(done.history[0]["loss"])
 
 
@@ -506,7 +498,7 @@ def test_weight_decay_does_what_it_says(split):
         return Objective(lambda model, x, y, noise: x, lambda model, x, x_adv, y: 0 * model(x).logits.sum(1))
 
     config = FitConfig(epochs=1, batch_size=len(split.train), lr=0.1, weight_decay=0.5, schedule="constant")
-    fit(model, split.train, split.val, still, config, device="cpu")
+    fit_digits(split, model, objective=still, config=config)
     for name, parameter in model.named_parameters():
         wanted = 1.0 if name.endswith("bias") else 1 - 0.1 * 0.5
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, wanted))
@@ -519,14 +511,14 @@ def test_ema_is_the_average_of_the_weights_after_each_step(split):
     model = network(split)
     start = weights(model)
 
-    def watching(progress):
+    def recording(progress):
         seen.append(weights(model))  # before the step: after the one before
         return plain(progress)
 
     config = dataclasses.replace(TINY, epochs=2, ema=decay)
-    fit(model, split.train, split.val, watching, config, device="cpu")
+    fit_digits(split, model, objective=recording, config=config)
     last = network(split)
-    fit(last, split.train, split.val, plain, dataclasses.replace(config, ema=0.0), device="cpu")
+    fit_digits(split, last, objective=plain, config=dataclasses.replace(config, ema=0.0))
     trail = [*seen[1:], weights(last)]  # averaging does not touch the training itself
     assert len(trail) == 8
     for name, mean in start.items():
@@ -536,11 +528,10 @@ def test_ema_is_the_average_of_the_weights_after_each_step(split):
         torch.testing.assert_close(model.state_dict()[name].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_with_ema_validation_judges_the_weights_that_are_kept(split):
-    """FitConfig: ema is the "decay of the averaged weights that are kept and judged"."""
+def test_with_ema_the_averaged_weights_are_validated_and_saved(split):
     config = dataclasses.replace(TINY, epochs=2, ema=0.98)
     model = network(split)
-    done = fit(model, split.train, split.val, standard(losses.sce), config, device="cpu")
+    done = fit_digits(split, model, config=config)
     assert done.history[-1]["val"] == accuracy(model, split.val)
 
 
@@ -561,7 +552,7 @@ def test_the_result_does_not_depend_on_torchs_generator(drop, split):
             model.backbone = nn.Sequential(model.backbone, nn.Dropout(0.5))
         torch.manual_seed(seed)
         torch.rand(seed * 10)
-        fit(model, split.train, split.val, standard(losses.sce), TINY, device="cpu")
+        fit_digits(split, model)
         found.append(weights(model))
     assert same(*found)
 
@@ -570,10 +561,7 @@ def test_the_seed_changes_the_order(split):
     found = []
     for seed in (0, 1):
         model = network(split)
-        fit(
-            model, split.train, split.val, standard(losses.sce), dataclasses.replace(TINY, epochs=1, seed=seed),
-            device="cpu",
-        )  # fmt: skip
+        fit_digits(split, model, config=dataclasses.replace(TINY, epochs=1, seed=seed))
         found.append(weights(model))
     assert not same(*found)
 
@@ -585,7 +573,7 @@ def test_the_model_is_left_in_the_state_it_was_given_for(split, tmp_path):
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
     before, others = frozen.weight.clone(), model.head.linear.weight.detach().clone()
-    fit(model, split.train, split.val, standard(losses.sce), TINY, out=tmp_path, device="cpu")
+    fit_digits(split, model, out=tmp_path)
     assert torch.equal(frozen.weight, before)
     assert not frozen.weight.requires_grad
     assert not torch.equal(model.head.linear.weight, others)
@@ -595,10 +583,14 @@ def test_a_run_folder_loads_as_the_model_that_was_trained(split, tmp_path):
     mean, std = standardisation(split.train)
     built = {"name": "smallconv", "shape": split.shape, "classes": 10, "head": "mmc", "head_settings": {"radius": 5}}
     model = models.build(**built, mean=mean, std=std)
-    fit(
-        model, split.train, split.val, standard(losses.mmc), dataclasses.replace(TINY, epochs=1),
-        out=tmp_path / "run", about={"model": {**built, "seed": 0}}, device="cpu",
-    )  # fmt: skip
+    fit_digits(
+        split,
+        model,
+        objective=standard(losses.mmc),
+        config=dataclasses.replace(TINY, epochs=1),
+        out=tmp_path / "run",
+        about={"model": {**built, "seed": 0}},
+    )
     loaded, config = run_folder.load(tmp_path / "run")
     assert same(weights(model), weights(loaded))
     assert config["fit"]["epochs"] == 1
@@ -614,10 +606,13 @@ def test_a_run_folder_loads_as_the_model_that_was_trained(split, tmp_path):
 
 
 def test_a_damaged_run_folder_is_a_user_error(split, tmp_path):
-    fit(
-        network(split), split.train, split.val, standard(losses.sce), dataclasses.replace(TINY, epochs=1),
-        out=tmp_path, about={"model": {"name": "smallconv", "shape": [1, 8, 8], "classes": 10}}, device="cpu",
-    )  # fmt: skip
+    fit_digits(
+        split,
+        network(split),
+        config=dataclasses.replace(TINY, epochs=1),
+        out=tmp_path,
+        about={"model": {"name": "smallconv", "shape": [1, 8, 8], "classes": 10}},
+    )
     whole = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(whole[: len(whole) // 2])
     with pytest.raises(UserError):
@@ -627,9 +622,9 @@ def test_a_damaged_run_folder_is_a_user_error(split, tmp_path):
         run_folder.load(tmp_path)
 
 
-@pytest.mark.parametrize("settings", [{"val_threat": Threat("linf", 0.1)}, {"keep": "best"}])
+@pytest.mark.parametrize("settings", [{"val_threat": Threat("linf", 0.1)}, {"checkpoint": "best"}])
 def test_without_validation_images_there_is_no_best_epoch_to_ask_for(settings, split):
-    config = dataclasses.replace(TINY, keep=settings.pop("keep", "last"))
+    config = dataclasses.replace(TINY, checkpoint=settings.pop("checkpoint", "last"))
     with pytest.raises(UserError, match="no validation images"):
         fit(
             network(split), split.train, split.val.take(slice(0, 0)), standard(losses.sce), config,
@@ -639,9 +634,7 @@ def test_without_validation_images_there_is_no_best_epoch_to_ask_for(settings, s
 
 def test_robust_validation_is_logged_and_chooses_the_best_epoch(split, tmp_path):
     threat, model = Threat("linf", 0.05), network(split)
-    done = fit(
-        model, split.train, split.val, standard(losses.sce), TINY, val_threat=threat, out=tmp_path, device="cpu"
-    )  # fmt: skip
+    done = fit_digits(split, model, val_threat=threat, out=tmp_path)
     figures = [line["val_robust"] for line in log(tmp_path)]
     assert figures == [line["val_robust"] for line in done.history]
     assert all(line["val_robust"] <= line["val"] for line in done.history)
@@ -650,54 +643,66 @@ def test_robust_validation_is_logged_and_chooses_the_best_epoch(split, tmp_path)
     assert done.kept_epoch == 4
 
 
-def judge(monkeypatch, figures):
-    """From here on epochs are judged so, one figure after the other."""
-    left = iter(figures)
-    monkeypatch.setattr(loop, "validate", lambda *_: {"val": 0.9, "val_robust": next(left), "watch_seconds": 0.0})
+def test_progress_reports_each_epochs_log_line_in_words(split):
+    reports = []
+    config = dataclasses.replace(TINY, epochs=2)
+    done = fit_digits(
+        split, network(split), config=config, val_threat=Threat("linf", 0.05), progress=lambda *r: reports.append(r)
+    )
+    assert reports == [
+        (f"epoch {n}, loss {line['loss']:.4g}, validation {line['val']:.1%}, robust {line['val_robust']:.1%}", n, 2)
+        for n, line in enumerate(done.history, 1)
+    ]
 
 
-FIGURES = (0.2, 0.5, 0.5, 0.4)  # the second is the best: of equals the earlier
+def fix_validation(monkeypatch, accuracies):
+    """From here on validation measures these robust accuracies, one epoch after the other."""
+    remaining = iter(accuracies)
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val": 0.9, "val_robust": next(remaining), "val_seconds": 0.0})
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
-def test_the_weights_that_keep_names_are_the_models_and_the_others_lie_beside(keep, split, tmp_path, monkeypatch):
-    judge(monkeypatch, FIGURES)
+ACCURACIES = (0.2, 0.5, 0.5, 0.4)  # the second epoch is the best, the earliest of equals
+
+
+@pytest.mark.parametrize("checkpoint", ["best", "last"])
+def test_the_chosen_weights_are_the_models_and_the_others_lie_beside(checkpoint, split, tmp_path, monkeypatch):
+    fix_validation(monkeypatch, ACCURACIES)
     model, seen = network(split), {}
-    done = fit(
-        model, split.train, split.val, standard(losses.sce), dataclasses.replace(TINY, keep=keep),
-        out=tmp_path, device="cpu", progress=lambda epoch, of, line: seen.update({epoch: weights(model)}),
-    )  # fmt: skip
+    done = fit_digits(
+        split,
+        model,
+        config=dataclasses.replace(TINY, checkpoint=checkpoint),
+        out=tmp_path,
+        progress=lambda what, epoch, total: seen.update({epoch: weights(model)}),
+    )
     assert [line["best_epoch"] for line in done.history] == [1, 2, 2, 2]
-    assert (done.best_epoch, done.kept_epoch) == (2, 2 if keep == "best" else 4)
+    assert (done.best_epoch, done.kept_epoch) == (2, 2 if checkpoint == "best" else 4)
     assert not same(seen[2], seen[4])
-    other, kept, beside = ("last", 2, 4) if keep == "best" else ("best", 4, 2)
+    other, kept, beside = ("last", 2, 4) if checkpoint == "best" else ("best", 4, 2)
     for name, epoch in (("model", kept), (other, beside)):
         tensors, about = io.load_tensors(tmp_path / f"{name}.safetensors", "model", 1)
         assert same(tensors, seen[epoch])
         assert about["epoch"] == epoch
     assert same(weights(model), seen[kept])
-    assert not (tmp_path / f"{keep}.safetensors").exists()
+    assert not (tmp_path / f"{checkpoint}.safetensors").exists()
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.8])
 def test_resumed_at_any_epoch_the_best_weights_are_the_same_bit_for_bit(ema, split, tmp_path, monkeypatch):
-    config = dataclasses.replace(TINY, keep="best", ema=ema)
+    config = dataclasses.replace(TINY, checkpoint="best", ema=ema)
 
     def ends(folder):
         return [io.load_tensors(folder / f"{name}.safetensors", "model", 1)[0] for name in ("model", "last")]
 
-    def go(folder, seed=0, progress=None):
-        return fit(
-            network(split, seed=seed), split.train, split.val, standard(losses.sce), config,
-            out=tmp_path / folder, device="cpu", progress=progress,
-        )  # fmt: skip
+    def go(folder, seed=0, progress=silent):
+        return fit_digits(split, network(split, seed=seed), config=config, out=tmp_path / folder, progress=progress)
 
-    judge(monkeypatch, FIGURES)
+    fix_validation(monkeypatch, ACCURACIES)
     whole = go("whole")
     best, last = ends(tmp_path / "whole")
     assert not same(best, last)
     for epoch in (1, 2, 3, 4):
-        judge(monkeypatch, FIGURES)
+        fix_validation(monkeypatch, ACCURACIES)
         with pytest.raises(Killed):
             go(str(epoch), progress=kill_after(epoch))
         done = go(str(epoch), seed=9)
@@ -721,10 +726,10 @@ def test_a_nan_loss_names_the_samples(split):
 
     config = dataclasses.replace(TINY, batch_size=1000)
     with pytest.raises(UserError, match=f"training samples {', '.join(map(str, guilty))}: look at them"):
-        fit(network(split), split.train, split.val, lambda _: Objective(perturb, outer), config, device="cpu")
+        fit_digits(split, network(split), objective=lambda _: Objective(perturb, outer), config=config)
     guilty = guilty[:1]
     with pytest.raises(UserError, match=f"training sample {guilty[0]}: look at it"):
-        fit(network(split), split.train, split.val, lambda _: Objective(perturb, outer), config, device="cpu")
+        fit_digits(split, network(split), objective=lambda _: Objective(perturb, outer), config=config)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -734,7 +739,7 @@ def test_torchs_generator_is_left_as_it_was(fails, split):
     before = torch.get_rng_state()
     objective = poisoned(0.5) if fails else adversarial(losses.sce, Threat("linf", 0.1), steps=1)
     with pytest.raises(UserError) if fails else contextlib.nullcontext():
-        fit(network(split), split.train, split.val, objective, TINY, val_threat=Threat("linf", 0.1), device="cpu")
+        fit_digits(split, network(split), objective=objective, val_threat=Threat("linf", 0.1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -748,37 +753,39 @@ def test_a_batch_norm_in_eval_mode_stays_frozen(split):
     before = {name: tensor.clone() for name, tensor in frozen.named_buffers()}
     other = free.running_mean.clone()
     objective = adversarial(losses.sce, Threat("linf", 0.1), steps=1)
-    fit(model, split.train, split.val, objective, TINY, val_threat=Threat("linf", 0.1), device="cpu")
+    fit_digits(split, model, objective=objective, val_threat=Threat("linf", 0.1))
     assert (frozen.training, free.training, model.training) == (False, True, True)
     assert same(dict(frozen.named_buffers()), before)
     assert not torch.equal(free.running_mean, other)
 
 
-def test_around_is_entered_with_the_batch_and_left_before_the_step(split):
-    model, told = network(split), []
+def test_weight_context_is_entered_with_the_batch_and_left_before_the_step(split):
+    model, events = network(split), []
 
     @contextlib.contextmanager
-    def around(net, x, x_adv, y):
+    def weight_context(net, x, x_adv, y):
         start = weights(net)
-        told.append("enter")
+        events.append("enter")
         assert net is model
         assert torch.equal(x_adv, x + 1)
         assert x.shape == (len(y), *split.shape)
         yield
-        told.append("leave")
+        events.append("leave")
         assert all(p.grad is not None for p in net.parameters())  # backward was inside
         assert same(weights(net), start)  # and the step was not
 
     def outer(net, x, x_adv, y):
-        told.append("loss")
+        events.append("loss")
         return losses.sce(net(x), y)
 
     start = weights(model)
-    fit(
-        model, split.train, split.val, lambda _: Objective(lambda net, x, y, noise: x + 1, outer, around),
-        dataclasses.replace(TINY, epochs=1), device="cpu",
-    )  # fmt: skip
-    assert told == ["enter", "loss", "leave"] * 4
+    fit_digits(
+        split,
+        model,
+        objective=lambda _: Objective(lambda net, x, y, noise: x + 1, outer, weight_context),
+        config=dataclasses.replace(TINY, epochs=1),
+    )
+    assert events == ["enter", "loss", "leave"] * 4
     assert not same(weights(model), start)
 
 
@@ -787,14 +794,14 @@ def test_around_is_entered_with_the_batch_and_left_before_the_step(split):
 def test_the_quick_kernel_finds_the_same_points(name, norm, split, monkeypatch):
     model, data = network(split, name=name), split.val
     x, y, threat = pixels(data.x), data.y, Threat(norm, 0.5 if norm == "l2" else 0.1)
-    taken, fits = [], fast_kernels._fits
-    monkeypatch.setattr(fast_kernels, "_fits", lambda *a: taken.append(fits(*a)) or taken[-1])
+    taken, fits = [], fast_kernels._is_frozen_grey_convolution
+    monkeypatch.setattr(fast_kernels, "_is_frozen_grey_convolution", lambda *a: taken.append(fits(*a)) or taken[-1])
 
     def attack():
         return pgd(model, x, y, threat, score=losses.sce, noise=Noise(0, data.index), steps=5)
 
     plain = attack()
-    with fast_kernels.quick(torch.device("cpu")):
+    with fast_kernels.fast_input_gradients(torch.device("cpu")):
         quick = attack()
     assert any(taken) == (name == "smallconv")  # it was the other kernel
     torch.testing.assert_close(quick, plain, rtol=0, atol=1e-6)
@@ -805,13 +812,13 @@ def test_the_quick_kernel_is_a_convolutions_gradient(stride, padding, dilation):
     made = torch.Generator().manual_seed(0)
     x, weight = torch.rand(3, 1, 11, 9, generator=made), torch.rand(4, 1, 3, 2, generator=made)
     bias, found = torch.rand(4, generator=made), []
-    for context in (contextlib.nullcontext(), fast_kernels.quick(torch.device("cpu"))):
+    for context in (contextlib.nullcontext(), fast_kernels.fast_input_gradients(torch.device("cpu"))):
         leaf = x.clone().requires_grad_()
         with context:
             out = nn.functional.conv2d(leaf, weight, bias, stride, padding, dilation, 1)
             (grad,) = torch.autograd.grad(out.square().sum(), leaf)
         found.append((out.detach(), grad))
-    assert type(out.grad_fn).__name__ == "_GrayConvolutionBackward"
+    assert type(out.grad_fn).__name__ == "_GreyConvolutionBackward"
     torch.testing.assert_close(found[1], found[0])
 
 
@@ -827,10 +834,12 @@ def test_the_inner_attack_of_bf16_asks_a_network_in_bf16(split):
     for precision in ("no", "bf16"):
         model = network(split)
         network_of = lambda x, model=model: model(x).logits  # noqa: E731
-        fit(
-            model, split.train, split.val, lambda _: Objective(perturb, lambda m, x, x_adv, y: losses.sce(m(x), y)),
-            dataclasses.replace(TINY, epochs=1, batch_size=1000, precision=precision), device="cpu",
-        )  # fmt: skip
+        fit_digits(
+            split,
+            model,
+            objective=lambda _: Objective(perturb, lambda m, x, x_adv, y: losses.sce(m(x), y)),
+            config=dataclasses.replace(TINY, epochs=1, batch_size=1000, precision=precision),
+        )
     assert asked == [(torch.float32, True), (torch.float32, False)]
 
 
@@ -921,10 +930,12 @@ def test_weights_are_perturbed_inside_and_restored_before_the_step(split):
     threat, ends = Threat("linf", 0.05), []
     for awp in (0.0, 0.01):
         model = network(split)
-        done = fit(
-            model, split.train, split.val, adversarial(losses.sce, threat, steps=2, awp=awp),
-            dataclasses.replace(TINY, epochs=2), device="cpu",
-        )  # fmt: skip
+        done = fit_digits(
+            split,
+            model,
+            objective=adversarial(losses.sce, threat, steps=2, awp=awp),
+            config=dataclasses.replace(TINY, epochs=2),
+        )
         assert done.history[-1]["loss"] > 0
         ends.append(weights(model))
     assert not same(*ends)
@@ -955,11 +966,11 @@ def test_a_lost_worker_ends_the_others_with_a_word_and_a_checkpoint_to_go_on_fro
     while not (out / "log.jsonl").exists() and time.monotonic() < until:
         time.sleep(0.05)
     os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
-    said, _ = group.communicate(timeout=120)
+    output, _ = group.communicate(timeout=120)
     assert group.returncode != 0
-    assert "done" not in said
-    assert re.search(r"another process of this fit was lost|was told to end \(SIGTERM\)", said), said[-3000:]
-    assert re.search(r"The checkpoint in \S+ holds all up to epoch \d+: the same command goes on from there", said)
+    assert "done" not in output
+    assert re.search(r"another process of this fit was lost|was events to end \(SIGTERM\)", output), output[-3000:]
+    assert re.search(r"The checkpoint in \S+ holds \d+ epochs: rerun the same command to resume", output)
     again = subprocess.run(command, capture_output=True, timeout=240, **settings)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "done 60" in again.stdout

@@ -22,10 +22,18 @@ from ..losses import Loss, dlr, negative_log_odds, negative_margin, scaled_log_o
 from ..outputs import Outputs, logits_of
 from .apgd import apgd
 from .base import Model, MostAdversarial, attack, fooled, frozen_eval
-from .minimal_norm import cw, deepfool, distances, fab, fmn, lbfgs
-from .others import jsma, least_likely, md, spsa
-from .pgd import bim, fgsm, mim, pgd
-from .square import random_noise, square
+from .cw import cw
+from .deepfool import deepfool
+from .fab import fab
+from .fmn import fmn
+from .jsma import jsma
+from .lbfgs import lbfgs
+from .margin_decomposition import md
+from .minimal_norm import distances
+from .pgd import bim, fgsm, least_likely, mim, pgd
+from .random_noise import random_noise
+from .spsa import spsa
+from .square import square
 
 __all__ = [
     "ATTACKS",
@@ -65,8 +73,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AttackEntry:
-    """One line of ATTACKS: the function, a word on it, the norms it is defined for, whether it needs gradients, and
-    about how many passes it takes for each step, target, restart and search."""
+    """One entry of ATTACKS.
+
+    Attributes:
+        attack: the attack function.
+        about: one line about it, for lists.
+        norms: the norms that it is defined for.
+        gradients: whether it needs gradients.
+        per_step: forward and backward passes per sample, for each step, target, restart and search; an estimate.
+    """
 
     attack: Callable[..., Tensor]
     about: str
@@ -80,21 +95,21 @@ ATTACKS: dict[str, AttackEntry] = {
     "bim": AttackEntry(bim, "small steps from x (Kurakin 2017)"),
     "mim": AttackEntry(mim, "bim with momentum (Dong 2018)"),
     "pgd": AttackEntry(pgd, "projected gradient ascent, random starts (Madry 2018)"),
-    "apgd": AttackEntry(apgd, "pgd with its own step size (Croce 2020)"),
-    "md": AttackEntry(md, "one term of the margin first, then both (Ma 2020)"),
-    "least_likely": AttackEntry(least_likely, "bim towards the least likely class (Kurakin 2017)"),
+    "apgd": AttackEntry(apgd, "pgd with an adaptive step size (Croce 2020)"),
+    "md": AttackEntry(md, "one term of the margin first, then the margin (Ma 2020)"),
+    "least_likely": AttackEntry(least_likely, "targeted bim on the least likely class (Kurakin 2017)"),
     "deepfool": AttackEntry(
         deepfool, "steps to the nearest linearised boundary (Moosavi-Dezfooli 2016)", per_step=10.0
     ),
-    "cw": AttackEntry(cw, "smallest perturbation by Adam and a search of the constant (Carlini 2017)", ("linf", "l2")),
+    "cw": AttackEntry(cw, "smallest perturbation by Adam and a search over a constant (Carlini 2017)", ("linf", "l2")),
     "lbfgs": AttackEntry(lbfgs, "smallest l2 perturbation by quasi-Newton steps (Szegedy 2014)"),
-    "fmn": AttackEntry(fmn, "smallest perturbation in a ball that shrinks and grows (Pintor 2021)"),
+    "fmn": AttackEntry(fmn, "smallest perturbation in a ball of adaptive radius (Pintor 2021)"),
     "fab": AttackEntry(
         fab, "smallest perturbation by steps to linearised boundaries, targeted (Croce 2020)", per_step=3.0
     ),
-    "jsma": AttackEntry(jsma, "the most salient pixels, one by one (Papernot 2016)"),
+    "jsma": AttackEntry(jsma, "the most salient pixels, one at a time (Papernot 2016)"),
     "spsa": AttackEntry(
-        spsa, "ascent on a gradient guessed from answers (Uesato 2018)", gradients=False, per_step=65.0
+        spsa, "ascent on a gradient estimated from logits (Uesato 2018)", gradients=False, per_step=65.0
     ),
     "square": AttackEntry(
         square, "random squares, no gradients (Andriushchenko 2020)", ("linf", "l2"), gradients=False, per_step=1.0
@@ -104,7 +119,15 @@ ATTACKS: dict[str, AttackEntry] = {
 
 
 def cross_entropy(out: Outputs | Tensor, y: Tensor) -> Tensor:
-    """``F.cross_entropy`` in the logits' own precision: what papers climb, dead zone included. (N, K), (N,) -> (N,)."""
+    """``F.cross_entropy`` in the logits' own precision, dead zone included: the score of the usual PGD protocol.
+
+    Args:
+        out: Outputs or (N, K) logits.
+        y: (N,) labels.
+
+    Returns:
+        (N,).
+    """
     return F.cross_entropy(logits_of(out), y, reduction="none")
 
 
@@ -113,9 +136,16 @@ SCORES: dict[str, Loss] = {"u": scaled_log_odds, "margin": negative_margin, "dlr
 
 
 def matched_score(loss: Loss | str | None) -> Loss:
-    """The score that an attack on a network trained with this loss climbs, freed from the scale of the logits.
+    """The score for attacks on a network that was trained with this loss, independent of the scale of the logits.
 
-    ``score_of(loss)``, where u is u of logits brought to one scale; u where no loss is known. See docs/adaptive.md.
+    It is ``score_of(loss)``, except that the scaled log odds replace the negative log odds, which depend on the scale.
+    See docs/adaptive.md.
+
+    Args:
+        loss: the training loss or its name; None where it is unknown, for the scaled log odds.
+
+    Returns:
+        A score, (out, y) -> (N,).
     """
     score = negative_log_odds if loss is None else score_of(loss)
     return scaled_log_odds if score is negative_log_odds else score
@@ -133,8 +163,8 @@ N_NEAREST, N_RANDOM = 32, 32  # survivors that attacks of full length are tried 
 SUBSETS: dict[str, str] = {
     "survivors": "all that stand",
     "nearest": f"the share of them with the smallest margins, at least {N_NEAREST}",
-    "sampled": f"{N_NEAREST + N_RANDOM} of them: the {N_NEAREST} with the smallest margins, and {N_RANDOM} drawn at random from the rest",
-    "escalated": f"the nearest share if one of the {N_NEAREST} nearest fell to a drawn stage, all if one of the others did",
+    "sampled": f"the {N_NEAREST} of them with the smallest margins, and {N_RANDOM} drawn at random from the rest",
+    "escalated": f"the nearest share if a sampled stage broke one of the {N_NEAREST} nearest, all if one of the others",
 }
 
 
@@ -190,9 +220,9 @@ class Stage:
 
 
 # Robustness as papers report it: F.cross_entropy, one random start, 50 PGD steps of eps/4, the last iterate.
-PGD50 = Stage("pgd50", "pgd", "cross_entropy", settings={"steps": 50, "keep": "last"}, step=0.25, individual=True)
+PGD50 = Stage("pgd50", "pgd", "cross_entropy", settings={"steps": 50, "iterate": "last"}, step=0.25, individual=True)
 # The usual adaptive attack: the same on the loss that the network was trained with.
-PGD50_TRAIN_LOSS = replace(PGD50, name="own loss", score="loss")
+PGD50_TRAIN_LOSS = replace(PGD50, name="pgd50-train-loss", score="loss")
 
 
 def _round(number: int) -> tuple[Stage, ...]:

@@ -1,4 +1,4 @@
-"""Auto-PGD: projected gradient ascent that sets its own step size, sample by sample."""
+"""Auto-PGD: projected gradient ascent with an adaptive step size for each sample."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from ..noise import Noise
 from ..threat import Threat
 from .base import Model, MostAdversarial, attack, predict, score_and_grad, should_drop_fooled, targeted_score
 
-MOMENTUM = 0.75  # the weight of the new step against the last move
-ENOUGH = 0.75  # the share of steps in a period that must have risen
+MOMENTUM = 0.75  # weight of the new step; the previous move has weight 1 - MOMENTUM
+RHO = 0.75  # the step size is halved unless more than this fraction of a period's steps increased the score
 
 
-def _periods(steps: int) -> list[int]:
-    """The steps after which progress is judged: periods of 22% of the steps, each 3% shorter, never under 6%.
+def _checkpoints(steps: int) -> list[int]:
+    """The steps after which the step size is reconsidered.
 
-    >>> _periods(100)
+    The first period is 22% of the steps. Each further period is 3% of the steps shorter, and at least 6%.
+
+    >>> _checkpoints(100)
     [22, 41, 57, 70, 80, 87, 93, 99]
     """
-    length, shorter, least = max(int(0.22 * steps), 1), max(int(0.03 * steps), 1), max(int(0.06 * steps), 1)
-    ends, end = [], length
+    period, decrement, shortest = max(int(0.22 * steps), 1), max(int(0.03 * steps), 1), max(int(0.06 * steps), 1)
+    checkpoints, end = [], period
     while end < steps:
-        ends.append(end)
-        length = max(length - shorter, least)
-        end += length
-    return ends
+        checkpoints.append(end)
+        period = max(period - decrement, shortest)
+        end += period
+    return checkpoints
 
 
 @attack
@@ -43,71 +45,77 @@ def apgd(
     restarts: int = 1,
     target: Tensor | None = None,
 ) -> Tensor:
-    """Auto-PGD (Croce and Hein 2020): momentum, and a step that is halved where it stopped helping.
+    """Auto-PGD (Croce and Hein 2020): PGD with momentum and a step size that is halved when progress stalls.
 
-    At the end of each period a sample's step is halved, and its best point restored, when the score rose in fewer than
-    75% of the period's steps, or when neither step nor best score has changed since the last judgement.
+    At each checkpoint a sample's step size is halved, and the sample returns to its best point, in two cases: at most
+    75% of the steps since the last checkpoint increased the score; or the step size was not halved at the last
+    checkpoint and the best score has not improved since. Arguments that are not listed here are those of ``pgd``.
 
-    Args: as for ``pgd``; step_size: the first one, default 2 eps (eps for l1).
-    Returns x_adv, (N, C, H, W): each sample's worst point; fooled samples leave the batch.
+    Args:
+        steps: number of steps, >= 1.
+        step_size: the first step size, in pixels; default 2 eps (eps for l1).
+
+    Returns:
+        x_adv, (N, C, H, W), each sample's most adversarial point. Fooled samples leave the batch.
     """
-    first = step_size if step_size is not None else threat.eps * (1 if threat.norm == "l1" else 2)
-    climb, goal = targeted_score(score, y, target)
-    periods = _periods(steps)
-    worst = MostAdversarial(x, y)
+    first_step_size = step_size if step_size is not None else threat.eps * (1 if threat.norm == "l1" else 2)
+    score_fn, target_fn = targeted_score(score, y, target)
+    checkpoints = _checkpoints(steps)
+    best = MostAdversarial(x, y)
     wide = (-1, *[1] * (x.ndim - 1))
     for restart in range(restarts):
-        rows = worst.standing()
+        rows = best.survivors()
         if len(rows) == 0:
             break
         x_adv = threat.random_start(x[rows], noise[rows].fold(restart))
-        out, value, grad = score_and_grad(model, x_adv, climb, goal(rows))
-        stands = worst.see(rows, x_adv, out.logits)
-        s = {  # what belongs to each sample still in the batch
+        out, value, grad = score_and_grad(model, x_adv, score_fn, target_fn(rows))
+        unbroken = best.update(rows, x_adv, out.logits)
+        s = {  # the state of each sample that is still in the batch; "best" is by the score
             "rows": rows,
             "x": x[rows],
-            "now": x_adv,
-            "before": x_adv,
+            "x_adv": x_adv,
+            "x_previous": x_adv,
             "grad": grad,
-            "value": value,
-            "best": x_adv,
-            "best_grad": grad,
-            "best_value": value,
-            "judged_value": value,
-            "size": torch.full_like(value, first, dtype=x.dtype),
-            "rose": torch.zeros_like(value),
-            "halved": torch.ones_like(value, dtype=torch.bool),
+            "score": value,
+            "x_best": x_adv,
+            "grad_best": grad,
+            "score_best": value,
+            "score_at_checkpoint": value,  # the best score at the last checkpoint
+            "step_size": torch.full_like(value, first_step_size, dtype=x.dtype),
+            "increases": torch.zeros_like(value),  # steps since the last checkpoint that increased the score
+            "halved": torch.ones_like(value, dtype=torch.bool),  # at the last checkpoint
         }
         since = 0
         for step in range(steps):
             if should_drop_fooled(step, x):
-                s = {name: t[stands] for name, t in s.items()}
+                s = {name: t[unbroken] for name, t in s.items()}
                 if len(s["rows"]) == 0:
                     break
-            moved = s["now"] + s["size"].view(wide) * threat.ascent(s["grad"], s["now"])
+            moved = s["x_adv"] + s["step_size"].view(wide) * threat.ascent(s["grad"], s["x_adv"])
             if step:
                 moved = threat.project(moved, s["x"])
-                moved = s["now"] + MOMENTUM * (moved - s["now"]) + (1 - MOMENTUM) * (s["now"] - s["before"])
-            s["before"], s["now"] = s["now"], threat.project(moved, s["x"])
+                momentum = (1 - MOMENTUM) * (s["x_adv"] - s["x_previous"])
+                moved = s["x_adv"] + MOMENTUM * (moved - s["x_adv"]) + momentum
+            s["x_previous"], s["x_adv"] = s["x_adv"], threat.project(moved, s["x"])
             if step == steps - 1:
-                worst.see(s["rows"], s["now"], predict(model, s["now"]).logits)
+                best.update(s["rows"], s["x_adv"], predict(model, s["x_adv"]).logits)
                 break
-            out, value, s["grad"] = score_and_grad(model, s["now"], climb, goal(s["rows"]))
-            stands = worst.see(s["rows"], s["now"], out.logits)
-            s["rose"] = s["rose"] + (value > s["value"])
-            s["value"] = value
-            better = value > s["best_value"]
-            s["best_value"] = torch.where(better, value, s["best_value"])
-            s["best"] = torch.where(better.view(wide), s["now"], s["best"])
-            s["best_grad"] = torch.where(better.view(wide), s["grad"], s["best_grad"])
+            out, value, s["grad"] = score_and_grad(model, s["x_adv"], score_fn, target_fn(s["rows"]))
+            unbroken = best.update(s["rows"], s["x_adv"], out.logits)
+            s["increases"] = s["increases"] + (value > s["score"])
+            s["score"] = value
+            better = value > s["score_best"]
+            s["score_best"] = torch.where(better, value, s["score_best"])
+            s["x_best"] = torch.where(better.view(wide), s["x_adv"], s["x_best"])
+            s["grad_best"] = torch.where(better.view(wide), s["grad"], s["grad_best"])
             since += 1
-            if step + 1 in periods:
-                stuck = ~s["halved"] & (s["best_value"] <= s["judged_value"])
-                halve = (s["rose"] <= ENOUGH * since) | stuck
-                s["size"] = torch.where(halve, s["size"] / 2, s["size"])
-                s["now"] = torch.where(halve.view(wide), s["best"], s["now"])
-                s["grad"] = torch.where(halve.view(wide), s["best_grad"], s["grad"])
-                s["value"] = torch.where(halve, s["best_value"], s["value"])
-                s["halved"], s["judged_value"] = halve, s["best_value"]
-                s["rose"], since = torch.zeros_like(value), 0
-    return worst.x
+            if step + 1 in checkpoints:
+                stalled = ~s["halved"] & (s["score_best"] <= s["score_at_checkpoint"])
+                halve = (s["increases"] <= RHO * since) | stalled
+                s["step_size"] = torch.where(halve, s["step_size"] / 2, s["step_size"])
+                s["x_adv"] = torch.where(halve.view(wide), s["x_best"], s["x_adv"])
+                s["grad"] = torch.where(halve.view(wide), s["grad_best"], s["grad"])
+                s["score"] = torch.where(halve, s["score_best"], s["score"])
+                s["halved"], s["score_at_checkpoint"] = halve, s["score_best"]
+                s["increases"], since = torch.zeros_like(value), 0
+    return best.x

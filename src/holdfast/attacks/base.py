@@ -1,4 +1,4 @@
-"""What every attack keeps: the model as it was, gradients on x alone, the worst point of each sample, the threat."""
+"""The attack contract, and what every attack shares: the model's state, gradients in x alone, the best point found."""
 
 from __future__ import annotations
 
@@ -16,38 +16,63 @@ from ..threat import Threat, column
 
 
 class MostAdversarial:
-    """keep_worst: the worst point seen for each sample, merged over steps, restarts and attacks.
+    """The most adversarial point seen for each sample, over steps, restarts and attacks.
 
-    A fooled sample beats one that stands; among equals the higher negative margin wins. ``see`` takes points for some
-    rows and says which of these still stand.
+    A fooled point beats one that is classified correctly. Among two fooled points, or two correct ones, the point with
+    the higher negative margin wins.
+
+    Attributes:
+        x: (N, ...), the most adversarial point of each sample; the clean image until a point was seen.
+        fooled: (N,) bool, whether a point seen for this sample fooled the model.
+        score: (N,), the negative margin at ``x``; -inf until a point was seen.
     """
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.y = y
         self.x = x.clone()
         self.fooled = torch.zeros_like(y, dtype=torch.bool)
-        self.height = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
+        self.score = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
 
-    def see(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
+    def update(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
+        """Take in new points for some samples.
+
+        Args:
+            rows: (M,) int64, the samples that the points belong to.
+            x_adv: (M, ...), the points.
+            logits: (M, K), the model's logits there.
+
+        Returns:
+            (M,) bool, which of these samples no point has fooled so far.
+        """
         y, x_adv, logits = self.y[rows], x_adv.detach(), logits.detach()
-        height = negative_margin(logits, y).to(self.height.dtype)
+        score = negative_margin(logits, y).to(self.score.dtype)
         now, before = fooled(logits, y), self.fooled[rows]
-        better = (now & ~before) | ((now == before) & (height > self.height[rows]))  # NaN compares as False
+        better = (now & ~before) | ((now == before) & (score > self.score[rows]))  # NaN compares as False
         self.x[rows] = torch.where(column(better, x_adv), x_adv, self.x[rows])
-        self.height[rows] = torch.where(better, height, self.height[rows])
+        self.score[rows] = torch.where(better, score, self.score[rows])
         self.fooled[rows] = now | before
         return ~(now | before)
 
-    def standing(self) -> Tensor:
-        """The rows not fooled yet, (M,) int64."""
+    def survivors(self) -> Tensor:
+        """The rows of the samples that are not fooled yet, (M,) int64."""
         return torch.nonzero(~self.fooled)[:, 0]
 
 
 def attack(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The contract around an attack: it returns x_adv, a point of the threat for every sample, and makes no claim.
+    """The attack contract, as a decorator: an attack returns x_adv, a point of the threat for every sample.
 
-    The model is in eval mode with frozen parameters meanwhile and comes back as it was; gradients are on, whatever the
-    caller's mode; autocast is off; values that are not finite become x's; the projection has the last word.
+    It makes no claim about success. During the attack the model is in eval mode with frozen parameters, and its state
+    is restored afterwards. Gradients are enabled whatever the caller's mode, and autocast is disabled. In the result,
+    pixels that are not finite are replaced by those of x, and the last operation is the projection into the threat.
+
+    Args:
+        function: (model, x, y, threat, *, score, noise, ...) -> x_adv.
+
+    Returns:
+        The same function under the contract.
+
+    Raises:
+        UserError: in the returned function, for steps or restarts below 1, and inside ``torch.inference_mode``.
     """
 
     @functools.wraps(function)
@@ -70,17 +95,39 @@ def attack(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def targeted_score(score: Loss, y: Tensor, target: Tensor | None) -> tuple[Loss, Callable[[Tensor], Any]]:
-    """The score to climb and its target for some rows: y alone, or (y, t) with the score's targeted form."""
+    """The score that an attack maximises, and the second argument of that score for some rows.
+
+    Args:
+        score: the untargeted score.
+        y: (N,) labels.
+        target: (N,) target classes, or None for an untargeted attack.
+
+    Returns:
+        (score_fn, target_fn): ``score_fn(out, target_fn(rows))`` is the score of these rows. ``target_fn`` gives the
+        labels, or the pair (labels, target classes) for the targeted form of the score.
+    """
     if target is None:
         return score, lambda rows: y[rows]
     return targeted(score), lambda rows: (y[rows], target[rows])
 
 
-def score_and_grad(model: Model, x_adv: Tensor, score: Loss, goal: Any) -> tuple[Outputs, Tensor, Tensor]:
-    """(out, score, d score / d x) at x_adv; a gradient that does not exist is zero, so nothing moves on rubbish."""
+def score_and_grad(model: Model, x_adv: Tensor, score: Loss, target: Any) -> tuple[Outputs, Tensor, Tensor]:
+    """The model's output, the score and the score's gradient with respect to x_adv.
+
+    Where the gradient does not exist or is NaN, it is zero: the attack does not move.
+
+    Args:
+        model: images to logits or Outputs.
+        x_adv: (N, ...).
+        score: (out, target) -> (N,).
+        target: the second argument of the score.
+
+    Returns:
+        (out, score (N,), gradient (N, ...)).
+    """
     x_adv = x_adv.detach().requires_grad_()
     out = as_outputs(model(x_adv))
-    value = score(out, goal)
+    value = score(out, target)
     if not value.requires_grad:  # the model cut the graph
         return out, value, torch.zeros_like(x_adv)
     (grad,) = torch.autograd.grad(value.sum(), x_adv, allow_unused=True, materialize_grads=True)
@@ -88,7 +135,7 @@ def score_and_grad(model: Model, x_adv: Tensor, score: Loss, goal: Any) -> tuple
 
 
 def predict(model: Model, x_adv: Tensor) -> Outputs:
-    """The model's answer without a graph."""
+    """The model's output without a graph."""
     with torch.no_grad():
         return as_outputs(model(x_adv))
 
@@ -99,5 +146,8 @@ def all_rows(y: Tensor) -> Tensor:
 
 
 def should_drop_fooled(step: int, x: Tensor) -> bool:
-    """Whether fooled samples leave the batch after this step: always on the CPU; elsewhere it waits for the device."""
+    """Whether fooled samples leave the batch at this step: each step on the CPU, every fifth step on other devices.
+
+    Selecting rows makes the host wait for the device.
+    """
     return x.device.type == "cpu" or step % 5 == 4

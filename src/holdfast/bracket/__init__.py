@@ -8,36 +8,19 @@ part of it, s_att; bounds prove no more than s_cert; the truth between them is k
 
 from __future__ import annotations
 
-import inspect
-from functools import partial
 from pathlib import Path
 
 from .. import run_folder
 from ..errors import at_least
-from ..experiments import loss_spec
-from ..experiments.compare import threat_file_name
 from ..experiments.evaluate_model import from_run
-from ..losses import isce
-from ..process_pool import Progress
+from ..progress import Progress, silent
+from ..spec import threat_file_name
 from ..threat import Threat
 from .measure import bracket
 from .plot import figure, save, sentence
 from .result import STATUS, Bracket
 
-__all__ = ["STATUS", "Bracket", "bracket", "constant_s", "figure", "of_run", "save", "sentence"]
-
-
-def constant_s(loss: str) -> float | None:
-    """The constant s of a loss's spec, in units of the network's logits; None where s is no constant.
-
-    >>> constant_s("isce:s=10"), constant_s("isce"), constant_s("isce:s=2*3"), constant_s("sce")
-    (10.0, 1.0, 6.0, None)
-    """
-    chosen = loss_spec.parse(loss)
-    if getattr(chosen.loss, "func", chosen.loss) is not isce or chosen.source:
-        return None
-    given = getattr(chosen.loss, "keywords", {}).get("s", inspect.signature(isce).parameters["s"].default)
-    return float(given) * chosen.logit_scale
+__all__ = ["STATUS", "Bracket", "bracket", "figure", "of_run", "save", "sentence"]
 
 
 def of_run(
@@ -49,15 +32,27 @@ def of_run(
     limit: int = 100,
     seed: int = 0,
     device: str = "cpu",
-    tell: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> tuple[Bracket, list[Path]]:
-    """The bracket of a run folder's network on its test images; writes bracket.json, .svg and .png to ``out``.
+    """Bracket a run folder's network on its test images; write bracket.json, .svg and .png.
 
-    out: default bracket-THREAT in the run folder; limit: at most so many images, cross-validated or not, 0 for all; the
-    other arguments as for ``bracket``.
+    Stopped at any moment, the same call resumes.
 
-    Stopped at any moment, the same call goes on where it was. Raises UserError as ``bracket`` and ``from_run`` do, and
-    where ``out`` belongs to another bracket.
+    Args:
+        run: the run folder.
+        threat: "norm:eps".
+        out: the output folder; default bracket-THREAT in the run folder.
+        seconds: per sample, on the exact answer; 0 for none.
+        limit: at most so many images, of cross-validated data too; 0 for all.
+        seed: of the attacks' starts.
+        device: "cpu", "cuda", ...
+        progress: called with (what is being done, samples done, samples).
+
+    Returns:
+        (the Bracket, the files written).
+
+    Raises:
+        UserError: as ``bracket`` and ``from_run`` do, and where ``out`` belongs to another bracket.
     """
     against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
     at_least("seconds", seconds)
@@ -65,15 +60,15 @@ def of_run(
     out = out or run / f"bracket-{threat_file_name(threat)}"
     settings = {**subject.about, "threat": threat, "seconds": seconds, "seed": seed, "limit": limit}
     run_folder.reserve(out, settings)
-    found = bracket(
+    result = bracket(
         subject.model,
         subject.split.test.take(slice(0, limit or None)),
         against,
         seconds=seconds,
         seed=seed,
-        trained_s=constant_s(subject.loss),
+        trained_s=subject.loss.s,
         record=out / "bracket.safetensors",
         key=f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {threat} {seconds} {seed}",
-        progress=partial(tell, subject.name),
+        progress=progress,
     )
-    return found, save(found, out, subject.name)
+    return result, save(result, out, subject.name)

@@ -48,14 +48,14 @@ def bracket(
 
     s_att: PGD on each gap_j from x and from a random start, and on their maximum from ten; every point on the way
         counts, and no sample is left alone once it is fooled: what is sought is the largest rise, not a mistake.
-    s*: ``exact.maximize``, for linf and for what ``layers_of`` can read; begun from the attacks' points.
-    s_cert: ``bounds.logit_difference_bounds`` on the smallest box that holds the threat (all of it for linf, loose for l2 and l1),
-        in float64, with slack for float32's rounding and for what ``Threat.violation`` forgives.
+    s*: ``milp.maximize``, for linf and for what ``layers_of`` can read; begun from the attacks' points.
+    s_cert: ``bounds.logit_difference_bounds`` on the smallest box that holds the threat (exact for linf, loose for l2
+        and l1), in float64, with slack for float32's rounding and for what ``Threat.violation`` forgives.
 
     Args:
         model: images to logits or Outputs, the same answer to the same image. data: at least one sample.
         seconds: on each sample's exact answer, 0 for none; where it is not enough s* lies in [s_low, s_high].
-        seed: of the attacks' starts. trained_s: kept in the answer, as ``constant_s`` reads it off a loss.
+        seed: of the attacks' starts. trained_s: kept in the answer, ``LossSpec.s``.
         record: a file that exact answers are kept in as they come; key: what it belongs to, else it is an error.
         progress: called with ("attacks" or "exact answers", samples done, samples).
 
@@ -109,7 +109,7 @@ def _below(reached: Tensor, proved: Tensor, data: Data, what: str) -> None:
 class _Watched:
     """A model that keeps, for each sample, the point of all that it was asked about where the margin is smallest.
 
-    It must be asked about all samples in order, as ``pgd`` with keep="last" does. gap: (N,), -margin at that point.
+    It must be asked about all samples in order, as ``pgd`` with iterate="last" does. gap: (N,), -margin at that point.
     """
 
     def __init__(self, model: Model, x: Tensor, y: Tensor) -> None:
@@ -147,7 +147,7 @@ def _attacked(
             raise UserError("the model's logits are not finite numbers at clean images: there is no margin.")
         order = z.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1]
         watched = _Watched(model, here, y)
-        climb = partial(pgd, watched, here, y, threat, steps=STEPS, step_size=threat.eps / 10, keep="last")
+        climb = partial(pgd, watched, here, y, threat, steps=STEPS, step_size=threat.eps / 10, iterate="last")
         for k, target in enumerate(order.unbind(1)):
             for start in (False, True):
                 climb(score=partial(_gap_to, target), noise=own.fold(0, k), random_start=start)

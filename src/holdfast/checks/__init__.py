@@ -131,7 +131,7 @@ class Audit:
 def remaining(audits: Sequence[Audit]) -> dict[str, Any]:
     """What may still fall of the samples of one or several audits, counted together: ``remainder`` of results.json."""
     left = [audit.remaining for audit in audits]
-    counts = (sum(getattr(one, name) for one in left) for name in ("first", "second", "both", "tested", "stood"))
+    counts = (sum(getattr(one, name) for one in left) for name in ("first", "second", "both", "tested", "survivors"))
     told: dict[str, Any] = asdict(remaining_vulnerable(*counts))
     evaluations = [audit.evaluation for audit in audits]
     drawn = [found.spot_check for found in evaluations if found.spot_check is not None]

@@ -59,7 +59,7 @@ class Finding:
             "claims": list(self.claims),
             "value": value,
             "low": low,
-            "record": track_record(self.name),
+            "track_record": track_record(self.name),
         }
 
     @staticmethod

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..attacks import cross_entropy
-from ..queries import SAME, logits_differ
+from ..queries import LOGIT_TOLERANCE, logits_differ
 from ..threat import Threat
 from .findings import CheckCount
 from .probe import Probe
@@ -30,7 +30,7 @@ def outputs_are_repeatable(probe: Probe) -> CheckCount:
     margin = again.gather(1, probe.y(probe.rows)[:, None])[:, 0] - top
     before = probe.evaluation.margin.to(again)[probe.rows]
     spread = (again.amax(1) - again.amin(1)).clamp_min(torch.finfo(again.dtype).tiny)
-    k = int((logits_differ(probe.clean, again) | ~((margin - before).abs() <= SAME * spread)).sum())
+    k = int((logits_differ(probe.clean, again) | ~((margin - before).abs() <= LOGIT_TOLERANCE * spread)).sum())
     judged = "" if probe.votes == 1 else f"; the majority of {probe.votes} answers was judged"
     return CheckCount(k, len(again), 0.0, f"the same image gives other logits on {k} of {len(again)} samples{judged}")
 

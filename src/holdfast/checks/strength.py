@@ -44,7 +44,7 @@ def robust_accuracy_falls_with_eps(probe: Probe) -> CheckCount:
 
 def the_best_iterate_is_kept(probe: Probe) -> CheckCount:
     """What an attack passes on its way it also returns: hardly a sample is broken by the best iterate alone."""
-    last = probe.short(cross_entropy, keep="last")
+    last = probe.short(cross_entropy, iterate="last")
     k, n = int((probe.by_cross_entropy & ~last).sum()), len(last)
     return CheckCount(k, n, 0.05, f"the last iterate misses {k} of {n} samples that its own path had broken")
 

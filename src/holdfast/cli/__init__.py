@@ -1,11 +1,14 @@
-"""The command line: parses, calls, prints. No logic lives here."""
+"""The command line: it parses, calls, prints. No logic lives here."""
 
 from __future__ import annotations
 
-from . import work  # noqa: F401  # each registers its commands; those of work come first in --help
-
-# isort: split
-from . import look  # noqa: F401
+# Importing a command's file registers it; --help lists commands in this order.
+# isort: off
+from . import compare, recipe  # noqa: F401
+from . import train, evaluate  # noqa: F401
+from . import explain, bracket, curves, report, replay, list_names  # noqa: F401
 from .app import app, main
+
+# isort: on
 
 __all__ = ["app", "main"]

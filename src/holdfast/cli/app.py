@@ -1,4 +1,4 @@
-"""The application that commands register with, the entry point, and where a stranger starts."""
+"""The application that the commands register with, the entry point, and what ``holdfast`` alone prints."""
 
 from __future__ import annotations
 
@@ -13,41 +13,44 @@ from .. import __version__
 from ..errors import UserError
 from .display import coloured, errors, screen
 
-ABOUT = "Train image classifiers with robust losses, attack them hard, and say what their robustness is worth."
+ABOUT = (
+    "Train image classifiers with robust losses, attack them, and report how far each robustness figure can be trusted."
+)
 START = """\
 Start here: seven losses on handwritten digits, 4 minutes, nothing to download
   holdfast compare
 
-Then with other data, losses and threats, or a whole experiment by its name
+Other data, losses and threats; or a named experiment
   holdfast compare --data mnist --losses sce,isce:s=10,mmc --threat linf:0.2
   holdfast recipe
 
 One network
   holdfast train --loss isce:s=10 --out runs/mine
-  holdfast curves runs/mine      how training went
-  holdfast evaluate runs/mine    attack it: what is its accuracy worth?
-  holdfast explain runs/mine     which change of the attack took how much
-  holdfast bracket runs/mine     attacks, proofs and truth, sample by sample
+  holdfast curves runs/mine      plot training and validation
+  holdfast evaluate runs/mine    attack it and judge its robust accuracy
+  holdfast explain runs/mine     which change of the attack broke how many samples
+  holdfast bracket runs/mine     attacks, certificates and the exact answer, per sample
 
-A network of your own
+Your own model
   holdfast evaluate mymodel.py:build --data FOLDER --threat linf:8/255
 
-What is there already
-  holdfast report DIR DIR        one page of several results
-  holdfast verify DIR            prove the bounds again, without attack code
-  holdfast list                  losses, attacks, networks, data, checks
+Existing results
+  holdfast report DIR DIR        one page for several results
+  holdfast replay DIR            re-check the stored adversarial examples
+  holdfast list                  losses, attacks, models, data sets, checks
 
-holdfast --help, holdfast COMMAND --help: all there is to set.
+All options: holdfast --help, holdfast COMMAND --help
 """
 
 
-def exits(no: str = "") -> str:
-    """The end of a command's --help: its exit statuses. no: what 1 means, where the answer can be no."""
-    negative = f"1 {no}; " if no else ""
-    return (
-        f"**Exit status:** 0 done; {negative}2 it cannot be done as asked, one line on stderr says why; "
-        "130 stopped by Ctrl-C."
-    )
+def exits(negative: str = "") -> str:
+    """The exit statuses, for the end of a command's --help.
+
+    Args:
+        negative: what status 1 means, for commands whose answer can be no.
+    """
+    one = f"1 {negative}; " if negative else ""
+    return f"**Exit status:** 0 success; {one}2 invalid request (one-line reason on stderr); 130 interrupted by Ctrl-C."
 
 
 app = typer.Typer(
@@ -57,16 +60,16 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help=f"{ABOUT}\n\nStart with **holdfast compare**: 4 minutes, nothing to download.",
-    epilog=exits("the answer is no, as `verify` and `recipe` can say")
-    + "\n\nNO_COLOR takes colours away, FORCE_COLOR keeps them in a pipe.",
+    epilog=exits("a check failed (`replay`, `recipe`)")
+    + "\n\nNO_COLOR disables colours; FORCE_COLOR keeps them in a pipe.",
 )
 
 
 def main() -> None:
-    """The entry point: what a user can mend is one line on stderr and exit status 2."""
+    """The entry point: an error that the user can fix is one line on stderr and exit status 2."""
     from typer import rich_utils
 
-    # The colours of --help are the same as everywhere else; typer alone keeps some with NO_COLOR, and in CI's logs.
+    # --help follows the same colour rules as all other output; typer alone ignores NO_COLOR in part.
     rich_utils.FORCE_TERMINAL = None
     rich_utils.COLOR_SYSTEM = "auto" if coloured(os.environ, True) else None
     if coloured(os.environ, False):
@@ -88,7 +91,7 @@ def _version(show: bool) -> None:
 def _top(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:

@@ -1,4 +1,4 @@
-"""Everything that has a name, with a line on each: what ``holdfast list`` prints."""
+"""Every name a user can write, with one line on each: what ``holdfast list`` prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from ..objectives import OBJECTIVES
 
 
 def catalogue() -> dict[str, dict[str, str]]:
-    """kind -> name -> one line.
+    """All names, by kind.
+
+    Returns:
+        kind -> name -> one line about it.
 
     >>> sorted(catalogue())
     ['attacks', 'checks', 'datasets', 'heads', 'losses', 'models', 'objectives', 'recipes', 'sources']

@@ -1,4 +1,4 @@
-"""What several commands do: choose a device, read a schedule, attack one network, show results."""
+"""What several commands do: choose a device, read training settings, run comparisons and evaluations, show results."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .display import Display, aside, screen
 from .output_files import OutputFile, page, say, writable
 
+if TYPE_CHECKING:
+    from ..experiments.config import Comparison
+    from ..experiments.evaluate_model import ModelUnderTest
+    from ..results import Results
+    from ..train import FitConfig
+
 
 def best_device(device: str) -> str:
-    """The device asked for; auto is the GPU where there is one."""
+    """The device to use; auto is the GPU if there is one."""
     import torch
 
     if device != "auto":
@@ -23,23 +31,16 @@ def best_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def workers_for(asked: int, device: str) -> int:
-    """How many networks at a time: what was asked for, else one per core of a CPU."""
-    if asked < 0:
-        raise UserError(f"jobs must be >= 0 (0: as many as fit), got {asked}.")
-    if asked:
-        return asked
+def workers_for(jobs: int, device: str) -> int:
+    """How many networks run at a time: --jobs, or one per core of a CPU. Raises UserError for a negative number."""
+    if jobs < 0:
+        raise UserError(f"jobs must be >= 0 (0: as many as fit), got {jobs}.")
+    if jobs:
+        return jobs
     return len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
 
 
-def split_rows(text: str) -> list[str]:
-    """The rows of --losses: commas split them, but not the settings of one."""
-    from .. import spec
-
-    return spec.split(text)
-
-
-def schedule_from(
+def fit_from(
     data: str,
     epochs: int | None,
     batch_size: int | None,
@@ -47,24 +48,32 @@ def schedule_from(
     lr: float | None,
     weight_decay: float | None,
     augment: str | None,
-    keep: str | None,
-) -> Any:
-    """The data's own schedule with every option that was given in its place."""
+    checkpoint: str | None,
+) -> FitConfig:
+    """The data set's default training configuration, with the options that were given in place of its own."""
     from ..experiments.recipes import fit_for, override
     from ..spec import augmentation
 
     given = {"epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
-    return override(fit_for(data), **given, keep=keep, **augmentation(augment))
+    return override(fit_for(data), **given, checkpoint=checkpoint, **augmentation(augment))
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout; text is one already. Flushed, so that a pipe that was closed is noticed here."""
+    """Print one JSON document on stdout; a string is one already. Flushed, so that a closed pipe is noticed here."""
     print(value.rstrip("\n") if isinstance(value, str) else json.dumps(value, indent=1), flush=True)
 
 
-def side_by_side(comparison: Any, out: Path | None, device: str, jobs: int, quiet: bool, as_json: bool) -> Any:
-    """Run a comparison with its progress shown, write its page, print its table; its Results."""
-    from ..experiments.compare import compare, default_out
+def command_line() -> str:
+    """The command as it was typed."""
+    return shlex.join(["holdfast", *sys.argv[1:]])
+
+
+def run_comparison(
+    comparison: Comparison, out: Path | None, device: str, jobs: int, quiet: bool, as_json: bool
+) -> Results:
+    """Run a comparison, show its progress, write its page, print its table."""
+    from ..experiments.compare import compare
+    from ..experiments.config import default_out
 
     folder, where = out or default_out(comparison), best_device(device)
     writable(folder, "--out")
@@ -72,30 +81,83 @@ def side_by_side(comparison: Any, out: Path | None, device: str, jobs: int, quie
         results = compare(
             comparison,
             folder,
-            command=shlex.join(["holdfast", *sys.argv[1:]]),
+            command=command_line(),
             device=where,
             workers=workers_for(jobs, where),
-            tell=display.tell,
-            finished=display.finished,
-            checked=display.checked,
+            progress=display.progress,
         )
     placed = page([results], folder / "report.html")
     show(results, as_json)
     say_files([folder / "results.json", placed], quiet, as_json)
     if not as_json and not quiet:
-        screen.print(f"prove it again: holdfast verify {shlex.quote(str(folder))}", soft_wrap=True)
+        screen.print(f"re-check the adversarial examples: holdfast replay {shlex.quote(str(folder))}", soft_wrap=True)
     return results
 
 
+def run_evaluation(
+    open_subject: Callable[..., ModelUnderTest],
+    threat: str,
+    suite: str,
+    folder: Path,
+    *,
+    seed: int,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    budget: str = "",
+    batch_size: int | None = None,
+) -> tuple[Results, OutputFile] | None:
+    """Evaluate one network and show its progress.
+
+    Args:
+        open_subject: called with ``device=``; opens the network and its data.
+        threat: "norm:eps".
+        suite: a key of SUITES.
+        folder: the output folder.
+        seed: of the attacks.
+        device: as typed.
+        quiet: whether to show no progress.
+        as_json: whether stdout is for one JSON document.
+        budget: as typed; "" for none.
+        batch_size: of the attacks.
+
+    Returns:
+        (results, its page); None in all but the first of several torchrun processes.
+    """
+    from ..evaluation import Budget
+    from ..experiments.evaluate_model import distributed_processes, evaluate_model
+
+    limited = Budget.parse(budget) if budget else None
+    writable(folder, "--out")
+    with (
+        aside(as_json),
+        distributed_processes(best_device(device)) as (where, first),
+        Display(quiet or not first) as display,
+    ):
+        subject = open_subject(device=where)
+        results = evaluate_model(
+            subject,
+            threat,
+            suite,
+            folder,
+            seed=seed,
+            budget=limited,
+            batch_size=batch_size,
+            progress=partial(display.progress, subject.name),
+            command=command_line(),
+        )
+    return (results, page([results], folder / "report.html")) if results else None
+
+
 def say_files(files: list[Path | OutputFile], quiet: bool, as_json: bool) -> None:
-    """Where things are, after a blank line; when quiet or JSON, only what was replaced, on stderr."""
+    """Print where files are, after a blank line; when quiet or JSON, only what was replaced, on stderr."""
     if not quiet and not as_json:
         screen.print()
     say([file if isinstance(file, OutputFile) else OutputFile(file) for file in files], quiet or as_json)
 
 
-def show(results: Any, as_json: bool) -> None:
-    """Print the table, what is in doubt and the sentence that sums it up; or JSON."""
+def show(results: Results, as_json: bool) -> None:
+    """Print the table, what is in doubt, and the sentence that sums it up; or JSON."""
     from .. import report as reporting
     from ..results import doubts, table, to_json
 
@@ -108,31 +170,6 @@ def show(results: Any, as_json: bool) -> None:
     screen.print(reporting.finding(results), soft_wrap=True)
 
 
-def attack_one(
-    opened: Any,
-    threat: str,
-    suite: str,
-    folder: Path,
-    seed: int,
-    device: str,
-    quiet: bool,
-    as_json: bool,
-    budget: str = "",
-    batch_size: int | None = None,
-) -> tuple[Any, OutputFile] | None:
-    """Attack one network with its progress shown; (results, page), None in all but the first of several processes."""
-    from ..evaluation import Budget
-    from ..experiments.evaluate_model import distributed_processes, evaluate_model
-
-    limited = Budget.parse(budget) if budget else None
-    writable(folder, "--out")
-    with (
-        aside(as_json),
-        distributed_processes(best_device(device)) as (where, first),
-        Display(quiet or not first) as display,
-    ):
-        results = evaluate_model(
-            opened(device=where), threat, suite, folder, seed=seed, budget=limited, batch_size=batch_size,
-            tell=display.tell, command=shlex.join(["holdfast", *sys.argv[1:]]),
-        )  # fmt: skip
-    return (results, page([results], folder / "report.html")) if results else None
+def percent_text(value: float | None) -> str:
+    """A share as 97.5%, or a dash for None."""
+    return "-" if value is None else f"{value:.1%}"

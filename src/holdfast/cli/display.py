@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: two consoles, colours where they are wanted, and progress that behaves."""
+"""Terminal output: two consoles, colours where they are wanted, and progress for terminals, logs and notebooks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Column
 
-FIRST, EVERY = 10.0, 60.0  # seconds until the first line of progress, and between lines, where there is no terminal
-CELL = 1.0  # seconds between changes of the one line in a notebook
+from ..progress import NETWORK_DONE
+
+FIRST, EVERY = 10.0, 60.0  # seconds until the first line of progress in a log, and between lines
+CELL = 1.0  # seconds between updates of the line in a notebook
 
 
 def coloured(environment: Mapping[str, str], terminal: bool) -> bool:
-    """Whether to colour: NO_COLOR says no, else FORCE_COLOR or CLICOLOR_FORCE yes, else a terminal that is not dumb.
+    """Whether to use colours: NO_COLOR says no; FORCE_COLOR or CLICOLOR_FORCE yes; else a terminal that is not dumb.
+
+    Args:
+        environment: the environment variables.
+        terminal: whether the stream is a terminal.
 
     >>> coloured({}, True), coloured({}, False), coloured({"FORCE_COLOR": "1"}, False), coloured({"TERM": "dumb"}, True)
     (True, False, True, False)
@@ -34,7 +41,7 @@ def coloured(environment: Mapping[str, str], terminal: bool) -> bool:
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a stream is one; a closed stream, or one that cannot tell, is none."""
+    """Whether a stream is a terminal; a closed stream, or one without isatty, is not."""
     try:
         return bool(stream.isatty())
     except (AttributeError, ValueError):
@@ -42,9 +49,9 @@ def is_terminal(stream: Any) -> bool:
 
 
 def console(stderr: bool = False) -> Console:
-    """Prints text as it is (no markup: it holds users' paths and names), coloured as ``coloured`` says.
+    """A console without markup (text may contain users' paths and names), with colours as ``coloured`` decides.
 
-    rich alone would take FORCE_COLOR for a terminal and draw bars into a log, and keep bold where NO_COLOR is set.
+    rich on its own takes FORCE_COLOR for a terminal and draws bars into a log, and keeps bold text under NO_COLOR.
     """
     terminal = is_terminal(sys.stderr if stderr else sys.stdout)
     system: Any = None
@@ -60,9 +67,9 @@ screen, errors = console(), console(stderr=True)
 
 @contextmanager
 def aside(wanted: bool = True) -> Iterator[None]:
-    """What is printed meanwhile goes to stderr: stdout is for one JSON document.
+    """Send everything printed in this block to stderr, so that stdout holds one JSON document.
 
-    That of a user's own model too, and of worker processes, which know file descriptors alone.
+    It redirects the file descriptor, since a user's own model and worker processes print as well.
     """
     if not wanted:
         yield
@@ -82,7 +89,7 @@ def aside(wanted: bool = True) -> Iterator[None]:
 
 
 def _cell() -> Callable[[str], None] | None:
-    """In a notebook: a way to show one line that each later one is written over; None elsewhere."""
+    """In a notebook, a function that shows a line in place of the previous one; None elsewhere."""
     if not errors.is_jupyter:
         return None
     try:
@@ -101,10 +108,10 @@ def _cell() -> Callable[[str], None] | None:
     return say
 
 
-def passed(seconds: float) -> str:
-    """A time for reading.
+def duration(seconds: float) -> str:
+    """A time in words.
 
-    >>> passed(42.4), passed(150), passed(4000)
+    >>> duration(42.4), duration(150), duration(4000)
     ('42 s', '2 min', '1 h 6 min')
     """
     minutes = int(seconds // 60)
@@ -114,7 +121,7 @@ def passed(seconds: float) -> str:
 
 
 def short(name: str, most: int = 20) -> str:
-    """A name for a bar, without its middle: its seed and fold are at its end.
+    """A name for a bar, its middle cut out: seed and fold are at the end.
 
     >>> short("sce-seed0-fold0"), short("sce_adversarial_steps=5,ramp=0.3-seed0-fold0")
     ('sce-seed0-fold0', 'sce_ad…3-seed0-fold0')
@@ -123,17 +130,16 @@ def short(name: str, most: int = 20) -> str:
 
 
 class Display:
-    """Progress that behaves: bars on a terminal, one line written over in a notebook, in a log a line now and then and
-    one for each finished network, nothing when quiet.
+    """Shows progress: bars on a terminal, one line that is updated in a notebook, occasional lines in a log.
 
-    ``with Display(networks=n) as display: compare(..., tell=display.tell, finished=display.finished)``
+    ``with Display(networks=n) as display: compare(..., progress=display.progress)``
     """
 
     def __init__(self, quiet: bool = False, networks: int = 1) -> None:
-        self.quiet, self.networks = quiet, networks
+        self.quiet, self.networks, self.networks_done = quiet, networks, 0
         self.cell = None if quiet else _cell()
         self.live = not quiet and self.cell is None and is_terminal(errors.file) and not errors.is_dumb_terminal
-        self.bars = Progress(
+        self.bars = Bars(
             TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
@@ -145,78 +151,69 @@ class Display:
             disable=not self.live,
         )
         self.tasks: dict[str, Any] = {}
-        self.whole: dict[str, Any] = {}
-        self.counts: dict[str, int] = {}
+        self.networks_bar: Any = None
         self.began = time.monotonic()
-        self.told = self.began + FIRST - EVERY
+        self.last_line = self.began + FIRST - EVERY
 
     def __enter__(self) -> Display:
         self.bars.start()
-        self.count("trained and attacked", 0)
+        if self.networks > 1:
+            self.networks_bar = self.bars.add_task("networks done", total=self.networks)
         return self
 
     def __exit__(self, kind: type | None, *stop: object) -> None:
         self.bars.stop()
         if kind is KeyboardInterrupt:
-            self.say("stopped. What was finished is kept: the same command goes on from here.")
-            if self.cell is None:  # a notebook goes on
+            self.say("Interrupted. Completed work is saved; rerun the same command to resume.")
+            if self.cell is None:  # a notebook keeps running
                 sys.exit(130)
 
-    def tell(self, job: str, what: str, done: int, total: int) -> None:
-        """One job's report: what it does, how far it is."""
-        if self.quiet:
-            return
-        if self.live:
+    def progress(self, job: str, what: str, done: int, total: int) -> None:
+        """Show a report; it is a ``JobProgress``.
+
+        Args:
+            job: the network's name.
+            what: what is being done; ``NETWORK_DONE`` when the network is complete.
+            done: units done; networks with ``NETWORK_DONE``.
+            total: units in all.
+        """
+        if what == NETWORK_DONE:
+            self._network_done(job, done, total)
+        elif self.live:
             if job not in self.tasks:
                 self.tasks[job] = self.bars.add_task(short(job))
             self.bars.update(self.tasks[job], description=f"{short(job)} · {what}", completed=done, total=total)
-            return
+        elif not self.quiet:
+            self._line(job, what, done, total)
+
+    def _line(self, job: str, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if now < self.told + (EVERY if self.cell is None else CELL):
+        if now < self.last_line + (EVERY if self.cell is None else CELL):
             return
-        self.told = now
-        far = [f"{word} {count} of {self.networks}" for word, count in self.counts.items()]
-        line = " · ".join([passed(now - self.began), *far[-1:], job, what, f"{done / max(total, 1):.0%}"])
-        self.say(line)
+        self.last_line = now
+        networks = [f"{self.networks_done} of {self.networks} networks done"] if self.networks > 1 else []
+        self.say(" · ".join([duration(now - self.began), *networks, job, what, f"{done / max(total, 1):.0%}"]))
+
+    def _network_done(self, job: str, done: int, total: int) -> None:
+        self.networks, self.networks_done = total, done
+        if job in self.tasks:
+            self.bars.remove_task(self.tasks.pop(job))
+        if self.networks_bar is not None:
+            self.bars.update(self.networks_bar, completed=done, total=total)
+        if not self.live and not self.quiet:
+            self.say(f"network {done} of {total} done: {job}")
 
     def say(self, line: str) -> None:
-        """A line for the log, or over the last one in a notebook."""
+        """Print a line in a log, or replace the line in a notebook."""
         if self.cell is not None:
             self.cell(line)
         else:
             errors.print(line, soft_wrap=True)
 
-    def clear(self, job: str) -> None:
-        """The job's bar goes."""
-        if job in self.tasks:
-            self.bars.remove_task(self.tasks.pop(job))
-
-    def count(self, word: str, done: int) -> None:
-        """How many networks are trained, or checked: a bar of its own, where there are several."""
-        if self.networks > 1:
-            self.counts[word] = done
-            if word not in self.whole:
-                self.whole[word] = self.bars.add_task(f"networks {word}", total=self.networks)
-            self.bars.update(self.whole[word], completed=done)
-
-    def checked(self, job: Any) -> None:
-        """A network's checks are done."""
-        self.clear(job.folder.name)
-        self.count("checked", self.counts.get("checked", 0) + 1)
-
-    def finished(self, job: Any, done: int, total: int) -> None:
-        """A network is trained and attacked, the ``done``-th of ``total``."""
-        name = job.folder.name
-        self.clear(name)
-        self.networks = total
-        self.count("trained and attacked", done)
-        if not self.live and not self.quiet:
-            self.say(f"network {done} of {total} is trained and attacked: {name}")
-
 
 @contextmanager
 def working(what: str, quiet: bool = False) -> Iterator[None]:
-    """A spinner on a terminal, for work of a few seconds that cannot say how far it is; nothing elsewhere."""
+    """A spinner on a terminal, for a few seconds of work without progress reports; nothing elsewhere."""
     if quiet or not is_terminal(errors.file) or errors.is_dumb_terminal:
         yield
         return

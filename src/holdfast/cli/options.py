@@ -1,4 +1,4 @@
-"""The options of the commands: one name, one type, one line of help each."""
+"""The options that several commands share: one name, one type, one line of help each."""
 
 from __future__ import annotations
 
@@ -7,74 +7,78 @@ from typing import Annotated, Any
 
 import typer
 
-OWN = "Your own model"
-RUN = "A run folder: what `holdfast train` wrote, or one in runs/ of what `holdfast compare` wrote."
+OWN_MODEL = "Your own model"
+RUN = "A run folder: the --out of `holdfast train`, or a folder in DIR/runs of `holdfast compare`."
 
 
 def option(help: str, *names: str, **more: Any) -> Any:
-    """A command line option whose name is the parameter's, unless `names` says more."""
+    """A command-line option; its name is the parameter's unless ``names`` says otherwise."""
     return typer.Option(*names, help=help, **more)
 
 
-THREAT = "What an attack may do to an image: norm:eps, norm linf, l2 or l1, eps for pixels in [0, 1]. "
+THREAT = "Threat model norm:eps; norm is linf, l2 or l1, eps for pixels in [0, 1]. "
 
 Data = Annotated[
-    str, option("digits, moons, mnist, cifar10, a hub name, a parquet file or folder, or a folder of images per class.")
+    str,
+    option("Data set: digits, moons, mnist, cifar10, a hub name, a parquet file or folder, or an image folder."),
 ]
 Losses = Annotated[
     str | None,
-    option("Comma-separated, with settings: sce,isce:s=10,mmc,cosface:m=0.2,scale=15. Default: seven losses."),
+    option("Loss specs, comma-separated: sce,isce:s=10,mmc,cosface:m=0.2,scale=15. Default: seven losses."),
 ]
-OneLoss = Annotated[str, option("With settings: isce:s=10; after @ another head: isce:s=2@cosine.")]
-Against = Annotated[str, option(THREAT + "Such as linf:0.1, linf:8/255, l2:1.5.")]
-Several = Annotated[str, option(THREAT + "Such as linf:8/255, or several: linf:0.1,l2:1.5.")]
-Suite = Annotated[str, option("How hard to attack: quick, standard, paranoid, claims, protocols or explain.")]
+OneLoss = Annotated[str, option("Loss spec: isce:s=10; with another head after @: isce:s=2@cosine.")]
+OneThreat = Annotated[str, option(THREAT + "Examples: linf:0.1, linf:8/255, l2:1.5.")]
+Threats = Annotated[str, option(THREAT + "Comma-separated for several: linf:0.1,l2:1.5.")]
+Suite = Annotated[
+    str, option("Attack suite, by strength: quick, standard, paranoid; also standard+loss, per-attack, explain.")
+]
 Objective = Annotated[
     str,
     option(
-        "How to train: standard, adversarial:steps=10, fast, trades:beta=6, mart, interval. Those that attack take "
-        "awp=0.01 as well, a perturbation of the weights."
+        "Training objective: standard, adversarial:steps=10, fast, trades:beta=6, mart, interval. Those that attack "
+        "also take awp=0.01 (adversarial weight perturbation)."
     ),
 ]
 Information = Annotated[
     str,
     option(
-        "Train with I-SCE, and take its s from: 10, class:3, gradient:0.5, lipschitz, ibp, attack, mix:0.3. "
-        "`holdfast list` says what each is.",
+        "Train with I-SCE and this s: a number, class:3, gradient:0.5, lipschitz, ibp, attack or mix:0.3. "
+        "`holdfast list` explains each.",
         "--s",
     ),
 ]
-Seeds = Annotated[int, option("Networks per loss; with more than one the interval is over seeds.")]
-FirstSeed = Annotated[int, option("The first of those seeds. Choose with some, publish with fresh ones.")]
-On = Annotated[str, option("test, or val: judge on validation images, where settings are chosen.")]
-Keep = Annotated[
-    str | None, option("Whose weights to keep: last, or best by (robust) validation accuracy. Default: last.")
+Seeds = Annotated[int, option("Networks per loss. With more than one, the interval is over seeds.")]
+FirstSeed = Annotated[int, option("First seed. Tune on some seeds, report results on fresh ones.")]
+EvalSplit = Annotated[str, option("Evaluation split: val for model selection, test for final numbers.", "--split")]
+Checkpoint = Annotated[
+    str | None, option("Which weights to keep: last, or best by validation (robust) accuracy. Default: last.")
 ]
-Epochs = Annotated[int | None, option("Of training. Default: 30 for digits and photographs, 10 elsewhere.")]
-Limit = Annotated[int, option("Attack at most so many test images; 0: all. Cross-validated data is used whole.")]
-LimitTrain = Annotated[int, option("Train on at most so many images; 0: all.")]
-Folds = Annotated[int, option("Cross-validation folds; 0: 5 for data without a test split, none elsewhere.")]
-Network = Annotated[str, option("A network of `holdfast list`, or mymodel.py:backbone. Default: by image size.")]
-BatchSize = Annotated[int | None, option("Of training. Default: by data set.")]
+Epochs = Annotated[int | None, option("Training epochs. Default: 30 for digits and CIFAR, 10 for other data.")]
+Limit = Annotated[int, option("Maximum number of test images; 0: all. Cross-validated data is always used whole.")]
+LimitTrain = Annotated[int, option("Maximum number of training images; 0: all.")]
+Folds = Annotated[int, option("Cross-validation folds. 0: 5 for digits, none for other data.")]
+Network = Annotated[str, option("A model of `holdfast list`, or mymodel.py:backbone. Default: by image size.")]
+BatchSize = Annotated[int | None, option("Training batch size. Default: by data set.")]
 Optimizer = Annotated[str | None, option("adam or sgd. Default: by data set.")]
-Rate = Annotated[float | None, option("Learning rate. Default: by data set.")]
-Decay = Annotated[float | None, option("Weight decay, decoupled for adam. Default: by data set.")]
-Augment = Annotated[str | None, option("none, crop:PAD or crop:PAD+flip. Default: crop:4+flip for photographs.")]
-Jobs = Annotated[int, option("Networks at a time; 0: one per core on a CPU, one on a GPU.")]
-Quiet = Annotated[bool, option("No progress; the answer alone.", "--quiet", "-q")]
-AsJson = Annotated[bool, option("Print one JSON document and nothing else; progress goes to stderr.", "--json")]
-Device = Annotated[str, option("cpu, cuda, cuda:1 or mps; auto: cuda where there is one, else cpu.")]
+LearningRate = Annotated[float | None, option("Learning rate. Default: by data set.")]
+WeightDecay = Annotated[float | None, option("Weight decay (decoupled for adam). Default: by data set.")]
+Augment = Annotated[str | None, option("none, crop:PAD or crop:PAD+flip. Default: crop:4+flip for CIFAR.")]
+Jobs = Annotated[int, option("Networks trained in parallel; 0: one per CPU core, or one on a GPU.")]
+Quiet = Annotated[bool, option("Print the result only, no progress.", "--quiet", "-q")]
+AsJson = Annotated[bool, option("Print one JSON document on stdout; progress goes to stderr.", "--json")]
+Device = Annotated[str, option("cpu, cuda, cuda:1 or mps. auto: cuda if available, else cpu.")]
 Out = Annotated[
-    Path | None, option("Output folder. Default: out/DATA-THREAT-HASH, found again by the same command.", "--out", "-o")
+    Path | None,
+    option("Output folder. Default: out/DATA-THREAT-HASH; the same command finds it again.", "--out", "-o"),
 ]
-RunFolder = Annotated[Path, option("The run folder. Training that was stopped goes on in it.", "--out", "-o")]
-Seed = Annotated[int, option("Random seed of weights, order, augmentation and noise.")]
+RunFolder = Annotated[Path, option("Run folder. Interrupted training resumes in it.", "--out", "-o")]
+Seed = Annotated[int, option("Random seed of weights, batch order, augmentation and noise.")]
 NoiseSeed = Annotated[int, option("Random seed of the attacks.")]
-Fold = Annotated[int, option("Which fold is left out, for data without a test split.")]
+Fold = Annotated[int, option("Which fold is the test set, for data without a test split.")]
 Page = Annotated[
     Path | None,
-    option("A name that ends in .html, or a folder. Default: report.html beside the first file.", "--out", "-o"),
+    option("An .html file, or a folder. Default: report.html beside the first results file.", "--out", "-o"),
 ]
 Figures = Annotated[
-    Path | None, option("A folder for every figure as SVG and PNG, and the tables as CSV, LaTeX and Markdown.")
+    Path | None, option("Folder for every figure as SVG and PNG, and the tables as CSV, LaTeX and Markdown.")
 ]

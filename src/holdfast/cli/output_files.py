@@ -1,4 +1,4 @@
-"""Files put in their place whole, once all are drawn; and what is said of those that were there before."""
+"""Output files: written whole once all of them are made, with a note on those that replace another file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .display import errors, screen
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file in its place; replaced: another one was there, which is lost."""
+    """A file that was written; ``replaced``: a different file was there before, which is lost."""
 
     path: Path
     replaced: bool = False
@@ -27,7 +27,15 @@ class OutputFile:
 
 
 def writable(folder: Path, option: str) -> None:
-    """Refuse a folder that cannot be written to, before work begins. Nothing is made: an error leaves no folder."""
+    """Check before work begins that a folder can be written to. It is not created.
+
+    Args:
+        folder: the output folder.
+        option: the option that names it, for the error.
+
+    Raises:
+        UserError: a file is in its place, or permission is missing.
+    """
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -38,9 +46,18 @@ def writable(folder: Path, option: str) -> None:
 
 
 def write_files(draw: Callable[[Path], Any], folder: Path, option: str = "--out") -> list[OutputFile]:
-    """Let ``draw`` write files to a folder aside, then put each in its place in ``folder``: all are drawn, or none is.
+    """Write files to a temporary folder, then move each to its place: all of them, or none if one cannot be made.
 
-    A file that was there and tells the same stays or is renewed; another one is replaced, and that is said.
+    Args:
+        draw: writes files to the folder it is given, and returns their paths.
+        folder: where they go.
+        option: the option that names the folder, for errors.
+
+    Returns:
+        The files in their place. A file that differs from the old one only in its time and command is not "replaced".
+
+    Raises:
+        UserError: the folder or a file cannot be written.
     """
     from ..io import write_atomic
 
@@ -58,17 +75,17 @@ def write_files(draw: Callable[[Path], Any], folder: Path, option: str = "--out"
             except (OSError, UserError) as error:
                 why = str(error) if isinstance(error, UserError) else f"could not write {target}: {error.strerror}."
                 raise UserError(f"{why} Name another place with {option}.") from None
-            placed.append(OutputFile(target, before is not None and _told(before) != _told(content)))
+            placed.append(OutputFile(target, before is not None and _comparable(before) != _comparable(content)))
     return placed
 
 
-def _told(content: bytes) -> bytes:
-    """What a file tells, but for when it was made and by which words: those change when a command is repeated."""
+def _comparable(content: bytes) -> bytes:
+    """A file's content without time stamps and the command line, which change when a command is rerun."""
     return re.sub(rb"\d{4}-\d\d-\d\dT[\d:.]+(?:[+-][\d:]+|Z)?|<pre>holdfast [^<]*</pre>", b"", content)
 
 
 def page_at(out: Path) -> Path:
-    """The file that a page goes to: itself, or report.html in a folder, there already or not."""
+    """The file that a page is written to: ``out`` itself, or report.html in it if it is a folder. Raises UserError."""
     if out.is_dir() or not out.suffix:
         return out / "report.html"
     if out.suffix.lower() not in (".html", ".htm"):
@@ -77,14 +94,14 @@ def page_at(out: Path) -> Path:
 
 
 def page(loaded: Sequence[Any], target: Path) -> OutputFile:
-    """The page of some results, in its place."""
+    """Render the page of some results."""
     from .. import report as reporting
 
     return write_files(lambda stage: [reporting.render(loaded, stage / target.name)], target.parent)[0]
 
 
 def say(placed: Sequence[OutputFile], quiet: bool = False) -> None:
-    """A line for each file; when quiet, on stderr and for those alone that replaced another."""
+    """Print one line per file; when quiet, only for files that replaced another one, on stderr."""
     for one in placed:
         if not quiet:
             screen.print(str(one), soft_wrap=True)
@@ -93,19 +110,26 @@ def say(placed: Sequence[OutputFile], quiet: bool = False) -> None:
 
 
 def parts(paths: Sequence[Path], loaded: Sequence[Any]) -> list[dict[str, Any]]:
-    """What the page will show, a part for each data set: its name, rows, runs, and the files they are from.
+    """The parts of a page, one per data set.
 
-    Data sets of one name but another fingerprint or classes are told apart by more than their name.
+    Data sets with the same name but another fingerprint or other classes are different parts.
+
+    Args:
+        paths: the results files.
+        loaded: their contents.
+
+    Returns:
+        Dicts of data (name), fingerprint, rows, runs, and from (the files).
     """
     from .. import report as reporting
     from ..results import rows
 
-    found = []
+    by_data = []
     for part in reporting.merged(loaded):
         theirs = [
             path for path, one in zip(paths, loaded, strict=True) if reporting.identity(one) == reporting.identity(part)
         ]
-        found.append(
+        by_data.append(
             {
                 "data": str(part.data.get("name", "data without a name")),
                 "fingerprint": part.data.get("fingerprint"),
@@ -114,16 +138,24 @@ def parts(paths: Sequence[Path], loaded: Sequence[Any]) -> list[dict[str, Any]]:
                 "from": list(dict.fromkeys(map(str, theirs))),
             }
         )
-    return found
+    return by_data
 
 
-def describe_parts(found: Sequence[dict[str, Any]]) -> list[str]:
-    """The parts in words, where there are several."""
-    if len(found) < 2:
+def file_lists(placed: Sequence[OutputFile]) -> dict[str, list[str]]:
+    """The files of a JSON answer, and those of them that replaced another file."""
+    return {
+        "files": [str(one.path) for one in placed],
+        "replaced": [str(one.path) for one in placed if one.replaced],
+    }
+
+
+def describe_parts(by_data: Sequence[dict[str, Any]]) -> list[str]:
+    """The parts in words, if there are several."""
+    if len(by_data) < 2:
         return []
-    names = Counter(part["data"] for part in found)
-    lines = [f"{len(found)} parts, one for each data set; rows of different parts are not compared:"]
-    for number, part in enumerate(found, 1):
+    names = Counter(part["data"] for part in by_data)
+    lines = [f"{len(by_data)} parts, one for each data set; rows of different parts are not compared:"]
+    for number, part in enumerate(by_data, 1):
         more = f" ({part['fingerprint'] or 'other classes'})" if names[part["data"]] > 1 else ""
         runs = "" if part["runs"] == part["rows"] else f" of {part['runs']} runs"
         row = f"{part['rows']} row{'s' * (part['rows'] != 1)}"
@@ -132,22 +164,22 @@ def describe_parts(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def describe_repeats(paths: Sequence[Path], loaded: Sequence[Any]) -> list[str]:
-    """What was given twice, in words: the same file, or runs that another file holds already."""
+    """What was given twice, in words: the same file, or runs that an earlier file has too."""
     from ..report import identity
 
-    said: list[str] = []
+    lines: list[str] = []
     seen: list[tuple[Path, Any]] = []
     for path, one in zip(paths, loaded, strict=True):
         same = next((was for was, _ in seen if _file(was).samefile(_file(path))), None)
         before = [(was, run) for was, other in seen if identity(other) == identity(one) for run in other.runs]
         again = [was for run in one.runs for was in [next((was for was, had in before if had == run), None)] if was]
         if same is not None:
-            said.append(f"{path} was given twice: its runs count once.")
+            lines.append(f"{path} was given twice: its runs count once.")
         elif again:
             count = "all" if len(again) == len(one.runs) else f"{len(again)} of"
-            said.append(f"{path}: {count} {len(one.runs)} runs are in {again[0]} too, and count once.")
+            lines.append(f"{path}: {count} {len(one.runs)} runs are in {again[0]} too, and count once.")
         seen.append((path, one))
-    return said
+    return lines
 
 
 def _file(path: Path) -> Path:

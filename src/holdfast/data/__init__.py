@@ -1,8 +1,8 @@
-"""Data sets as tensors: read once, checked once, resident on one device, cut by fixed rules.
+"""Data sets as tensors: read once, checked once, held on one device, and split by fixed rules.
 
-An official test split is the test set, and ``val`` is cut from train. A data set without one is dealt into n stratified
-folds, one of which is the test set. No cut has a random state: a sample's place in it is a hash of its number and the
-seed, the same on every machine and in every version, whatever ran before.
+If a data set has an official test split, that is the test set, and ``val`` is split off from train. Otherwise the data
+is divided into n stratified folds, one of which is the test set. No split has a random state: where a sample goes
+depends on a hash of its number and the seed, so splits are the same on every machine and in every version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from ..errors import UserError, unknown
 from .dataset import Data, Source, Split, augment, check_arrays, check_source, pixels, standardisation
 from .readers import IMAGE_SUFFIXES, SPLITS, digits, hub, image_folder, moons, parquet
-from .splits import FOLD_SEED, LIMIT_SEED, cut_source
+from .splits import FOLD_SEED, LIMIT_SEED, split_source
 
 __all__ = [
     "DATASETS", "FOLD_SEED", "IMAGE_SUFFIXES", "LIMIT_SEED", "SPLITS", "Data", "DatasetEntry", "Split", "augment",
@@ -29,12 +29,12 @@ __all__ = [
 
 
 def _find(name: str) -> Source:
-    """A key of DATASETS, else a path that exists, else a hub name."""
+    """Read a key of DATASETS, else a path that exists, else a hub name."""
     if name in DATASETS:
         return DATASETS[name].read()
     path = Path(name).expanduser()
     if path.is_file() and path.suffix != ".parquet":
-        raise UserError(f"'{name}' is not a .parquet file: expected one, or a folder.")
+        raise UserError(f"'{name}' is a file of another kind: expected a .parquet file or a folder.")
     if path.exists():
         return parquet(path) if path.is_file() or any(path.rglob("*.parquet")) else image_folder(path)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and path.suffix != ".parquet":
@@ -46,7 +46,15 @@ def _find(name: str) -> Source:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """How to read a data set, what it is, which augmentation (pad, flip) suits it, how many folds test all of it."""
+    """A data set that has a name.
+
+    Args:
+        read: reads it.
+        about: one line that describes it.
+        pad: suitable augmentation: pixels of padding before a random crop.
+        flip: suitable augmentation: mirror images.
+        folds: number of folds that test every sample once; 1 with an official test split.
+    """
 
     read: Callable[[], Source]
     about: str
@@ -57,10 +65,10 @@ class DatasetEntry:
 
 DATASETS: dict[str, DatasetEntry] = {
     "digits": DatasetEntry(
-        digits, "1,797 handwritten digits, 8x8 grey; no test split, so 5 folds; no network", 1, False, 5
+        digits, "1,797 handwritten digits, 8x8 grey; 5 folds, as it has no test split; no download", 1, False, 5
     ),
     "moons": DatasetEntry(
-        moons, "3,000 points of two half circles, images of 1x2 pixels: to look at; no network", 0, False
+        moons, "3,000 points of two half circles, as images of 1x2 pixels, for plots; no download", 0, False
     ),
     "mnist": DatasetEntry(
         partial(hub, "ylecun/mnist"), "70,000 handwritten digits, 28x28 grey, from the hub", 2, False
@@ -70,7 +78,14 @@ DATASETS: dict[str, DatasetEntry] = {
 
 
 def default_folds(name: str) -> int:
-    """How many folds test every sample once: 5 for digits, 1 where there is an official test split."""
+    """Number of folds that test every sample once: 5 for digits, 1 for data with an official test split.
+
+    Args:
+        name: as for ``load``.
+
+    Returns:
+        The number; 1 for data that is not in DATASETS.
+    """
     return DATASETS[name].folds if name in DATASETS else 1
 
 
@@ -84,29 +99,40 @@ def load(
     limit: int | None = None,
     limit_train: int | None = None,
     whole: bool = False,
-    on: str = "test",
+    eval_split: str = "test",
 ) -> Split:
-    """Read, check and cut a data set.
+    """Read, check and split a data set.
 
-    name: a key of `DATASETS`; else the path of a .parquet file, of a folder of them in hub layout, or of an image
-        folder (root/train/<class>/* and root/test/<class>/*, or root/<class>/*); else a hub name, "owner/name".
-    fold: (k, n) makes the k-th of n stratified folds, k = 0..n-1, the test set; default (0, 5). Only for data without a
-        test split. The n test folds together hold every sample once, and do not move with `seed`.
-    val: share of train to hold out, in [0, 1), stratified, fixed by `seed`; 0 gives an empty val.
-    limit, limit_train: at most so many samples of test, and of train before val is cut: classes in equal numbers as far
-        as they reach, always the same samples, a smaller limit a subset of a larger one.
-    whole: nothing is to be trained on: train and val are empty, and without a test split all samples are test.
-    on: "test"; or "val": the validation images stand in the place of the test images, which are not touched. That is
-        where settings are chosen.
-    Returns tensors on `device`, each part in source order. Errors: `UserError`, saying what is wrong and what to do.
+    Args:
+        name: a key of DATASETS; else the path of a .parquet file, of a folder of them in hub layout, or of an image
+            folder (root/train/<class>/* and root/test/<class>/*, or root/<class>/*); else a hub name, "owner/name".
+        device: where the tensors go.
+        fold: (k, n): the k-th of n stratified folds, k = 0..n-1, is the test set; default (0, 5). Only for data
+            without a test split. The n test folds together hold every sample once, and do not depend on ``seed``.
+        val: fraction of train to hold out for validation, in [0, 1), stratified, chosen by ``seed``; 0 for none.
+        seed: of the validation split.
+        limit: at most so many test samples: classes in equal numbers as far as possible, always the same samples, a
+            smaller limit a subset of a larger one. None for all.
+        limit_train: likewise for train, before val is split off.
+        whole: nothing is to be trained: train and val are empty, and without a test split all samples are test.
+        eval_split: "test", or "val" to evaluate on the validation images: they become ``test`` of the result, and the
+            test images stay untouched. Use it for model selection.
+
+    Returns:
+        Tensors on ``device``, each part in source order.
+
+    Raises:
+        UserError: the data cannot be found or read, its content is invalid, or an argument is.
 
     >>> digits = load("digits", fold=(2, 5))
     >>> digits.shape, len(digits.train), len(digits.val), len(digits.test)
     ((1, 8, 8), 1294, 144, 359)
     """
     name = os.fspath(name)
-    cut = partial(cut_source, name, partial(_find, name), device=device, fold=fold, val=val, seed=seed)
-    return cut(limit=limit, limit_train=limit_train, whole=whole, on=on)
+    return split_source(
+        name, partial(_find, name), device=device, fold=fold, val=val, seed=seed, limit=limit, limit_train=limit_train,
+        whole=whole, eval_split=eval_split,
+    )  # fmt: skip
 
 
 def from_arrays(
@@ -118,13 +144,24 @@ def from_arrays(
     name: str = "arrays",
     **cut: Any,
 ) -> Split:
-    """A user's own numpy arrays or tensors, checked, and cut as in `load`.
+    """Check a user's own arrays or tensors and split them as ``load`` does.
 
-    x: (N, C, H, W), uint8, or float in [0, 1]. y: (N,) integers 0..K-1. test: (x, y) of the test set; without it a fold
-    is cut off. classes: K names, default "0".."K-1". cut: device, fold, val, seed, limit, limit_train, on as in `load`.
+    Args:
+        x: (N, C, H, W), uint8, or float in [0, 1].
+        y: (N,) integers 0..K-1.
+        test: (x, y) of the test set; without it one fold is the test set.
+        classes: K names; default "0".."K-1".
+        name: the data set's name, for errors and results.
+        cut: device, fold, val, seed, limit, limit_train, whole, eval_split, as for ``load``.
+
+    Returns:
+        Tensors, each part in source order.
+
+    Raises:
+        UserError: the arrays are invalid, or an argument is.
 
     >>> split = from_arrays(torch.rand(20, 3, 8, 8), torch.arange(20) % 2, classes=["cat", "dog"])
     >>> len(split.train), len(split.val), len(split.test), split.classes
     (14, 2, 4, ('cat', 'dog'))
     """
-    return cut_source(name, lambda: check_source((x, y), test, classes, name), **cut)
+    return split_source(name, lambda: check_source((x, y), test, classes, name), **cut)

@@ -1,4 +1,4 @@
-"""Samples and data sets as tensors, the checks they pass, and what training does to a batch of them."""
+"""Data and Split, the checks on a user's arrays, and what a batch goes through: pixels, augmentation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from torch import Tensor
 
 from ..errors import UserError
 
-ROUNDING = 1e-6  # what float pixels may lie outside [0, 1] by: someone's normalisation undone
+ROUNDING = 1e-6  # how far float pixels may lie outside [0, 1], as after an undone normalisation; they are clipped
 
 
 @dataclass(frozen=True)
 class Data:
-    """Samples on one device. x: (N, C, H, W), uint8, or float32 in [0, 1] if the user's own array was float.
+    """Samples on one device.
 
-    y: (N,) int64. index: (N,) int64, the sample's number in its source split; it stays with it through every cut.
+    Args:
+        x: (N, C, H, W), uint8, or float32 in [0, 1] if the user's own array was float.
+        y: (N,) int64, labels.
+        index: (N,) int64, the sample's number in its source split, which it keeps in every selection.
     """
 
     x: Tensor
@@ -31,20 +34,33 @@ class Data:
         return len(self.y)
 
     def take(self, rows: Tensor | slice) -> Data:
-        """The samples at `rows`, in that order."""
+        """Select samples.
+
+        Args:
+            rows: indices, a mask or a slice.
+
+        Returns:
+            The samples at ``rows``, in that order.
+        """
         return Data(self.x[rows], self.y[rows], self.index[rows])
 
     def to(self, device: str | torch.device) -> Data:
-        """The same samples on another device."""
+        """Move the samples to a device."""
         return Data(self.x.to(device), self.y.to(device), self.index.to(device))
 
 
 @dataclass(frozen=True)
 class Split:
-    """One data set, cut. name: what the user asked for. classes: the names of labels 0..K-1.
+    """A data set, split.
 
-    fingerprint: a hash of test x and y (after `limit`), so that stored adversarial examples can be checked against the
-    data they were made from.
+    Args:
+        name: what the user asked for.
+        train: training samples.
+        val: validation samples.
+        test: test samples.
+        classes: names of the labels 0..K-1.
+        fingerprint: a hash of test x and y (after ``limit``), so that stored adversarial examples can be checked
+            against the data they were made from.
     """
 
     name: str
@@ -62,7 +78,7 @@ class Split:
 
 
 class Source(NamedTuple):
-    """A data set as it came: checked, not yet cut."""
+    """A data set as it was read: checked, not yet split; test is None without an official test split."""
 
     train: Data
     test: Data | None
@@ -70,7 +86,16 @@ class Source(NamedTuple):
 
 
 def pixels(x: Tensor) -> Tensor:
-    """Pixels in [0, 1] as a model takes them: uint8 becomes float32 x / 255, float passes through.
+    """Convert images to [0, 1] as a model takes them: uint8 becomes float32 x / 255, float stays as it is.
+
+    Args:
+        x: images of any shape, uint8 or float.
+
+    Returns:
+        A float tensor of the same shape.
+
+    Raises:
+        UserError: another dtype.
 
     >>> pixels(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([0.0000, 0.2000, 1.0000])
@@ -83,14 +108,22 @@ def pixels(x: Tensor) -> Tensor:
 
 
 def standardisation(data: Data) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel's pixels in [0, 1], both (C,) float32: layer 0 of a model.
+    """Compute mean and standard deviation of each channel's pixels in [0, 1], for layer 0 of a model.
 
-    std is at least 1/255, one grey level, so that a constant channel does not blow up.
+    Args:
+        data: the training samples.
+
+    Returns:
+        (mean, std), both (C,) float32; std is at least 1/255, one grey level, so that a constant channel is not
+        divided by zero.
+
+    Raises:
+        UserError: there are no samples.
     """
     if not len(data):
-        raise UserError("standardisation needs samples, and this data is empty: pass the training data.")
+        raise UserError("standardisation needs samples, but this data is empty: pass the training data.")
     total, squares = torch.zeros(2, data.x.shape[1], dtype=torch.float64)
-    # in chunks, as float64 of all at once would not fit; on the CPU, as not every device has float64
+    # in chunks, since all of it in float64 may not fit; on the CPU, since not every device has float64
     for chunk in data.x.split(4096):
         p = pixels(chunk.cpu()).double()
         total += p.sum((0, 2, 3))
@@ -101,23 +134,31 @@ def standardisation(data: Data) -> tuple[Tensor, Tensor]:
     return mean.float().to(data.x.device), std.float().to(data.x.device)
 
 
-def augment(x: Tensor, chance: torch.Generator, *, pad: int, flip: bool) -> Tensor:
-    """A random crop of each sample, padded by `pad` zeros on every side, and its mirror image half the time if `flip`.
+def augment(x: Tensor, rng: torch.Generator, *, pad: int, flip: bool) -> Tensor:
+    """Augment a batch: a random crop of each padded sample, and its mirror image half of the time.
 
-    x: (N, C, H, W) of any dtype on any device. chance: where every draw comes from; one on the CPU draws the same for
-    every device. pad: >= 0 pixels; all (2 pad + 1)^2 crops are equally likely. Returns x's shape, dtype and device;
-    with pad=0 and flip=False, x itself.
+    Args:
+        x: (N, C, H, W) of any dtype on any device.
+        rng: source of all random numbers; one on the CPU gives the same result on every device.
+        pad: pixels of zeros on every side before the crop, >= 0; all (2 pad + 1)^2 crops are equally likely.
+        flip: whether to mirror.
+
+    Returns:
+        The batch in x's shape, dtype and device; x itself with pad=0 and flip=False.
+
+    Raises:
+        UserError: pad < 0.
 
     >>> augment(torch.full((1, 1, 1, 3), 7), torch.Generator().manual_seed(0), pad=0, flip=True)
     tensor([[[[7, 7, 7]]]])
     """
     if pad < 0:
-        raise UserError(f"pad is {pad}: expected 0 or more pixels.")
+        raise UserError(f"pad must be >= 0 pixels, got {pad}.")
     if pad == 0 and not flip:
         return x
     n, c, h, w = x.shape
     down, right, mirror = (
-        torch.randint(high, (n, 1), generator=chance, device=chance.device).to(x.device)
+        torch.randint(high, (n, 1), generator=rng, device=rng.device).to(x.device)
         for high in (2 * pad + 1, 2 * pad + 1, 2 if flip else 1)
     )
     rows = down + torch.arange(h, device=x.device)
@@ -129,10 +170,19 @@ def augment(x: Tensor, chance: torch.Generator, *, pad: int, flip: bool) -> Tens
 
 
 def check_arrays(x: Any, y: Any, *, classes: Sequence[str] | None = None, what: str = "the data") -> Data:
-    """A user's own arrays as `Data` on the CPU, or a `UserError` that says what is wrong with them.
+    """Check a user's own arrays and convert them.
 
-    x: (N, C, H, W), uint8, or float in [0, 1]. y: (N,) integers in 0..K-1, K = len(classes) if given. what: a name
-    for errors. Refused: an empty set, wrong dimensions or types, NaN, infinity, values out of range.
+    Args:
+        x: (N, C, H, W), uint8, or float in [0, 1].
+        y: (N,) integers in 0..K-1.
+        classes: K names, if they are known.
+        what: name of the data, for errors.
+
+    Returns:
+        The samples on the CPU.
+
+    Raises:
+        UserError: no samples, wrong dimensions or dtypes, NaN, infinity, or values out of range.
 
     >>> check_arrays(np.full((2, 1, 4, 4), 9.0), [0, 1])
     Traceback (most recent call last):
@@ -141,13 +191,13 @@ def check_arrays(x: Any, y: Any, *, classes: Sequence[str] | None = None, what: 
     try:  # numpy is copied: torch warns about arrays it may not write
         x, y = (v.detach().cpu() if isinstance(v, Tensor) else torch.from_numpy(np.array(v)) for v in (x, y))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{what} is not made of numbers ({error}): pass numpy arrays or tensors x and y.") from error
+        raise UserError(f"{what} must be arrays of numbers ({error}): pass numpy arrays or tensors x and y.") from error
     shape = tuple(x.shape)
     if x.ndim != 4:
         hint = " Add the channel with x[:, None]." if x.ndim == 3 else ""
         raise UserError(f"x of {what} has shape {shape}: expected (N, C, H, W).{hint}")
     if not x.numel():
-        raise UserError(f"{what} is empty (x has shape {shape}): at least one sample is needed.")
+        raise UserError(f"{what} is empty (x has shape {shape}): expected at least one sample.")
     if shape[1] > 4 and shape[3] <= 4:
         hint = "use x.transpose(0, 3, 1, 2) in numpy, x.permute(0, 3, 1, 2) in torch."
         raise UserError(f"x of {what} has shape {shape}, channels last: expected (N, C, H, W); {hint}")
@@ -168,7 +218,7 @@ def check_arrays(x: Any, y: Any, *, classes: Sequence[str] | None = None, what: 
     y = y.to(torch.int64)
     low, high = int(y.min()), int(y.max())
     if low < 0:
-        hint = "-1 often marks a test split whose labels are withheld: use another split."
+        hint = "-1 often marks a test split with hidden labels: use another split."
         raise UserError(f"label {low} in row {int(y.argmin())} of {what} is negative: labels start at 0. {hint}")
     if classes is not None and high >= len(classes):
         hint = f"with {len(classes)} classes labels are 0..{len(classes) - 1}. Relabel, or name more classes."
@@ -179,21 +229,35 @@ def check_arrays(x: Any, y: Any, *, classes: Sequence[str] | None = None, what: 
 def check_source(
     train: tuple[Any, Any], test: tuple[Any, Any] | None, classes: Sequence[str] | None, what: str
 ) -> Source:
-    """Check the parts by themselves and against each other."""
+    """Check train and test, each by itself and against each other.
+
+    Args:
+        train: (x, y).
+        test: (x, y), or None without an official test split.
+        classes: K names, or None: then labels must be 0..K-1 with none missing.
+        what: name of the data, for errors.
+
+    Returns:
+        The source.
+
+    Raises:
+        UserError: as for ``check_arrays``; or a label is missing, there is only one class, class names repeat, or
+            train and test differ in shape or dtype.
+    """
     data = check_arrays(*train, classes=classes, what=f"{what} (train)" if test else what)
     present = data.y.unique().tolist()
-    if classes is None:  # a gap is then more likely a mistake (labels from 1) than an empty class
+    if classes is None:  # a missing label is more likely a mistake (labels from 1) than an empty class
         missing = sorted(set(range(present[-1])) - set(present))
         if missing:
-            hint = "without class names labels must be 0..K-1 with none missing. Relabel, or name the classes."
+            hint = "without class names, labels must be 0..K-1 with none missing. Relabel, or name the classes."
             raise UserError(f"label {missing[0]} never occurs in {what}, though {present[-1]} does: {hint}")
         classes = [str(k) for k in present]
     if len(present) < 2:
         raise UserError(f"{what} has one class only ('{classes[present[0]]}'): a classifier needs at least two.")
     if len(set(classes)) < len(classes):
         raise UserError(f"{what} has a class name twice among {', '.join(sorted(classes))}: make them distinct.")
-    held = None if test is None else check_arrays(*test, classes=classes, what=f"{what} (test)")
-    if held and (held.x.shape[1:], held.x.dtype) != (data.x.shape[1:], data.x.dtype):
-        a, b = (f"{tuple(d.x.shape[1:])} {d.x.dtype}" for d in (data, held))
+    test_data = None if test is None else check_arrays(*test, classes=classes, what=f"{what} (test)")
+    if test_data and (test_data.x.shape[1:], test_data.x.dtype) != (data.x.shape[1:], data.x.dtype):
+        a, b = (f"{tuple(d.x.shape[1:])} {d.x.dtype}" for d in (data, test_data))
         raise UserError(f"samples of {what} are {a} in train but {b} in test: resize or convert one of the two.")
-    return Source(data, held, tuple(classes))
+    return Source(data, test_data, tuple(classes))

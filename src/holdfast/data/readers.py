@@ -1,4 +1,4 @@
-"""Reading a data set from the package, the hub, parquet or folders of images; what was decoded is kept."""
+"""Readers of data sets: scikit-learn's, the hub, parquet, image folders; decoded data is cached."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from ..errors import UserError
 from .dataset import Data, Source, check_source
 
 if TYPE_CHECKING:
-    import datasets  # at run time only where a source is decoded for the first time: the import takes a second
+    import datasets  # imported where a source is first decoded, since the import takes a second
 
 T = TypeVar("T")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 SPLITS = ("train", "test", "val", "valid", "validation")
 
 # one split before decoding: encoded images or their files, labels, class names if the source has any
-Part = tuple[list[bytes | Path], np.ndarray, tuple[str, ...] | None]
+EncodedSplit = tuple[list[bytes | Path], np.ndarray, tuple[str, ...] | None]
 
 
 def _decode(images: Sequence[bytes | Path], what: str) -> Tensor:
-    """Encoded images, all of one size and mode -> (N, C, H, W) uint8."""
+    """Decode images, all of one size and mode, to (N, C, H, W) uint8."""
 
     def name(i: int) -> str:
         image = images[i]
@@ -48,11 +48,11 @@ def _decode(images: Sequence[bytes | Path], what: str) -> Tensor:
             with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
                 return opened.mode, np.asarray(opened)
         except Exception as error:  # Pillow raises errors of many kinds on damaged files
-            reason = "no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+            reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
             raise UserError(f"{name(i)} cannot be decoded ({reason}): replace or remove it.") from error
 
     if not images:
-        raise UserError(f"{what} is empty: at least one image is needed.")
+        raise UserError(f"{what} is empty: expected at least one image.")
     mode, first = read(0)
     if mode not in ("L", "RGB"):
         raise UserError(f"{name(0)} has mode {mode}: expected grey (L) or RGB. Use image.convert('RGB') on all.")
@@ -60,13 +60,13 @@ def _decode(images: Sequence[bytes | Path], what: str) -> Tensor:
 
     def fill(rows: range) -> None:
         for i in rows:
-            found, out_i = read(i)
-            if (found, out_i.shape) != (mode, first.shape):
-                a, b = (f"{v.shape[1]}x{v.shape[0]} {m}" for v, m in ((out_i, found), (first, mode)))
+            mode_i, out_i = read(i)
+            if (mode_i, out_i.shape) != (mode, first.shape):
+                a, b = (f"{v.shape[1]}x{v.shape[0]} {m}" for v, m in ((out_i, mode_i), (first, mode)))
                 raise UserError(f"{name(i)} is {a}, but {name(0)} is {b}: resize or convert all to one size and mode.")
             out[i] = out_i
 
-    # small images decode faster than threads hand over the interpreter lock; a pool pays from about 64x64
+    # small images decode faster than threads can hand over the interpreter lock; a pool pays from about 64x64
     with ThreadPoolExecutor(1 if first.size < 64 * 64 else os.cpu_count()) as pool:
         for _ in pool.map(fill, (range(i, min(i + 256, len(out))) for i in range(0, len(out), 256))):
             pass
@@ -74,27 +74,27 @@ def _decode(images: Sequence[bytes | Path], what: str) -> Tensor:
     return x[:, None] if mode == "L" else x.permute(0, 3, 1, 2).contiguous()
 
 
-def _assemble(found: Mapping[str, T], read: Callable[[T, str], Part], what: str) -> Source:
-    """Choose the splits among those found, read them, compare class names, decode, check."""
-    if {"train", "test"} <= set(found):
-        chosen = ["train", "test"]  # a validation split of the source is left alone: val is cut from train
-    elif len(found) == 1:
-        chosen = list(found)
+def _assemble(splits: Mapping[str, T], read: Callable[[T, str], EncodedSplit], what: str) -> Source:
+    """Choose train and test among a source's splits, read them, compare class names, decode, check."""
+    if {"train", "test"} <= set(splits):
+        chosen = ["train", "test"]  # a validation split of the source is not used: val is split off from train
+    elif len(splits) == 1:
+        chosen = list(splits)
     else:
-        hint = "expected train and test, or one to cut. Rename one, or use data.from_arrays."
-        raise UserError(f"{what} has the splits {', '.join(sorted(found))}: {hint}")
-    named = {f"{what} ({key})" if len(chosen) == 2 else what: found[key] for key in chosen}
+        hint = "expected train and test, or a single one. Rename one, or use data.from_arrays."
+        raise UserError(f"{what} has the splits {', '.join(sorted(splits))}: {hint}")
+    named = {f"{what} ({key})" if len(chosen) == 2 else what: splits[key] for key in chosen}
     parts = {name: read(split, name) for name, split in named.items()}
     names = [part[2] for part in parts.values()]
     if names[0] != names[-1]:
-        odd = ", ".join(map(repr, sorted(set(names[0] or ()) ^ set(names[-1] or ())))) or "their order"
-        raise UserError(f"train and test of {what} differ in their classes ({odd}): name the same ones in both.")
+        different = ", ".join(map(repr, sorted(set(names[0] or ()) ^ set(names[-1] or ())))) or "their order"
+        raise UserError(f"train and test of {what} differ in their classes ({different}): name the same ones in both.")
     pairs = [(_decode(images, name), y) for name, (images, y, _) in parts.items()]
     return check_source(pairs[0], pairs[1] if len(pairs) == 2 else None, names[0], what)
 
 
-def _columns(table: datasets.Dataset, what: str) -> Part:
-    """Find the image and the label column by type. Of several label columns `label` is taken, else `fine_label`."""
+def _columns(table: datasets.Dataset, what: str) -> EncodedSplit:
+    """Find the image and the label column by type; of several label columns, take ``label``, else ``fine_label``."""
     import datasets
 
     features = dict(table.features)
@@ -107,7 +107,7 @@ def _columns(table: datasets.Dataset, what: str) -> Part:
         listed = ", ".join(f"{k} ({kind})" for k, kind in kinds.items())
         hint = "expected one of each. Name the label column 'label', drop other images, or use data.from_arrays."
         raise UserError(f"{what} has {len(images)} image and {len(labels)} label columns in {listed}: {hint}")
-    arrow = table.select_columns([*images, *labels]).with_format("arrow")[:]  # encoded bytes, no decode for each row
+    arrow = table.select_columns([*images, *labels]).with_format("arrow")[:]  # encoded bytes, not decoded row by row
     y = arrow.column(labels[0])
     if y.null_count:
         raise UserError(f"column {labels[0]} of {what} has {y.null_count} empty entries: fill or drop them.")
@@ -118,25 +118,27 @@ def _columns(table: datasets.Dataset, what: str) -> Part:
 
 
 def _cached(root: str | Path, files: Sequence[Path], build: Callable[[], Source]) -> Source:
-    """What `build` returns, kept decoded in $HOLDFAST_CACHE (default ~/.cache/holdfast), one file for each data set.
+    """What ``build`` returns, cached in $HOLDFAST_CACHE (default ~/.cache/holdfast), one file per data set.
 
-    It is built anew when name, size or time of a source file changes, or when the kept file is damaged.
+    It is rebuilt when name, size or time of a source file changes, or when the cached file is damaged.
     """
     origin = str(root.resolve()) if isinstance(root, Path) else root
     stats = [(os.path.relpath(f, root), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(json.dumps(["1", origin, stats]).encode()).hexdigest()  # "1": raise it when the format changes
+    key = hashlib.sha256(
+        json.dumps(["1", origin, stats]).encode()
+    ).hexdigest()  # "1": increment when the format changes
     stem = re.sub(r"[^\w.-]+", "-", Path(origin).name) + "-" + hashlib.sha256(origin.encode()).hexdigest()[:12]
     path = Path(os.environ.get("HOLDFAST_CACHE") or "~/.cache/holdfast").expanduser() / f"{stem}.safetensors"
     try:
-        with safetensors.safe_open(path, "pt") as kept:
-            meta = kept.metadata() or {}
+        with safetensors.safe_open(path, "pt") as cached:
+            meta = cached.metadata() or {}
             if meta["key"] == key:
-                # cloned: the file stays mapped otherwise
-                pairs = [[kept.get_tensor(f"{k}.{name}").clone() for name in "xy"] for k in meta["splits"].split()]
+                # cloned, since the file would stay mapped otherwise
+                pairs = [[cached.get_tensor(f"{k}.{name}").clone() for name in "xy"] for k in meta["splits"].split()]
                 train, *test = (Data(x, y, torch.arange(len(y))) for x, y in pairs)
                 return Source(train, test[0] if test else None, tuple(json.loads(meta["classes"])))
     except (OSError, KeyError, ValueError, safetensors.SafetensorError):
-        pass  # absent or damaged: it is only a copy
+        pass  # missing or damaged: build it again
     source = build()
     parts = {k: d for k, d in (("train", source.train), ("test", source.test)) if d is not None}
     tensors = {f"{k}.{name}": getattr(d, name) for k, d in parts.items() for name in "xy"}
@@ -145,27 +147,27 @@ def _cached(root: str | Path, files: Sequence[Path], build: Callable[[], Source]
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             safetensors.torch.save_file(tensors, Path(scratch) / path.name, meta)
-            os.replace(Path(scratch) / path.name, path)  # at once: nobody reads half a file
+            os.replace(Path(scratch) / path.name, path)  # atomic: nobody reads half a file
     except (OSError, safetensors.SafetensorError) as error:
-        hint = "set HOLDFAST_CACHE to a folder that can."
-        warnings.warn(f"decoded data is not kept: '{path}' cannot be written ({error}); {hint}", stacklevel=2)
+        hint = "set HOLDFAST_CACHE to a writable folder."
+        warnings.warn(f"decoded data is not cached: '{path}' cannot be written ({error}); {hint}", stacklevel=2)
     return source
 
 
 def digits() -> Source:
-    """scikit-learn\'s 1,797 handwritten digits, 0..16 mapped to 0..255."""
+    """Read scikit-learn's 1,797 handwritten digits; grey levels 0..16 become 0..255."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    x = np.round(found.images * (255 / 16)).astype(np.uint8)[:, None]  # grey levels 0..16
-    return check_source((x, found.target), None, [str(k) for k in range(10)], "digits")
+    loaded = load_digits()
+    x = np.round(loaded.images * (255 / 16)).astype(np.uint8)[:, None]
+    return check_source((x, loaded.target), None, [str(k) for k in range(10)], "digits")
 
 
 def moons() -> Source:
-    """scikit-learn's two interleaved half circles as images of two pixels, (1, 1, 2): 2,000 to train on, 1,000 to test.
+    """Make scikit-learn's two half circles as (1, 1, 2) images: 2,000 training and 1,000 test samples.
 
-    noise 0.1; the plane [-1.5, 2.5] x [-1, 1.5] is the box of pixels, so that nothing is cut off. The classes are so
-    near that a perfect network would keep half of them at linf 0.064.
+    The noise is 0.1. [-1.5, 2.5] x [-1, 1.5] of the plane becomes the range of pixels, so that no point is clipped. The
+    classes are so close that even a perfect network has a robust accuracy of about one half at linf 0.064.
     """
     from sklearn.datasets import make_moons
 
@@ -178,62 +180,93 @@ def moons() -> Source:
 
 
 def hub(repo: str) -> Source:
-    """A hub data set, fetched once; from then on the decoded copy serves, without a network."""
+    """Read a hub data set: downloaded once, then from the decoded cache, offline.
+
+    Args:
+        repo: "owner/name".
+
+    Returns:
+        The source.
+
+    Raises:
+        UserError: the hub cannot be reached, there is no such data set, or its content is invalid.
+    """
 
     def build() -> Source:
         import datasets
 
         datasets.disable_progress_bars()
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # prepared tables go away with it
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # for the prepared tables
             try:
-                found = datasets.load_dataset(repo, cache_dir=scratch)
+                loaded = datasets.load_dataset(repo, cache_dir=scratch)
             except ConnectionError as error:
-                hint = "connect once, or pass the path of a local copy. 'digits' needs no network."
+                hint = "connect once, or pass the path of a local copy. 'digits' needs no download."
                 raise UserError(f"the hub cannot be reached to fetch '{repo}' ({error}): {hint}") from error
             except Exception as error:  # errors of many kinds from several libraries
                 why = f"{type(error).__name__}: {error}"
                 raise UserError(f"'{repo}' is neither a local path nor on the hub ({why}): check the name.") from error
-            return _assemble(found, _columns, repo)
+            return _assemble(loaded, _columns, repo)
 
     return _cached(f"hub:{repo}", [], build)
 
 
 def parquet(root: Path) -> Source:
-    """A file, or hub layout: the file name begins with its split (train-00000-of-00002.parquet), or its folder is."""
+    """Read a .parquet file, or a folder of them in hub layout.
+
+    Args:
+        root: the file or folder. A file's split is the first word of its name (train-00000-of-00002.parquet) or one of
+            its folders.
+
+    Returns:
+        The source.
+
+    Raises:
+        UserError: a file cannot be read, or its content is invalid.
+    """
     files = sorted(root.rglob("*.parquet")) if root.is_dir() else [root]
-    found: dict[str, list[Path]] = {}
+    splits: dict[str, list[Path]] = {}
     for file in files:
         words = [re.split("[-_.]", file.name)[0], *file.relative_to(root).parts[:-1]] if root.is_dir() else []
-        found.setdefault(next((w for w in words if w in SPLITS), "all"), []).append(file)
+        splits.setdefault(next((w for w in words if w in SPLITS), "all"), []).append(file)
 
-    def read(shards: list[Path], what: str) -> Part:
+    def read(shards: list[Path], what: str) -> EncodedSplit:
         import datasets
         import pyarrow as pa  # type: ignore[import-untyped]
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
         tables, shard = [], shards[0]
         try:
-            for shard in shards:  # straight into memory: datasets' own reader leaves a copy on the disk
+            for shard in shards:  # into memory: the reader of datasets leaves a copy on the disk
                 tables.append(pq.ParquetFile(shard).read())
             return _columns(datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables))), what)
         except (pa.ArrowException, OSError) as error:
-            hint = "it may be cut short, or differ from the files beside it. Fetch it anew."
+            hint = "it may be cut short, or differ from the files beside it. Download it again."
             raise UserError(f"'{shard}' cannot be read as parquet ({error}): {hint}") from error
 
-    return _cached(root, files, lambda: _assemble(found, read, str(root)))
+    return _cached(root, files, lambda: _assemble(splits, read, str(root)))
 
 
 def image_folder(root: Path) -> Source:
-    """root/train/<class>/* and root/test/<class>/*, or root/<class>/*; sorted here, as index follows this order."""
+    """Read a folder of images: root/train/<class>/* and root/test/<class>/*, or root/<class>/*.
+
+    Args:
+        root: the folder; classes and files are sorted by name, which defines each sample's index.
+
+    Returns:
+        The source.
+
+    Raises:
+        UserError: there is no image, a class is empty, or an image cannot be decoded or differs in size or mode.
+    """
 
     def folders(of: Path) -> list[Path]:
         return sorted(d for d in of.iterdir() if d.is_dir() and not d.name.startswith("."))
 
-    def pictures(of: Path) -> list[Path]:
+    def images(of: Path) -> list[Path]:
         return sorted(f for f in of.rglob("[!.]*") if f.suffix.lower() in IMAGE_SUFFIXES)
 
-    def read(folder: Path, what: str) -> Part:
-        files = {d.name: pictures(d) for d in folders(folder)}
+    def read(folder: Path, what: str) -> EncodedSplit:
+        files = {d.name: images(d) for d in folders(folder)}
         if not files:
             raise UserError(f"'{folder}' holds no parquet file and no folder of images per class: check the path.")
         for name, inside in files.items():
@@ -242,6 +275,6 @@ def image_folder(root: Path) -> Source:
         y = np.repeat(np.arange(len(files)), [len(inside) for inside in files.values()])
         return [file for inside in files.values() for file in inside], y, tuple(files)
 
-    nested = {d.name: d for d in folders(root) if d.name in SPLITS and folders(d)}  # not a class that is called "train"
-    found = nested if "train" in nested or "test" in nested else {"all": root}
-    return _cached(root, pictures(root), lambda: _assemble(found, read, str(root)))
+    nested = {d.name: d for d in folders(root) if d.name in SPLITS and folders(d)}  # a class may be called "train"
+    splits = nested if "train" in nested or "test" in nested else {"all": root}
+    return _cached(root, images(root), lambda: _assemble(splits, read, str(root)))

@@ -1,4 +1,4 @@
-"""What the bench found, put below the line: Evaluations become one Results, their x_adv the witnesses."""
+"""From evaluated networks to one Results: a run per loss, seed and threat, and the adversarial examples beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,103 +16,138 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import __version__, region, run_folder
-from ..checks import PGD50, ROBUST, Audit, Claim, judge, merge, remaining
+from .. import __version__, region
+from ..checks import PGD50, ROBUST, Claim, judge, merge, remaining
 from ..data import Split, pixels
+from ..environment import environment
 from ..evaluation import UNBROKEN, Evaluation, StageCost
 from ..io import save_tensors
 from ..replay import WITNESSES, WITNESSES_VERSION
 from ..results import Example, Interval, Results, Run, Samples, Stage, proportion, save
 from ..threat import Threat
+from .config import DataCut
+from .loss_spec import LossSpec
+from .pipeline import NetworkResult
+from .training import TrainSummary
 
 
 @dataclass(frozen=True)
-class NetworkResult:
-    """One network that has been trained and attacked: its folder, what was found, how it was trained, on what data."""
+class TrainedNetwork:
+    """One network with its final answer under one threat.
 
-    loss: str
+    Args:
+        loss: the loss it was trained with.
+        seed: it was trained with.
+        folder: where its weights are, or, for a user's own model, what opens it again.
+        trained: how training ended.
+        split: the data it was evaluated on.
+        cut: how ``data.load`` made that split.
+        result: its final answer.
+        name: of its row; default: loss and seed.
+    """
+
+    loss: LossSpec
     seed: int
     folder: Path
-    evaluation: Evaluation
-    trained: dict[str, Any]
+    trained: TrainSummary
     split: Split
-    cut: dict[str, Any]  # how ``data.load`` made that split
-    audit: Audit | None = None
-    name: str | None = None  # of the row; default: loss and seed
-    region: dict[str, Any] | None = None  # as ``region.measure`` and ``region.picture`` return them
-    picture: dict[str, Any] | None = None
+    cut: DataCut
+    result: NetworkResult
+    name: str | None = None
+
+    @property
+    def row_name(self) -> str:
+        """The name of its run in results.json."""
+        return self.name or f"{self.loss.text} seed {self.seed}"
 
 
-def collect(judged: Sequence[NetworkResult], out: Path, data: str, settings: dict[str, Any], command: str) -> Results:
-    """Write results.json and witnesses.safetensors to ``out``: a run per loss, seed and threat, its folds put together.
+def collect(
+    networks: Sequence[TrainedNetwork], out: Path, data: str, settings: dict[str, Any], command: str
+) -> Results:
+    """Write results.json and witnesses.safetensors: a run per loss, seed and threat, its folds put together.
 
-    ``validate`` is in the order of the rows.
+    Args:
+        networks: in the order of the rows; every loss and seed on the same folds.
+        out: the folder that both files go to.
+        data: the data set's name.
+        settings: the settings of the command, as JSON can hold them.
+        command: the command line.
+
+    Returns:
+        The Results that were written.
     """
-    groups: dict[tuple[str, int, Threat], list[NetworkResult]] = {}
-    for one in judged:
-        groups.setdefault((one.loss, one.seed, one.evaluation.threat), []).append(one)
-    found = [_run(parts) for parts in groups.values()]
-    splits = [part.split for part in next(iter(groups.values()))]  # every loss and seed saw the same folds
+    groups: dict[tuple[LossSpec, int, Threat], list[TrainedNetwork]] = {}
+    for network in networks:
+        groups.setdefault((network.loss, network.seed, network.result.evaluation.threat), []).append(network)
+    runs = [_run(parts) for parts in groups.values()]
+    splits = [part.split for part in next(iter(groups.values()))]
     results = Results(
-        runs=tuple(found),
+        runs=tuple(runs),
         data={
             "name": data,
             "classes": list(splits[0].classes),
-            "n": found[0].n,
+            "n": runs[0].n,
             "shape": list(splits[0].shape),
             "fingerprint": "+".join(split.fingerprint for split in splits),
         },
         command=command,
         settings=json.loads(json.dumps(settings)),
-        environment=run_folder.environment(),
+        environment=environment(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         holdfast=__version__,
     )
-    witnesses: dict[str, Tensor] = {}
-    networks = []
-    for number, one in enumerate(judged):
-        broken = one.evaluation.broken_by >= 0
-        witnesses[f"{number}/index"] = one.evaluation.index[broken]
-        witnesses[f"{number}/x_adv"] = one.evaluation.x_adv[broken]
-        where = {"folder": os.path.relpath(one.folder, out), "cut": one.cut, "fingerprint": one.split.fingerprint}
-        networks.append({"run": _name(one), "threat": one.evaluation.threat.describe(), **where})
-    save_tensors(out / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION, witnesses, {"networks": networks})
+    _save_witnesses(networks, out)
     save(results, out)
     return results
 
 
-def _name(one: NetworkResult) -> str:
-    return one.name or f"{one.loss} seed {one.seed}"
+def _save_witnesses(networks: Sequence[TrainedNetwork], out: Path) -> None:
+    """Write each network's adversarial examples, and what ``replay`` needs to open network and data."""
+    witnesses: dict[str, Tensor] = {}
+    about = []
+    for number, network in enumerate(networks):
+        evaluation = network.result.evaluation
+        broken = evaluation.broken_by >= 0
+        witnesses[f"{number}/index"] = evaluation.index[broken]
+        witnesses[f"{number}/x_adv"] = evaluation.x_adv[broken]
+        about.append(
+            {
+                "run": network.row_name,
+                "threat": evaluation.threat.describe(),
+                "folder": os.path.relpath(network.folder, out),
+                "cut": network.cut.to_json(),
+                "fingerprint": network.split.fingerprint,
+            }
+        )
+    save_tensors(out / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION, witnesses, {"networks": about})
 
 
-def _run(parts: list[NetworkResult]) -> Run:
-    """One row's worth: the folds' samples put together, their costs added up."""
-    evaluations, trained = [part.evaluation for part in parts], [part.trained for part in parts]
+def _run(parts: list[TrainedNetwork]) -> Run:
+    """One row of the table: the folds' samples put together, their costs added up."""
+    results, trained = [part.result for part in parts], [part.trained for part in parts]
+    evaluations = [result.evaluation for result in results]
 
     def column(which: str) -> Any:
         return torch.cat([getattr(evaluation, which) for evaluation in evaluations])
 
-    robust, clean, published = column("robust"), column("clean"), column("pgd50")
+    robust, clean, pgd50 = column("robust"), column("clean"), column("pgd50")
     stages = [_added([e.stages[i] for e in evaluations]) for i in range(len(evaluations[0].stages))]
-    mean = {key: _mean([t[key] for t in trained]) for key in ("accuracy", "val")}
-    judged = _verdicts(parts, published, robust)
-    void = bool(judged) and judged["verdict"].status == "void"
+    verdicts = _verdicts(parts, pgd50, robust)
+    void = verdicts["verdict"].status == "void"
     certified = None if any(e.certified is None for e in evaluations) else column("certified")
-    surveys = [part.region for part in parts if part.region]
-    protocols = [name for name in evaluations[0].individual if all(name in e.individual for e in evaluations)]
+    attacks = [_attacks(e) for e in evaluations]
+    names = [name for name in attacks[0] if all(name in one for one in attacks)]
     return Run(
-        name=_name(parts[0]),
-        loss=parts[0].name or parts[0].loss,
+        name=parts[0].row_name,
+        loss=parts[0].name or parts[0].loss.text,
         seed=parts[0].seed,
         threat=evaluations[0].threat.describe(),
         n=len(clean),
         clean=_share(clean),
-        pgd50=_share(published),
+        attacks={name: _share(torch.cat([one[name] for one in attacks])) for name in names},
         robust=None if void else _share(robust),
-        own=None if any(e.own is None for e in evaluations) else _share(column("own")),
         certified=None if void or certified is None else _share(certified),
-        individual={name: _share(torch.cat([e.individual[name] for e in evaluations])) for name in protocols},
-        **judged,
+        **verdicts,
         cost={
             "forwards": sum(e.forwards for e in evaluations),
             "backwards": sum(e.backwards for e in evaluations),
@@ -128,29 +163,33 @@ def _run(parts: list[NetworkResult]) -> Run:
             prediction_adv=column("prediction_adv"),
         ),
         examples=tuple(_examples(evaluations[0], parts[0].split)),
-        region=region.merge(surveys) if len(surveys) == len(parts) else {},
-        picture=parts[0].picture or {},
+        region=region.merge([result.region for result in results]),
+        projection=results[0].projection,
         train={
-            **trained[0],
-            **mean,
-            "seconds": round(sum(t["seconds"] for t in trained), 2),
+            **{key: value for key, value in asdict(trained[0]).items() if value is not None},
+            **{key: _mean([getattr(t, key) for t in trained]) for key in ("accuracy", "val")},
+            "seconds": round(sum(t.seconds for t in trained), 2),
             "networks": len(trained),
         },
     )
 
 
-def _verdicts(parts: list[NetworkResult], published: Tensor, robust: Tensor) -> dict[str, Any]:
-    """What the checks say of this row's two claims, the folds' samples counted together; nothing without an audit."""
-    audits = [part.audit for part in parts if part.audit is not None]
-    if len(audits) < len(parts):
-        return {}
-    findings = merge([audit.findings for audit in audits])
-    told = remaining(audits)
+def _attacks(evaluation: Evaluation) -> dict[str, Tensor]:
+    """Attack name -> correct under that attack alone; always has pgd50."""
+    trained = {} if evaluation.own is None else {"pgd50-train-loss": evaluation.own}
+    first = {} if "pgd50" in evaluation.individual else {"pgd50": evaluation.pgd50}
+    return {**first, **evaluation.individual, **trained}
+
+
+def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor) -> dict[str, Any]:
+    """What the checks say of this row's two claims, the folds' samples counted together."""
+    audits = [part.result.audit for part in parts]
+    findings, left = merge([audit.findings for audit in audits]), remaining(audits)
     return {
-        "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, told),
-        "pgd50_verdict": judge(Claim(PGD50, published.tolist()), robust.tolist(), findings, told),
+        "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, left),
+        "pgd50_verdict": judge(Claim(PGD50, pgd50.tolist()), robust.tolist(), findings, left),
         "checks": [finding.to_dict() for finding in findings],
-        "remaining": told,
+        "remaining": left,
         "measures": {key: _mean([audit.measures.get(key) for audit in audits]) for key in audits[0].measures},
     }
 
@@ -160,8 +199,8 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _share(right: Tensor) -> Interval:
-    return proportion(int(right.sum()), len(right))
+def _share(correct: Tensor) -> Interval:
+    return proportion(int(correct.sum()), len(correct))
 
 
 def _added(costs: list[StageCost]) -> StageCost:
@@ -170,21 +209,21 @@ def _added(costs: list[StageCost]) -> StageCost:
 
 
 def _examples(evaluation: Evaluation, split: Split, most: int = 6) -> list[Example]:
-    """The surest broken sample of each class, surest first, as pictures; the perturbation around mid-grey, full scale =
-    its largest change.
+    """As pictures, the broken sample of each class with the largest clean margin, largest first.
 
-    Those the network was surest of say most: what is near the boundary anyway falls to anything.
+    The perturbation is drawn around mid-grey, its largest change at full scale. A large margin says most: samples near
+    the boundary fall to any attack.
     """
     broken = torch.nonzero(evaluation.broken_by > UNBROKEN)[:, 0]
-    surest = broken[evaluation.margin[broken].argsort(descending=True, stable=True)].tolist()
+    ranked = broken[evaluation.margin[broken].argsort(descending=True, stable=True)].tolist()
     chosen: dict[int, int] = {}
-    for row in surest:
+    for row in ranked:
         chosen.setdefault(int(evaluation.y[row]), row)
     x = pixels(split.test.x)
     examples = []
     for row in list(chosen.values())[:most]:
         delta = evaluation.x_adv[row] - x[row]
-        full = float(delta.abs().max().clamp_min(1e-12))
+        scale = float(delta.abs().max().clamp_min(1e-12))
         examples.append(
             Example(
                 index=int(evaluation.index[row]),
@@ -193,7 +232,7 @@ def _examples(evaluation: Evaluation, split: Split, most: int = 6) -> list[Examp
                 prediction_adv=int(evaluation.prediction_adv[row]),
                 x_png=_png(x[row]),
                 x_adv_png=_png(evaluation.x_adv[row]),
-                delta_png=_png(0.5 + delta / (2 * full)),
+                delta_png=_png(0.5 + delta / (2 * scale)),
             )
         )
     return examples

@@ -1,275 +1,35 @@
-"""Losses side by side: train a network per loss, seed and fold, attack each, and put the answers into one Results.
+"""Losses side by side: train a network per loss, seed and fold, evaluate each, and collect the answers in one Results.
 
-Every network has its own folder, so whatever was finished when a command was killed stays finished.
+Every network has a run folder of its own. What was finished when a command was stopped stays finished.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import models, process_pool, run_folder, spec
-from ..attacks import SUITES
-from ..data import Split, default_folds, load, standardisation
-from ..errors import UserError, unknown
-from ..evaluation import evaluate, stored_x_adv
-from ..information.sources import source
-from ..io import write_atomic
-from ..objectives import OBJECTIVES, Schedule
-from ..process_pool import Progress
+from .. import models, process_pool, run_folder
+from ..data import Split
+from ..errors import UserError
+from ..evaluation import stored_x_adv
+from ..progress import NETWORK_DONE, JobProgress, Progress, silent_job
 from ..results import Results
 from ..threat import Threat
-from ..train import FitConfig, accuracy, expected_config, fit
-from . import loss_spec
-from .collect import NetworkResult, collect
-from .pipeline import cached_audit, cached_region
+from .collect import TrainedNetwork, collect
+from .config import Comparison, DataCut, Job, default_out
+from .pipeline import EVALUATED_FILE, EVALUATION_FILE, RESULT_FILE, NetworkResult, evaluate_network, result_key
+from .stored_result import load_result
+from .training import TrainSummary, is_trained, train_network
 
-TRANSFER_LOSS = "sce"  # the loss whose adversarial images are tried on every other network
+__all__ = ["TRANSFER_LOSS", "Comparison", "compare", "default_out"]
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared, and how; equal comparisons share an output folder and resume each other.
-
-    data: a name or path for ``data.load``; losses: specs such as "isce:s=10"; threat: "linf:0.1", or several
-    with commas between, of which adversarial training takes the first; suite: a key of
-    SUITES; objective: a key of OBJECTIVES with settings, such as "adversarial:steps=10"; model: a key of MODELS or ""
-    for the size's own; seeds: networks per loss, from first_seed on; folds: 0 for the data's own number; limit,
-    limit_train: at most so many test and training images, 0 for all; on: "test", or "val" to judge, and choose, on
-    validation images; fit: how each network is trained.
-    """
-
-    data: str = "digits"
-    losses: tuple[str, ...] = ("sce", "isce:s=3", "isce:s=100", "mmc", "center", "lgm", "cosface:m=0.2,scale=15")
-    threat: str = "linf:0.1"
-    suite: str = "standard"
-    objective: str = "standard"
-    model: str = ""
-    seeds: int = 1
-    first_seed: int = 0
-    folds: int = 0
-    limit: int = 1000
-    limit_train: int = 0
-    on: str = "test"
-    fit: FitConfig = field(default_factory=FitConfig)
-
-    @property
-    def threats(self) -> tuple[Threat, ...]:
-        """What the networks are attacked under."""
-        return tuple(Threat.parse(text) for text in self.threat.split(","))
-
-    @property
-    def networks(self) -> int:
-        """How many networks are trained and attacked."""
-        return len(self.losses) * self.seeds * max(self.folds, 1)
-
-    def checked(self) -> Comparison:
-        """The same with its defaults filled in. Raises UserError for whatever could only fail later."""
-        if len(set(self.threats)) < len(self.threats):
-            raise UserError(f"the threats '{self.threat}' name one twice: name each once.")
-        chosen = [loss_spec.parse(text).text for text in self.losses]
-        if not chosen:
-            raise UserError("there is no loss to compare: name at least one, such as sce.")
-        twice = sorted({text for text in chosen if chosen.count(text) > 1})
-        if twice:
-            raise UserError(f"the loss '{twice[0]}' is named twice: name each once, and use seeds for repetitions.")
-        for text in chosen:
-            row = loss_spec.parse(text)
-            _objective(self, row)
-            _fit(self, row)
-            if row.model:
-                models.check(row.model)
-        if self.suite not in SUITES:
-            raise unknown("suite", self.suite, SUITES)
-        if self.model:
-            models.check(self.model)
-        if self.seeds < 1 or min(self.first_seed, self.folds, self.limit, self.limit_train) < 0:
-            raise UserError(
-                "seeds must be >= 1; first_seed, folds, limit, limit_train >= 0 (0: the data's own folds, all images)."
-            )
-        return replace(self, losses=tuple(chosen), folds=self.folds or default_folds(self.data))
-
-
-@dataclass(frozen=True)
-class Job:
-    """One network, in a folder of its own: everything a worker process needs, as plain data."""
-
-    comparison: Comparison
-    loss: str
-    seed: int
-    fold: int
-    folder: Path
-    device: str
-
-
-def _objective(comparison: Comparison, row: loss_spec.LossSpec, counts: Tensor | None = None) -> Schedule:
-    """The row's own objective, or the comparison's, with the row's loss and its source of s."""
-    name, settings = spec.parse(row.objective or comparison.objective)
-    if name not in OBJECTIVES:
-        raise unknown("objective", name, OBJECTIVES)
-    factory, threat = OBJECTIVES[name], comparison.threats[0]
-    spec.accepts("objective", name, factory, settings)
-    takes = inspect.signature(factory).parameters
-    if row.source:
-        if "s" not in takes:
-            raise UserError(f"objective '{name}' sets s itself: give '{row.text}' a number, or another objective.")
-        settings["s"] = source(row.source, threat, counts)
-    if "threat" in takes:
-        settings["threat"] = threat
-    if "score" in takes:
-        settings["score"] = row.score
-    return factory(row.loss, **settings)
-
-
-def _fit(comparison: Comparison, row: loss_spec.LossSpec, seed: int = 0) -> FitConfig:
-    """The comparison's schedule with the row's own changes."""
-    known = {f.name: getattr(comparison.fit, f.name) for f in fields(comparison.fit)}
-    for key in row.fit:
-        if key not in known or key == "seed":
-            raise unknown(f"setting of the schedule in '{row.text}'", key, sorted(known))
-    try:
-        return replace(comparison.fit, **{**row.fit, "seed": seed})
-    except TypeError:
-        raise UserError(f"the schedule of '{row.text}' cannot be read: {row.fit}.") from None
-
-
-def _adversarial(comparison: Comparison, row: loss_spec.LossSpec) -> bool:
-    """Whether training asks for the threat: by its objective, or by its source of s."""
-    return bool(row.source) or spec.parse(row.objective or comparison.objective)[0] != "standard"
-
-
-def train_one(job: Job, tell: Progress) -> tuple[nn.Module, dict[str, Any], Split]:
-    """Train a job's network, or load it if that is done. Returns (model, summary, data)."""
-    run_folder.check_device(job.device)
-    comparison, loss, cut = job.comparison, loss_spec.parse(job.loss), _cut(job.comparison, job.fold)
-    split = load(comparison.data, **cut)
-    built: dict[str, Any] = {
-        "name": loss.model or comparison.model or models.default_model(split.shape),
-        "shape": split.shape,
-        "classes": len(split.classes),
-        "head": loss.head,
-        "head_settings": loss.head_settings,
-        "seed": job.seed,
-    }
-    about = {
-        "model": built,
-        "loss": job.loss,
-        "objective": loss.objective or comparison.objective,
-        "data": comparison.data,
-        "cut": cut,
-        **({"threat": comparison.threat} if _adversarial(comparison, loss) else {}),
-        **({} if loss.logit_scale == 1 else {"logit_scale": loss.logit_scale}),
-    }
-    config = _fit(comparison, loss, job.seed)
-    val_threat = comparison.threats[0] if _adversarial(comparison, loss) and len(split.val) else None
-    summary = job.folder / "train.json"
-    if summary.exists():
-        run_folder.reserve(job.folder, expected_config(config, val_threat, about))
-        return run_folder.load(job.folder, device=job.device)[0], run_folder.read_json(summary), split
-    mean, std = standardisation(split.train)
-    model = models.build(**built, mean=mean, std=std)
-    fitted = fit(
-        model,
-        split.train,
-        split.val,
-        _objective(comparison, loss, torch.bincount(split.train.y, minlength=len(split.classes))),
-        config,
-        val_threat=val_threat,
-        out=job.folder,
-        about=about,
-        progress=lambda done, total, line: tell(job.folder.name, "training", done, total),
-        device=job.device,
-    )
-    model = model.to(job.device)
-    model.logit_scale = loss.logit_scale
-    trained = {
-        "epochs": config.epochs,
-        "accuracy": accuracy(model, split.train.to(job.device)),
-        "val": fitted.history[fitted.kept_epoch - 1]["val"],
-        "best_epoch": fitted.best_epoch,
-        "seconds": round(fitted.seconds, 2),
-        "model": built["name"],
-    }
-    write_atomic(summary, json.dumps(trained))
-    return model, trained, split
-
-
-def _cut(comparison: Comparison, fold: int) -> dict[str, Any]:
-    """How a network's data is cut, as JSON keeps it: cross-validated data is attacked whole."""
-    cut: dict[str, Any] = {"limit_train": comparison.limit_train or None}
-    if comparison.on != "test":
-        cut["on"] = comparison.on
-    if comparison.folds > 1:
-        return {**cut, "fold": [fold, comparison.folds]}
-    return {**cut, "limit": comparison.limit or None}
-
-
-def train_and_attack(job: Job, tell: Progress) -> tuple[nn.Module, list[NetworkResult]]:
-    """Do a job, or what is left of it: the network, and one answer a threat."""
-    model, trained, split = train_one(job, tell)
-    comparison, answers = job.comparison, []
-    for threat in comparison.threats:
-        evaluation = evaluate(
-            model,
-            split.test,
-            threat,
-            comparison.suite,
-            trained_with=loss_spec.parse(job.loss).loss,
-            seed=job.seed,
-            record=_cache_path(job.folder, "evaluation", threat),
-            key=f"{split.fingerprint} {run_folder.weights_hash(model)}",
-            progress=evaluation_progress(job.folder.name, tell, threat, len(split.test)),
-        )
-        answers.append(
-            NetworkResult(job.loss, job.seed, job.folder, evaluation, trained, split, _cut(comparison, job.fold))
-        )
-    return model, answers
-
-
-def audit_job(job: Job, tell: Progress) -> list[NetworkResult]:
-    """Audit what ``train_and_attack`` left, threat by threat; the SCE network of the same seed and fold is the twin."""
-    model, judged = train_and_attack(job, tell)
-    sce = job.folder.parent / run_folder.folder_name(TRANSFER_LOSS, job.seed, job.fold)
-    beside = sce if TRANSFER_LOSS in job.comparison.losses and sce != job.folder else None
-    answers = []
-    for one in judged:
-        threat = one.evaluation.threat
-        twin = None if beside is None else stored_x_adv(_cache_path(beside, "evaluation", threat))
-        one = cached_audit(one, model, _cache_path(job.folder, "audit", threat), twin, tell, seed=job.seed)
-        answers.append(cached_region(one, model, _cache_path(job.folder, "region", threat), tell, seed=job.seed))
-    return answers
-
-
-def _cache_path(folder: Path, what: str, threat: Threat) -> Path:
-    return folder / f"{what}-{threat.norm}{threat.eps:.6g}.safetensors"
-
-
-def evaluation_progress(name: str, tell: Progress, threat: Threat, n: int) -> Any:
-    """What an evaluation of n samples tells while it runs: the stage, and the robust accuracy as it is by now."""
-    return lambda stage, done, total, standing: tell(
-        name, f"{threat}, {stage}, at most {standing / n:.1%} robust", done, total
-    )
-
-
-# What runs in a worker sends nothing back: what it did is on disk.
-def _do(job: Job, tell: Progress) -> None:
-    train_and_attack(job, tell)
-
-
-def _audit(job: Job, tell: Progress) -> None:
-    audit_job(job, tell)
-
-
-def _quiet(job: str, what: str, done: int, total: int) -> None:
-    pass
+TRANSFER_LOSS = "sce"  # the loss whose adversarial examples are tried on every other network
+POLL = 0.2  # seconds between looks for the SCE network's adversarial examples
 
 
 def compare(
@@ -279,56 +39,172 @@ def compare(
     command: str = "",
     device: str = "cpu",
     workers: int = 1,
-    tell: Progress = _quiet,
-    finished: Callable[[Job, int, int], None] = lambda job, done, total: None,
-    checked: Callable[[Job], None] = lambda job: None,
+    progress: JobProgress = silent_job,
 ) -> Results:
-    """Train, attack and audit every network of the comparison; write results.json and witnesses.safetensors to ``out``.
+    """Train and evaluate every network of a comparison; write results.json and witnesses.safetensors.
 
-    Raises UserError when ``out`` belongs to another comparison, or for anything ``Comparison.checked`` refuses. Stopped
-    at any moment, the same call goes on where it was.
+    Stopped at any moment, the same call resumes: networks that are complete on disk are not touched again, and the one
+    under way continues from its checkpoint.
+
+    Args:
+        comparison: what is compared.
+        out: the output folder; the networks' run folders are in out/runs.
+        command: the command line, for the report.
+        device: "cpu", "cuda", ...
+        workers: networks at a time, each in a process of its own; 1 runs them in this process.
+        progress: called with (network, what is being done, units done, units in all); with ``NETWORK_DONE`` once for
+            each network that is complete, where the units are networks.
+
+    Returns:
+        One run per loss, seed and threat, its folds put together.
+
+    Raises:
+        UserError: ``out`` belongs to another comparison, or as ``Comparison.checked`` does.
     """
     comparison = comparison.checked()
-    run_folder.check_device(device)
-    # What cannot work must not leave a folder behind: data and network are tried before the folder is claimed.
-    split = load(comparison.data, **_cut(comparison, 0))
-    models.build(comparison.model or models.default_model(split.shape), split.shape, len(split.classes))
+    _try_out(comparison, device)
     run_folder.reserve(out, json.loads(json.dumps(asdict(comparison))))
-    todo = [
-        Job(comparison, loss, seed, fold, out / "runs" / run_folder.folder_name(loss, seed, fold), device)
-        for fold in range(comparison.folds)
-        for seed in range(comparison.first_seed, comparison.first_seed + comparison.seeds)
-        for loss in comparison.losses
-    ]
-    ended: list[Job] = []
 
-    def end(job: Job) -> None:
-        ended.append(job)
-        finished(job, len(ended), len(todo))
+    data = _Splits(comparison.data)
+    jobs = comparison.jobs(out, device)
+    remaining = [job for job in jobs if stored_results(job, data[job.cut]) is None]
+    done = [job for job in jobs if job not in remaining]
+    for number, job in enumerate(done, 1):
+        progress(job.name, NETWORK_DONE, number, len(jobs))
 
-    process_pool.run(_do, todo, workers=workers, tell=tell, finished=end)
-    # Checks come when all networks are there: one of them asks for the SCE network's adversarial images.
-    process_pool.run(_audit, todo, workers=workers, tell=tell, finished=checked)
-    # What each job left on disk is read back, not sent back: the same way whether it was done now or a week ago.
-    judged = [one for job in todo for one in audit_job(job, _quiet)]
-    order = comparison.threats.index
-    judged.sort(key=lambda one: (order(one.evaluation.threat), comparison.losses.index(one.loss), one.seed))
-    name = comparison.data + (", validation images" if comparison.on == "val" else "")
-    return collect(judged, out, name, asdict(comparison), command)
+    def on_done(job: Job) -> None:
+        done.append(job)
+        progress(job.name, NETWORK_DONE, len(done), len(jobs))
+
+    # The networks whose adversarial examples others wait for come first.
+    remaining.sort(key=lambda job: job.loss.text != TRANSFER_LOSS)
+    process_pool.run(run_job, remaining, workers=workers, progress=progress, on_done=on_done)
+    return collect(_rows(comparison, jobs, data), out, _title(comparison), asdict(comparison), command)
 
 
-def default_out(comparison: Comparison) -> Path:
-    """out/<data>-<threat>-<hash of the whole comparison>: the same command finds its own work again."""
-    whole = json.dumps(asdict(comparison.checked()), sort_keys=True)
-    mark = hashlib.blake2b(whole.encode(), digest_size=3).hexdigest()
-    data = Path(comparison.data).name or "data"
-    return Path("out") / f"{data}-{threat_file_name(comparison.threat)}-{mark}"
+def _try_out(comparison: Comparison, device: str) -> None:
+    """What cannot work must not leave a folder behind: try device, data and network before the folder is reserved."""
+    run_folder.check_device(device)
+    split = comparison.cut(0).load(comparison.data)
+    models.build(comparison.model or models.default_model(split.shape), split.shape, len(split.classes))
 
 
-def threat_file_name(threat: str) -> str:
-    """A threat as part of a file's name.
+class _Splits(dict[DataCut, Split]):
+    """A data set's cuts, each loaded once."""
 
-    >>> threat_file_name("linf:8/255,l2:1")
-    'linf8_255-l21'
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __missing__(self, cut: DataCut) -> Split:
+        return self.setdefault(cut, cut.load(self.name))
+
+
+def run_job(job: Job, progress: JobProgress) -> None:
+    """Train a job's network and evaluate it under each threat. The answers are on disk, for ``stored_results``."""
+
+    def report(what: str, done: int, total: int) -> None:
+        progress(job.name, what, done, total)
+
+    model, _, split = train_network(job, progress=report)
+    comparison, key = job.comparison, _key(job, split)
+    sce = _transfer_job(job)
+    for threat in comparison.threats:
+        transfer_source = None if sce is None else partial(_wait_for_x_adv, sce, threat, split, report)
+        evaluate_network(
+            model,
+            split.test,
+            threat,
+            comparison.suite,
+            trained_with=job.loss.loss,
+            s=job.loss.s,
+            seed=job.seed,
+            cache=cache_folder(job, threat),
+            key=key,
+            transfer_source=transfer_source,
+            progress=report,
+        )
+
+
+def cache_folder(job: Job, threat: Threat) -> Path:
+    """Where the evaluation of a job's network under one threat is kept."""
+    return job.folder / f"evaluation-{threat.norm}{threat.eps:.6g}"
+
+
+def stored_results(job: Job, split: Split) -> list[NetworkResult] | None:
+    """A job's finished results, one per threat, read back from its folder; None where the job is not complete.
+
+    Raises:
+        UserError: the folder belongs to another configuration, or its weights cannot be read.
     """
-    return threat.replace(":", "").replace("/", "_").replace(",", "-")
+    if not is_trained(job, split):
+        return None
+    results = []
+    for threat in job.comparison.threats:
+        if not _is_evaluated(job, threat, split):
+            return None
+        stored = load_result(cache_folder(job, threat) / RESULT_FILE, _result_key(job, threat, split))
+        if stored is None:
+            return None
+        results.append(NetworkResult(*stored))
+    return results
+
+
+def _key(job: Job, split: Split) -> str:
+    """What a job's evaluations belong to: its data and its weights."""
+    return f"{split.fingerprint} {run_folder.stored_weights_hash(job.folder)}"
+
+
+def _result_key(job: Job, threat: Threat, split: Split) -> str:
+    """What a job's result under one threat belongs to, as ``evaluate_network`` names it."""
+    return result_key(
+        threat,
+        job.comparison.suite,
+        key=_key(job, split),
+        trained_with=job.loss.loss,
+        s=job.loss.s,
+        seed=job.seed,
+    )
+
+
+def _is_evaluated(job: Job, threat: Threat, split: Split) -> bool:
+    """Whether the attacks on a job's network have ended, its audit perhaps not yet."""
+    path = cache_folder(job, threat) / EVALUATED_FILE
+    return path.exists() and run_folder.read_json(path).get("key") == _result_key(job, threat, split)
+
+
+def _transfer_job(job: Job) -> Job | None:
+    """The SCE network of the same seed and fold, if the comparison has one and it is not this one."""
+    comparison = job.comparison
+    beside = [row for row in comparison.loss_specs if row.text == TRANSFER_LOSS and row != job.loss]
+    if not beside:
+        return None
+    folder = job.folder.parent / run_folder.folder_name(TRANSFER_LOSS, job.seed, job.fold)
+    return Job(comparison, beside[0], job.seed, job.fold, folder, job.device)
+
+
+def _wait_for_x_adv(job: Job, threat: Threat, split: Split, progress: Progress) -> Tensor:
+    """x_adv of another job's evaluation, once its attacks have ended. That job started earlier and waits for none."""
+    while not _is_evaluated(job, threat, split):
+        progress(f"waiting for the adversarial examples of {job.name}", 0, 1)
+        time.sleep(POLL)
+    return stored_x_adv(cache_folder(job, threat) / EVALUATION_FILE)
+
+
+def _rows(comparison: Comparison, jobs: list[Job], data: _Splits) -> list[TrainedNetwork]:
+    """Every network's results, in the order of the table: by threat, loss and seed."""
+    rows = []
+    for job in jobs:
+        split = data[job.cut]
+        results = stored_results(job, split)
+        if results is None:
+            raise UserError(f"the results in {job.folder} disappeared while the comparison ran: rerun the command.")
+        trained = TrainSummary.load(job.folder)
+        rows += [TrainedNetwork(job.loss, job.seed, job.folder, trained, split, job.cut, one) for one in results]
+    threats, losses = comparison.threats, comparison.loss_specs
+    rows.sort(key=lambda row: (threats.index(row.result.evaluation.threat), losses.index(row.loss), row.seed))
+    return rows
+
+
+def _title(comparison: Comparison) -> str:
+    return comparison.data + (", validation images" if comparison.eval_split == "val" else "")

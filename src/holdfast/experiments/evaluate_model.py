@@ -1,4 +1,4 @@
-"""One network attacked: a run folder of holdfast's, or a user's own model from a file. Nothing is trained."""
+"""Evaluate one network: the one in a run folder, or a user's own model from a file. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +15,62 @@ from torch import distributed, nn
 
 from .. import run_folder
 from ..attacks import SUITES
-from ..data import Split, load, pixels
+from ..data import Split, pixels
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
 from ..importers.model_file import ModelSource, code_hash, open_model
 from ..outputs import frozen_eval
-from ..process_pool import Progress
+from ..progress import Progress, silent
 from ..queries import CountingModel
 from ..results import Results
 from ..threat import Threat
 from . import loss_spec
-from .collect import NetworkResult, collect
-from .compare import evaluation_progress
-from .pipeline import cached_audit, cached_region
+from .collect import TrainedNetwork, collect
+from .config import DataCut
+from .loss_spec import LossSpec
+from .pipeline import EVALUATION_FILE, evaluate_network
+from .training import TrainSummary
 
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """A network and what it is attacked on.
+    """A network and the data it is evaluated on.
 
-    name: its row's; loss: the spec of the loss it was trained with; data, cut: how ``data.load`` makes the split;
-    folder: where it can be opened again from, None for where its results go; about: what identifies it, for
-    config.json; trained: how its training ended, where that is known.
+    Args:
+        name: of the run folder or the model's file.
+        model: images in [0, 1] to logits or Outputs.
+        loss: the loss it was trained with.
+        seed: it was trained with.
+        data: the data set's name or path.
+        cut: how ``data.load`` makes the split.
+        split: the data.
+        folder: the run folder that it can be opened again from; None for a user's own model.
+        about: what identifies it, for config.json.
+        trained: how training ended, where that is known.
     """
 
     name: str
     model: nn.Module
-    loss: str
+    loss: LossSpec
     seed: int
     data: str
-    cut: dict[str, Any]
+    cut: DataCut
     split: Split
     folder: Path | None
     about: dict[str, Any]
-    trained: dict[str, Any]
+    trained: TrainSummary = field(default_factory=TrainSummary)
 
 
 @contextmanager
 def distributed_processes(device: str) -> Iterator[tuple[str, bool]]:
-    """(this process's device, whether it is the first): torchrun's processes find each other here, one is alone."""
+    """Join the process group that torchrun started, if it did.
+
+    Args:
+        device: "cuda" becomes this process's own GPU.
+
+    Yields:
+        (the device of this process, whether it is the first process).
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         yield device, True
         return
@@ -67,49 +84,85 @@ def distributed_processes(device: str) -> Iterator[tuple[str, bool]]:
         distributed.destroy_process_group()
 
 
-NOT_TRAINED = {"accuracy": None, "val": None, "seconds": 0.0}
-
-
 def from_run(run: Path, *, limit: int = 1000, device: str = "cpu") -> ModelUnderTest:
-    """The network in a run folder. Raises UserError where there is none, or one that ``train_one`` did not train."""
-    _counted(limit)
+    """The network in a run folder, and the test images of the data it was trained on.
+
+    Args:
+        run: a run folder that ``holdfast train`` or ``compare`` wrote.
+        limit: at most so many test images, >= 0; 0 for all. A fold of cross-validated data is used whole.
+        device: where the model goes.
+
+    Returns:
+        The network and its data.
+
+    Raises:
+        UserError: there is no such run, or it does not say which data and loss the network was trained with.
+    """
+    _check_limit(limit)
     model, config = run_folder.load(run, device=device)
     if not {"data", "cut", "loss", "fit"} <= config.keys():
         raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
-    cut = {key: value for key, value in config["cut"].items() if key != "on"}  # chosen on val, judged on test
-    if not cut.get("fold"):
-        cut["limit"] = limit or None
-    summary = run / "train.json"
-    trained = run_folder.read_json(summary) if summary.exists() else NOT_TRAINED
+    cut = replace(DataCut.from_json(config["cut"]), eval_split="test")  # chosen on val, evaluated on test
+    if cut.fold is None:
+        cut = replace(cut, limit=limit or None)
     return ModelUnderTest(
-        run.name, model, config["loss"], config["fit"]["seed"], config["data"], cut, load(config["data"], **cut), run,
-        {"run": str(run)}, trained,
-    )  # fmt: skip
-
-
-def _counted(limit: int) -> None:
-    if limit < 0:
-        raise UserError(f"limit must be >= 0 (0: all), got {limit}.")
+        name=run.name,
+        model=model,
+        loss=loss_spec.parse(config["loss"]),
+        seed=config["fit"]["seed"],
+        data=config["data"],
+        cut=cut,
+        split=cut.load(config["data"]),
+        folder=run,
+        about={"run": str(run)},
+        trained=TrainSummary.load(run),
+    )
 
 
 def from_file(
     source: ModelSource, data: str, *, loss: str = "sce", limit: int = 1000, seed: int = 0, device: str = "cpu"
 ) -> ModelUnderTest:
-    """A user's own model on his own data: all of it where it has no test split, since nothing is trained here.
+    """A user's own model on their own data; all of it where it has no test split, since nothing is trained here.
 
-    loss: what it was trained with, which its attacks are matched to. Raises UserError as ``open_model`` and
-    ``data.load`` do.
+    Args:
+        source: how the model is opened.
+        data: a name or path for ``data.load``.
+        loss: the spec of the loss it was trained with; attacks also maximise its score.
+        limit: at most so many test images, >= 0; 0 for all.
+        seed: of the evaluation.
+        device: where the model goes.
+
+    Returns:
+        The model and its data.
+
+    Raises:
+        UserError: as ``open_model``, ``loss_spec.parse`` and ``data.load`` do.
     """
-    _counted(limit)
-    source = replace(source, path=os.path.abspath(source.path))  # as the data: it is found again from anywhere
+    _check_limit(limit)
+    trained_with = loss_spec.parse(loss)
+    # Absolute paths: the folder of results can then be read from anywhere.
+    source = replace(source, path=os.path.abspath(source.path))
     source = replace(source, weights=os.path.abspath(source.weights) if source.weights else "")
     model = open_model(source, device)
-    cut: dict[str, Any] = {"limit": limit or None, "whole": True}
+    cut = DataCut(limit=limit or None, whole=True)
     local = Path(data).expanduser()
     data = str(local.resolve()) if local.exists() else data
-    split = load(data, **cut)
-    about = {"foreign": asdict(source), "code": code_hash(source), "loss": loss, "data": data}
-    return ModelUnderTest(Path(source.path).name, model, loss, seed, data, cut, split, None, about, NOT_TRAINED)
+    return ModelUnderTest(
+        name=Path(source.path).name,
+        model=model,
+        loss=trained_with,
+        seed=seed,
+        data=data,
+        cut=cut,
+        split=cut.load(data),
+        folder=None,
+        about={run_folder.MODEL_FILE: asdict(source), "code": code_hash(source), "loss": loss, "data": data},
+    )
+
+
+def _check_limit(limit: int) -> None:
+    if limit < 0:
+        raise UserError(f"limit must be >= 0 (0: all), got {limit}.")
 
 
 def evaluate_model(
@@ -121,45 +174,58 @@ def evaluate_model(
     seed: int = 0,
     budget: Budget | None = None,
     batch_size: int | None = None,
-    tell: Progress = lambda *_: None,
+    progress: Progress = silent,
     command: str = "",
 ) -> Results | None:
-    """Attack it, audit the answer, and write results.json and witnesses.safetensors to ``out``.
+    """Evaluate a network with ``evaluate_network``; write results.json and witnesses.safetensors.
 
     Under torch.distributed the processes share the attacks; the first one audits and writes, the others return None.
-    Raises UserError for what cannot be read, and where ``out`` belongs to another evaluation.
+
+    Args:
+        subject: the network and its data.
+        threat: "norm:eps".
+        suite: a key of ``SUITES``.
+        out: the output folder; the work is cached there, and the same call resumes.
+        seed: of the attacks' noise.
+        budget: stop the attacks there.
+        batch_size: of the attacks; default by image size.
+        progress: called with (what is being done, units done, units in all).
+        command: the command line, for the report.
+
+    Returns:
+        The Results; None in all but the first process.
+
+    Raises:
+        UserError: what cannot be read, or ``out`` belongs to another evaluation.
     """
     against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
     if suite not in SUITES:
         raise unknown("suite", suite, SUITES)
-    trained_with = loss_spec.parse(subject.loss).loss
-    settings = {**subject.about, "threat": threat, "suite": suite, "seed": seed, "cut": subject.cut}
+    settings = {**subject.about, "threat": threat, "suite": suite, "seed": seed, "cut": subject.cut.to_json()}
     if budget:
         settings["budget"] = {name: value for name, value in asdict(budget).items() if value < math.inf}
     first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
     with frozen_eval(subject.model), torch.no_grad():  # nor must a model that cannot answer
         CountingModel(subject.model)(pixels(subject.split.test.x[:2]))
-    if first:
-        run_folder.reserve(out, settings)
-    evaluation = evaluate(
-        subject.model,
-        subject.split.test,
-        against,
-        suite,
-        trained_with=trained_with,
-        seed=seed,
-        batch_size=batch_size,
-        budget=budget,
-        record=out / "evaluation.safetensors",
-        key=f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)}",
-        progress=evaluation_progress(subject.name, tell, against, len(subject.split.test)),
-    )
+    key = f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)}"
+    arguments: Any = {
+        "trained_with": subject.loss.loss, "seed": seed, "batch_size": batch_size, "budget": budget, "key": key,
+    }  # fmt: skip
     if not first:
+        evaluate(subject.model, subject.split.test, against, suite, record=out / EVALUATION_FILE, **arguments)
         return None
-    judged = NetworkResult(
-        subject.loss, subject.seed, subject.folder or out, evaluation, subject.trained, subject.split, subject.cut,
+    run_folder.reserve(out, settings)
+    result = evaluate_network(
+        subject.model, subject.split.test, against, suite, s=subject.loss.s, cache=out, progress=progress, **arguments
+    )
+    network = TrainedNetwork(
+        subject.loss,
+        subject.seed,
+        subject.folder or out,
+        subject.trained,
+        subject.split,
+        subject.cut,
+        result,
         name=None if subject.folder else subject.name,
-    )  # fmt: skip
-    judged = cached_audit(judged, subject.model, out / "audit.safetensors", None, tell, seed=seed)
-    judged = cached_region(judged, subject.model, out / "region.safetensors", tell, seed=seed)
-    return collect([judged], out, subject.data, settings, command)
+    )
+    return collect([network], out, subject.data, settings, command)

@@ -1,4 +1,4 @@
-"""A row of a comparison as a user writes it: a loss, its head, and what else is this row's own.
+"""The loss spec: how a user writes a loss, its head, and the settings that hold for this row of a comparison alone.
 
 ``isce:s=10``, ``isce:s=2@cosine:scale=10``, ``sce*100``, ``isce:s=3+trades:beta=2+wideresnet:depth=16+fit:lr=0.01``.
 """
@@ -26,38 +26,57 @@ from ..spec import parse as parse_spec
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A loss as a user chose it, and the head that it trains with.
+    """A parsed loss spec. Two are equal when their texts are; pickled, it travels as its text.
 
-    text: as written, the row's name; loss: (out, y) -> (N,); score: what attacks climb; head, head_settings: for
-    ``models.build``; logit_scale: what the logits are multiplied by after training; source: of I-SCE's s, where that is
-    no number; objective, model: specs of this row's own, or ""; fit: changes to the schedule; s: the constant
-    inference information in units of the logits, None where the loss has none or it is no number.
+    Args:
+        text: the spec as written; the name of its row.
+        loss: (out, y) -> (N,).
+        score: (out, y) -> (N,), the loss without its monotone link, which attacks maximise.
+        head: a key of HEADS.
+        head_settings: the head's settings, for ``models.build``.
+        logit_scale: the factor on the logits after training, > 0.
+        source: where I-SCE's s comes from if it is not a number, else "".
+        objective: the spec of this row's own objective, or "".
+        model: the spec of this row's own network, or "".
+        fit: changes to the training configuration.
+        s: the constant inference information in units of the logits; None where the loss has none, or no constant one.
     """
 
     text: str
-    loss: Loss
-    score: Loss
-    head: str
-    head_settings: dict[str, Any] = field(default_factory=dict)
-    logit_scale: float = 1.0
-    source: str = ""
-    objective: str = ""
-    model: str = ""
-    fit: dict[str, Any] = field(default_factory=dict)
-    s: float | None = None
+    loss: Loss = field(compare=False, repr=False)
+    score: Loss = field(compare=False, repr=False)
+    head: str = field(compare=False)
+    head_settings: dict[str, Any] = field(default_factory=dict, compare=False)
+    logit_scale: float = field(default=1.0, compare=False)
+    source: str = field(default="", compare=False)
+    objective: str = field(default="", compare=False)
+    model: str = field(default="", compare=False)
+    fit: dict[str, Any] = field(default_factory=dict, compare=False)
+    s: float | None = field(default=None, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return parse, (self.text,)  # a worker process has its own functions
 
 
 def parse(text: str) -> LossSpec:
-    """A loss from ``name:settings`` with, after @, another head than its own: ``isce:s=2@cosine:scale=10``.
+    """Parse a loss spec: ``name:settings``, with another head than the loss's own after @, and more after * and +.
 
-    s may name where it comes from (``sources``): ``isce:s=gradient:0.5``, ``isce:s=ibp``. After + come an objective, a
-    network, and changes to the schedule, of this row alone: ``isce:s=3+trades:beta=2+wideresnet:depth=16,width=2``,
-    ``sce+fit:weight_decay=5e-4``.
+    ``isce:s=2@cosine:scale=10`` trains I-SCE on a cosine head. s may name its source: ``isce:s=gradient:0.5``,
+    ``isce:s=ibp``. After + come an objective, a network and training settings for this row alone:
+    ``isce:s=3+trades:beta=2+wideresnet:depth=16,width=2``, ``sce+fit:weight_decay=5e-4``.
 
-    ``sce*100`` trains with sce and multiplies the logits by 100 afterwards. No prediction changes, so no robustness
-    does: the honest control for whatever is said of a loss that makes logits large.
-    Raises UserError for an unknown loss, head or setting (with the nearest name), a value the loss refuses (s < 0), a
-    head that lacks what the loss needs, or a factor that is not a positive number.
+    ``sce*100`` trains with SCE and multiplies the logits by 100 afterwards. No prediction changes, hence no robustness:
+    it is the control experiment for losses that make logits large.
+
+    Args:
+        text: the spec.
+
+    Returns:
+        The parsed spec. Torch's random state is left as it was.
+
+    Raises:
+        UserError: an unknown loss, head or setting (with the nearest name), a value that the loss refuses (s < 0), a
+            head that lacks what the loss needs, a factor that is not a positive number, or two objectives or networks.
 
     >>> chosen = parse("cosface:m=0.2,scale=15")
     >>> chosen.head, chosen.head_settings
@@ -74,9 +93,7 @@ def parse(text: str) -> LossSpec:
     if times:
         value = value_of(factor.strip())
         if isinstance(value, (str, bool)) or not 0 < value < math.inf:
-            raise UserError(
-                f"'{text}' multiplies its logits by '{factor}': expected a positive number, such as sce*100."
-            )
+            raise UserError(f"'{text}' multiplies its logits by '{factor}': expected a positive number, as in sce*100.")
         scale = float(value)
     before, _, after = (trained if times else row).partition("@")
     name, settings = parse_spec(before)
@@ -93,7 +110,7 @@ def parse(text: str) -> LossSpec:
         raise unknown("head", head, HEADS)
     accepts("head", head, HEADS[head], head_settings)
     parameters = inspect.signature(entry.loss).parameters
-    if head == "cosine" and "scale" in parameters:  # one scale for both: the loss divides by the head's
+    if head == "cosine" and "scale" in parameters:  # one scale for loss and head: the loss divides by the head's
         head_settings.setdefault("scale", settings.get("scale", parameters["scale"].default))
         if head_settings["scale"] != settings.get("scale", parameters["scale"].default):
             raise UserError(f"'{text}' gives loss and head two different scales: name it once, in the loss.")
@@ -101,23 +118,23 @@ def parse(text: str) -> LossSpec:
         raise UserError(f"loss '{name}' works on cosines: it needs head 'cosine', got '{head}'.")
     with torch.random.fork_rng(devices=[]):
         probe = HEADS[head](4, 3, **head_settings)(torch.zeros(2, 4))
-    answer = chosen(Outputs(*probe), torch.tensor([0, 1]))  # refuses bad values now, not after an hour
-    if answer.shape != (2,):
-        raise UserError(f"loss '{name}' returned shape {tuple(answer.shape)} for 2 samples: a loss must return (N,).")
+    values = chosen(Outputs(*probe), torch.tensor([0, 1]))  # refuses bad values now, not after an hour of training
+    if values.shape != (2,):
+        raise UserError(f"loss '{name}' returned shape {tuple(values.shape)} for 2 samples: a loss must return (N,).")
     s = None if source else _constant(name, {key: p.default for key, p in parameters.items()} | settings)
     s = None if s is None else s * scale
     return LossSpec(text, chosen, entry.score, head, head_settings, scale, source, objective, model, fit, s)
 
 
 def _constant(name: str, settings: dict[str, Any]) -> float | None:
-    """What a loss adds to the other logits: s of I-SCE, scale times m of CosFace."""
+    """What a loss adds to the competitors' logits: s of I-SCE, scale times m of CosFace."""
     if name == "isce" and not isinstance(settings["s"], torch.Tensor):
         return float(settings["s"])
     return float(settings["m"] * settings["scale"]) if name == "cosface" else None
 
 
 def _parts(text: str, parts: list[str]) -> tuple[str, str, dict[str, Any]]:
-    """(objective, model, changes to the schedule) of what stands after the plus signs."""
+    """(objective, model, training settings) from the parts after the plus signs."""
     objective, model, fit = "", "", {}
     for part in parts:
         name, settings = parse_spec(part)

@@ -1,4 +1,8 @@
-"""What follows an evaluation: its audit and the survey of its region, each read from its record, or made and kept."""
+"""One network's robustness, from its attacks to the final answer: evaluate, audit, measure the inference region.
+
+``evaluate_network`` is the one place where these follow each other. What the audit and the region break counts, so only
+its NetworkResult is final.
+"""
 
 from __future__ import annotations
 
@@ -6,99 +10,375 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from .. import region, run_folder
-from ..checks import CHECKS, FOUND, add_witnesses, audit, name_of
+from .. import __version__, region, run_folder
+from ..attacks import SUITES, Stage
+from ..checks import CHECKS, FOUND, PGD50, ROBUST, Audit, add_witnesses, audit, name_of
 from ..checks.cache import load_audit, save_audit
-from ..errors import UserError
-from ..evaluation import StageCost
-from ..io import load_tensors, save_tensors
+from ..data import Data
+from ..errors import UserError, unknown
+from ..evaluation import Budget, Evaluation, StageCost, evaluate
+from ..io import load_tensors, save_tensors, write_atomic
+from ..losses import Loss
 from ..outputs import out_of_memory
-from ..process_pool import Progress
-from . import loss_spec
-from .collect import NetworkResult
+from ..progress import Progress, silent
+from ..results import Verdict, notebook_counts, percent, proportion
+from ..threat import Threat
+from .stored_result import load_result, save_result
 
-SURVEY, SURVEY_VERSION = "region record", 1
+EVALUATION_FILE, AUDIT_FILE, REGION_FILE = (f"{name}.safetensors" for name in ("evaluation", "audit", "region"))
+RESULT_FILE, EVALUATED_FILE = "result.safetensors", "evaluated.json"
+REGION, REGION_VERSION = "region cache", 2
+
+
+@dataclass(frozen=True)
+class NetworkResult:
+    """The final answer on one network under one threat.
+
+    Args:
+        evaluation: per-sample columns and costs, with whatever the audit and the region measurement broke.
+        audit: the findings of the trust checks and the estimate of remaining vulnerable samples; its ``evaluation`` is
+            the final one too.
+        region: the inference region, as ``region.measure`` returns it.
+        projection: what a figure of the region needs, as ``region.projection`` returns it.
+    """
+
+    evaluation: Evaluation
+    audit: Audit
+    region: dict[str, Any]
+    projection: dict[str, Any]
+
+    def verdict(self, claim: str = ROBUST) -> Verdict:
+        """What a figure is worth: "robust", or "pgd50" for the usual protocol. Raises UserError for another name."""
+        return self.audit.verdict(claim)
+
+    def __str__(self) -> str:
+        """The accuracies, the interval of the robust one, and the two verdicts."""
+        evaluation, robust = self.evaluation, self.verdict()
+        void = robust.status == "void"
+        figures = {
+            "clean": _percent(evaluation.clean),
+            "PGD-50": f"{_percent(evaluation.pgd50)}  {_words(self.verdict(PGD50))}",
+            "robust": f"{'-' if void else _bound(evaluation.robust)}  {_words(robust)}",
+        }
+        if evaluation.certified is not None and not void:
+            figures["certified"] = _percent(evaluation.certified)
+        head = f"{evaluation.threat}, {len(evaluation.y):,} samples, in percent; 95% Clopper-Pearson interval"
+        return "\n".join([head, *(f"{name:<10}{figure}" for name, figure in figures.items())])
+
+    def _repr_html_(self) -> str:
+        """The same as a table in a notebook, with the cost of each stage."""
+        robust, pgd50, evaluation = self.verdict(), self.verdict(PGD50), self.evaluation
+        void = robust.status == "void"
+        columns = {
+            "clean": evaluation.clean,
+            f"PGD-50 ({pgd50.status})": evaluation.pgd50,
+            "certified": None if void else evaluation.certified,
+            f"robust, at most ({robust.status})": None if void else evaluation.robust,
+        }
+        counts = {name: None if column is None else int(column.sum()) for name, column in columns.items()}
+        note = f"robust: {_words(robust)}"
+        return notebook_counts(str(evaluation.threat), len(evaluation.y), counts, evaluation.stages, note)
+
+
+def _percent(correct: Tensor) -> str:
+    return percent(proportion(int(correct.sum()), len(correct)).value)
+
+
+def _bound(correct: Tensor) -> str:
+    """An upper bound with its interval: <= 41.0 [34.1, 48.2]."""
+    interval = proportion(int(correct.sum()), len(correct))
+    return f"<= {percent(interval.value)} [{percent(interval.low)}, {percent(interval.high)}]"
+
+
+def _words(verdict: Verdict) -> str:
+    return f"{verdict.status}: {verdict.why}" if verdict.why else verdict.status
+
+
+def evaluate_network(
+    model: nn.Module,
+    data: Data,
+    threat: Threat,
+    suite: str | tuple[Stage, ...] = "standard",
+    *,
+    trained_with: Loss | None = None,
+    s: float | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    budget: Budget | None = None,
+    cache: Path | None = None,
+    key: str = "",
+    transfer_source: Tensor | Callable[[], Tensor | None] | None = None,
+    progress: Progress = silent,
+) -> NetworkResult:
+    """Attack a network, audit the evaluation, and measure its inference region: the final answer, with its verdict.
+
+    An adversarial example that the audit or the region measurement finds counts as one of the attacks': it is one more
+    stage of the evaluation, "audit" or "region". (Not so the region's for a model whose answers vary: a single answer
+    does not decide there.)
+
+    Under torch.distributed every process calls this: they share the attacks, and each returns the same answer.
+
+    Args:
+        model: images in the threat's box to logits or Outputs.
+        data: the samples, uint8 or float in [0, 1].
+        threat: what the adversary may do.
+        suite: a key of ``SUITES``, or stages.
+        trained_with: the loss the network was trained with; default SCE. Attacks also maximise its score.
+        s: the constant inference information of the loss in units of the logits; None where there is none.
+        seed: of the noise of attacks and checks.
+        batch_size: of the attacks, >= 1; default by image size, halved when memory runs out.
+        budget: stop the attacks there; the verdict then says what may be left.
+        cache: a folder where work is kept: a killed call resumes from it, a finished one is read back.
+        key: what the cache belongs to, data and weights; default a hash of both.
+        transfer_source: (N, C, H, W), adversarial examples of an SCE network for the same samples, for the transfer
+            check; or a function that returns them, called when the audit starts.
+        progress: called with (what is being done, units done, units in all).
+
+    Returns:
+        The NetworkResult.
+
+    Raises:
+        UserError: as ``evaluate`` and ``audit`` do; and for a cache that belongs to other data or weights.
+    """
+    if cache is not None and not key:
+        key = f"{_data_hash(data)} {run_folder.weights_hash(model)}"
+    whole = result_key(threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget)
+    if cache is not None and not _in_process_group():  # in a group, all processes must attack or none
+        finished = load_result(cache / RESULT_FILE, whole)
+        if finished is not None:
+            return NetworkResult(*finished)
+    evaluation = evaluate(
+        model,
+        data,
+        threat,
+        suite,
+        trained_with=trained_with,
+        seed=seed,
+        batch_size=batch_size,
+        budget=budget,
+        record=None if cache is None else cache / EVALUATION_FILE,
+        key=key,
+        progress=_evaluation_progress(progress, threat, len(data)),
+    )
+    if cache is not None and _is_first():
+        write_atomic(cache / EVALUATED_FILE, json.dumps({"key": whole}))
+    if callable(transfer_source):
+        transfer_source = transfer_source()
+    cache = cache if _is_first() else None
+    audited = cached_audit(
+        model, data, evaluation, trained_with=trained_with, transfer_source=transfer_source, seed=seed,
+        path=None if cache is None else cache / AUDIT_FILE, key=key, progress=progress,
+    )  # fmt: skip
+    final, measured, projection = cached_region(
+        model, data, audited.evaluation, s=s, seed=seed,
+        path=None if cache is None else cache / REGION_FILE, key=key, progress=progress,
+    )  # fmt: skip
+    result = NetworkResult(final, replace(audited, evaluation=final), measured, projection)
+    if cache is not None:
+        save_result(cache / RESULT_FILE, whole, result.audit, result.region, result.projection)
+    return result
+
+
+def result_key(
+    threat: Threat,
+    suite: str | tuple[Stage, ...],
+    *,
+    key: str,
+    trained_with: Loss | None,
+    s: float | None,
+    seed: int,
+    budget: Budget | None = None,
+) -> str:
+    """What a stored NetworkResult belongs to: data and weights (``key``), the arguments, and the versions of the code.
+
+    Returns:
+        A hash in hexadecimal.
+
+    Raises:
+        UserError: an unknown suite.
+    """
+    stages = SUITES.get(suite) if isinstance(suite, str) else suite
+    if stages is None:
+        raise unknown("suite", str(suite), SUITES)
+    identity = {
+        "key": key,
+        "threat": threat.describe(),
+        "stages": [asdict(stage) for stage in stages],
+        "trained with": _name_of_loss(trained_with),
+        "s": s,
+        "seed": seed,
+        "budget": None if budget is None else repr(budget),
+        "checks": [name_of(check) for check in CHECKS],
+        "versions": [__version__, region.VERSION, REGION_VERSION],
+    }
+    return _hash(identity)
+
+
+def _hash(identity: Any) -> str:
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+
+
+def _name_of_loss(loss: Loss | None) -> str:
+    """A loss in words: its function's name, and the settings of a partial."""
+    function, settings = getattr(loss, "func", loss), getattr(loss, "keywords", {})
+    return (
+        f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)} {settings}"
+    )
+
+
+def _data_hash(data: Data) -> str:
+    mark = hashlib.blake2b(f"{tuple(data.x.shape)} {data.x.dtype}".encode(), digest_size=8)
+    for column in (data.x, data.y, data.index):
+        mark.update(column.cpu().contiguous().numpy().data)
+    return mark.hexdigest()
+
+
+def _in_process_group() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _is_first() -> bool:
+    return not _in_process_group() or distributed.get_rank() == 0
+
+
+def _evaluation_progress(progress: Progress, threat: Threat, n: int) -> Any:
+    """An evaluation's reports in words: the stage, and the upper bound on robust accuracy so far."""
+    return lambda stage, done, total, survivors: progress(
+        f"{threat}, {stage}, at most {survivors / n:.1%} robust", done, total
+    )
 
 
 def cached_audit(
-    one: NetworkResult, model: nn.Module, record: Path, twin: Tensor | None, tell: Progress, *, seed: int
-) -> NetworkResult:
-    """The same with its audit: read from the record, or made and written there."""
-    asked = {
-        "data": one.split.fingerprint,
-        "weights": run_folder.weights_hash(model),
-        "stages": [asdict(cost) for cost in one.evaluation.stages],
-        "checks": [name_of(check) for check in CHECKS],
-        "twin": None if twin is None else hashlib.blake2b(twin.numpy().tobytes()).hexdigest(),
-    }
-    key = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8).hexdigest()
-    found = load_audit(record, key, one.evaluation)
-    if found is None:
-        found = audit(
-            model,
-            one.split.test,
-            one.evaluation,
-            trained_with=loss_spec.parse(one.loss).loss,
-            transfer_source=twin,
-            seed=seed,
-            progress=lambda name, done, total: tell(one.folder.name, f"checking: {name}", done, total),
-        )
-        save_audit(record, key, found)
-    return replace(one, evaluation=found.evaluation, audit=found)
+    model: nn.Module,
+    data: Data,
+    evaluation: Evaluation,
+    *,
+    trained_with: Loss | None,
+    transfer_source: Tensor | None,
+    seed: int,
+    path: Path | None,
+    key: str,
+    progress: Progress = silent,
+) -> Audit:
+    """``checks.audit``, read from the file at ``path`` where it was made before, else written there.
 
+    Args:
+        model: as for ``audit``.
+        data: as for ``audit``.
+        evaluation: as for ``audit``.
+        trained_with: as for ``audit``.
+        transfer_source: as for ``audit``.
+        seed: as for ``audit``.
+        path: the cache file; None to keep nothing.
+        key: what the file belongs to, data and weights.
+        progress: called before each check.
 
-def cached_region(one: NetworkResult, model: nn.Module, record: Path, tell: Progress, *, seed: int) -> NetworkResult:
-    """The same with its inference region measured: read from the record, or measured and written there.
-
-    What the minimal attack breaks on its way counts, as one more stage, "region"; not of a model whose answers differ:
-    one of them says nothing of their majority.
+    Returns:
+        The Audit.
     """
-    found = one.evaluation
-    threat, s = found.threat.describe(), loss_spec.parse(one.loss).s
-    asked = [region.VERSION, one.split.fingerprint, run_folder.weights_hash(model), threat, seed, s]
-    mark = hashlib.blake2b(json.dumps(asked).encode(), digest_size=8)
-    mark.update(found.x_adv.cpu().numpy().tobytes())
-    key = mark.hexdigest()
-    broken: dict[str, Tensor] = {}
-    kept: dict[str, Any] = {}
-    with suppress(UserError):  # a missing or damaged record is measured anew
-        broken, kept = load_tensors(record, SURVEY, SURVEY_VERSION)
-    if kept.get("key") != key:
-        tell(one.folder.name, "measuring the inference region", 1, 1)
-        test, began, parts = one.split.test, time.perf_counter(), []
-        columns = model, test.x, test.y, found.x_adv
-        ask = partial(region.measure, *columns, found.threat, s=s, index=test.index, seed=seed)
-        measured = _fitting(partial(ask, keep=lambda *part: parts.append(part)))
-        drawn = _fitting(partial(region.picture, *columns, s=s, index=test.index, seed=seed))
-        fell, *_ = parts[-1]
-        counts = found.robust[fell] & (found.votes == 1)
-        broken = {name: column[counts] for name, column in zip(("rows", *FOUND), parts[-1], strict=True)}
-        measured["missed"] = None if found.votes > 1 else 0  # from here on they count
+    identity = {
+        "key": key,
+        "stages": [asdict(cost) for cost in evaluation.stages],
+        "checks": [name_of(check) for check in CHECKS],
+        "transfer": None if transfer_source is None else hashlib.blake2b(transfer_source.numpy().tobytes()).hexdigest(),
+        "seed": seed,
+    }
+    mark = _hash(identity)
+    cached = None if path is None else load_audit(path, mark, evaluation)
+    if cached is not None:
+        return cached
+    made = audit(
+        model,
+        data,
+        evaluation,
+        trained_with=trained_with,
+        transfer_source=transfer_source,
+        seed=seed,
+        progress=lambda name, done, total: progress(f"checking: {name}", done, total),
+    )
+    if path is not None:
+        save_audit(path, mark, made)
+    return made
+
+
+def cached_region(
+    model: nn.Module,
+    data: Data,
+    evaluation: Evaluation,
+    *,
+    s: float | None,
+    seed: int,
+    path: Path | None,
+    key: str,
+    progress: Progress = silent,
+) -> tuple[Evaluation, dict[str, Any], dict[str, Any]]:
+    """The inference region, read from the file at ``path`` where it was measured before, else written there.
+
+    What the minimal attack breaks on its way counts, as one more stage, "region"; not for a model whose answers vary.
+
+    Args:
+        model: as for ``region.measure``.
+        data: the samples of the evaluation.
+        evaluation: after the audit.
+        s: as for ``region.measure``.
+        seed: as for ``region.measure``.
+        path: the cache file; None to keep nothing.
+        key: what the file belongs to, data and weights.
+        progress: called after each batch.
+
+    Returns:
+        (the evaluation with that stage, the measures, the projection).
+    """
+    mark = hashlib.blake2b(
+        json.dumps([region.VERSION, key, evaluation.threat.describe(), seed, s]).encode(), digest_size=8
+    )
+    mark.update(evaluation.x_adv.cpu().numpy().tobytes())
+    name = mark.hexdigest()
+    broken, kept = _read(path)
+    if kept.get("key") != name:
+        began = time.perf_counter()
+        attempts: list[region.Witnesses] = []
+        columns = model, data.x, data.y, evaluation.x_adv
+        measure = partial(region.measure, *columns, evaluation.threat, s=s, index=data.index, seed=seed)
+        measured = _fitting(partial(measure, on_witnesses=attempts.append, progress=progress))
+        projection = _fitting(partial(region.projection, *columns, s=s, index=data.index, seed=seed))
+        witnesses = attempts[-1]  # of the batch size that fitted in memory
+        counts = evaluation.robust[witnesses.rows] & (evaluation.votes == 1)
+        broken = {name: column[counts] for name, column in zip(("rows", *FOUND), witnesses, strict=True)}
+        measured["missed"] = None if evaluation.votes > 1 else 0  # they count from here on
         attacked, seconds = len(measured["distances"]["index"]), time.perf_counter() - began
         cost = StageCost("region", attacked, len(broken["rows"]), **measured["passes"], seconds=seconds)
-        kept = {"key": key, "region": measured, "picture": drawn, "cost": asdict(cost)}
-        save_tensors(record, SURVEY, SURVEY_VERSION, broken, kept)
-    x_adv, margin, prediction = (broken[name] for name in FOUND)
-    counted = add_witnesses(found, [(broken["rows"], x_adv, margin, prediction)], StageCost(**kept["cost"]))
-    return replace(one, evaluation=counted, region=kept["region"], picture=kept["picture"])
+        kept = {"key": name, "region": measured, "projection": projection, "cost": asdict(cost)}
+        if path is not None:
+            save_tensors(path, REGION, REGION_VERSION, broken, kept)
+    x_adv, margin, prediction = (broken[column] for column in FOUND)
+    final = add_witnesses(evaluation, [(broken["rows"], x_adv, margin, prediction)], StageCost(**kept["cost"]))
+    return final, kept["region"], kept["projection"]
 
 
-def _fitting(ask: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """What ``ask(batch_size=...)`` answers: in batches of its own size, smaller ones where memory runs out."""
+def _read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, about) of a region cache; empty where it is missing or damaged: it is then measured again."""
+    try:
+        return ({}, {}) if path is None else load_tensors(path, REGION, REGION_VERSION)
+    except UserError:
+        return {}, {}
+
+
+def _fitting(measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """What ``measure(batch_size=...)`` returns: with its own batch size, with smaller ones where memory runs out."""
     for size in (None, 64, 16, 4):
         try:
-            return ask(batch_size=size)
+            return measure(batch_size=size)
         except Exception as error:
             if not out_of_memory(error):
                 raise
         torch.cuda.empty_cache()  # does nothing where CUDA was not used
-    return ask(batch_size=1)
+    return measure(batch_size=1)

@@ -1,4 +1,4 @@
-"""Named experiments: functions that return a Recipe, what is run and the numbers it is expected to show."""
+"""Named experiments: functions that return a Recipe, what is run and which results are expected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..data import DATASETS, default_folds
 from ..errors import UserError, unknown
 from ..results import Results, rows
 from ..train import FitConfig
-from .compare import Comparison
+from .config import Comparison
 
 PHOTOGRAPHS = FitConfig(
     epochs=30, optimizer="sgd", lr=0.1, schedule="onecycle", weight_decay=5e-4,
@@ -25,8 +25,16 @@ FAMILY = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """about: one line; comparison: what is run; cost: what that takes; expects: (row, column) -> (low, high) on the
-    first threat, column one of clean, published, robust, certified, on [0, 1]; note: what a reader must know."""
+    """A named experiment.
+
+    Args:
+        about: one line.
+        comparison: what is run.
+        cost: how long it takes, in words.
+        expects: (row, column) -> (low, high), in [0, 1], under the first threat; column is clean, pgd50, robust or
+            certified.
+        note: what a reader must know.
+    """
 
     about: str
     comparison: Comparison
@@ -37,7 +45,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Expectation:
-    """One number of a recipe: what was expected of a row's column, and what was measured; value None: not measured."""
+    """One expected result of a recipe beside the measured one.
+
+    Args:
+        row: the loss spec.
+        column: clean, pgd50, robust or certified.
+        low: end of the expected range, in [0, 1].
+        high: the other end.
+        value: as measured; None if it was not.
+    """
 
     row: str
     column: str
@@ -47,25 +63,25 @@ class Expectation:
 
     @property
     def holds(self) -> bool:
-        """Whether it was measured and lies inside."""
+        """Whether it was measured and lies in the range."""
         return self.value is not None and self.low <= self.value <= self.high
 
 
 def compare_to_expected(recipe: Recipe, results: Results) -> list[Expectation]:
-    """Each expectation of the recipe beside what the results say, in the recipe's order."""
-    found = rows(results)
-    measured = {row.loss: row for row in found if row.threat == found[0].threat}
-    answers = []
+    """Each expectation of the recipe beside the measured value, in the recipe's order."""
+    table = rows(results)
+    measured = {row.loss: row for row in table if row.threat == table[0].threat}
+    expectations = []
     for (row, column), (low, high) in recipe.expects.items():
         figure = getattr(measured[row], column) if row in measured else None
-        answers.append(Expectation(row, column, low, high, None if figure is None else figure.value))
-    return answers
+        expectations.append(Expectation(row, column, low, high, None if figure is None else figure.value))
+    return expectations
 
 
 def digits() -> Recipe:
     """The main job: seven losses on scikit-learn's digits, 5 folds, linf 0.1."""
     return Recipe(
-        about="seven losses on 1,797 embedded digits, linf 0.1: what `holdfast compare` runs by default",
+        about="seven losses on the 1,797 bundled digits, linf 0.1: what `holdfast compare` runs by default",
         comparison=Comparison(fit=fit_for("digits")),
         cost="4 minutes on 2 cores",
         expects={
@@ -77,9 +93,9 @@ def digits() -> Recipe:
 
 
 def digits_adversarial() -> Recipe:
-    """SCE, trained plainly, on PGD's samples and on interval bounds; digits, one fold, linf 0.1."""
+    """SCE with standard training, adversarial training and interval bounds; digits, one fold, linf 0.1."""
     return Recipe(
-        about="SCE, trained plainly, adversarially and on interval bounds, one fold of the digits, linf 0.1",
+        about="SCE with standard training, adversarial training and interval bounds; one fold of the digits, linf 0.1",
         comparison=Comparison(
             losses=("sce", f"sce+{AT}", f"isce:s=3+{AT}", "sce+interval"), folds=1, fit=fit_for("digits")
         ),
@@ -93,9 +109,9 @@ def digits_adversarial() -> Recipe:
 
 
 def mnist(data: str = "mnist") -> Recipe:
-    """The illusion at full size: SCE against I-SCE with s = 100 on MNIST, linf 0.1."""
+    """An illusion at full size: SCE against I-SCE with s = 100 on MNIST, linf 0.1."""
     return Recipe(
-        about="SCE and I-SCE (s = 3, 10, 100) on MNIST, linf 0.1: a published accuracy that is not there",
+        about="SCE and I-SCE (s = 3, 10, 100) on MNIST, linf 0.1: a PGD-50 accuracy that is not real",
         comparison=Comparison(data=data, losses=("sce", "isce:s=3", "isce:s=10", "isce:s=100"), fit=fit_for(data)),
         cost="15 minutes on 2 cores",
         expects={("sce", "clean"): (0.98, 1.0), ("isce:s=100", "robust"): (0.0, 0.6)},
@@ -103,18 +119,18 @@ def mnist(data: str = "mnist") -> Recipe:
 
 
 def losses(data: str = "digits") -> Recipe:
-    """The papers' comparison: every loss with and without adversarial training, two eps, protocols, the worst case."""
+    """The papers' comparison: every loss with and without adversarial training, two eps, every usual attack."""
     photographs = "cifar" in data.lower()
-    dealt = default_folds(data) > 1  # into folds, of which one is enough for a table of 24 rows
+    cross_validated = default_folds(data) > 1  # one fold is enough for a table of 24 rows
     return Recipe(
-        about="every loss with and without adversarial training: the papers' protocols at two eps, and the worst case",
+        about="every loss with and without adversarial training at two eps: each usual attack, and the worst case",
         comparison=Comparison(
             data=data,
             losses=(*FAMILY, *(f"{loss}+{AT}" for loss in FAMILY)),
             threat="linf:8/255,linf:16/255" if photographs else "linf:0.1,linf:0.2",
             suite="protocols",
-            folds=1 if dealt else 0,
-            limit=0 if dealt else 500,
+            folds=1 if cross_validated else 0,
+            limit=0 if cross_validated else 500,
             limit_train=0 if photographs else 10_000,
             fit=fit_for(data),
         ),
@@ -123,11 +139,11 @@ def losses(data: str = "digits") -> Recipe:
 
 
 def mnist_linf(data: str = "mnist") -> Recipe:
-    """MNIST at linf 0.3: adversarial training, and interval bounds for a certificate, behind a step on every pixel."""
+    """MNIST at linf 0.3: adversarial training, and interval bounds for certificates, behind a step on every pixel."""
     attacked = "sce+adversarial:steps=6,ramp=0.3,factor=1.25+stepnet:width=2"
     bounded = "sce+interval+stepnet:slope=3+fit:epochs=30,lr=2e-3"
     return Recipe(
-        about="linf 0.3 on MNIST: adversarial training, and interval bounds that certify, behind a step on every pixel",
+        about="linf 0.3 on MNIST: adversarial training, and training on interval bounds, behind a step on every pixel",
         comparison=Comparison(
             data=data,
             losses=(attacked, bounded),
@@ -140,7 +156,7 @@ def mnist_linf(data: str = "mnist") -> Recipe:
             (attacked, "robust"): (0.915, 0.95),
             (bounded, "certified"): (0.83, 0.91),
         },
-        note="MNIST's pixels are nearly black or white, which the step uses: that is the data, not a loss.",
+        note="MNIST's pixels are nearly black or white, and the step exploits that: the data helps, not a loss.",
     )
 
 
@@ -170,30 +186,30 @@ def cifar10(data: str = "cifar10") -> Recipe:
             losses=("sce+adversarial:steps=3",),
             threat="linf:8/255",
             model="preactresnet18",
-            fit=replace(PHOTOGRAPHS, epochs=20, ema=0.999, precision="bf16", keep="best"),
+            fit=replace(PHOTOGRAPHS, epochs=20, ema=0.999, precision="bf16", checkpoint="best"),
         ),
         cost="a GPU with bf16",
-        note="Not run at full size yet: the figure is owed. The literature's networks of this kind stand at 48 to 50%.",
+        note="Full-size results are not available yet. Comparable networks in the literature reach 48 to 50%.",
     )
 
 
 def cifar10_wide(data: str = "cifar10") -> Recipe:
     """WideResNet-34-10 on CIFAR-10, linf 8/255: TRADES, beta 6, PGD-10, 100 epochs."""
     return Recipe(
-        about="WideResNet-34-10 on CIFAR-10, linf 8/255: TRADES (beta 6, 10 steps), 100 epochs, the best kept",
+        about="WideResNet-34-10 on CIFAR-10, linf 8/255: TRADES (beta 6, 10 steps), 100 epochs, best checkpoint",
         comparison=Comparison(
             data=data,
             losses=("sce+trades:beta=6",),
             threat="linf:8/255",
             model="wideresnet:depth=34,width=10",
-            fit=replace(PHOTOGRAPHS, epochs=100, schedule="step", precision="bf16", keep="best"),
+            fit=replace(PHOTOGRAPHS, epochs=100, schedule="step", precision="bf16", checkpoint="best"),
         ),
         cost="a day on a GPU with bf16",
-        note="Not run at full size yet: the figure is owed. The literature's TRADES network stands at 53%.",
+        note="Full-size results are not available yet. The TRADES network in the literature reaches 53%.",
     )
 
 
-# name -> recipe of the data it is run on; without data, on its own.
+# name -> function from the data set (default: the recipe's own) to the Recipe
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "digits": digits,
     "digits-adversarial": digits_adversarial,
@@ -207,9 +223,17 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 
 
 def named(name: str, data: str = "") -> Recipe:
-    """The recipe of this name, on ``data`` instead of its own where that is given.
+    """The recipe of this name.
 
-    Raises UserError for an unknown name, and for data that a recipe does not take.
+    Args:
+        name: a key of RECIPES.
+        data: another data set than its own: a name or path for ``data.load``.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        UserError: an unknown name, or data for a recipe that takes none.
 
     >>> named("losses", "mnist").comparison.limit
     500
@@ -217,14 +241,19 @@ def named(name: str, data: str = "") -> Recipe:
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     if data and not inspect.signature(RECIPES[name]).parameters:
-        raise UserError(f"recipe '{name}' is of the embedded digits: it takes no data.")
+        raise UserError(f"recipe '{name}' runs on the bundled digits: it takes no data.")
     return RECIPES[name](data) if data else RECIPES[name]()
 
 
 def resized(comparison: Comparison, **changes: object) -> Comparison:
-    """The comparison with another size: seeds, limit, limit_train, model, suite, epochs; None leaves one as it is.
+    """The comparison at another size. A row that names its own model or epochs keeps them.
 
-    A row that names its own network or epochs keeps them.
+    Args:
+        comparison: what to change.
+        changes: seeds, limit, limit_train, model, suite or epochs; None leaves one as it is.
+
+    Returns:
+        The changed comparison.
 
     >>> resized(Comparison(), seeds=3, epochs=1).fit.epochs
     1
@@ -235,7 +264,10 @@ def resized(comparison: Comparison, **changes: object) -> Comparison:
 
 
 def fit_for(data: str) -> FitConfig:
-    """A schedule that fits small networks well: small steps for little data, SGD with crops and flips for photographs.
+    """A training configuration that suits small networks on this data: Adam, or SGD with crops and flips for CIFAR.
+
+    Args:
+        data: a name or path for ``data.load``.
 
     >>> fit_for("digits").epochs, fit_for("mnist").epochs
     (30, 10)
@@ -248,7 +280,7 @@ def fit_for(data: str) -> FitConfig:
 
 
 def override(fit: FitConfig, **changes: object) -> FitConfig:
-    """The schedule with those changes that are not None.
+    """The configuration with those changes that are not None.
 
     >>> override(FitConfig(), epochs=3, lr=None).epochs
     3

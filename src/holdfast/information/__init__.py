@@ -1,1 +1,15 @@
-"""Inference information s: its formulas, and the sources that compute it while a network trains."""
+"""Inference information s: its formulas, and the sources that compute it while a network trains.
+
+The formulas are exported here. The sources are in ``holdfast.information.sources``.
+"""
+
+from .formulas import (
+    dead_zone,
+    logit_differences,
+    needed_log_odds,
+    s_att,
+    s_cert,
+    s_lipschitz,
+)
+
+__all__ = ["dead_zone", "logit_differences", "needed_log_odds", "s_att", "s_cert", "s_lipschitz"]

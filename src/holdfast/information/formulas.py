@@ -1,9 +1,10 @@
-"""Inference information s: what it means, where it can come from, and where float32 stops seeing it.
+"""Inference information s: what it means, where it can come from, and where float32 loses it.
 
-    I-SCE = logsumexp_j (z_j + s_j) - z_y,   s_y = 0,   gap_j = z_j - z_y
+    I-SCE = logsumexp_j (z_j + s_j) - z_y,   s_y = 0
 
-Every function here gives an s for ``losses.isce``: guessed (a number), bounded (Lipschitz, intervals) or measured (an
-attack). For every sample and class s_attack <= s* <= s_bound, where s* is the worst rise of the gap in the threat.
+Every function here that returns an s returns one for ``losses.isce``: a guess (a number), a bound (Lipschitz constants,
+intervals) or a measurement (an attack). For every sample and class s_att <= s* <= s_cert, where s* is the largest
+increase of the logit difference z_j - z_y in the threat.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from ..errors import UserError
 
 
 def logit_differences(logits: Tensor, y: Tensor) -> Tensor:
-    """gap_j = z_j - z_y: (N, K), 0 at y; a sample is right when all others are negative.
+    """z_j - z_y, which is 0 at y. A sample is classified correctly where all others are negative.
+
+    Args:
+        logits: (N, K).
+        y: (N,) labels.
+
+    Returns:
+        (N, K).
 
     >>> logit_differences(torch.tensor([[2.0, 1.0, 0.5]]), torch.tensor([0]))
     tensor([[ 0.0000, -1.0000, -1.5000]])
@@ -26,7 +34,19 @@ def logit_differences(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def s_att(logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:
-    """s_attack = gap(x_adv) - gap(x): (N, K). ``isce(logits, y, s=measured(...))`` is adversarial training, SCE(x_adv).
+    """The increase of the logit differences from x to x_adv.
+
+        s_att = (z_j - z_y)(x_adv) - (z_j - z_y)(x)
+
+    ``isce(logits, y, s=s_att(...))`` is adversarial training: it equals SCE(x_adv).
+
+    Args:
+        logits: (N, K) at x.
+        logits_adv: (N, K) at x_adv.
+        y: (N,) labels.
+
+    Returns:
+        (N, K), 0 at y.
 
     >>> from holdfast.losses import isce, sce
     >>> z, z_adv, y = torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.5]]), torch.tensor([0])
@@ -37,9 +57,19 @@ def s_att(logits: Tensor, logits_adv: Tensor, y: Tensor) -> Tensor:
 
 
 def s_cert(logits: Tensor, logit_difference_bounds: Tensor, y: Tensor) -> Tensor:
-    """s_bound = upper bound of the gaps over the threat - gap(x): (N, K). With it I-SCE is interval-bound training.
+    """An upper bound of the increase of the logit differences over the threat.
 
-    Args: logits: (N, K) at x; logit_difference_bounds: (N, K) upper bounds of z_j - z_y over the threat; y: (N,).
+        s_cert = upper bound of z_j - z_y over the threat - (z_j - z_y)(x)
+
+    With it I-SCE is interval-bound training.
+
+    Args:
+        logits: (N, K) at x.
+        logit_difference_bounds: (N, K), upper bounds of z_j - z_y over the threat.
+        y: (N,) labels.
+
+    Returns:
+        (N, K).
 
     >>> s_cert(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.0, 0.5]]), torch.tensor([0]))
     tensor([[0.0000, 1.5000]])
@@ -48,11 +78,20 @@ def s_cert(logits: Tensor, logit_difference_bounds: Tensor, y: Tensor) -> Tensor
 
 
 def s_lipschitz(constant: float, eps: float) -> float:
-    """s = sqrt(2) L eps: no gap of a network whose logits are L-Lipschitz rises further in an l2 ball of radius eps.
+    """s = sqrt(2) L eps: an upper bound of the increase of every logit difference, from a Lipschitz constant.
 
-    Args: constant: L, from the threat's norm to the l2 norm of the logits. For an linf threat that is the
-    linf -> l2 constant (at most sqrt(dim) times the l2 one): an l2 constant there is a false certificate.
-    For K > 2 this bounds the gaps' rise, it does not equal it.
+    For more than two classes it is an upper bound and not the largest increase itself.
+
+    Args:
+        constant: L >= 0, from the threat's norm to the l2 norm of the logits. For an linf threat this is the linf -> l2
+            constant (at most sqrt(dim) times the l2 one); an l2 constant would give a false certificate.
+        eps: the radius of the threat, >= 0.
+
+    Returns:
+        A float.
+
+    Raises:
+        UserError: for a negative constant or eps.
 
     >>> print(f"{s_lipschitz(1.0, 0.5):.4f}")
     0.7071
@@ -63,10 +102,20 @@ def s_lipschitz(constant: float, eps: float) -> float:
 
 
 def needed_log_odds(probability: float, s: float = 0.0) -> float:
-    """The expected interval of the correct class: how far z_y must stand above logsumexp_{j != y} z_j.
+    """How far z_y must exceed logsumexp_{j != y} z_j for a given probability during training.
 
-    The training-time probability softmax(z - s onehot(y))_y reaches p exactly when
-    z_y - logsumexp_{j != y} z_j >= s + log(p / (1 - p)): the interval moves up by s.
+    The probability during training, softmax(z - s onehot(y))_y, reaches p exactly when
+    z_y - logsumexp_{j != y} z_j >= s + log(p / (1 - p)). So s shifts the threshold by s.
+
+    Args:
+        probability: p, strictly between 0 and 1.
+        s: the inference information.
+
+    Returns:
+        A float, in units of the logits.
+
+    Raises:
+        UserError: for a probability outside (0, 1).
 
     >>> print(f"{needed_log_odds(0.9):.4f} {needed_log_odds(0.9, s=10.0):.4f}")
     2.1972 12.1972
@@ -77,17 +126,20 @@ def needed_log_odds(probability: float, s: float = 0.0) -> float:
 
 
 def dead_zone(dtype: torch.dtype, competitors: int = 1) -> tuple[float, float]:
-    """The margins beyond which log-softmax plus NLL, as ``F.cross_entropy`` computes it, loses gradient.
+    """The margins beyond which log-softmax plus NLL, as ``F.cross_entropy`` computes it, loses its gradient.
 
-    Returns (own, all): beyond ``own`` the gradient at the true logit, p_y - 1, rounds to exactly 0
-    (sum_{j != y} e^{-margin} < half the spacing of floats above 1); beyond ``all`` every p_j is 0 as well.
+    Args:
+        dtype: a floating dtype.
+        competitors: number of other classes at that margin.
 
-    Args: dtype: a floating dtype; competitors: how many other classes stand at that margin.
+    Returns:
+        (own, all). Beyond ``own`` the gradient at the true logit, p_y - 1, rounds to exactly 0, because
+        sum_{j != y} e^{-margin} is less than half the spacing of floats above 1. Beyond ``all`` every p_j is 0 as well.
 
     >>> own, everything = dead_zone(torch.float32)
     >>> print(f"{own:.2f} {everything:.1f}")
     16.64 104.0
     """
     info = torch.finfo(dtype)
-    above_one = info.eps / 2  # half of the spacing above 1: the competitors' share that 1 + share loses
-    return math.log(competitors / above_one), math.log(2) - math.log(info.tiny) - math.log(info.eps)
+    half_spacing = info.eps / 2  # of floats above 1: 1 + less than this rounds to 1
+    return math.log(competitors / half_spacing), math.log(2) - math.log(info.tiny) - math.log(info.eps)

@@ -1,7 +1,8 @@
-"""How much the distributions of clean and adversarial features differ: three answers of different kinds.
+"""How much the distributions of clean and adversarial features differ: three statistics of different kinds.
 
-All take (N, D) features in which row i of one and row i of the other are one sample and its adversarial twin. Chance is
-kept out by it: no statistic compares twins, which would look more alike than strangers do.
+Each takes (N, D) clean and (N, D) adversarial features, in which row i of both is the same sample. The two features of
+one sample are closer to each other than those of different samples. MMD and AUC therefore never compare them, which
+would bias the statistic when the distributions agree.
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ from torch import Tensor
 from ..models.heads import squared_distances
 
 
-def median_distance(a: Tensor, b: Tensor, most: int = 500) -> float:
-    """The median distance between two samples of the pool, from at most ``most`` of each, evenly spaced; 0 if alike.
+def median_distance(a: Tensor, b: Tensor, limit: int = 500) -> float:
+    """The median distance between two samples of the pool of a and b.
 
-    Where more than half of the pairs coincide it is the mean. (N, D), (N, D) -> float.
+    Args:
+        a: (N, D).
+        b: (N, D).
+        limit: number of samples used of each, evenly spaced.
+
+    Returns:
+        A float. Where more than half of the pairs coincide it is the mean distance; 0 where all do.
 
     >>> median_distance(torch.tensor([[0.0]]), torch.tensor([[3.0]]))
     3.0
     """
-    every = math.ceil(len(a) / most)
-    far = torch.pdist(torch.cat([a[::every], b[::every]]))
-    return (float(far.median()) or float(far.mean())) if len(far) else 0.0
+    stride = math.ceil(len(a) / limit)
+    distances = torch.pdist(torch.cat([a[::stride], b[::stride]]))
+    return (float(distances.median()) or float(distances.mean())) if len(distances) else 0.0
 
 
 def mmd2(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk: int = 1024) -> float:
@@ -32,9 +39,16 @@ def mmd2(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk: int = 1
 
         1 / (n (n - 1)) sum_{i != j} k(a_i, a_j) + k(b_i, b_j) - 2 k(a_i, b_j),   k(u, v) = exp(-|u - v|^2 / (2 w^2))
 
-    Args: a, b: (N, D), N >= 2, row i of both a sample and its twin; bandwidth: w, default ``median_distance``; chunk:
-    rows at a time, for memory.
-    Returns a float, at most 2, below 0 by chance. A scale of the features does not change it with the default w.
+    Args:
+        a: (N, D), N >= 2, clean features.
+        b: (N, D), adversarial features of the same samples, row by row.
+        bandwidth: w, default ``median_distance``.
+        chunk: rows at a time, to bound the memory.
+
+    Returns:
+        A float of at most 2, and negative by chance. With the default bandwidth it does not depend on the scale of the
+        features.
+
     Source: Gretton et al. 2012 (the U-statistic for pairs; the median heuristic).
 
     >>> two = torch.tensor([[0.0], [1.0]])
@@ -44,8 +58,8 @@ def mmd2(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk: int = 1
     0.7869
     """
     a, b = a.double(), b.double()
-    middle = (a.mean(0) + b.mean(0)) / 2  # distances are differences of squares: keep these small
-    a, b, n = a - middle, b - middle, len(a)
+    center = (a.mean(0) + b.mean(0)) / 2  # distances are differences of squares: this keeps the squares small
+    a, b, n = a - center, b - center, len(a)
     width = median_distance(a, b) if bandwidth is None else bandwidth
     if width == 0:
         return 0.0
@@ -55,21 +69,27 @@ def mmd2(a: Tensor, b: Tensor, *, bandwidth: float | None = None, chunk: int = 1
             for j in range(i if left is right else 0, n, chunk):
                 kernel = squared_distances(left[i : i + chunk], right[j : j + chunk]).mul_(-0.5 / width**2).exp_()
                 if i == j:
-                    kernel.fill_diagonal_(0.0)  # a sample and itself, or its twin
+                    kernel.fill_diagonal_(0.0)  # a sample and itself, or its two features
                 total += weight * (2 if left is right and i != j else 1) * float(kernel.sum())
     return total / (n * (n - 1))
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """The squared Frechet distance of Gaussians with the means and covariances of a and b.
+    """The squared Frechet distance between the Gaussians with the means and covariances of a and b.
 
         |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2)
 
-    Args: a, b: (N, D) and (M, D). Returns a float >= 0, in squared units of the features: networks whose features
-    differ in scale cannot be compared by it. Too high by chance where N is not many times D.
+    tr (A B)^1/2 is computed as the nuclear norm of R_a R_b', where R are the triangular factors of the centered
+    samples. So no matrix root is needed, and the covariances may be singular.
 
-    tr (A B)^1/2 is the nuclear norm of R_a R_b', R the triangular factors of the centered samples: no root of a matrix
-    is taken, and covariances may be singular.
+    Args:
+        a: (N, D).
+        b: (M, D).
+
+    Returns:
+        A float >= 0, in squared units of the features: networks whose features differ in scale cannot be compared by
+        it. It is biased upwards where N is not many times D.
+
     Source: Dowson and Landau 1982; Heusel et al. 2017.
 
     >>> a = torch.tensor([[-1.0], [1.0]])
@@ -78,8 +98,8 @@ def frechet(a: Tensor, b: Tensor) -> float:
     """
     mean, factor = zip(*(_gaussian(part.double()) for part in (a, b)), strict=True)
     overlap = float(torch.linalg.svdvals(factor[0] @ factor[1].T).sum())
-    spread = sum(float(part.square().sum()) for part in factor)
-    return max(0.0, float((mean[0] - mean[1]).square().sum()) + spread - 2 * overlap)
+    trace = sum(float(part.square().sum()) for part in factor)
+    return max(0.0, float((mean[0] - mean[1]).square().sum()) + trace - 2 * overlap)
 
 
 def _gaussian(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,9 +109,16 @@ def _gaussian(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shrunk_covariance(x: Tensor) -> Tensor:
-    """Ledoit and Wolf's covariance of centered samples, (N, D) -> (D, D): drawn to a multiple of the identity.
+    """Ledoit and Wolf's covariance: the sample covariance S, shrunk towards a multiple of the identity.
 
-    (1 - t) S + t tr(S)/D I, t in closed form the share that is estimated to be noise.
+        (1 - t) S + t tr(S)/D I,   t the estimated fraction of noise, in closed form
+
+    Args:
+        x: (N, D), centered.
+
+    Returns:
+        (D, D).
+
     Source: Ledoit and Wolf 2004.
 
     >>> x = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])  # S = diag(2, 1/2), t = 17/18
@@ -103,45 +130,53 @@ def shrunk_covariance(x: Tensor) -> Tensor:
     s = x.T @ x / n
     scale, norm2 = s.trace() / d, s.square().sum()
     noise = (x.square().sum(1).square().sum() / n - norm2) / n
-    share = float((noise / (norm2 - d * scale**2).clamp_min(torch.finfo(x.dtype).tiny)).clamp(1e-6, 1.0))
-    return (1 - share) * s + share * scale * torch.eye(d, dtype=x.dtype, device=x.device)
+    t = float((noise / (norm2 - d * scale**2).clamp_min(torch.finfo(x.dtype).tiny)).clamp(1e-6, 1.0))
+    return (1 - t) * s + t * scale * torch.eye(d, dtype=x.dtype, device=x.device)
 
 
 def auc(a: Tensor, b: Tensor, *, folds: int = 5) -> float:
-    """How well a held-out linear classifier tells b from a: the area under its ROC curve, 0.5 for chance, 1 for surely.
+    """How well a linear classifier separates b from a on held-out samples: the area under its ROC curve.
 
-    Fisher's discriminant S^-1 (mean_b - mean_a), S the shrunk covariance within a and b, of all folds but one; the area
-    on that one; the mean over folds. Row i is in fold i mod folds, in a and in b: a sample and its twin are never on
-    two sides. Rows must have no period: shuffle samples first.
+    The classifier is Fisher's discriminant S^-1 (mean_b - mean_a), where S is the shrunk covariance within a and b. It
+    is fitted on all folds but one and tested on that one; the result is the mean over folds. Row i of a and of b is in
+    fold i mod folds, so the two features of a sample are never split between fitting and testing. The order of the rows
+    must not be periodic: shuffle the samples first.
 
-    Args: a, b: (N, D), N >= folds >= 2, row i of both a sample and its twin.
-    Returns a float in [0, 1]; a little below 0.5 by chance. What only a curved boundary tells apart it does not see.
+    Args:
+        a: (N, D), N >= folds, clean features.
+        b: (N, D), adversarial features of the same samples, row by row.
+        folds: number of folds, >= 2.
+
+    Returns:
+        A float in [0, 1]: 1 for perfect separation, about 0.5 (or a little less) where the distributions agree. It does
+        not see a difference that only a curved boundary separates.
+
     Source: Lopez-Paz and Oquab 2017, classifier two-sample tests.
 
     >>> a = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     >>> auc(a, a + 10, folds=2), auc(a, a, folds=2)
     (1.0, 0.5)
     """
-    a, b = _narrow(a.double(), b.double())
+    a, b = _in_span(a.double(), b.double())
     fold = torch.arange(len(a), device=a.device) % folds
     areas = []
     for k in range(folds):
-        train, held = fold != k, fold == k
+        train, held_out = fold != k, fold == k
         mean_a, mean_b = a[train].mean(0), b[train].mean(0)
         covariance = shrunk_covariance(torch.cat([a[train] - mean_a, b[train] - mean_b]))
-        way = mean_b - mean_a
+        direction = mean_b - mean_a
         if covariance.trace() > 0:
-            way = torch.linalg.solve(covariance, way)
-        areas.append(_area(a[held] @ way, b[held] @ way))
+            direction = torch.linalg.solve(covariance, direction)
+        areas.append(_area(a[held_out] @ direction, b[held_out] @ direction))
     return sum(areas) / folds
 
 
-def _narrow(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The same points in coordinates of the space that they span: no more of these than there are points."""
+def _in_span(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same points in coordinates of the space that they span, which has at most as many dimensions as points."""
     both = torch.cat([a, b])
     both = both - both.mean(0)
     if both.shape[1] > len(both):
-        both = torch.linalg.qr(both.T, mode="r").R.T  # both' = Q R: R's columns are the points along Q's
+        both = torch.linalg.qr(both.T, mode="r").R.T  # both' = Q R: column i of R holds the coordinates of point i
     return both[: len(a)], both[len(a) :]
 
 

@@ -1,4 +1,4 @@
-"""What is needed to draw a network's decisions and what an attack does to its features in two dimensions."""
+"""The data for a figure of a network's decisions, and of what an attack does to its features, in two dimensions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from ..models import Classifier
 from ..outputs import Model
 from ..queries import default_batch_size, logits_differ
 from .feature_shift import class_centers
-from .samples import asking, chosen, features_of, number, wide
+from .samples import choose_samples, counted, features_of, json_number, to_float64
 
-DIGITS = 4  # that a number in the JSON keeps
+DIGITS = 4  # significant digits of the numbers in the JSON
+LogitsAt = Callable[[Tensor], Tensor]  # points of a space, (N, D), to logits, both float64 on the CPU
 
 
-def picture(
+def projection(
     model: Model,
     x: Tensor,
     y: Tensor,
@@ -27,67 +28,86 @@ def picture(
     *,
     s: float | None = None,
     index: Tensor | None = None,
-    most: int = 200,
+    limit: int = 200,
     grid: int = 61,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Clean and adversarial points in a plane, and what the network decides on it, ready for JSON.
+    """Clean and adversarial points in a plane, and the network's decisions on that plane, ready for JSON.
 
-    Images of two values are drawn as they are: the plane is the box of pixels [0, 1]^2 and every decision is the
-    network's own. Else it is a plane in feature space, through the mean of the class centers, along the two directions
-    in which these lie farthest apart: points are projected on it, so one may lie on the other side of a border than the
-    network puts it; what it decides is in ``prediction``.
+    For images of two values the plane is the box of pixels [0, 1]^2, and every decision is exact. Otherwise it is the
+    plane in feature space through the mean of the class centers, along the two directions in which the centers are
+    farthest apart. Points are projected onto it, so a point may lie on the other side of a boundary than the network's
+    decision, which is in ``prediction``.
 
-    Args: x, x_adv: (N, C, H, W), uint8 or float; y: (N,); s: in units of the logits; index, most, seed: which samples,
-    as in ``measure``; grid: points along each side, at least 2.
+    The result has these keys:
 
-    Returns
-        exact: whether it is the box of pixels. space: "pixels", "features" or "logits".
-        explained: the share of the scatter between class centers that lies in the plane; None for one class.
-        s; classes: how many. y, prediction, prediction_adv: a label for each point.
-        points, points_adv, centers: [across, up] of each point, and of each class (None where it does not occur).
-        grid: across, up (``grid`` values each); prediction[i][j] and margin[i][j] (largest logit - second) are those
-        at (across[j], up[i]): 0 < margin <= s is the inference region. None where features cannot be put through the
-        head by themselves (a model of another make).
+    * exact: whether the plane is the box of pixels.
+    * space: "pixels", "features" or "logits".
+    * explained: the fraction of the scatter between class centers that lies in the plane; None for one class.
+    * s: as given.
+    * classes: number of classes.
+    * y, prediction, prediction_adv: a class for each point.
+    * points, points_adv, centers: [across, up] of each point, and of each class (None where it does not occur).
+    * grid: across and up (``grid`` values each); prediction[i][j] and margin[i][j] (largest logit - second largest)
+      at (across[j], up[i]), where 0 < margin <= s is the inference region. None where the head cannot be applied to
+      features alone, as for models that are not this package's.
 
-    Raises UserError for no samples, or columns of different length.
+    Args:
+        model: images to logits or Outputs.
+        x: (N, C, H, W), uint8 or float, the clean images.
+        y: (N,) labels.
+        x_adv: (N, C, H, W), the adversarial ones.
+        s: the inference information in units of the logits, or None.
+        index: (N,) int64, the samples' own indices, as in ``measure``.
+        limit: number of samples, with equal numbers of each class.
+        grid: points along each side of the plane, >= 2.
+        seed: any integer.
+        batch_size: samples at a time; default by the device and the image size.
+
+    Returns:
+        A dict of plain data, with the keys above.
+
+    Raises:
+        UserError: for no samples, or columns of different length.
     """
-    asked = chosen(model, x, y, x_adv, index, most, seed)
-    size = batch_size or default_batch_size(asked.x)
-    with asking(model) as counted, torch.no_grad():
-        clean, attacked = ([predict(counted, part) for part in images.split(size)] for images in (asked.x, asked.x_adv))
-        z, z_adv = (torch.cat([wide(out.logits) for out in answers]) for answers in (clean, attacked))
-        if asked.x[0].numel() == 2:
+    samples = choose_samples(model, x, y, x_adv, index, limit, seed)
+    batch_size = batch_size or default_batch_size(samples.x)
+    with counted(model) as counting, torch.no_grad():
+        outputs, outputs_adv = (
+            [predict(counting, batch) for batch in images.split(batch_size)] for images in (samples.x, samples.x_adv)
+        )
+        z, z_adv = (torch.cat([to_float64(out.logits) for out in outs]) for outs in (outputs, outputs_adv))
+        if samples.x[0].numel() == 2:
             space = "pixels"
-            points, points_adv = (wide(images.flatten(1)) for images in (asked.x, asked.x_adv))
-            read: Read | None = _network(counted, asked.x, size)
+            points, points_adv = (to_float64(images.flatten(1)) for images in (samples.x, samples.x_adv))
+            logits_at: LogitsAt | None = _network(counting, samples.x, batch_size)
         else:
-            space = "logits" if clean[0].features is None else "features"
-            points, points_adv = (torch.cat([features_of(out) for out in answers]) for answers in (clean, attacked))
-            read = _head(model, space)
-            if read is not None and bool(logits_differ(z, read(points)).any()):
-                read = None  # a head that asks for more than features
+            space = "logits" if outputs[0].features is None else "features"
+            points, points_adv = (torch.cat([features_of(out) for out in outs]) for outs in (outputs, outputs_adv))
+            logits_at = _head(model, space)
+            if logits_at is not None and bool(logits_differ(z, logits_at(points)).any()):
+                logits_at = None  # the head needs more than these features
         finite = torch.cat([z, z_adv, points, points_adv], 1).isfinite().all(1)
-        z, z_adv, points, points_adv, labels = (v[finite] for v in (z, z_adv, points, points_adv, asked.y.cpu()))
-        explained, drawn = None, None
+        z, z_adv, points, points_adv, labels = (v[finite] for v in (z, z_adv, points, points_adv, samples.y.cpu()))
+        explained, decisions = None, None
         if space == "pixels":
             origin, axes = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
             low, high = origin, origin + 1
         elif len(points):
             origin, axes, explained = plane(points, labels)
             points, points_adv = ((part - origin) @ axes.T for part in (points, points_adv))
-            low, high = _around(torch.cat([points, points_adv]))
+            low, high = _rectangle(torch.cat([points, points_adv]))
         else:
-            read = None
-        if read is not None:
-            drawn = _drawn(read, origin, axes, low, high, grid)
+            logits_at = None
+        if logits_at is not None:
+            decisions = _decisions(logits_at, origin, axes, low, high, grid)
     centers, _ = class_centers(points, labels)
-    where = dict(zip(labels.unique().tolist(), _rounded(centers), strict=True))
+    center_of = dict(zip(labels.unique().tolist(), _rounded(centers), strict=True))
     return {
         "exact": space == "pixels",
         "space": space,
-        "explained": None if explained is None else number(explained),
+        "explained": None if explained is None else json_number(explained),
         "s": None if s is None else float(s),
         "classes": z.shape[1],
         "y": labels.tolist(),
@@ -95,19 +115,25 @@ def picture(
         "prediction_adv": z_adv.argmax(1).tolist(),
         "points": _rounded(points),
         "points_adv": _rounded(points_adv),
-        "centers": [where.get(k) for k in range(z.shape[1])],
-        "grid": drawn,
+        "centers": [center_of.get(k) for k in range(z.shape[1])],
+        "grid": decisions,
     }
 
 
 def plane(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float | None]:
-    """The plane through the class centers: its origin (D,), two orthonormal directions (2, D), and what it explains.
+    """The plane through the class centers.
 
-    origin: the mean of the centers. Directions: in which the centers scatter most; where these lie on one line, or
-    coincide, in which the samples scatter most beside it. A direction's largest entry is positive. explained: the share
-    of the centers' scatter, None where they coincide.
+    The origin is the mean of the centers. The directions are those in which the centers scatter most. Where the centers
+    lie on one line, or coincide, the directions of the largest scatter of the samples beside it complete them. The
+    largest entry of a direction is positive.
 
-    Args: h: (N, D); y: (N,).
+    Args:
+        h: (N, D) features.
+        y: (N,) labels.
+
+    Returns:
+        (origin (D,), two orthonormal directions (2, D), the fraction of the centers' scatter in the plane). The last is
+        None where the centers coincide.
 
     >>> h = torch.tensor([[0.0, 0.0, 0.0], [4.0, 0.0, 0.0], [0.0, 2.0, 0.0], [4.0, 2.0, 0.0]])
     >>> origin, axes, explained = plane(h, torch.tensor([0, 0, 1, 1]))  # centers (2, 0, 0) and (2, 2, 0)
@@ -118,59 +144,58 @@ def plane(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float | None]:
     centers, _ = class_centers(h, y)
     origin = centers.mean(0)
     axes = h.new_zeros(0, h.shape[1])
-    for spread in (centers - origin, h - origin):
-        beside = spread - spread @ axes.T @ axes
-        _, size, ways = torch.linalg.svd(beside, full_matrices=False)
-        new = ways[size > 1e-6 * spread.norm().clamp_min(torch.finfo(h.dtype).tiny)]
+    for deviations in (centers - origin, h - origin):
+        residual = deviations - deviations @ axes.T @ axes
+        _, size, directions = torch.linalg.svd(residual, full_matrices=False)
+        new = directions[size > 1e-6 * deviations.norm().clamp_min(torch.finfo(h.dtype).tiny)]
         axes = torch.cat([axes, new])[:2]
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    axes = torch.cat([axes, h.new_zeros(2 - len(axes), h.shape[1])])  # fewer where no sample leaves a line
+    axes = torch.cat([axes, h.new_zeros(2 - len(axes), h.shape[1])])  # zeros where all samples lie on a line
     scatter = float((centers - origin).square().sum())
     explained = float(((centers - origin) @ axes.T).square().sum()) / scatter if scatter > 0 else None
     return origin, axes, explained
 
 
-Read = Callable[[Tensor], Tensor]  # points of a space, (N, D), to logits, both float64 on the CPU
+def _network(model: Model, like: Tensor, batch_size: int) -> LogitsAt:
+    """The network itself, from flat pixels. like: images of the shape, dtype and device that it takes."""
 
-
-def _network(model: Model, like: Tensor, size: int) -> Read:
-    """Pixels to logits: the network itself. like: images of the shape and kind that it takes."""
-
-    def read(points: Tensor) -> Tensor:
+    def logits_at(points: Tensor) -> Tensor:
         images = points.to(like.dtype).to(like.device).view(-1, *like.shape[1:])
-        return torch.cat([wide(predict(model, part).logits) for part in images.split(size)])
+        return torch.cat([to_float64(predict(model, batch).logits) for batch in images.split(batch_size)])
 
-    return read
+    return logits_at
 
 
-def _head(model: Model, space: str) -> Read | None:
-    """Features to logits: what the network decides from them."""
+def _head(model: Model, space: str) -> LogitsAt | None:
+    """The network's head, from features to logits; None for a model that is not this package's."""
     if space == "logits":
         return lambda h: h
     if not isinstance(model, Classifier):
         return None
-    decide, like = getattr(model.head, "read", model.head), model.mean  # some heads report what they made of features
+    # A head that returns transformed features has a method ``read`` for these.
+    head, like = getattr(model.head, "read", model.head), model.mean
 
-    def read(h: Tensor) -> Tensor:
+    def logits_at(h: Tensor) -> Tensor:
         h = h.to(like.dtype).to(like.device)
-        return wide(decide(h).logits * model.logit_scale)
+        return to_float64(head(h).logits * model.logit_scale)
 
-    return read
+    return logits_at
 
 
-def _around(points: Tensor) -> tuple[Tensor, Tensor]:
-    """The corners of a rectangle around all points, a little larger; never flat."""
+def _rectangle(points: Tensor) -> tuple[Tensor, Tensor]:
+    """The corners of a rectangle around all points, with a border of 5%; never of zero width."""
     low, high = points.amin(0), points.amax(0)
-    room = torch.where(high > low, 0.05 * (high - low), 1.0)
-    return low - room, high + room
+    border = torch.where(high > low, 0.05 * (high - low), 1.0)
+    return low - border, high + border
 
 
-def _drawn(read: Read, origin: Tensor, axes: Tensor, low: Tensor, high: Tensor, grid: int) -> dict[str, Any]:
+def _decisions(
+    logits_at: LogitsAt, origin: Tensor, axes: Tensor, low: Tensor, high: Tensor, grid: int
+) -> dict[str, Any]:
     """Predicted class and margin on a grid of the plane."""
     across, up = (torch.linspace(float(low[i]), float(high[i]), grid, dtype=torch.float64) for i in (0, 1))
-    at = torch.stack([across.repeat(grid), up.repeat_interleave(grid)], 1)  # row by row
-    z = read(origin + at @ axes)
-    top = z.topk(2, dim=1)
+    points = torch.stack([across.repeat(grid), up.repeat_interleave(grid)], 1)  # row by row
+    top = logits_at(origin + points @ axes).topk(2, dim=1)
     return {
         "across": _rounded(across),
         "up": _rounded(up),
@@ -180,7 +205,7 @@ def _drawn(read: Read, origin: Tensor, axes: Tensor, low: Tensor, high: Tensor, 
 
 
 def _rounded(values: Tensor) -> list[Any]:
-    """Nested lists of numbers with four digits; None for what is no number."""
+    """Nested lists of numbers with four digits; None for NaN and infinity."""
     if values.ndim > 1:
         return [_rounded(row) for row in values]
     return [float(f"{v:.{DIGITS}g}") if math.isfinite(v) else None for v in values.tolist()]

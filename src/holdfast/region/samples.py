@@ -1,4 +1,4 @@
-"""What the measures share: which samples are looked at, and what the network says of them."""
+"""What the measures share: the choice of samples, the model's evaluation mode, and conversions of numbers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,20 @@ from ..outputs import Model, Outputs, frozen_eval
 from ..queries import CountingModel, device_of, exact_float32
 
 
-def choose(y: Tensor, index: Tensor, most: int, seed: int) -> Tensor:
-    """The rows of at most ``most`` samples, classes in equal numbers as far as they reach: (N,), (N,) -> (n,).
+def choose(y: Tensor, index: Tensor, limit: int, seed: int) -> Tensor:
+    """The rows of at most ``limit`` samples, with equal numbers of each class where there are enough.
 
-    In shuffled order, of which every beginning is balanced. A sample's place is a hash of its own number and the seed.
+    The rows are shuffled, and every prefix of them is balanced. A sample's place is a hash of its own index and the
+    seed, so it depends neither on the order of the samples nor on ``limit``.
+
+    Args:
+        y: (N,) labels.
+        index: (N,) int64, the samples' own indices.
+        limit: number of rows.
+        seed: any integer.
+
+    Returns:
+        (n,) int64 on the CPU, n <= limit.
 
     >>> y = torch.tensor([0, 0, 0, 0, 1, 2])
     >>> y[choose(y, torch.arange(6), 3, seed=0)].sort().values
@@ -30,61 +40,71 @@ def choose(y: Tensor, index: Tensor, most: int, seed: int) -> Tensor:
     shuffled = Noise(seed, index).uniform((), torch.float64).argsort(stable=True)
     grouped = shuffled[y[shuffled].argsort(stable=True)]
     sizes = y.bincount()
-    place = torch.empty_like(grouped)  # of the sample within its class
-    place[grouped] = torch.arange(len(y)) - (sizes.cumsum(0) - sizes)[y[grouped]]
-    return shuffled[place[shuffled].argsort(stable=True)][:most]
+    rank = torch.empty_like(grouped)  # of the sample within its class
+    rank[grouped] = torch.arange(len(y)) - (sizes.cumsum(0) - sizes)[y[grouped]]
+    return shuffled[rank[shuffled].argsort(stable=True)][:limit]
 
 
-class Asked(NamedTuple):
-    """Some samples on the model's device, x and x_adv as the model takes them, their own numbers and their rows."""
+class Samples(NamedTuple):
+    """Samples on the model's device.
+
+    Attributes:
+        x: (n, C, H, W), clean images as the model takes them.
+        x_adv: (n, C, H, W), the adversarial ones.
+        y: (n,) labels.
+        indices: (n,) int64 on the CPU, the samples' own indices.
+        rows: (n,) int64 on the CPU, their rows in the columns that they were taken from.
+    """
 
     x: Tensor
     x_adv: Tensor
     y: Tensor
-    numbers: Tensor
+    indices: Tensor
     rows: Tensor
 
-    def take(self, rows: slice) -> Asked:
-        """The samples at these rows."""
-        return Asked(*(column[rows] for column in self))
+    def take(self, rows: slice) -> Samples:
+        """The samples in these rows."""
+        return Samples(*(values[rows] for values in self))
 
 
-def chosen(model: Model, x: Tensor, y: Tensor, x_adv: Tensor, index: Tensor | None, most: int, seed: int) -> Asked:
-    """The samples that are looked at, from all there are. Raises UserError for none, or columns of different length."""
-    if len(y) == 0 or most < 1:
-        raise UserError(f"there is nothing to measure: {len(y)} samples, of which at most {most} are looked at.")
+def choose_samples(
+    model: Model, x: Tensor, y: Tensor, x_adv: Tensor, index: Tensor | None, limit: int, seed: int
+) -> Samples:
+    """The samples that are measured, chosen by ``choose``; UserError for none, or for columns that do not match."""
+    if len(y) == 0 or limit < 1:
+        raise UserError(f"there is nothing to measure: {len(y)} samples, of which at most {limit} are used.")
     if not len(x) == len(x_adv) == len(y) or x.shape != x_adv.shape:
         raise UserError(
             f"x, y and x_adv must be of the same samples, got {tuple(x.shape)}, {tuple(y.shape)}, {tuple(x_adv.shape)}."
         )
-    numbers = torch.arange(len(y)) if index is None else index.cpu()
-    rows = choose(y, numbers, most, seed)
-    device = device_of(model, Data(x, y, numbers))
-    clean, attacked, labels = (part[rows.to(part.device)].to(device) for part in (x, x_adv, y))
-    return Asked(pixels(clean), pixels(attacked), labels, numbers[rows], rows)
+    index = torch.arange(len(y)) if index is None else index.cpu()
+    rows = choose(y, index, limit, seed)
+    device = device_of(model, Data(x, y, index))
+    clean, adversarial, labels = (part[rows.to(part.device)].to(device) for part in (x, x_adv, y))
+    return Samples(pixels(clean), pixels(adversarial), labels, index[rows], rows)
 
 
 @contextmanager
-def asking(model: Model) -> Iterator[CountingModel]:
-    """The model in eval mode, in float32 that is float32, gradients on, its passes counted."""
+def counted(model: Model) -> Iterator[CountingModel]:
+    """The model in eval mode and in exact float32, with gradients enabled and its passes counted."""
     with exact_float32(), frozen_eval(model), torch.enable_grad():
         yield CountingModel(model)
 
 
 def features_of(out: Outputs) -> Tensor:
-    """What is called features: the head's input where a model tells it, else the logits; (N, D) float64 on the CPU."""
-    return wide(out.logits if out.features is None else out.features.flatten(1))
+    """The head's input where the model returns it, else the logits: (N, D) float64 on the CPU."""
+    return to_float64(out.logits if out.features is None else out.features.flatten(1))
 
 
-def wide(values: Tensor) -> Tensor:
-    """float64 on the CPU: not every device has it."""
+def to_float64(values: Tensor) -> Tensor:
+    """float64 on the CPU, because not every device has float64."""
     return values.detach().cpu().double()
 
 
-def number(value: float | Tensor) -> float | None:
-    """A figure as JSON holds it, six digits long; None for NaN and infinity.
+def json_number(value: float | Tensor) -> float | None:
+    """A number with six digits as JSON holds it; None for NaN and infinity.
 
-    >>> number(1 / 3), number(math.inf)
+    >>> json_number(1 / 3), json_number(math.inf)
     (0.333333, None)
     """
     value = float(value)

@@ -1,4 +1,4 @@
-"""The figures: drawn by matplotlib, as files, or as SVG that takes its colours from the page."""
+"""Figures drawn by matplotlib: as files, or as SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ..io import write_atomic
-from ..results import Results, any_proved, percent, rows
+from ..results import Results, any_certified, heading, percent, rows
 from .summary import per_class, runs_of, stage_totals
 
-# Colours that stay apart for colour-blind eyes (Okabe and Ito). In HTML each becomes a CSS variable, for dark mode.
+# Distinct to colour-blind eyes (Okabe and Ito). In HTML each becomes a CSS variable, for dark mode.
 INK, MUTED, RULE, PAPER = "#1b1f24", "#5b6570", "#d9dee3", "#fefefe"
 CLEAN, PGD50, CERTIFIED, ROBUST, LOST = "#6b7684", "#d98200", "#009e73", "#0072b2", "#f0b27a"
 _VARIABLES = {
@@ -38,7 +38,7 @@ WIDTH = 5.6
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The look of every figure."""
+    """A context in which figures are drawn and written: fonts, colours, reproducible SVG."""
     settings: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "holdfast", "text.parse_math": False, "font.family": "sans-serif",
         "font.size": 8, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": INK,
@@ -50,7 +50,16 @@ def style() -> Iterator[None]:
 
 
 def axes(lines: int, each: float, top: float) -> tuple[Figure, Axes]:
-    """One band per row, its label above it: long names fit a phone."""
+    """A figure with one horizontal band per row, the row's label above its band, so that long names fit a phone.
+
+    Args:
+        lines: number of bands.
+        each: height of a band in inches.
+        top: room above the plot in inches.
+
+    Returns:
+        The figure and its axes; band i spans y from i to i + 1, downwards.
+    """
     height = lines * each + top + 0.45
     figure = Figure(figsize=(WIDTH, height))
     ax = figure.add_axes((0.12 / WIDTH, 0.4 / height, 1 - 0.3 / WIDTH, lines * each / height))
@@ -62,7 +71,13 @@ def axes(lines: int, each: float, top: float) -> tuple[Figure, Axes]:
 
 
 def percent_axis(ax: Axes, what: str, most: float = 100) -> None:
-    """An axis from 0 to 100%, with room for words up to ``most``."""
+    """Make the x axis one of percentages.
+
+    Args:
+        ax: the axes.
+        what: its label.
+        most: right end; beyond 100 there is room for text.
+    """
     ax.set_xlim(0, most)
     ax.set_xticks(range(0, 101, 20))
     ax.set_xlabel(what)
@@ -71,25 +86,25 @@ def percent_axis(ax: Axes, what: str, most: float = 100) -> None:
 
 
 def short(text: str, most: int = 64) -> str:
-    """Text on one line, cut to ``most`` characters."""
+    """Text on one line, cut to ``most`` characters; what cannot be printed becomes a question mark."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def draw_accuracy(results: Results) -> Figure:
-    """Clean, published, certified and robust of each row; a broad bar is the bracket that the truth lies in."""
+    """Clean, PGD-50, certified and robust accuracy of each row; a broad bar spans certified to robust."""
     shown = rows(results)
     figure, ax = axes(len(shown), 0.46, 0.3)
     looks = [("clean", CLEAN, "o", PAPER), ("pgd50", PGD50, "D", PGD50), ("robust", ROBUST, "o", ROBUST)]
-    proved = any_proved(shown)
-    if proved:
+    certified = any_certified(shown)
+    if certified:
         looks.insert(2, ("certified", CERTIFIED, "s", CERTIFIED))
     for i, row in enumerate(shown):
         at = i + 0.68
         ax.text(0, i + 0.34, short(row.label), va="center", fontweight="bold")
         if row.robust is not None:
             ax.plot([100 * row.robust.value, 100 * row.pgd50.value], [at, at], color=RULE, linewidth=4, zorder=1.5)
-        if proved and row.robust is not None and row.certified is not None:
+        if certified and row.robust is not None and row.certified is not None:
             ends = [100 * row.certified.value, 100 * row.robust.value]
             ax.plot(ends, [at, at], color=ROBUST, alpha=0.25, linewidth=7, solid_capstyle="butt", zorder=1.6)
             for end, colour in zip(ends, (CERTIFIED, ROBUST), strict=True):
@@ -102,35 +117,35 @@ def draw_accuracy(results: Results) -> Figure:
                 continue
             ax.plot([100 * value.low, 100 * value.high], [at, at], color=colour, linewidth=1.4, zorder=2)
             ax.plot([100 * value.value], [at], marker, color=colour, markerfacecolor=face, markersize=5.5,
-                    linestyle="none", zorder=3, label=name if i == 0 else None)  # fmt: skip
+                    linestyle="none", zorder=3)  # fmt: skip
     percent_axis(ax, "accuracy, %")
-    handles = [Line2D([], [], color=c, marker=m, linewidth=1.4, markersize=5, label=n, markerfacecolor=f)
+    handles = [Line2D([], [], color=c, marker=m, linewidth=1.4, markersize=5, label=heading(n), markerfacecolor=f)
                for n, c, m, f in looks]  # fmt: skip
     legend(ax, handles, len(looks))
     return figure
 
 
 def legend(ax: Axes, handles: Sequence[Any], columns: int) -> None:
-    """Above a plot, from its left edge on."""
+    """Put a legend above a plot, aligned with its left edge."""
     ax.legend(handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=(-0.01, 1.0), frameon=False,
               borderpad=0, handlelength=1.6, columnspacing=1.4, borderaxespad=0.3)  # fmt: skip
 
 
 def draw_stages(results: Results) -> Figure | None:
-    """What became of the samples: wrong already, broken by which stage, or held; None without stages."""
+    """Share of samples misclassified, broken by each stage, or robust, for each row; None without stages."""
     shown = [(row, stage_totals(results, row)) for row in rows(results) if row.robust is not None]
     shown = [(row, totals) for row, totals in shown if totals]
     if not shown:
         return None
     names = list(dict.fromkeys(name for _, totals in shown for name, total in totals.items() if total[1]))
     ramp = mpl.colormaps["YlOrRd"](np.linspace(0.25, 0.95, max(2, len(names))))
-    colours = {"wrong already": CLEAN, **{n: to_hex(c) for n, c in zip(names, ramp, strict=False)}, "holds": ROBUST}
+    colours = {"misclassified": CLEAN, **{n: to_hex(c) for n, c in zip(names, ramp, strict=False)}, "robust": ROBUST}
     figure, ax = axes(len(shown), 0.5, 0.1 + 0.17 * math.ceil((len(names) + 2) / 3))
     for i, (row, totals) in enumerate(shown):
         n = row.n * len(row.runs)
         wrong = round((1 - row.clean.value) * n)
-        parts = {"wrong already": wrong, **{k: t[1] for k, t in totals.items() if t[1]}}
-        parts["holds"] = max(0, n - sum(parts.values()))
+        parts = {"misclassified": wrong, **{k: t[1] for k, t in totals.items() if t[1]}}
+        parts["robust"] = max(0, n - sum(parts.values()))
         ax.text(0, i + 0.3, short(row.label, 34), va="center", fontweight="bold")
         cost = f"{sum(t[2] for t in totals.values()) / n:,.0f} passes per sample"
         ax.text(100, i + 0.3, cost, va="center", ha="right", color=MUTED)
@@ -144,7 +159,7 @@ def draw_stages(results: Results) -> Figure | None:
                 ax.text(left + share / 2, i + 0.71, f"{share:.0f}", ha="center", va="center", color=ink)
             left += share
     percent_axis(ax, "samples, %")
-    legend(ax, [Patch(color=c, label=short(n, 24)) for n, c in colours.items()], 3)
+    legend(ax, [Patch(color=c, label=short(heading(n), 24)) for n, c in colours.items()], 3)
     return figure
 
 
@@ -155,12 +170,12 @@ def _log(m: Any) -> Any:
 
 
 def draw_margins(results: Results) -> Figure | None:
-    """Histograms of the clean margins, and where float32 goes blind; None without samples."""
+    """Histograms of the clean margins, and where cross-entropy's float32 gradient is zero; None without samples."""
     columns = []
     for row in rows(results):
         every = [v for r in runs_of(results, row) if r.samples is not None for v in r.samples.margin]
-        if found := [v for v in every if v is not None]:
-            columns.append((row, np.array(found), len(every) - len(found)))
+        if finite := [v for v in every if v is not None]:
+            columns.append((row, np.array(finite), len(every) - len(finite)))
     if not columns:
         return None
     low = min(-1.0, *(c[1].min() for c in columns))
@@ -172,9 +187,9 @@ def draw_margins(results: Results) -> Figure | None:
         base, scale = i + 1.0, 0.62 / max(1, heights.max())
         ax.stairs(base - heights * scale, edges, baseline=base, fill=True, color=ROBUST, alpha=0.75, linewidth=0)
         ax.axhline(base, color=RULE, linewidth=0.8)
-        some, all_lost = (percent((margins > dead).mean()) for dead in (DEAD_TRUE, DEAD_ALL))
-        lost = f", {missing:,} without a finite margin" if missing else ""
-        beyond = f"{some}% beyond {DEAD_TRUE:.1f}, {all_lost}% beyond {DEAD_ALL:.0f}{lost}"
+        some, every_one = (percent((margins > dead).mean()) for dead in (DEAD_TRUE, DEAD_ALL))
+        infinite = f", {missing:,} without a finite margin" if missing else ""
+        beyond = f"{some}% beyond {DEAD_TRUE:.1f}, {every_one}% beyond {DEAD_ALL:.0f}{infinite}"
         ax.text(edges[0], i + 0.2, short(row.label, 36), va="center", fontweight="bold")
         ax.text(edges[0], i + 0.45, beyond, va="center", color=MUTED, fontsize=7)
     for dead in (DEAD_TRUE, DEAD_ALL):
@@ -185,30 +200,42 @@ def draw_margins(results: Results) -> Figure | None:
     ticks = sorted(t for t in ticks if low <= t <= high)
     ax.set_xticks([float(_log(t)) for t in ticks], [f"{t:g}".replace("-", "−") for t in ticks])
     ax.set_xlim(edges[0], edges[-1])
-    ax.set_xlabel("clean margin (logit of the true class less the best other), log scale beyond ±1")
+    ax.set_xlabel("clean margin (true logit minus the largest other logit), log scale beyond ±1")
     return figure
 
 
 def draw_classes(results: Results) -> Figure | None:
-    """Robust accuracy class by class, as colours; None without samples."""
-    labels, cells = per_class(results)
-    if not cells:
+    """Robust accuracy of each class as a heat map; None without samples."""
+    labels, classes = per_class(results)
+    if not classes:
         return None
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(cells)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(classes)), layout="constrained")
     ax = figure.add_subplot()
-    grid = np.array([[np.nan if v is None else 100 * v for v in values] for _, _, values in cells])
+    grid = np.array([[np.nan if v is None else 100 * v for v in values] for _, _, values in classes])
     mesh = ax.pcolormesh(grid, cmap="Blues", vmin=0, vmax=100, edgecolors=PAPER, linewidth=1)
     ax.set_xticks(
         [j + 0.5 for j in range(len(labels))], [short(label, 16) for label in labels], rotation=30, ha="right"
     )
-    ax.set_yticks([i + 0.5 for i in range(len(cells))], [short(name, 24) for name, _, _ in cells])
+    ax.set_yticks([i + 0.5 for i in range(len(classes))], [short(name, 24) for name, _, _ in classes])
     ax.invert_yaxis()
     figure.colorbar(mesh, label="robust accuracy, %")
     return figure
 
 
 def write_figure(figure: Figure, dir: str | Path, name: str) -> list[Path]:
-    """Writes ``name.svg`` and ``name.png`` into ``dir``, and returns the paths."""
+    """Write a figure as SVG and PNG.
+
+    Args:
+        figure: what to write.
+        dir: the folder.
+        name: file name without suffix.
+
+    Returns:
+        The paths of ``name.svg`` and ``name.png``.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     written = []
     with style():
         for form in ("svg", "png"):
@@ -220,7 +247,16 @@ def write_figure(figure: Figure, dir: str | Path, name: str) -> list[Path]:
 
 
 def inline(draw: Callable[[Results], Figure | None], results: Results, prefix: str) -> Markup | None:
-    """The figure as SVG that belongs in HTML: no header, no namespace, its own ids, colours from the page."""
+    """The figure as SVG for an HTML page: no header, no namespace, ids of its own, colours from the page.
+
+    Args:
+        draw: what draws the figure; it may return None.
+        results: its argument.
+        prefix: prepended to every id, so that several figures fit on one page.
+
+    Returns:
+        Markup, or None where ``draw`` returned None.
+    """
     with style():
         figure = draw(results)
         if figure is None:

@@ -1,4 +1,4 @@
-"""Figures with a panel a row: who is mistaken for whom, accuracy over eps, features in two dimensions."""
+"""Figures with one panel per row: confusion matrices, accuracy over eps, features in two dimensions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ..results import Results, Row, rows
 from .figures import INK, MUTED, PGD50, RULE, WIDTH, legend, short
-from .summary import mistakes, runs_of
+from .summary import confusion, runs_of
 
 MOST_CLASSES, MOST_PANELS, MOST_POINTS, ACROSS = 20, 24, 120, 3
 # Okabe and Ito's eight, in an order that keeps neighbours apart.
@@ -23,7 +23,17 @@ CLASSES = (*LINES, "#4a3aa7", "#8c564b")
 
 
 def panels(count: int, draw: Callable[[int, Axes], None], height: float, across: int = ACROSS) -> Figure:
-    """``count`` panels, ``across`` in a line, each drawn by ``draw(i, ax)``."""
+    """A figure of panels in lines.
+
+    Args:
+        count: number of panels.
+        draw: called as ``draw(i, ax)`` for each.
+        height: height of a line in inches.
+        across: panels per line.
+
+    Returns:
+        The figure.
+    """
     across = min(across, count)
     lines = math.ceil(count / across)
     figure = Figure(figsize=(WIDTH, lines * height), layout="constrained")
@@ -36,78 +46,78 @@ def panels(count: int, draw: Callable[[int, Axes], None], height: float, across:
     return figure
 
 
-def draw_mistakes(results: Results) -> Figure | None:
-    """Of each class, the share that an attack turns into each other one; None without the column or for many."""
-    told = [(row, *mistakes(results, row)) for row in rows(results)]
-    found = [(row, names, np.array(counts, dtype=float)) for row, names, counts in told if counts][:MOST_PANELS]
-    if not found or not 1 < len(found[0][1]) <= MOST_CLASSES:
+def draw_confusion(results: Results) -> Figure | None:
+    """Confusion matrix under attack of each row, in shares of a class; None without the column or for many classes."""
+    every = [(row, *confusion(results, row)) for row in rows(results)]
+    shown = [(row, names, np.array(counts, dtype=float)) for row, names, counts in every if counts][:MOST_PANELS]
+    if not shown or not 1 < len(shown[0][1]) <= MOST_CLASSES:
         return None
-    for _, _, share in found:
+    for _, _, share in shown:
         share /= np.maximum(1, share.sum(1, keepdims=True))
         np.fill_diagonal(share, np.nan)
-    most = max(0.01, *(float(np.nanmax(share)) for _, _, share in found))
+    most = max(0.01, *(float(np.nanmax(share)) for _, _, share in shown))
 
     def draw(i: int, ax: Axes) -> None:
-        row, names, share = found[i]
+        row, names, share = shown[i]
         ax.imshow(100 * share, cmap=_fading(PGD50), vmin=0, vmax=100 * most)
         k = len(names)
-        every = 1 if k <= 10 else 2
-        ax.set_xticks(range(0, k, every), [short(n, 6) for n in names[::every]], fontsize=6, rotation=90 * (k > 10))
-        ax.set_yticks(range(0, k, every), [short(n, 6) for n in names[::every]], fontsize=6)
+        step = 1 if k <= 10 else 2
+        ax.set_xticks(range(0, k, step), [short(n, 6) for n in names[::step]], fontsize=6, rotation=90 * (k > 10))
+        ax.set_yticks(range(0, k, step), [short(n, 6) for n in names[::step]], fontsize=6)
         ax.tick_params(length=0, pad=1)
         ax.set_title(short(row.label, 30), fontsize=7, fontweight="bold", color=INK)
         if i % ACROSS == 0:
-            ax.set_ylabel("is", fontsize=7)
-        ax.set_xlabel("becomes", fontsize=7, labelpad=1)
+            ax.set_ylabel("class", fontsize=7)
+        ax.set_xlabel("prediction", fontsize=7, labelpad=1)
         for spine in ax.spines.values():
             spine.set_color(RULE)
 
-    figure = panels(len(found), draw, 1.95)
-    drawn = figure.axes[0].images[0]
-    bar = figure.colorbar(drawn, ax=figure.axes, location="top", shrink=0.5, aspect=40, format="%.0f%%")
+    figure = panels(len(shown), draw, 1.95)
+    image = figure.axes[0].images[0]
+    bar = figure.colorbar(image, ax=figure.axes, location="top", shrink=0.5, aspect=40, format="%.0f%%")
     bar.ax.tick_params(labelsize=6, length=2)
     bar.outline.set_visible(False)
     return figure
 
 
 def _fading(colour: str) -> Any:
-    """From nothing to a colour, so that paper of any shade shows through; what is not a number stays clear."""
+    """A colour map from transparent to a colour, for light and dark pages; NaN is transparent."""
     r, g, b, _ = to_rgba(colour)
     return ListedColormap([(r, g, b, a) for a in np.linspace(0, 1, 64)])
 
 
 def draw_eps(results: Results) -> Figure | None:
-    """Accuracy left at every eps, from the smallest perturbation found of each sample measured; a panel for each norm.
+    """Robust accuracy over eps, from the smallest perturbation found for each measured sample; a panel for each norm.
 
-    Dots: the robust accuracy at the threat itself, of all samples. A void row has neither. None without distances.
+    Dots: the robust accuracy at the threat itself, over all samples. A void row has neither. None without distances.
     """
     norms: dict[str, list[tuple[Row, float, float, np.ndarray]]] = {}
     for row in rows(results):
         if row.robust is None:
             continue
-        told = [run.region["distances"]["distance"] for run in runs_of(results, row) if "distances" in run.region]
-        if known := [math.inf if d is None else float(d) for distances in told for d in distances]:
+        lists = [run.region["distances"]["distance"] for run in runs_of(results, row) if "distances" in run.region]
+        if known := [math.inf if d is None else float(d) for distances in lists for d in distances]:
             threat = results.runs[row.runs[0]].threat
             norms.setdefault(threat["norm"], []).append((row, float(threat["eps"]), row.robust.value, np.sort(known)))
     if not norms:
         return None
     lines = max(map(len, norms.values()))
-    columns = 1 if max(len(row.label) for found in norms.values() for row, *_ in found) > 34 else 2
+    columns = 1 if max(len(row.label) for curves in norms.values() for row, *_ in curves) > 34 else 2
     figure = Figure(figsize=(WIDTH, len(norms) * (2.5 + 0.17 * math.ceil(lines / columns))), layout="constrained")
-    for ax, (norm, found) in zip(figure.subplots(len(norms), 1, squeeze=False)[:, 0], norms.items(), strict=True):
-        most = 2 * max(eps for _, eps, *_ in found)
-        for i, (row, eps, robust, far) in enumerate(found):
+    for ax, (norm, curves) in zip(figure.subplots(len(norms), 1, squeeze=False)[:, 0], norms.items(), strict=True):
+        most = 2 * max(eps for _, eps, *_ in curves)
+        for i, (row, eps, robust, distance) in enumerate(curves):
             colour, dashes = LINES[i % len(LINES)], ("-", "--", ":")[i // len(LINES) % 3]
-            shown = far[(far > 0) & (far < most)]
-            start = 100 * float(np.mean(far > 0))
-            left = start - 100 * np.arange(1, len(shown) + 1) / len(far)
-            ax.step([0, *shown, most], [start, *left, left[-1] if len(left) else start], where="post", color=colour,
+            steps = distance[(distance > 0) & (distance < most)]
+            start = 100 * float(np.mean(distance > 0))
+            after = start - 100 * np.arange(1, len(steps) + 1) / len(distance)
+            ax.step([0, *steps, most], [start, *after, after[-1] if len(after) else start], where="post", color=colour,
                     linestyle=dashes, linewidth=1.2, label=short(row.label))  # fmt: skip
             ax.plot([eps], [100 * robust], "o", color=colour, markersize=4, zorder=3)
         ax.set_xlim(0, most)
         ax.set_ylim(0, 100)
         ax.set_xlabel(f"eps, {norm}")
-        ax.set_ylabel("accuracy left, %", color=MUTED)
+        ax.set_ylabel("robust accuracy, %", color=MUTED)
         ax.grid(color=RULE, linewidth=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
@@ -116,17 +126,16 @@ def draw_eps(results: Results) -> Figure | None:
 
 
 def draw_features(results: Results) -> Figure | None:
-    """Clean points joined to their adversarial twins, over what the network decides; None without pictures."""
-    found = [(row, results.runs[row.runs[0]]) for row in rows(results)]
-    shown = [(row, run) for row, run in found if run.picture and row.robust is not None][:MOST_PANELS]
+    """Clean features joined to their adversarial ones, over the decision regions; None without projections."""
+    first = [(row, results.runs[row.runs[0]]) for row in rows(results)]
+    shown = [(row, run.projection) for row, run in first if run.projection and row.robust is not None][:MOST_PANELS]
     if not shown:
         return None
 
     def draw(i: int, ax: Axes) -> None:
-        row, run = shown[i]
-        seen = run.picture
-        grid, s, y = seen["grid"], seen["s"], np.array(seen["y"])[:MOST_POINTS]
-        colours = class_colours(seen["classes"])
+        row, projection = shown[i]
+        grid, s, y = projection["grid"], projection["s"], np.array(projection["y"])[:MOST_POINTS]
+        colours = class_colours(projection["classes"])
         if grid is not None:
             paint = colours[np.array(grid["prediction"])].copy()
             margin = np.array([[np.nan if m is None else m for m in line] for line in grid["margin"]])
@@ -135,7 +144,7 @@ def draw_features(results: Results) -> Figure | None:
             ax.imshow(paint, origin="lower", extent=box, aspect="auto", interpolation="nearest")
             ax.set_xlim(box[:2])
             ax.set_ylim(box[2:])
-        start, end = (np.array(seen[key], dtype=float)[:MOST_POINTS] for key in ("points", "points_adv"))
+        start, end = (np.array(projection[key], dtype=float)[:MOST_POINTS] for key in ("points", "points_adv"))
         joined = np.stack([start, end, np.full_like(start, np.nan)], 1).reshape(-1, 2)
         ax.plot(joined[:, 0], joined[:, 1], color=INK, linewidth=0.35, alpha=0.45)
         for k in np.unique(y):
@@ -144,13 +153,12 @@ def draw_features(results: Results) -> Figure | None:
         ax.set_title(short(row.label, 30), fontsize=7, fontweight="bold", color=INK)
         ax.set_xticks([])
         ax.set_yticks([])
-        if seen["exact"]:
+        if projection["exact"]:
             ax.set_xlabel("first pixel", fontsize=7)
             ax.set_ylabel("second pixel", fontsize=7)
-        elif seen["explained"] is not None:
-            ax.set_xlabel(
-                f"the plane holds {100 * seen['explained']:.0f}% of centers' scatter", fontsize=5.5, labelpad=2
-            )
+        elif projection["explained"] is not None:
+            explained = f"{100 * projection['explained']:.0f}% of the variance of class centers"
+            ax.set_xlabel(explained, fontsize=5.5, labelpad=2)
         for spine in ax.spines.values():
             spine.set_color(RULE)
 
@@ -158,7 +166,7 @@ def draw_features(results: Results) -> Figure | None:
 
 
 def class_colours(count: int) -> np.ndarray:
-    """(count, 4) RGBA, one for each class: Okabe and Ito's where they reach."""
+    """(count, 4) RGBA, one colour for each class: Okabe and Ito's for few classes, a colour map for many."""
     if count <= len(CLASSES):
         return np.array([to_rgba(colour) for colour in CLASSES[:count]])
     return mpl.colormaps["turbo"](np.linspace(0.05, 0.95, count))

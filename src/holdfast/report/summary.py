@@ -1,4 +1,4 @@
-"""What the page says in numbers: the main finding, who beats whom, class by class, stage by stage."""
+"""The numbers of the report: the main finding, tests between rows, per class, per stage, the inference region."""
 
 from __future__ import annotations
 
@@ -9,35 +9,50 @@ from ..results import Results, Row, Run, holm, mcnemar, paired_t, percent, rows
 
 
 def finding(results: Results) -> str:
-    """The main finding in one sentence or two: the figure that exceeds the truth most, and the most robust loss."""
-    found = [(r, r.robust) for r in rows(results) if r.robust is not None]
-    if not found:
-        return "No robust figure stands: every measurement is void."
-    doubtful = [f for f in found if f[0].pgd50_status != "tight"]  # a tight one is off by a sample or two
-    said = ["No published figure is refuted."]
-    if len(doubtful) == len(found):
-        said = ["No published figure exceeds what stronger attacks left standing."]
+    """The main finding in one sentence or two: the PGD-50 accuracy that is most wrong, and the most robust loss.
+
+    >>> finding(Results(runs=(), data={}))
+    'No robust accuracy can be reported: every measurement is void.'
+    """
+    valid = [(r, r.robust) for r in rows(results) if r.robust is not None]
+    if not valid:
+        return "No robust accuracy can be reported: every measurement is void."
+    doubtful = [v for v in valid if v[0].pgd50_status != "tight"]  # a tight one is off by a sample or two
+    sentences = ["No PGD-50 accuracy is refuted."]
+    if len(doubtful) == len(valid):
+        sentences = ["No PGD-50 accuracy exceeds the robust accuracy."]
     if doubtful:
-        worst, robust = max(doubtful, key=lambda f: f[0].pgd50.value - f[1].value)
-        published, true = percent(worst.pgd50.value), percent(robust.value)
-        if worst.pgd50.value > robust.value and published != true:
-            said = [f"{worst.label}: published {published}% but at most {true}% is true."]
-    threats = list(dict.fromkeys(row.threat for row, _ in found))
-    for threat in threats if len(found) > 1 else ():  # figures under different threats are not compared
-        here = [f for f in found if f[0].threat == threat]
+        worst, robust = max(doubtful, key=lambda v: v[0].pgd50.value - v[1].value)
+        reported, bound = percent(worst.pgd50.value), percent(robust.value)
+        if worst.pgd50.value > robust.value and reported != bound:
+            sentences = [f"{worst.label}: PGD-50 reports {reported}%, but robust accuracy is at most {bound}%."]
+    threats = list(dict.fromkeys(row.threat for row, _ in valid))
+    for threat in threats if len(valid) > 1 else ():  # accuracies under different threats are not compared
+        here = [v for v in valid if v[0].threat == threat]
         best = max((r for _, r in here), key=lambda r: r.value)
         names = " and ".join(row.label for row, r in here if r.value == best.value)
         where = f" under {threat}" if len(threats) > 1 else ""
         interval = f"95% interval {percent(best.low)} to {percent(best.high)}"
         proved = max((row.certified.value for row, r in here if r.value == best.value and row.certified), default=0.0)
-        least = f", and {percent(proved)}% is proved" if proved else ""
-        said.append(f"Most robust{where}: {names}, at most {percent(best.value)}% ({interval}){least}.")
-    return " ".join(said)
+        least = f", and {percent(proved)}% is certified" if proved else ""
+        sentences.append(f"Most robust{where}: {names}, at most {percent(best.value)}% ({interval}){least}.")
+    return " ".join(sentences)
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A row against the first of its threat, in robust accuracy; figures are None where ``test`` says why not."""
+class RowDifference:
+    """A row against the first row of its threat, in robust accuracy.
+
+    Attributes:
+        label: the row.
+        against: the first row.
+        test: the test, or the reason why the two were not compared; the numbers are then None.
+        difference: robust accuracy of the row minus that of the first.
+        low: lower end of the difference's 95% interval; None for McNemar's test.
+        high: upper end.
+        p: p-value.
+        p_holm: p-value adjusted for the number of comparisons.
+    """
 
     label: str
     against: str
@@ -49,10 +64,17 @@ class Comparison:
     p_holm: float | None = None
 
 
-def compare(results: Results) -> list[Comparison]:
-    """Each row against the first of its threat: on the same samples (one run each), or on the seeds both have.
+def compare_rows(results: Results) -> list[RowDifference]:
+    """Compare each row with the first of its threat: on the same samples (one run each), or on the seeds both have.
 
-    McNemar needs equal sample indexes and labels; the t test two or more seeds. All are adjusted together (Holm).
+    McNemar's test needs equal sample indices and labels; the t test two or more seeds. All p-values are adjusted
+    together (Holm).
+
+    Args:
+        results: the runs.
+
+    Returns:
+        One entry for each row but the first of each threat.
     """
     first: dict[str, Row] = {}
     pairs = [(row, first.setdefault(row.threat, row)) for row in rows(results)]
@@ -61,114 +83,137 @@ def compare(results: Results) -> list[Comparison]:
     return [c if c.p is None else dataclasses.replace(c, p_holm=next(adjusted)) for c in out]
 
 
-def _compare(results: Results, row: Row, base: Row) -> Comparison:
+def _compare(results: Results, row: Row, base: Row) -> RowDifference:
+    """One row against another."""
     if row.robust is None or base.robust is None:
-        return Comparison(row.label, base.label, "not compared: one of the two is void")
+        return RowDifference(row.label, base.label, "not compared: one of the two is void")
     ours, theirs = runs_of(results, row), runs_of(results, base)
     if len(ours) == len(theirs) == 1:
         a, b = ours[0].samples, theirs[0].samples
         if a is None or b is None or not len(a) or (a.index, a.y) != (b.index, b.y):
-            return Comparison(row.label, base.label, "not compared: not measured on the same samples")
+            return RowDifference(row.label, base.label, "not compared: not evaluated on the same samples")
         won = sum(p > q for p, q in zip(a.robust, b.robust, strict=True))
         lost = sum(p < q for p, q in zip(a.robust, b.robust, strict=True))
-        test = f"exact McNemar; holds alone on {won:,} samples, the first on {lost:,}"
-        return Comparison(row.label, base.label, test, (won - lost) / len(a), p=mcnemar(a.robust, b.robust))
+        test = f"exact McNemar: robust on {won:,} samples where the first is not, the reverse on {lost:,}"
+        return RowDifference(row.label, base.label, test, (won - lost) / len(a), p=mcnemar(a.robust, b.robust))
     by_seed = [{r.seed: r.robust.value for r in side if r.robust is not None} for side in (ours, theirs)]
     seeds = [s for s in by_seed[0] if s in by_seed[1]]
     if len(seeds) < 2:
-        return Comparison(row.label, base.label, "not compared: fewer than two seeds in common")
+        return RowDifference(row.label, base.label, "not compared: fewer than two seeds in common")
     t = paired_t(*([side[s] for s in seeds] for side in by_seed))
-    few = "; fewer than the 8 a claim needs" if t.n < 8 else ""
-    return Comparison(row.label, base.label, f"paired t over {t.n} seeds{few}", t.difference, t.low, t.high, t.p)
+    few = "; fewer than the 8 that a claim needs" if t.n < 8 else ""
+    return RowDifference(row.label, base.label, f"paired t over {t.n} seeds{few}", t.difference, t.low, t.high, t.p)
 
 
 def per_class(results: Results) -> tuple[list[str], list[tuple[str, int, list[float | None]]]]:
-    """Robust accuracy per class: the labels of the rows that have it, and (class name, samples, one figure per row)."""
+    """Robust accuracy per class.
+
+    Args:
+        results: the runs.
+
+    Returns:
+        The labels of the rows that have per-sample columns, and for each class its name, its number of samples and one
+        accuracy per such row (None where the row has no sample of it).
+    """
     shown = [
         (row.label, [r.samples for r in runs_of(results, row) if r.samples is not None])
         for row in rows(results)
         if row.robust is not None
     ]
     shown = [(label, samples) for label, samples in shown if samples]
-    held: dict[int, list[list[int]]] = {}
+    robust: dict[int, list[list[int]]] = {}
     for j, (_, samples) in enumerate(shown):
-        for y, right in ((y, right) for s in samples for y, right in zip(s.y, s.robust, strict=True)):
-            held.setdefault(y, [[] for _ in shown])[j].append(right)
+        for y, unbroken in ((y, unbroken) for s in samples for y, unbroken in zip(s.y, s.robust, strict=True)):
+            robust.setdefault(y, [[] for _ in shown])[j].append(unbroken)
     return [label for label, _ in shown], [
-        (class_name(results, y), max(map(len, cells)), [sum(c) / len(c) if c else None for c in cells])
-        for y, cells in sorted(held.items())
+        (class_name(results, y), max(map(len, columns)), [sum(c) / len(c) if c else None for c in columns])
+        for y, columns in sorted(robust.items())
     ]
 
 
-def mistakes(results: Results, row: Row) -> tuple[list[str], list[list[int]]]:
-    """Who is mistaken for whom under attack: the class names, and how many samples of class i became class j.
+def confusion(results: Results, row: Row) -> tuple[list[str], list[list[int]]]:
+    """Confusion matrix under attack.
 
-    A sample that holds is on the diagonal, one that was wrong already where it was. Empty without the column, or where
-    the row is void.
+    A robust sample counts on the diagonal, one that is misclassified without an attack at its clean prediction.
+
+    Args:
+        results: the runs.
+        row: one of its rows.
+
+    Returns:
+        The class names, and counts[i][j]: how many samples of class i are classified as j under attack. Both are empty
+        where no prediction is recorded, or the row is void.
     """
-    found = [run.samples for run in runs_of(results, row) if run.samples is not None and run.robust is not None]
-    columns = [(s.y, s.prediction_adv, s.robust) for s in found if s.prediction_adv is not None]
-    pairs = [pair for three in columns for pair in zip(*three, strict=True)]
-    if not pairs:
+    columns = [run.samples for run in runs_of(results, row) if run.samples is not None and run.robust is not None]
+    triples = [(s.y, s.prediction_adv, s.robust) for s in columns if s.prediction_adv is not None]
+    samples = [sample for triple in triples for sample in zip(*triple, strict=True)]
+    if not samples:
         return [], []
     names = results.data.get("classes")
-    k = max([1 + max(max(y, j) for y, j, _ in pairs), len(names) if isinstance(names, list) else 0])
+    k = max([1 + max(max(y, j) for y, j, _ in samples), len(names) if isinstance(names, list) else 0])
     counts = [[0] * k for _ in range(k)]
-    for y, j, held in pairs:
-        counts[y][y if held else j] += 1
+    for y, j, unbroken in samples:
+        counts[y][y if unbroken else j] += 1
     return [class_name(results, y) for y in range(k)], counts
 
 
-def most_mistaken(results: Results, most: int = 5) -> list[tuple[str, str]]:
-    """Each row's most frequent mistakes under attack: ('sce', '8 as 3 (24), 1 as 7 (11)')."""
-    told = []
+def frequent_confusions(results: Results, most: int = 5) -> list[tuple[str, str]]:
+    """Each row's most frequent confusions under attack: ('sce', '8 as 3 (24), 1 as 7 (11)')."""
+    out = []
     for row in rows(results):
-        names, counts = mistakes(results, row)
+        names, counts = confusion(results, row)
         pairs = [(n, i, j) for i, line in enumerate(counts) for j, n in enumerate(line) if i != j and n]
         pairs.sort(key=lambda p: (-p[0], p[1], p[2]))
         if pairs:
-            told.append((row.label, ", ".join(f"{names[i]} as {names[j]} ({n:,})" for n, i, j in pairs[:most])))
-    return told
+            out.append((row.label, ", ".join(f"{names[i]} as {names[j]} ({n:,})" for n, i, j in pairs[:most])))
+    return out
 
 
-# What of a run's region stands in the table: heading, and where it is found, clean and, where there is one, attacked.
+# The lines of the region table: heading, and the path in ``Run.region``, clean and where there is one adversarial.
 MEASURES = (
-    ("median distance to a mistake, first order", ("input_margin.median",)),
-    ("smallest perturbation found, median (wrong already: 0)", ("distance.median",)),
-    ("0 < margin ≤ s: clean, attacked", ("inference_region", "inference_region_adv")),
-    ("features moved, in distances between centers", ("movement.relative.median",)),
-    ("nearer to another center: clean, attacked", ("movement.strayed_before", "movement.strayed_after")),
-    ("scatter within / between classes: clean, attacked", ("scatter", "scatter_adv")),
-    ("told apart, AUC", ("two_sample.auc",)),
-    ("told apart within a class, AUC, mean", ("per_class.auc",)),
+    ("distance to the decision boundary, first-order estimate, median", ("input_margin.median",)),
+    ("smallest perturbation found, median (misclassified: 0)", ("distance.median",)),
+    ("share with 0 < margin ≤ s", ("inference_region", "inference_region_adv")),
+    ("feature shift, relative to the distance between class centers, median", ("movement.relative.median",)),
+    ("share nearer to another class's center", ("movement.strayed_before", "movement.strayed_after")),
+    ("scatter within / between classes", ("scatter", "scatter_adv")),
+    ("separability of clean and adversarial features, AUC", ("two_sample.auc",)),
+    ("the same within a class, mean AUC", ("per_class.auc",)),
     ("MMD²", ("two_sample.mmd2",)),
     ("Fréchet distance, relative", ("two_sample.frechet_relative",)),
-    ("local slope of the margin, median", ("lipschitz.median",)),
-    ("calibration error: clean, attacked", ("calibration.clean.ece", "calibration.adv.ece")),
+    ("local Lipschitz constant of the margin, median", ("lipschitz.median",)),
+    ("expected calibration error", ("calibration.clean.ece", "calibration.adv.ece")),
 )
 
 
-def measures(results: Results) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The region's measures as a table: the labels of the rows that have any, and (measure, a cell each); means over
-    runs. A measure that no row has is left out.
+def region_table(results: Results) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The measures of the inference region as a table.
+
+    Args:
+        results: the runs.
+
+    Returns:
+        The labels of the rows that have any, and (measure, one cell per such row): means over runs, "clean →
+        adversarial" where both are measured. A measure that no row has is left out.
     """
-    told = []
+    shown = []
     for row in rows(results):
-        found = [run.region for run in runs_of(results, row) if run.region and row.robust is not None]
-        if found:
-            told.append((row.label, found))
-    lines = [(what, [[_mean_at(found, path) for path in paths] for _, found in told]) for what, paths in MEASURES]
-    return [label for label, _ in told], [
-        (what, [" → ".join(map(_figure, cell)) if any(v is not None for v in cell) else "–" for cell in cells])
-        for what, cells in lines
-        if any(value is not None for cell in cells for value in cell)
+        regions = [run.region for run in runs_of(results, row) if run.region and row.robust is not None]
+        if regions:
+            shown.append((row.label, regions))
+    lines = [(what, [[_mean_at(regions, path) for path in paths] for _, regions in shown]) for what, paths in MEASURES]
+    return [label for label, _ in shown], [
+        (what, [" → ".join(map(_figure, cell)) if any(v is not None for v in cell) else "–" for cell in line])
+        for what, line in lines
+        if any(value is not None for cell in line for value in cell)
     ]
 
 
-def _mean_at(found: list[dict[str, Any]], path: str) -> float | None:
+def _mean_at(regions: list[dict[str, Any]], path: str) -> float | None:
+    """Mean over runs of the number, or numbers, at a dotted path."""
     values = []
-    for value in found:
-        at: Any = value
+    for region in regions:
+        at: Any = region
         for name in path.split("."):
             at = at.get(name) if isinstance(at, dict) else None
         values += [v for v in (at if isinstance(at, list) else [at]) if isinstance(v, int | float)]
@@ -176,14 +221,15 @@ def _mean_at(found: list[dict[str, Any]], path: str) -> float | None:
 
 
 def _figure(value: float | None) -> str:
+    """Two significant digits, never an exponent for size."""
     return "–" if value is None else f"{value:.2g}" if abs(value) < 99.5 else f"{value:,.0f}"
 
 
 def missed(results: Results) -> list[tuple[str, int]]:
-    """The rows of which the minimal attack broke samples that the evaluation left standing, and how many."""
+    """Rows whose minimal-norm attack broke samples that count as robust, and how many."""
     shown = [row for row in rows(results) if row.robust is not None]
-    told = [(row.label, sum(run.region.get("missed") or 0 for run in runs_of(results, row))) for row in shown]
-    return [(label, count) for label, count in told if count]
+    counts = [(row.label, sum(run.region.get("missed") or 0 for run in runs_of(results, row))) for row in shown]
+    return [(label, count) for label, count in counts if count]
 
 
 def runs_of(results: Results, row: Row) -> list[Run]:
@@ -192,13 +238,13 @@ def runs_of(results: Results, row: Row) -> list[Run]:
 
 
 def class_name(results: Results, y: int) -> str:
-    """The name of class y, its number where the data has no names."""
+    """The name of class y, or its number where the data has no names."""
     names = results.data.get("classes")
     return str(names[y]) if isinstance(names, list) and 0 <= y < len(names) else str(y)
 
 
 def stage_totals(results: Results, row: Row) -> dict[str, list[float]]:
-    """attacked, broken, passes and seconds by stage name, summed over the row's runs."""
+    """Stage name -> [attacked, broken, passes, seconds], summed over the row's runs."""
     out: dict[str, list[float]] = {}
     for run in runs_of(results, row):
         for s in run.stages:

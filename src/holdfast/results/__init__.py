@@ -1,10 +1,13 @@
-"""What an evaluation found, as pure data: intervals, paired tests, JSON and tables. No tensors below this line."""
+"""Results of an evaluation as pure data: intervals, paired tests, JSON and tables. Nothing here imports torch."""
 
 from __future__ import annotations
 
+from .export import csv, latex, markdown
+from .json import FILE, load, save, to_json
+from .notebook import notebook, notebook_counts
+from .rows import Row, rows
 from .schema import (
     CLOPPER_PEARSON,
-    FILE,
     SCHEMA,
     Example,
     Interval,
@@ -13,13 +16,11 @@ from .schema import (
     Samples,
     Stage,
     Verdict,
-    load,
-    save,
     threat_text,
-    to_json,
 )
 from .statistics import (
     Paired,
+    Remaining,
     RemainingVulnerable,
     SpotCheck,
     holm,
@@ -29,22 +30,10 @@ from .statistics import (
     proportion,
     remaining_vulnerable,
 )
-from .tables import (
-    Row,
-    any_proved,
-    csv,
-    doubts,
-    latex,
-    markdown,
-    notebook,
-    notebook_counts,
-    per_attack_table,
-    percent,
-    remaining_text,
-    robust_text,
-    rows,
-    table,
-)
+from .terminal import table
+from .text import any_certified, caption, cells, doubts, heading, other_attacks, percent, remaining_text, robust_text
+
+Results._repr_html_ = notebook  # type: ignore[attr-defined]
 
 __all__ = [
     "CLOPPER_PEARSON",
@@ -53,6 +42,7 @@ __all__ = [
     "Example",
     "Interval",
     "Paired",
+    "Remaining",
     "RemainingVulnerable",
     "Results",
     "Row",
@@ -61,9 +51,12 @@ __all__ = [
     "SpotCheck",
     "Stage",
     "Verdict",
-    "any_proved",
+    "any_certified",
+    "caption",
+    "cells",
     "csv",
     "doubts",
+    "heading",
     "holm",
     "latex",
     "load",
@@ -71,9 +64,9 @@ __all__ = [
     "mcnemar",
     "notebook",
     "notebook_counts",
+    "other_attacks",
     "over_seeds",
     "paired_t",
-    "per_attack_table",
     "percent",
     "proportion",
     "remaining_text",
@@ -84,5 +77,4 @@ __all__ = [
     "table",
     "threat_text",
     "to_json",
-    "write_atomic",
 ]  # fmt: skip

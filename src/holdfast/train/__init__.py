@@ -1,8 +1,11 @@
-"""Training: one visible loop. fit(model, train, val, objective, config) -> a run folder; no test data comes in here."""
+"""Training: ``fit(model, train, val, objective, config)`` is one visible loop that writes a run folder.
+
+No test data enters here.
+"""
 
 from __future__ import annotations
 
-from .config import SCHEDULES, FitConfig, Fitted, Progress, best_epoch, expected_config
+from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config
 from .loop import fit
 from .validation import accuracy, robust_accuracy
 
@@ -10,7 +13,6 @@ __all__ = [
     "SCHEDULES",
     "FitConfig",
     "Fitted",
-    "Progress",
     "accuracy",
     "best_epoch",
     "expected_config",

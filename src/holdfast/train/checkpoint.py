@@ -1,4 +1,4 @@
-"""What a run keeps: the checkpoint that it resumes from, its log, and the two sets of weights it ends with."""
+"""Files of a run folder: the checkpoint that training resumes from, the log, and the final weights."""
 
 from __future__ import annotations
 
@@ -12,70 +12,94 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..io import load_tensors, save_tensors, write_atomic
 
-CHECKPOINT, CHECKPOINT_VERSION = "checkpoint", 2  # 2: with the best weights
+CHECKPOINT, CHECKPOINT_VERSION = "checkpoint", 2  # 2: with the best epoch's weights
 CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
 
 
-def save(
+def save_checkpoint(
     out: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    averaged: dict[str, Tensor],
+    ema: dict[str, Tensor],
     best: dict[str, Tensor],
     history: list[dict[str, Any]],
     seconds: float,
 ) -> None:
-    """Write the checkpoint, all of it in one file, and then the log."""
+    """Write the checkpoint, a single file, and then the log.
+
+    Args:
+        out: the run folder.
+        model: the network.
+        optimizer: its optimizer.
+        ema: the averaged weights, empty without averaging.
+        best: the weights of the best epoch so far, empty without one.
+        history: one log line per epoch.
+        seconds: training time so far.
+    """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in averaged.items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.items()}
     tensors |= {f"best.{k}": v for k, v in best.items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
-    about = {"history": history, "seconds": seconds}
-    save_tensors(out / CHECKPOINT_FILE, CHECKPOINT, CHECKPOINT_VERSION, tensors, about)
+    metadata = {"history": history, "seconds": seconds}
+    save_tensors(out / CHECKPOINT_FILE, CHECKPOINT, CHECKPOINT_VERSION, tensors, metadata)
     write_log(out, history)
 
 
 def write_log(out: Path, history: list[dict[str, Any]]) -> None:
-    """log.jsonl, a line an epoch. It follows the checkpoint, at a save as at a resume: no line is of a lost epoch."""
+    """Write log.jsonl, one line per epoch. It follows the checkpoint, so that it never holds an epoch that was lost."""
     write_atomic(out / LOG_FILE, "".join(json.dumps(line) + "\n" for line in history))
 
 
-def resume(
+def load_checkpoint(
     out: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    averaged: dict[str, Tensor],
+    ema: dict[str, Tensor],
     best: dict[str, Tensor],
 ) -> tuple[list[dict[str, Any]], float]:
-    """Put the checkpoint's tensors into all of these; (history, seconds). Raises UserError for another network's."""
-    tensors, about = load_tensors(out / CHECKPOINT_FILE, CHECKPOINT, CHECKPOINT_VERSION)
+    """Load the checkpoint of a run folder into a model, its optimizer, and the two dicts of weights.
 
-    def under(prefix: str) -> dict[str, Tensor]:
+    Args:
+        out: the run folder.
+        model: changed in place, as are the others.
+        optimizer: the model's.
+        ema: the averaged weights.
+        best: the weights of the best epoch.
+
+    Returns:
+        (history, seconds of training).
+
+    Raises:
+        UserError: the checkpoint belongs to another network, or cannot be read.
+    """
+    tensors, metadata = load_tensors(out / CHECKPOINT_FILE, CHECKPOINT, CHECKPOINT_VERSION)
+
+    def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
     try:
-        model.load_state_dict(under("model."))
+        model.load_state_dict(part("model."))
     except RuntimeError as error:
         raise UserError(f"the checkpoint in {out} belongs to another network: {error}") from None
-    for name, tensor in under("ema.").items():
-        averaged[name].copy_(tensor)
-    own = model.state_dict()
-    best.update({name: tensor.to(own[name].device) for name, tensor in under("best.").items()})
+    for name, tensor in part("ema.").items():
+        ema[name].copy_(tensor)
+    weights = model.state_dict()
+    best.update({name: tensor.to(weights[name].device) for name, tensor in part("best.").items()})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in under("optimizer.").items():
+    for name, tensor in part("optimizer.").items():
         number, _, key = name.partition(".")
         p = parameters[int(number)]
-        if tensor.shape == p.shape:  # in the memory order of its parameter: fused optimisers walk both side by side
+        if tensor.shape == p.shape:  # in the parameter's memory order, since fused optimizers walk both together
             tensor = torch.empty_like(p, requires_grad=False).copy_(tensor)
         state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return about["history"], about["seconds"]
+    return metadata["history"], metadata["seconds"]
 
 
-def epochs_kept(out: Path | None) -> int:
-    """How many epochs the checkpoint in a run folder holds; 0 where there is none to read."""
+def checkpointed_epochs(out: Path | None) -> int:
+    """How many epochs the checkpoint of a run folder holds; 0 where there is none that can be read."""
     if out is None or not (out / CHECKPOINT_FILE).exists():
         return 0
     try:
@@ -84,11 +108,20 @@ def epochs_kept(out: Path | None) -> int:
         return 0
 
 
-def finish(out: Path, sides: dict[str, dict[str, Tensor]], epochs: dict[str, int], keep: str, seconds: float) -> None:
-    """Write the side that is kept as model.safetensors, the other one as best.safetensors or last.safetensors.
+def save_final(
+    out: Path, weights: dict[str, dict[str, Tensor]], epochs: dict[str, int], chosen: str, seconds: float
+) -> None:
+    """Write the chosen weights as model.safetensors, the others as last.safetensors or best.safetensors.
 
-    model.safetensors comes last: with it the run is done.
+    model.safetensors is written last: its existence means that the run is finished.
+
+    Args:
+        out: the run folder.
+        weights: by name: "last", and "best" where there is a best epoch.
+        epochs: the epoch of each.
+        chosen: "last" or "best".
+        seconds: training time.
     """
-    for side in sorted(sides, key=lambda side: side == keep):
-        path = out / f"{'model' if side == keep else side}.safetensors"
-        save_tensors(path, "model", 1, sides[side], {"seconds": seconds, "epoch": epochs[side]})
+    for name in sorted(weights, key=lambda name: name == chosen):
+        path = out / f"{'model' if name == chosen else name}.safetensors"
+        save_tensors(path, "model", 1, weights[name], {"seconds": seconds, "epoch": epochs[name]})

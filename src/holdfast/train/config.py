@@ -1,4 +1,4 @@
-"""What fit is told and what it answers: FitConfig, the schedules of the learning rate, Fitted."""
+"""Settings and result of fit: FitConfig, the schedules of the learning rate, Fitted."""
 
 from __future__ import annotations
 
@@ -11,20 +11,31 @@ from typing import Any
 from ..errors import UserError
 from ..threat import Threat
 
-Progress = Callable[[int, int, dict[str, Any]], None]  # (epochs done, epochs, the epoch's log line)
-
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How to fit.
+    """Hyperparameters of training.
 
-    epochs >= 1; batch_size: over all processes; optimizer: "adam" or "sgd" (Nesterov momentum); lr > 0; schedule:
-    "cosine" to zero, "onecycle" (up for a third, then cosine), "step" (a tenth at 1/2 and 3/4), "constant";
-    weight_decay: decoupled for adam, on weights alone (not on biases, norms and centers); ema in [0, 1): decay of the
-    averaged weights that are kept and judged, 0 is off; pad, flip: augmentation; precision: "no" (float32) or
-    "bf16" for the forward passes of training, the inner attack's too; seed: of order, augmentation and noise;
-    checkpoint_seconds: how much work a kill may cost, at most; keep: "last" or "best", the weights that the model has
-    in the end (best: of the epoch with the highest robust accuracy on val where it is watched, else accuracy on val).
+    Args:
+        epochs: passes over the training set, >= 1.
+        batch_size: samples per step over all processes, >= 1.
+        optimizer: "adam" (AdamW) or "sgd" (with Nesterov momentum).
+        lr: peak learning rate, > 0.
+        schedule: of the learning rate: "cosine" to zero, "onecycle" (up for a third, then cosine), "step" (a tenth at
+            1/2 and again at 3/4) or "constant".
+        weight_decay: >= 0, decoupled for adam; not applied to biases, norms, centers and variances.
+        momentum: of sgd, in [0, 1).
+        ema: decay of a moving average of the weights, in [0, 1); the average is what is validated and saved. 0: off.
+        pad: random crops after padding by so many pixels, >= 0.
+        flip: random horizontal mirroring.
+        precision: "no" (float32) or "bf16" for the forward passes of training, including the inner attack's.
+        seed: of data order, augmentation and noise.
+        checkpoint_seconds: how much work a kill may cost at most, >= 0; 0 saves after every epoch.
+        checkpoint: which epoch's weights the model has in the end: "last", or "best" by validation accuracy (robust
+            accuracy if fit has a val_threat).
+
+    Raises:
+        UserError: a setting is outside its range; the message names it.
     """
 
     epochs: int = 20
@@ -40,7 +51,7 @@ class FitConfig:
     precision: str = "no"
     seed: int = 0
     checkpoint_seconds: float = 10.0
-    keep: str = "last"
+    checkpoint: str = "last"
 
     def __post_init__(self) -> None:
         checks = {
@@ -55,11 +66,11 @@ class FitConfig:
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
             "checkpoint_seconds": (self.checkpoint_seconds >= 0, ">= 0"),
             "precision": (self.precision in ("no", "bf16"), "'no' or 'bf16'"),
-            "keep": (self.keep in ("last", "best"), "'last' or 'best'"),
+            "checkpoint": (self.checkpoint in ("last", "best"), "'last' or 'best'"),
         }
-        for name, (good, wanted) in checks.items():
-            if not good:
-                raise UserError(f"{name} must be {wanted}, got {getattr(self, name)!r}.")
+        for name, (valid, expected) in checks.items():
+            if not valid:
+                raise UserError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # progress in [0, 1) -> factor on lr
@@ -72,11 +83,14 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # progress in [0, 1) -> fact
 
 @dataclass(frozen=True)
 class Fitted:
-    """What fit leaves behind.
+    """What fit returns.
 
-    folder: the run folder, None if nothing was to be written; history: one log line per epoch; seconds: of training
-    (what watching took is in the lines); best_epoch: the best one, counted from 1, None if there was no val to tell;
-    kept_epoch: the one whose weights the model has, ``best_epoch`` or the last, as FitConfig.keep says.
+    Attributes:
+        folder: the run folder, None if none was given.
+        history: one log line per epoch.
+        seconds: training time, without robust validation (its time is in the log lines).
+        best_epoch: the best epoch by validation, counted from 1; None without validation images.
+        kept_epoch: the epoch whose weights the model has, as ``FitConfig.checkpoint`` chose it.
     """
 
     folder: Path | None
@@ -87,7 +101,16 @@ class Fitted:
 
 
 def expected_config(config: FitConfig, val_threat: Threat | None, about: dict[str, Any] | None) -> dict[str, Any]:
-    """What a run folder's config.json says, and must say again for the run to go on in it."""
+    """Make the content of a run folder's config.json. A run resumes only where it is the same.
+
+    Args:
+        config: the hyperparameters.
+        val_threat: the threat of robust validation, or None.
+        about: further entries, such as how the model is built.
+
+    Returns:
+        What JSON can hold.
+    """
     return {
         "fit": asdict(config),
         **({} if val_threat is None else {"val_threat": val_threat.describe()}),
@@ -96,15 +119,19 @@ def expected_config(config: FitConfig, val_threat: Threat | None, about: dict[st
 
 
 def best_epoch(history: Sequence[dict[str, Any]]) -> int | None:
-    """The epoch, counted from 1, with the highest val_robust (where not watched: val); the earliest of equals.
+    """Find the epoch with the highest robust validation accuracy, or plain accuracy where that was not measured.
 
-    None where no line has such a figure.
+    Args:
+        history: one log line per epoch.
+
+    Returns:
+        Its number, counted from 1, the earliest of equals; None where no line has an accuracy.
 
     >>> best_epoch([{"val": 0.7}, {"val": 0.9}, {"val": 0.9}])
     2
     >>> best_epoch([{"val": 0.7, "val_robust": 0.4}, {"val": 0.9, "val_robust": 0.3}])
     1
     """
-    figures = [line.get("val_robust", line["val"]) for line in history]
-    known = [figure for figure in figures if figure is not None]
-    return 1 + figures.index(max(known)) if known else None
+    accuracies = [line.get("val_robust", line["val"]) for line in history]
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    return 1 + accuracies.index(max(known)) if known else None

@@ -1,4 +1,4 @@
-"""Training as its log tells it: loss and accuracies by epoch, robust overfitting, as a table line and as a figure."""
+"""Training curves from a run's log: loss, accuracies and robust overfitting, as a sentence and as a figure."""
 
 from __future__ import annotations
 
@@ -15,55 +15,70 @@ from matplotlib.ticker import LogLocator
 from .. import report, run_folder
 from ..errors import UserError
 from ..results import percent
-from . import best_epoch
 from .checkpoint import LOG_FILE
+from .config import best_epoch
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's log. name: its loss and seed; history: a line an epoch, as fit wrote it."""
+    """The log of one run.
+
+    Attributes:
+        name: its loss and seed.
+        history: one line per epoch, as fit wrote it.
+    """
 
     name: str
     history: tuple[dict[str, Any], ...]
 
     @property
     def loss(self) -> list[float]:
-        """Of training, an entry an epoch."""
+        """Training loss by epoch."""
         return [line["loss"] for line in self.history]
 
     @property
     def val(self) -> list[float | None]:
-        """Accuracy on validation images, None without any."""
+        """Validation accuracy by epoch, None without validation images."""
         return [line["val"] for line in self.history]
 
     @property
     def robust(self) -> list[float | None]:
-        """Robust accuracy on validation images, None where no threat is watched."""
+        """Robust validation accuracy by epoch, None where it was not measured."""
         return [line.get("val_robust") for line in self.history]
 
     @property
     def best(self) -> int | None:
-        """The epoch, counted from 1, with the highest robust accuracy on val, or plain one where none is watched."""
+        """The best epoch, counted from 1, by robust validation accuracy, or by accuracy where that was not measured."""
         return best_epoch(self.history)
 
     @property
-    def lost(self) -> float | None:
-        """Robust overfitting: the robust validation accuracy of the best epoch minus the last one's, on [0, 1]."""
+    def overfitting(self) -> float | None:
+        """Robust overfitting: robust validation accuracy of the best epoch minus the last one's, in [0, 1]."""
         known = [value for value in self.robust if value is not None]
         return None if not known or self.robust[-1] is None else max(known) - self.robust[-1]
 
 
 def read(run: Path) -> Curve:
-    """The log of a run folder, finished or not. Raises UserError where there is none."""
+    """Read the log of a run folder, finished or not.
+
+    Args:
+        run: the folder.
+
+    Returns:
+        The curve.
+
+    Raises:
+        UserError: the folder has no log, or it cannot be read.
+    """
     path = run / LOG_FILE
     if not path.is_file():
         raise UserError(f"{run} has no {LOG_FILE}: give a run folder that `holdfast train` or `compare` wrote to.")
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}): is it a log of holdfast's?") from None
+        raise UserError(f"{path} cannot be read ({error}): is it a log that holdfast wrote?") from None
     if not all(isinstance(line, dict) and {"loss", "val"} <= line.keys() for line in lines):
-        raise UserError(f"{path} cannot be read: a line without loss and val. Is it a log of holdfast's?")
+        raise UserError(f"{path} cannot be read: a line lacks loss or val. Is it a log that holdfast wrote?")
     if not lines:
         raise UserError(f"{path} is empty: no epoch has ended yet.")
     config = run_folder.read_json(run / "config.json") if (run / "config.json").is_file() else {}
@@ -76,50 +91,64 @@ def read(run: Path) -> Curve:
 
 
 def folders(path: Path) -> list[Path]:
-    """The run folders that a path names: itself, or those of a comparison's output.
+    """Find the run folders that a path stands for: itself, or those in the output folder of a comparison.
 
-    Raises UserError where it holds none.
+    Args:
+        path: a run folder, or an output folder.
+
+    Returns:
+        The run folders, sorted.
+
+    Raises:
+        UserError: there is none.
     """
     if (path / LOG_FILE).is_file():
         return [path]
-    found = sorted(file.parent for file in (path / "runs").glob(f"*/{LOG_FILE}"))
-    if not found:
+    runs = sorted(file.parent for file in (path / "runs").glob(f"*/{LOG_FILE}"))
+    if not runs:
         raise UserError(f"{path} is neither a run folder nor the output of a comparison: it holds no {LOG_FILE}.")
-    return found
+    return runs
 
 
 def sentence(curve: Curve) -> str:
-    """What the curve says, in one line."""
+    """Describe a curve in one line: epochs, loss, accuracies, and what the best epoch had."""
     epochs = len(curve.loss)
-    told = f"{curve.name}: {epochs} epoch{'s' * (epochs != 1)}, loss {curve.loss[-1]:.4g}"
+    text = f"{curve.name}: {epochs} epoch{'s' * (epochs != 1)}, loss {curve.loss[-1]:.4g}"
     if curve.val[-1] is not None:
-        told += f", validation {percent(curve.val[-1])}%"
-    if curve.robust[-1] is None or curve.lost is None:
-        return told + "."
-    told += f", robust validation {percent(curve.robust[-1])}%"
-    if curve.lost > 0:
-        return told + f"; epoch {curve.best} had {percent(curve.robust[-1] + curve.lost)}%."
-    return told + ", the best of all epochs."
+        text += f", validation {percent(curve.val[-1])}%"
+    if curve.robust[-1] is None or curve.overfitting is None:
+        return text + "."
+    text += f", robust validation {percent(curve.robust[-1])}%"
+    if curve.overfitting > 0:
+        return text + f"; epoch {curve.best} had {percent(curve.robust[-1] + curve.overfitting)}%."
+    return text + ", the best of all epochs."
 
 
 def figure(curves: Sequence[Curve]) -> Figure:
-    """Above the loss, below validation accuracy: plain in grey, robust in blue, the best epoch marked."""
+    """Draw curves: training loss above, validation accuracy below (clean grey, robust blue, a dot at the best epoch).
+
+    Args:
+        curves: the runs, each in a line style of its own.
+
+    Returns:
+        The figure.
+    """
     with report.style():
         chart = Figure(figsize=(report.WIDTH, 4.2), layout="constrained")
         top, bottom = chart.subplots(2, 1, sharex=True, height_ratios=[2, 3])
         for number, curve in enumerate(curves):
-            at = range(1, len(curve.loss) + 1)
-            look = {"linewidth": 1.3, "linestyle": ("-", "--", ":", "-.")[number % 4], "alpha": 0.9}
-            top.plot(at, curve.loss, color=report.INK, label=curve.name, **look)
-            for figures, colour in ((curve.val, report.CLEAN), (curve.robust, report.ROBUST)):
-                bottom.plot(at, [math.nan if v is None else 100 * v for v in figures], color=colour, **look)
+            epochs = range(1, len(curve.loss) + 1)
+            style = {"linewidth": 1.3, "linestyle": ("-", "--", ":", "-.")[number % 4], "alpha": 0.9}
+            top.plot(epochs, curve.loss, color=report.INK, label=curve.name, **style)
+            for accuracies, colour in ((curve.val, report.CLEAN), (curve.robust, report.ROBUST)):
+                bottom.plot(epochs, [math.nan if v is None else 100 * v for v in accuracies], color=colour, **style)
             if curve.best is not None and curve.robust[curve.best - 1] is not None:
                 bottom.plot(curve.best, 100 * float(curve.robust[curve.best - 1] or 0), "o", color=report.ROBUST, ms=5)
         top.set_ylabel("training loss")
         if all(value > 0 for curve in curves for value in curve.loss):
             top.set_yscale("log")
             top.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            top.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # no mathematics: names are users' text
+            top.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # plain text, as the names are users'
             top.yaxis.set_minor_formatter(lambda value, _: "")
         if len(curves) <= 8:
             top.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=6.5)
@@ -133,5 +162,13 @@ def figure(curves: Sequence[Curve]) -> Figure:
 
 
 def save(curves: Sequence[Curve], folder: Path) -> list[Path]:
-    """curves.svg and curves.png in the folder."""
+    """Write curves.svg and curves.png to a folder.
+
+    Args:
+        curves: the runs.
+        folder: where to write.
+
+    Returns:
+        The paths of the two files.
+    """
     return report.write_figure(figure(curves), folder, "curves")

@@ -1,4 +1,4 @@
-"""The processes of one fit under torchrun, and what is said when one of them is lost."""
+"""The processes of one fit under torchrun, and the error that the others raise when one is lost."""
 
 from __future__ import annotations
 
@@ -15,48 +15,57 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import UserError
-from .checkpoint import epochs_kept
+from .checkpoint import checkpointed_epochs
 
-# A process that is killed closes its connections, which the others notice at once; this is for one that hangs. It must
-# outlast whatever one process may do alone: writing a checkpoint to a slow disk.
-PATIENCE = timedelta(minutes=15)
-_SIGNS = ("gloo", "nccl", "connection", "broken pipe", "timed out", "process group", "peer")
+# For a process that hangs; one that is killed closes its connections, which the others notice at once. It must exceed
+# whatever one process may do while the others wait: writing a checkpoint to a slow disk.
+GROUP_TIMEOUT = timedelta(minutes=15)
+_GROUP_ERRORS = ("gloo", "nccl", "connection", "broken pipe", "timed out", "process group", "peer")
 
 
 def accelerator_on(device: str | None) -> Accelerator:
-    """accelerate on this device, or the best there is; under torchrun with a process group that loses patience."""
-    return Accelerator(cpu=device == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    """Make the Accelerator of a device, or of the best there is; under torchrun its group has GROUP_TIMEOUT."""
+    return Accelerator(cpu=device == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)])
 
 
 @contextmanager
-def together(processes: int, out: Path | None) -> Iterator[None]:
-    """Work that needs all processes: where one is lost, the others raise UserError that says so and how to go on.
+def group_errors(processes: int, out: Path | None) -> Iterator[None]:
+    """Turn the loss of another process into a UserError that says how to resume.
 
-    They learn of it in two ways, whichever is first: the connection closes, or torchrun ends them (SIGTERM).
+    The others learn of a loss in one of two ways: the connection closes, or torchrun ends them (SIGTERM).
+
+    Args:
+        processes: how many there are; 1 changes nothing.
+        out: the run folder, or None.
+
+    Raises:
+        UserError: another process was lost.
     """
     if processes == 1:
         yield
         return
 
-    def ended(number: int, frame: Any) -> None:
-        raise UserError(_lost("this process was told to end (SIGTERM), as torchrun does when another one failed", out))
+    def on_sigterm(number: int, frame: Any) -> None:
+        raise UserError(_lost("this process got SIGTERM, which torchrun sends when another one failed", out))
 
-    free = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if free:
-        signal.signal(signal.SIGTERM, ended)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handle = in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if handle:
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     except RuntimeError as error:
-        if not _of_the_group(error):
+        if not _is_group_error(error):
             raise
         raise UserError(_lost(f"another process of this fit was lost ({_first_line(error)})", out)) from None
     finally:
-        if free:
+        if handle:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _of_the_group(error: RuntimeError) -> bool:
-    return isinstance(error, torch.distributed.DistError) or any(sign in str(error).lower() for sign in _SIGNS)
+def _is_group_error(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or any(word in text for word in _GROUP_ERRORS)
 
 
 def _first_line(error: RuntimeError) -> str:
@@ -65,9 +74,9 @@ def _first_line(error: RuntimeError) -> str:
 
 
 def _lost(what: str, out: Path | None) -> str:
-    kept = epochs_kept(out)
+    epochs = checkpointed_epochs(out)
     if out is None:
-        return f"{what}. Nothing was written, as fit was given no folder: begin again."
-    if not kept:
-        return f"{what}. There is no checkpoint in {out} yet: the same command begins again."
-    return f"{what}. The checkpoint in {out} holds all up to epoch {kept}: the same command goes on from there."
+        return f"{what}. Nothing was saved, since fit was given no folder: start over."
+    if not epochs:
+        return f"{what}. There is no checkpoint in {out} yet: rerun the same command to start over."
+    return f"{what}. The checkpoint in {out} holds {epochs} epochs: rerun the same command to resume."

@@ -1,4 +1,4 @@
-"""The network as the inner attack of training asks it: in the training's precision, by the quicker of two kernels."""
+"""Faster input gradients for the inner attack of training: bf16 forward passes, and better CPU kernels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from ..outputs import Outputs, as_outputs
 
 
 class InBfloat16(nn.Module):
-    """A network whose forward runs under bf16 autocast and answers in float32.
+    """A network whose forward pass runs under bf16 autocast and returns float32.
 
-    Attacks turn autocast off around the model, which is right for evaluations: so it is turned on inside. The network
-    is a child, so that whoever freezes the parameters finds them; what else it has is reached through this one.
+    Attacks turn autocast off around the model, which is right for evaluations; so it is turned on inside. The network
+    is a child, so that its parameters can be frozen; its other attributes are reached through this module.
+
+    Args:
+        network: the network.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -25,6 +28,7 @@ class InBfloat16(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Outputs:
+        """(N, C, H, W) -> Outputs in float32."""
         with torch.autocast(x.device.type, torch.bfloat16):
             out = as_outputs(self.network(x))
         return Outputs(*(None if part is None else part.float() for part in out))  # type: ignore[arg-type]
@@ -36,43 +40,48 @@ class InBfloat16(nn.Module):
             return getattr(super().__getattr__("network"), name)
 
 
-def quick(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which the pixels' gradient through frozen weights takes the quicker kernel that there is.
+def fast_input_gradients(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a context in which gradients with respect to images, through frozen weights, use faster CPU kernels.
 
-    On a CPU: a convolution of gray images hands its gradient to the pixels as a matrix product and ``F.fold``. The
-    kernel that oneDNN has for one input channel does the same sums 2 to 5 times more slowly, and in small networks it
-    is a third of an attack. And where features are flattened their gradient comes back in the memory order that they
-    have themselves, channels last: a ReLU whose two operands lie differently is 5 times slower. The numbers differ by
-    rounding alone. Elsewhere nothing is changed.
+    Two cases are replaced; the results differ by rounding only. The input gradient of a convolution of grey images is
+    a matrix product and ``F.fold``: oneDNN's kernel for one input channel is 2 to 5 times slower, and in small networks
+    a third of an attack. And the gradient of flattened features gets their own memory order, channels last: a ReLU
+    whose two operands differ in memory order is 5 times slower.
+
+    Args:
+        device: where the model runs; other devices than the CPU are left as they are.
+
+    Returns:
+        The context manager.
     """
-    return _Quick() if device.type == "cpu" else nullcontext()
+    return _FastInputGradients() if device.type == "cpu" else nullcontext()
 
 
-class _Quick(TorchFunctionMode):
+class _FastInputGradients(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.conv2d and not kwargs and len(args) == 7 and _fits(*args):
-            return _GrayConvolution.apply(*args[:6])
-        if func is torch.Tensor.flatten and _lies_channels_last(args[0]):
+        if func is torch.conv2d and not kwargs and len(args) == 7 and _is_frozen_grey_convolution(*args):
+            return _GreyConvolution.apply(*args[:6])
+        if func is torch.Tensor.flatten and _is_channels_last(args[0]):
             args[0].register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
         return func(*args, **(kwargs or {}))
 
 
-def _fits(
+def _is_frozen_grey_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> bool:
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    gray = weight.shape[1] == 1 and groups == 1 and x.ndim == 4
+    grey = weight.shape[1] == 1 and groups == 1 and x.ndim == 4
     plain = not isinstance(padding, str) and not torch.is_autocast_enabled("cpu")
-    return frozen and gray and plain and x.requires_grad and torch.is_grad_enabled()
+    return frozen and grey and plain and x.requires_grad and torch.is_grad_enabled()
 
 
-def _lies_channels_last(x: Tensor) -> bool:
-    by_channel = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return by_channel and x.requires_grad and torch.is_grad_enabled()
+def _is_channels_last(x: Tensor) -> bool:
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return channels_last and x.requires_grad and torch.is_grad_enabled()
 
 
-class _GrayConvolution(torch.autograd.Function):
-    """conv2d of one channel; backward: the columns W' g, added up where they overlap."""
+class _GreyConvolution(torch.autograd.Function):
+    """conv2d of one input channel; backward: the columns W' g, summed where they overlap."""
 
     generate_vmap_rule = True
 

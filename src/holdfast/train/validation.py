@@ -1,4 +1,4 @@
-"""What is asked of a network in training: its accuracy, clean and attacked, and whether its numbers are finite."""
+"""Validation during training: clean and robust accuracy, and the check that losses and weights are finite."""
 
 from __future__ import annotations
 
@@ -19,79 +19,113 @@ from ..losses import negative_margin
 from ..noise import Noise
 from ..outputs import Model, as_outputs, fooled, frozen_eval
 from ..threat import Threat
-from .fast_kernels import quick
+from .checkpoint import CHECKPOINT_FILE
+from .fast_kernels import fast_input_gradients
 
-WATCHED, WATCH_STEPS = 1000, 10  # at most so many images of val, in its own order, under PGD of so many steps
-NAMED = 5  # how many samples an error names
+ROBUST_VAL_IMAGES, ROBUST_VAL_STEPS = 1000, 10  # robust validation: the first so many images of val, PGD steps
+MAX_NAMED = 5  # how many samples an error names
 
 
 def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
-    """The share of samples that the model, in eval mode, gets right.
+    """Measure the accuracy of a model in eval mode. A sample with a logit that is not finite counts as wrong.
+
+    Args:
+        model: images to logits or Outputs.
+        data: the samples, on the model's device.
+        batch_size: samples per forward pass.
+
+    Returns:
+        The accuracy in [0, 1].
 
     >>> data = Data(torch.zeros(2, 1, 1, 1), torch.tensor([0, 1]), torch.arange(2))
     >>> accuracy(lambda x: torch.tensor([[1.0, 0.0]]).expand(len(x), 2), data)
     0.5
     """
-    right = torch.zeros((), dtype=torch.int64, device=data.y.device)
+    correct = torch.zeros((), dtype=torch.int64, device=data.y.device)
     with frozen_eval(model), torch.no_grad():
         for x, y in zip(data.x.split(batch_size), data.y.split(batch_size), strict=True):
             logits = as_outputs(model(pixels(x))).logits
-            right += ((logits.argmax(1) == y) & logits.isfinite().all(1)).sum()  # NaN is never right
-    return float(right) / len(data)
+            correct += ((logits.argmax(1) == y) & logits.isfinite().all(1)).sum()
+    return float(correct) / len(data)
 
 
 def robust_accuracy(
-    model: Model, data: Data, threat: Threat, *, seed: int = 0, steps: int = WATCH_STEPS, batch_size: int = 250
+    model: Model, data: Data, threat: Threat, *, seed: int = 0, steps: int = ROBUST_VAL_STEPS, batch_size: int = 250
 ) -> float:
-    """The share that the model, in eval mode and float32, still gets right at the worst point PGD on the margin finds.
+    """Measure the accuracy under PGD on the margin, of a model in eval mode and float32.
 
-    A quick look while training, and an upper bound like any attack's; ``evaluate`` is what judges a network. The noise
-    belongs to the samples (seed, data.index), so it is the same at every call.
+    A cheap upper bound for use during training; ``evaluate`` measures robust accuracy properly. The noise belongs to
+    the samples (seed, data.index), so every call gives the same number.
+
+    Args:
+        model: images to logits or Outputs.
+        data: the samples, on the model's device.
+        threat: what PGD may do.
+        seed: of the noise.
+        steps: of PGD.
+        batch_size: samples per forward pass.
+
+    Returns:
+        The accuracy in [0, 1].
 
     >>> data = Data(torch.full((2, 1, 1, 1), 0.5), torch.tensor([0, 1]), torch.arange(2))
     >>> model = lambda x: torch.cat([x.flatten(1) - 0.45, 0.45 - x.flatten(1)], 1)  # class 0 while x > 0.45
     >>> robust_accuracy(model, data, Threat("linf", 0.04)), robust_accuracy(model, data, Threat("linf", 0.2))
     (0.5, 0.0)
     """
-    right, noise = torch.zeros((), dtype=torch.int64, device=data.y.device), Noise(seed, data.index)
+    correct, noise = torch.zeros((), dtype=torch.int64, device=data.y.device), Noise(seed, data.index)
     for start in range(0, len(data), batch_size):
         rows = slice(start, start + batch_size)
         x, y = pixels(data.x[rows]), data.y[rows]
-        with quick(x.device):
+        with fast_input_gradients(x.device):
             x_adv = pgd(model, x, y, threat, score=negative_margin, noise=noise[rows], steps=steps)
         with frozen_eval(model), torch.no_grad():
             logits = as_outputs(model(x_adv)).logits
-        right += (~fooled(logits, y) & logits.isfinite().all(1)).sum()
-    return float(right) / len(data)
+        correct += (~fooled(logits, y) & logits.isfinite().all(1)).sum()
+    return float(correct) / len(data)
 
 
 def validate(model: nn.Module, val: Data, val_threat: Threat | None, seed: int) -> dict[str, Any]:
-    """The figures of an epoch: val (None without samples), and val_robust and its val_seconds where watched."""
-    found: dict[str, Any] = {"val": accuracy(model, val) if len(val) else None}
+    """Measure what an epoch's log line says about validation.
+
+    Args:
+        model: the network.
+        val: validation images; may be empty.
+        val_threat: threat of robust validation, or None.
+        seed: of PGD's noise.
+
+    Returns:
+        val: accuracy, None without images; with a threat also val_robust and val_seconds.
+    """
+    line: dict[str, Any] = {"val": accuracy(model, val) if len(val) else None}
     if val_threat is not None:
-        began = time.perf_counter()
-        found["val_robust"] = robust_accuracy(model, val.take(slice(0, WATCHED)), val_threat, seed=seed)
-        found["val_seconds"] = round(time.perf_counter() - began, 3)
-    return found
+        start = time.perf_counter()
+        line["val_robust"] = robust_accuracy(model, val.take(slice(0, ROBUST_VAL_IMAGES)), val_threat, seed=seed)
+        line["val_seconds"] = round(time.perf_counter() - start, 3)
+    return line
 
 
 @contextmanager
 def averaged_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """The model with these weights, and with its own again afterwards; with none given, as it is."""
-    own = {name: tensor.clone() for name, tensor in model.state_dict().items()} if weights else {}
+    """Give a model these weights for the duration of the context; empty weights change nothing."""
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()} if weights else {}
     if weights:
         model.load_state_dict(weights)
     try:
         yield
     finally:
         if weights:
-            model.load_state_dict(own)
+            model.load_state_dict(original)
 
 
 def check_task(model: nn.Module, train: Data) -> None:
-    """Raise UserError for an empty training set, or labels that the head has no logit for."""
+    """Check that the training set is not empty and that the head has a logit for every label.
+
+    Raises:
+        UserError: otherwise.
+    """
     if len(train) == 0:
-        raise UserError("there is nothing to train on: the training set is empty.")
+        raise UserError("the training set is empty: expected at least one sample.")
     device = next(iter(model.parameters()), train.x).device
     with frozen_eval(model), torch.no_grad():
         classes = as_outputs(model(pixels(train.x[:1]).to(device))).logits.shape[1]
@@ -100,38 +134,65 @@ def check_task(model: nn.Module, train: Data) -> None:
         raise UserError(f"labels must be 0 .. K-1, the lowest is {lowest}.")
     if highest >= classes:
         raise UserError(
-            f"the model's head has {classes} logits, labels go up to {highest}: build it with {highest + 1} classes."
+            f"the model's head has {classes} logits, but labels go up to {highest}: build it with {highest + 1} "
+            "classes."
+        )
+
+
+def check_validation(val: Data) -> None:
+    """Check that there are validation images, for a fit that needs them.
+
+    Raises:
+        UserError: there are none.
+    """
+    if len(val) == 0:
+        raise UserError(
+            "val holds no validation images, but val_threat and checkpoint='best' need some: hold some out, or use "
+            "neither."
         )
 
 
 def check_finite(
-    means: Tensor, each: Sequence[Tensor], index: Sequence[Tensor], model: nn.Module, epoch: int, out: Path | None
+    means: Tensor, losses: Sequence[Tensor], index: Sequence[Tensor], model: nn.Module, epoch: int, out: Path | None
 ) -> None:
-    """Raise UserError where an epoch (from 0) went wrong: its first step with a loss that is not finite, and whose.
+    """Check that the losses of an epoch and the weights after it are finite.
 
-    Args: means: (steps,), each step's loss over all processes; each, index: this process's samples of every step, their
-    losses and their numbers in the data. Where all losses of a step are gone at once it was the weights that went.
+    Where all losses of a step are lost at once, the weights were already not finite; otherwise the error names the
+    samples.
+
+    Args:
+        means: (steps,), each step's loss over all processes.
+        losses: this process's losses of every step.
+        index: the numbers of these samples in the data.
+        model: the network after the epoch.
+        epoch: counted from 0.
+        out: the run folder, for the message.
+
+    Raises:
+        UserError: a loss or a weight is not finite.
     """
-    bad = torch.nonzero(~means.isfinite())
-    if len(bad):
-        step = int(bad[0])
-        here = index[step][~each[step].isfinite()].tolist(), [len(each[step])]
-        guilty, sizes = (gather_object(part) for part in here)  # every process is here: they all saw the same mean
-        where = f"the loss is not finite in epoch {epoch + 1}, step {step + 1}, {_whose(sorted(guilty), sum(sizes))}"
+    bad_steps = torch.nonzero(~means.isfinite())
+    if len(bad_steps):
+        step = int(bad_steps[0])
+        own = index[step][~losses[step].isfinite()].tolist(), [len(losses[step])]
+        bad, sizes = (gather_object(part) for part in own)  # every process is here: all saw the same mean
+        why = f"the loss is not finite in epoch {epoch + 1}, step {step + 1}, {_which(sorted(bad), sum(sizes))}"
     elif not bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
-        where = f"the weights are not finite after epoch {epoch + 1}, step {len(means)}: lower the learning rate"
+        why = f"the weights are not finite after epoch {epoch + 1}, step {len(means)}: lower the learning rate"
     else:
         return
-    kept = out is not None and (out / "checkpoint.safetensors").exists()
-    raise UserError(f"{where}.{f' The last good checkpoint is in {out}.' if kept else ''}")
+    saved = out is not None and (out / CHECKPOINT_FILE).exists()
+    raise UserError(f"{why}.{f' The last good checkpoint is in {out}.' if saved else ''}")
 
 
-def _whose(guilty: list[int], of: int) -> str:
-    if not guilty:
-        return "where the samples' finite losses add up to too much: lower the learning rate"
-    if len(guilty) == of > 1:
-        return f"for all of its {of} samples: the weights had gone before. Lower the learning rate"
-    named, more = guilty[:NAMED], len(guilty) - NAMED
-    names = ", ".join(map(str, named)) + (f" and {more} more" if more > 0 else "")
-    samples, them = ("samples", "them") if len(guilty) > 1 else ("sample", "it")
+def _which(bad: list[int], batch_size: int) -> str:
+    if not bad:
+        return "although each sample's is: their sum overflows. Lower the learning rate"
+    if len(bad) == batch_size > 1:
+        return (
+            f"for all {batch_size} samples in the batch: the weights were already non-finite. Lower the learning rate"
+        )
+    more = len(bad) - MAX_NAMED
+    names = ", ".join(map(str, bad[:MAX_NAMED])) + (f" and {more} more" if more > 0 else "")
+    samples, them = ("samples", "them") if len(bad) > 1 else ("sample", "it")
     return f"for training {samples} {names}: look at {them}, or lower the learning rate"

@@ -1,4 +1,4 @@
-"""A node of an ONNX graph, where it runs, and what its operators share."""
+"""A node of an ONNX graph, the context in which it is computed, and helpers that operators share."""
 
 from __future__ import annotations
 
@@ -16,40 +16,59 @@ FLOATS = (1, 10, 11, 16)  # onnx's numbers for float32, float16, float64 and bfl
 
 @dataclass(frozen=True)
 class Node:
-    """One step of the graph, from the values it takes to those it gives.
+    """One operation of the graph.
 
-    fixed: which of the values it takes are constants; drop: what nothing needs after it.
+    Args:
+        op: operator name, with its domain unless that is ONNX's own.
+        name: the node's name, for errors.
+        input_names: of the values that it reads; "" for an optional input left out.
+        output_names: of the values that it makes.
+        attributes: as in the file; tensors as torch tensors.
+        opset: version of the operator set that the file uses.
+        constant_inputs: positions of the inputs that are constants.
+        last_use: names of the values that no later node needs.
     """
 
     op: str
     name: str
-    takes: tuple[str, ...]
-    gives: tuple[str, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
     attributes: dict[str, Any] = field(default_factory=dict)
     opset: int = 0
-    fixed: frozenset[int] = frozenset()
-    drop: tuple[str, ...] = ()
+    constant_inputs: frozenset[int] = frozenset()
+    last_use: tuple[str, ...] = ()
 
 
-class Run(NamedTuple):
-    """What a forward pass has in common. batch: (n, b) where constants of the file speak of b images and n came."""
+class PassSettings(NamedTuple):
+    """What all nodes of one forward pass share.
+
+    Args:
+        dtype: dtype of the floats.
+        device: where the images are.
+        batch: (n, b) where n images came and the file's constants assume b; None where no constant is rescaled.
+    """
 
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     batch: tuple[int, int] | None = None
 
 
-class At(NamedTuple):
-    """Where an operator stands: its node and the run."""
+class Context(NamedTuple):
+    """What an operator computes on, beside its inputs.
+
+    Args:
+        node: the node.
+        settings: the forward pass.
+    """
 
     node: Node
-    run: Run
+    settings: PassSettings
 
     def get(self, name: str, default: Any = None) -> Any:
         """An attribute of the node."""
         return self.node.attributes.get(name, default)
 
-    def refuse(self, what: str) -> UserError:
+    def unsupported(self, what: str) -> UserError:
         """The error for a form of the operator that is not converted."""
         return UserError(
             f"{self.node.op} (node '{self.node.name}') with {what} is not converted by holdfast. Export the model "
@@ -57,22 +76,22 @@ class At(NamedTuple):
         )
 
 
-Operator = Callable[..., Tensor | tuple[Tensor, ...]]
+Operator = Callable[..., Tensor | tuple[Tensor, ...]]  # (context, *inputs) -> output, or a tuple of outputs
 
 
-def ints(given: Tensor | Sequence[int] | None) -> list[int]:
-    """Whole numbers from an input or an attribute; none from None."""
-    if given is None:
+def integers(values: Tensor | Sequence[int] | None) -> list[int]:
+    """An input or an attribute as a list of integers; [] for None."""
+    if values is None:
         return []
-    return [int(value) for value in (given.reshape(-1).tolist() if isinstance(given, Tensor) else given)]
+    return [int(value) for value in (values.reshape(-1).tolist() if isinstance(values, Tensor) else values)]
 
 
-def axes_of(at: At, given: Tensor | None, ndim: int) -> list[int]:
-    """Axes from an input, or from the attribute of older opsets; none are negative."""
-    return [axis % ndim for axis in ints(at.get("axes") if given is None else given)]
+def axes_of(ctx: Context, axes: Tensor | None, ndim: int) -> list[int]:
+    """Non-negative axes, from an input or, in older opsets, from the attribute."""
+    return [axis % ndim for axis in integers(ctx.get("axes") if axes is None else axes)]
 
 
-def meet(*given: Tensor) -> tuple[Tensor, ...]:
-    """All on one device: what the CPU holds follows what is elsewhere."""
-    device = next((x.device for x in given if x.device.type != "cpu"), None)
-    return given if device is None else tuple(x.to(device) for x in given)
+def on_one_device(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Move tensors on the CPU to the device of the others."""
+    device = next((x.device for x in tensors if x.device.type != "cpu"), None)
+    return tensors if device is None else tuple(x.to(device) for x in tensors)

@@ -1,0 +1,52 @@
+"""``holdfast bracket``: per sample, how far the margin can fall within the threat."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..spec import threat_file_name
+from . import options as o
+from .app import app, exits
+from .common import best_device, print_json, say_files
+from .display import Display, aside, screen
+from .options import RUN, option
+from .output_files import writable
+
+
+@app.command(rich_help_panel="Look", epilog=exits())
+def bracket(
+    run: Annotated[Path, typer.Argument(help=RUN)],
+    threat: o.OneThreat = "linf:0.1",
+    limit: Annotated[int, option("Maximum number of test images; 0: all.")] = 100,
+    seconds: Annotated[float, option("Time limit per sample for the exact answer; 0: no exact answers.")] = 10.0,
+    seed: o.NoiseSeed = 0,
+    device: o.Device = "auto",
+    out: Annotated[
+        Path | None, option("Output folder. Default: bracket-THREAT in the run folder.", "--out", "-o")
+    ] = None,
+    quiet: o.Quiet = False,
+    as_json: o.AsJson = False,
+) -> None:
+    """Worst-case margin drop per sample: lower bound from attacks, upper bound from certificates, exact if tractable.
+
+    s_att is the largest drop that attacks found, s_cert the largest that certificates allow, and the exact value s*
+    lies between them. A sample is certified if its margin exceeds s_cert, robust if it exceeds s*, and broken if it is
+    at most s_att. s* needs linf and a small fully connected ReLU network. Writes bracket.json, .svg and .png.
+    """
+    from ..bracket import of_run, sentence
+
+    writable(out or run / f"bracket-{threat_file_name(threat)}", "--out")
+    with aside(as_json), Display(quiet) as display:
+        answer, files = of_run(
+            run, threat, out, seconds=seconds, limit=limit, seed=seed, device=best_device(device),
+            progress=partial(display.progress, run.name),
+        )  # fmt: skip
+    if as_json:
+        print_json(files[0].read_text())
+    else:
+        screen.print(sentence(answer), soft_wrap=True)
+        say_files([*files], quiet, as_json)

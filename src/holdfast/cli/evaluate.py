@@ -1,0 +1,133 @@
+"""``holdfast evaluate``: attack one network, of a run folder or the user's own, and judge the result."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from ..spec import numbers, threat_file_name
+from . import options as o
+from .app import app, exits
+from .common import run_evaluation, say_files, show
+from .display import errors
+from .options import OWN_MODEL, option
+
+
+@app.command(rich_help_panel="Step by step", epilog=exits())
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2."
+        ),
+    ],
+    threat: o.OneThreat = "linf:0.1",
+    suite: o.Suite = "standard",
+    budget: Annotated[
+        str,
+        option(
+            "Stop the attacks after this, and estimate what they may have missed: 10min, 2h, 1e6passes. "
+            "Default: no limit."
+        ),
+    ] = "",
+    limit: o.Limit = 1000,
+    seed: o.NoiseSeed = 0,
+    batch_size: Annotated[
+        int | None, option("Batch size of the attacks. Default: by image size; halved when memory runs out.")
+    ] = None,
+    device: o.Device = "auto",
+    out: Annotated[
+        Path | None,
+        option(
+            "Output folder. Default: evaluation-THREAT-SUITE in the run folder, or out/NAME-THREAT-SUITE for your own "
+            "model.",
+            "--out",
+            "-o",
+        ),
+    ] = None,
+    data: Annotated[
+        str,
+        option("Its data, as for train. Without a test split, all of it is evaluated.", rich_help_panel=OWN_MODEL),
+    ] = "",
+    weights: Annotated[
+        str, option("A .safetensors file, or a .pt file (only its tensors are read).", rich_help_panel=OWN_MODEL)
+    ] = "",
+    input_range: Annotated[
+        str, option("Pixel range it expects: 0,1 or 0,255 or -1,1. Default: 0,1.", rich_help_panel=OWN_MODEL)
+    ] = "",
+    mean: Annotated[
+        str,
+        option("Subtracted after that: one number, or one per channel. Default: nothing.", rich_help_panel=OWN_MODEL),
+    ] = "",
+    std: Annotated[
+        str, option("Divided by after that: one number, or one per channel. Default: 1.", rich_help_panel=OWN_MODEL)
+    ] = "",
+    loss: Annotated[
+        str,
+        option(
+            "The loss it was trained with; attacks also maximise its score. Default: sce.", rich_help_panel=OWN_MODEL
+        ),
+    ] = "",
+    quiet: o.Quiet = False,
+    as_json: o.AsJson = False,
+) -> None:
+    """Attack one network, audit the result, and write results.json, report.html and the adversarial examples.
+
+    The network comes from a run folder, or it is your own:
+
+    **holdfast evaluate mymodel.py:build --weights w.safetensors --data FOLDER --threat linf:8/255 --out DIR**
+
+    build() takes no arguments and returns a module from images to logits; your code is executed. Images are in [0, 1]:
+    --input-range, --mean and --std say what your model expects instead.
+
+    An interrupted command resumes when it is rerun. Under torchrun (`torchrun --nproc-per-node 2 -m holdfast evaluate
+    ...`) the processes share the samples and give the same answer as one.
+    """  # fmt: skip
+    from ..importers.model_file import is_model_file
+
+    own = {"data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std, "loss": loss}
+    if is_model_file(model):
+        folder = out or Path("out") / f"{Path(model).stem}-{threat_file_name(threat)}-{suite}"
+        subject = _own_model(model, own, limit=limit, seed=seed)
+        if not quiet:
+            errors.print(f"opening {model}: code in it is executed.", soft_wrap=True)
+    else:
+        folder = out or Path(model) / f"evaluation-{threat_file_name(threat)}-{suite}"
+        subject = _run_folder(model, own, limit=limit)
+    answer = run_evaluation(
+        subject, threat, suite, folder,
+        seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, batch_size=batch_size,
+    )  # fmt: skip
+    if answer is None:
+        return
+    results, page = answer
+    show(results, as_json)
+    say_files([folder / "results.json", page], quiet, as_json)
+
+
+def _own_model(model: str, own: dict[str, str], *, limit: int, seed: int) -> Any:
+    """What opens the user's own model with these options, given a device."""
+    from ..experiments.evaluate_model import from_file
+    from ..importers.model_file import ModelSource
+
+    if not own["data"]:
+        raise UserError("your own model needs --data: an image folder, a parquet file, or a hub name.")
+    ranges = [
+        numbers(name, own[name] or default) for name, default in (("input-range", "0,1"), ("mean", ""), ("std", ""))
+    ]
+    source = ModelSource(model, own["weights"], *ranges)
+    return partial(from_file, source, own["data"], loss=own["loss"] or "sce", limit=limit, seed=seed)
+
+
+def _run_folder(run: str, own: dict[str, str], *, limit: int) -> Any:
+    """What opens the network of a run folder, given a device; the options of one's own model are refused."""
+    from ..experiments.evaluate_model import from_run
+
+    for name, value in own.items():
+        if value:
+            raise UserError(f"--{name} is for your own model; {run} is a run folder, which has its own settings.")
+    return partial(from_run, Path(run), limit=limit)

@@ -1,0 +1,58 @@
+"""``holdfast explain``: from the usual PGD-50 figure to the robust one, one change of the attack at a time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..spec import threat_file_name
+from . import options as o
+from .app import app, exits
+from .common import print_json, run_evaluation, say_files
+from .display import screen
+from .options import RUN, option
+from .output_files import write_files
+
+
+@app.command(rich_help_panel="Look", epilog=exits())
+def explain(
+    run: Annotated[Path, typer.Argument(help=RUN)],
+    threat: o.OneThreat = "linf:0.1",
+    limit: o.Limit = 500,
+    seed: o.NoiseSeed = 0,
+    device: o.Device = "auto",
+    out: Annotated[
+        Path | None, option("Output folder. Default: explain-THREAT in the run folder.", "--out", "-o")
+    ] = None,
+    quiet: o.Quiet = False,
+    as_json: o.AsJson = False,
+) -> None:
+    """Show how robust accuracy falls from PGD-50 to the final figure as the attack is strengthened step by step.
+
+    The steps are stable arithmetic, best iterate, more steps, restarts, targets, other scores and a black-box attack;
+    each attacks the samples that survived the previous ones. Prints what each step broke, and draws waterfall.svg and
+    .png beside results.json and report.html.
+    """
+    from ..experiments.evaluate_model import from_run
+    from ..report import waterfall
+
+    folder = out or run / f"explain-{threat_file_name(threat)}"
+    answer = run_evaluation(
+        partial(from_run, run, limit=limit), threat, "explain", folder,
+        seed=seed, device=device, quiet=quiet, as_json=as_json,
+    )  # fmt: skip
+    if answer is None:
+        return
+    results, page = answer
+    explained = results.runs[0]
+    figures = write_files(partial(waterfall.save, explained), folder)
+    if as_json:
+        print_json([{**asdict(step), "accuracy": step.accuracy} for step in waterfall.steps(explained)])
+    else:
+        screen.print(waterfall.table(explained))
+        screen.print(waterfall.sentence(explained), soft_wrap=True)
+    say_files([*figures, page], quiet, as_json)

@@ -1,0 +1,69 @@
+"""``holdfast train``: train one network into a run folder."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from functools import partial
+
+from ..errors import UserError
+from . import options as o
+from .app import app, exits
+from .common import best_device, fit_from, percent_text, print_json
+from .display import Display, aside, screen
+from .output_files import writable
+
+
+@app.command(rich_help_panel="Step by step", epilog=exits())
+def train(
+    out: o.RunFolder,
+    data: o.Data = "digits",
+    loss: o.OneLoss = "sce",
+    s: o.Information = "",
+    threat: o.OneThreat = "linf:0.1",
+    objective: o.Objective = "standard",
+    seed: o.Seed = 0,
+    fold: o.Fold = 0,
+    epochs: o.Epochs = None,
+    limit_train: o.LimitTrain = 0,
+    model: o.Network = "",
+    batch_size: o.BatchSize = None,
+    optimizer: o.Optimizer = None,
+    lr: o.LearningRate = None,
+    weight_decay: o.WeightDecay = None,
+    augment: o.Augment = None,
+    checkpoint: o.Checkpoint = None,
+    device: o.Device = "auto",
+    quiet: o.Quiet = False,
+    as_json: o.AsJson = False,
+) -> None:
+    """Train one network into a run folder, for evaluate, explain, bracket and curves.
+
+    Writes config.json, env.json, log.jsonl, a checkpoint and model.safetensors. Interrupted training resumes when the
+    command is rerun.
+    """
+    from ..experiments.config import Comparison, Job
+    from ..experiments.training import train_network
+
+    if s:
+        if loss not in ("sce", "isce"):
+            raise UserError(f"--s belongs to I-SCE: leave --loss out, or write isce:s={s}@HEAD, not --loss {loss}.")
+        loss = f"isce:s={s}"
+    fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint)
+    comparison = Comparison(
+        data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit
+    ).checked()
+    writable(out, "--out")
+    job = Job(comparison, comparison.loss_specs[0], seed, fold, out, best_device(device))
+    with aside(as_json), Display(quiet) as display:
+        _, trained, _ = train_network(job, progress=partial(display.progress, out.name))
+    if as_json:
+        print_json({"run": str(out), "loss": loss, **asdict(trained)})
+        return
+    screen.print(
+        f"{loss}: train accuracy {percent_text(trained.accuracy)}, validation {percent_text(trained.val)}, "
+        f"{trained.epochs} epochs in {trained.seconds} s.",
+        soft_wrap=True,
+    )
+    if not quiet:
+        screen.print(f"next: holdfast evaluate {shlex.quote(str(out))} --threat {threat}", soft_wrap=True)

@@ -1,0 +1,121 @@
+"""Train one network of a comparison in its run folder: resume it if it was stopped, load it if it is finished."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import models, run_folder
+from ..data import Split, standardisation
+from ..io import write_atomic
+from ..progress import Progress, silent
+from ..train import accuracy, expected_config, fit
+from .config import Job, schedule_of
+
+SUMMARY_FILE = "train.json"
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How training ended; all None for a network that holdfast did not train.
+
+    Args:
+        epochs: epochs trained.
+        accuracy: on the training images, in [0, 1].
+        val: accuracy on the validation images; None without any.
+        best_epoch: the epoch with the best (robust) validation accuracy, counted from 1.
+        seconds: of training.
+        model: the spec of the network.
+    """
+
+    epochs: int | None = None
+    accuracy: float | None = None
+    val: float | None = None
+    best_epoch: int | None = None
+    seconds: float = 0.0
+    model: str | None = None
+
+    @staticmethod
+    def load(folder: Path) -> TrainSummary:
+        """The summary in a run folder, or an empty one. Raises UserError when the file is damaged."""
+        path = folder / SUMMARY_FILE
+        raw = run_folder.read_json(path) if path.exists() else {}
+        return TrainSummary(**{f.name: raw[f.name] for f in fields(TrainSummary) if f.name in raw})
+
+    def save(self, folder: Path) -> None:
+        """Write the summary: with it the network counts as trained."""
+        write_atomic(folder / SUMMARY_FILE, json.dumps(asdict(self)))
+
+
+def is_trained(job: Job, split: Split) -> bool:
+    """Whether the job's network is in its folder, finished.
+
+    Raises:
+        UserError: the folder belongs to another configuration.
+    """
+    run_folder.reserve(job.folder, _config(job, split), write=False)
+    return (job.folder / SUMMARY_FILE).exists()
+
+
+def train_network(
+    job: Job, split: Split | None = None, progress: Progress = silent
+) -> tuple[nn.Module, TrainSummary, Split]:
+    """Train a job's network, or load it if it is finished.
+
+    Args:
+        job: what to train, and the run folder it is trained in.
+        split: the job's data where it is loaded already.
+        progress: called with ("training", epochs done, epochs).
+
+    Returns:
+        (the network on the job's device, how training ended, the data).
+
+    Raises:
+        UserError: the device cannot be used, the data cannot be read, or the folder belongs to another configuration.
+    """
+    run_folder.check_device(job.device)
+    split = split or job.cut.load(job.comparison.data)
+    if is_trained(job, split):
+        return run_folder.load(job.folder, device=job.device)[0], TrainSummary.load(job.folder), split
+    mean, std = standardisation(split.train)
+    arguments = job.model_arguments(split)
+    model = models.build(**arguments, mean=mean, std=std)
+    counts = torch.bincount(split.train.y, minlength=len(split.classes))
+    fitted = fit(
+        model,
+        split.train,
+        split.val,
+        schedule_of(job.comparison, job.loss, counts),
+        job.fit_config,
+        val_threat=_val_threat(job, split),
+        out=job.folder,
+        about=job.about(split),
+        progress=lambda what, done, total: progress("training", done, total),
+        device=job.device,
+    )
+    model = model.to(job.device)
+    model.logit_scale = job.loss.logit_scale
+    summary = TrainSummary(
+        epochs=job.fit_config.epochs,
+        accuracy=accuracy(model, split.train.to(job.device)),
+        val=fitted.history[fitted.kept_epoch - 1]["val"],
+        best_epoch=fitted.best_epoch,
+        seconds=round(fitted.seconds, 2),
+        model=arguments["name"],
+    )
+    summary.save(job.folder)
+    return model, summary, split
+
+
+def _val_threat(job: Job, split: Split) -> Any:
+    """The threat that validation measures robust accuracy under, if training uses one."""
+    return job.comparison.threats[0] if job.is_adversarial and len(split.val) else None
+
+
+def _config(job: Job, split: Split) -> dict[str, Any]:
+    return expected_config(job.fit_config, _val_threat(job, split), job.about(split))

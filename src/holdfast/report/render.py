@@ -1,0 +1,278 @@
+"""The page: results merged by data set, each part's tables and figures computed, and the template filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from ..errors import UserError
+from ..io import write_atomic
+from ..results import (
+    Results,
+    Row,
+    Run,
+    any_certified,
+    cells,
+    csv,
+    heading,
+    latex,
+    load,
+    markdown,
+    other_attacks,
+    percent,
+    remaining_text,
+    rows,
+)
+from .figures import (
+    DEAD_ALL,
+    DEAD_TRUE,
+    draw_accuracy,
+    draw_classes,
+    draw_margins,
+    draw_stages,
+    inline,
+    style,
+    write_figure,
+)
+from .panels import draw_confusion, draw_eps, draw_features
+from .summary import (
+    class_name,
+    compare_rows,
+    finding,
+    frequent_confusions,
+    missed,
+    per_class,
+    region_table,
+    runs_of,
+    stage_totals,
+)
+
+EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
+
+
+def render(results_list: Results | str | Path | Sequence[Results | str | Path], path: str | Path) -> Path:
+    """Write one self-contained HTML file. Results of the same data set are shown together.
+
+    Args:
+        results_list: one or several Results, or paths to them.
+        path: the file, or a folder that gets ``report.html``.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UserError: there are no runs, a path cannot be read, or the file cannot be written.
+    """
+    given = [results_list] if isinstance(results_list, Results | str | Path) else list(results_list)
+    sources = [r if isinstance(r, Results) else load(r) for r in given]
+    parts = [_part(r, f"p{i}-") for i, r in enumerate(merged(sources)) if r.runs]
+    if not parts:
+        raise UserError("there are no runs to report. Give results that hold at least one.")
+    page = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    page.filters |= {
+        "percent": percent,
+        "p": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}",
+        "points": lambda v: f"{100 * v:+.1f}".replace("-", "−"),
+    }
+    html = page.get_template("report.html.j2").render(
+        parts=parts, sources=[_source(r) for r in sources], dead=(f"{DEAD_TRUE:.1f}", f"{DEAD_ALL:.0f}"))  # fmt: skip
+    path = Path(path)
+    return write_atomic(path / "report.html" if path.is_dir() or not path.suffix else path, html)
+
+
+FIGURES: dict[str, Callable[[Results], Figure | None]] = {
+    "accuracy": draw_accuracy, "stages": draw_stages, "margins": draw_margins, "classes": draw_classes,
+    "confusion": draw_confusion, "eps": draw_eps, "features": draw_features,
+}  # fmt: skip
+TABLES = {"csv": csv, "tex": latex, "md": markdown}
+
+
+def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[Path]:
+    """Write each figure that the data allow as SVG (text stays text) and PNG, and the table as CSV, LaTeX and Markdown.
+
+    Args:
+        results_list: one or several Results. Those of different data sets get subfolders named after the data.
+        dir: the folder.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    parts = merged([results_list] if isinstance(results_list, Results) else results_list)
+    written = []
+    for i, part in enumerate(parts):
+        name = re.sub(r"\W+", "-", str(part.data.get("name", "data"))).strip("-")
+        folder = Path(dir) if len(parts) == 1 else Path(dir) / f"{i + 1}-{name}"
+        for kind, draw in FIGURES.items():
+            with style():
+                figure = draw(part) if part.runs else None
+            if figure is not None:
+                written += write_figure(figure, folder, kind)
+        if part.runs:
+            written += [write_atomic(folder / f"table.{end}", text(part)) for end, text in TABLES.items()]
+    return written
+
+
+def identity(results: Results) -> str:
+    """A key that is equal for results of the same data set: name, fingerprint and class names."""
+    return repr([results.data.get(key) for key in ("name", "fingerprint", "classes")])
+
+
+def merged(sources: Sequence[Results]) -> list[Results]:
+    """One Results per data set; a run that is given twice counts once."""
+    groups: dict[str, Results] = {}
+    for r in sources:
+        key = identity(r)
+        have = groups.get(key)
+        new = r.runs if have is None else (*have.runs, *(run for run in r.runs if run not in have.runs))
+        groups[key] = dataclasses.replace(have or r, runs=new)
+    return list(groups.values())
+
+
+def _part(results: Results, prefix: str) -> dict[str, Any]:
+    """What the template shows of one data set; ``prefix`` keeps the ids of its figures apart."""
+    shown = rows(results)
+    labels, classes = per_class(results)
+    lowest = sorted(classes, key=lambda c: sum(v or 0 for v in c[2]))[:CLASSES]
+    return {
+        "title": str(results.data.get("name", "not recorded")),
+        "facts": _facts(results, shown),
+        "finding": finding(results),
+        "rows": shown,
+        "certified": any_certified(shown),
+        "attacks": cells(shown) if other_attacks(shown) else [],
+        "accuracy": inline(draw_accuracy, results, prefix + "a"),
+        "stages": inline(draw_stages, results, prefix + "s"),
+        "stage_rows": [(row.label, stage_totals(results, row)) for row in shown],
+        "margins": inline(draw_margins, results, prefix + "m"),
+        "class_labels": labels,
+        "classes": lowest if len(classes) > CLASSES else classes,
+        "class_count": len(classes),
+        "eps": inline(draw_eps, results, prefix + "e"),
+        "features": inline(draw_features, results, prefix + "f"),
+        "exact": any(run.projection.get("exact") for run in results.runs),
+        "region": region_table(results),
+        "missed": missed(results),
+        "confusion": inline(draw_confusion, results, prefix + "w"),
+        "frequent_confusions": frequent_confusions(results),
+        "examples": _examples(results, shown),
+        "comparisons": compare_rows(results),
+        "runs": [
+            {
+                "run": r,
+                "accuracies": _accuracies(r),
+                "checks": [_check(c) for c in r.checks],
+                "remaining": remaining_text(r),
+                "measures": _flat(r.measures),
+                "cost": _flat(r.cost),
+                "train": _flat(r.train),
+            }
+            for r in results.runs
+        ],
+    }
+
+
+def _facts(results: Results, shown: Sequence[Row]) -> list[tuple[str, str]]:
+    """The lines below the title; those that are not recorded are left out."""
+    shape, classes = results.data.get("shape"), results.data.get("classes")
+    samples = " or ".join(f"{n:,}" for n in dict.fromkeys(r.n for r in results.runs))
+    facts = [
+        ("data", str(results.data.get("name", "not recorded"))),
+        ("samples", samples + (f", {' × '.join(map(str, shape))}" if isinstance(shape, list | tuple) else "")),
+        ("classes", str(len(classes)) if isinstance(classes, list) else ""),
+        ("threat", ", ".join(dict.fromkeys(r.threat_text for r in results.runs))),
+        ("losses", ", ".join(dict.fromkeys(r.loss for r in results.runs))),
+        ("seeds", ", ".join(dict.fromkeys(str(r.seed) for r in results.runs if r.seed is not None))),
+        ("intervals", "; ".join(dict.fromkeys(r.interval for r in shown))),
+        ("cost of the evaluation", _cost(results)),
+    ]
+    return [(k, v) for k, v in facts if v]
+
+
+def _cost(results: Results) -> str:
+    """Passes and time of all evaluations together; empty where none was recorded."""
+    costs = [run.cost for run in results.runs if {"forwards", "backwards", "seconds"} <= run.cost.keys()]
+    if not costs:
+        return ""
+    passes = sum(cost["forwards"] + cost["backwards"] for cost in costs)
+    seconds = sum(cost["seconds"] for cost in costs)
+    time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return f"{passes / 1e6:.1f} million passes, {time}" if passes >= 1e5 else f"{passes:,} passes, {time}"
+
+
+def _accuracies(run: Run) -> list[tuple[str, str]]:
+    """Every accuracy of a run, in percent."""
+    attacks = {heading(name): figure for name, figure in run.attacks.items()}
+    figures = {"clean": run.clean, **attacks, "certified": run.certified}
+    lines = [(name, f"{percent(figure.value)}%") for name, figure in figures.items() if figure is not None]
+    return [*lines, ("robust", f"{percent(run.robust.value)}%" if run.robust else "void"), ("interval", run.interval)]
+
+
+def _examples(results: Results, shown: Sequence[Row]) -> dict[str, Any]:
+    """The pictures of each row, as many as the page has room for, and how many were left out."""
+    groups: list[tuple[str, list[dict[str, Any]]]] = []
+    room, skipped = EXAMPLE_BYTES, 0
+    for row in shown:
+        every = [] if row.robust is None else [e for r in runs_of(results, row) for e in r.examples]
+        chosen: list[dict[str, Any]] = []
+        for e in every:
+            pictures = [s.removeprefix("data:image/png;base64,") for s in (e.x_png, e.delta_png, e.x_adv_png)]
+            size = sum(map(len, pictures))
+            valid = all(re.fullmatch(r"[A-Za-z0-9+/]+=*", s) for s in pictures)
+            if len(chosen) == EXAMPLES or size > room or not valid:
+                skipped += 1
+                continue
+            room -= size
+            clean, adversarial, y = (class_name(results, c) for c in (e.prediction, e.prediction_adv, e.y))
+            label = "" if clean == y else f", label {y}"
+            chosen.append({"index": e.index, "pictures": pictures, "text": f"{clean} → {adversarial}{label}"})
+        if chosen:
+            groups.append((row.label, chosen))
+    return {"groups": groups, "skipped": skipped}
+
+
+def _check(check: Any) -> dict[str, str]:
+    """A check's line, with whatever is known of it."""
+    known = check if isinstance(check, dict) else {"name": check}
+    line = {key: str(known.get(key) or "") for key in ("name", "status", "why", "source", "track_record")}
+    line["claims"] = ", ".join(heading(str(claim)) for claim in known.get("claims") or [])
+    ran = known.get("value") is not None
+    line["share"] = f"{100 * known['value']:.1f}%" if ran else "–"
+    line["threshold"] = f"{100 * known['threshold']:.0f}%" if ran else "–"
+    return line
+
+
+def _source(r: Results) -> dict[str, Any]:
+    """How to reproduce one results file."""
+    return {
+        "command": r.command,
+        "created": r.created,
+        "holdfast": r.holdfast,
+        "settings": _flat(r.settings),
+        "environment": _flat(r.environment),
+        "data": _flat({k: v for k, v in r.data.items() if k != "classes"}),
+        "seeds": ", ".join(dict.fromkeys(str(run.seed) for run in r.runs)),
+    }
+
+
+def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Nested settings as lines: ('fit.epochs', '10')."""
+    if isinstance(value, dict):
+        return [line for k, v in value.items() for line in _flat(v, f"{name}.{k}" if name else str(k))]
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        text = f"{value:,}" if isinstance(value, int) and name != "seed" else f"{value:.6g}"
+    return [(name, text)]

@@ -1,0 +1,86 @@
+"""The table of results as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from csv import writer as csv_writer
+from io import StringIO
+
+from .rows import rows
+from .schema import Results
+from .text import cells, other_attacks
+
+
+def markdown(results: Results) -> str:
+    """The table in Markdown.
+
+    Args:
+        results: the results.
+
+    Returns:
+        The text, special characters escaped.
+    """
+    head, *texts = cells(rows(results))
+    rules = ["---" if name in ("loss", "verdict") else "---:" for name in head]
+    lines = ["| " + " | ".join(map(_plain, head)) + " |", "|" + "|".join(rules) + "|"]
+    for label, *rest in texts:
+        lines.append("| " + " | ".join([_plain(label), *rest]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown leaves as it is."""
+    return re.sub(r"([\\`*_<>\[\]|&~$#])", r"\\\1", text)
+
+
+def csv(results: Results) -> str:
+    """The rows as CSV: proportions unrounded, empty where there is no value.
+
+    Args:
+        results: the results.
+
+    Returns:
+        The text. Columns: loss, threat; clean, pgd50, the other attacks, certified (where some row has it) and robust,
+        each with ``_low`` and ``_high``; pgd50_verdict, verdict, n, seeds, interval.
+    """
+    out = StringIO()
+    write = csv_writer(out, lineterminator="\n").writerow
+    shown = rows(results)
+    names = ["pgd50", *other_attacks(shown)]
+    certified = ["certified"] if any(row.certified for row in shown) else []
+    bounds = [f"{c}{suffix}" for c in ("clean", *names, *certified, "robust") for suffix in ("", "_low", "_high")]
+    write(["loss", "threat", *bounds, "pgd50_verdict", "verdict", "n", "seeds", "interval"])
+    for r in shown:
+        every = r.clean, *map(r.attacks.get, names), *([r.certified] if certified else []), r.robust
+        figures = [v for i in every for v in (dataclasses.astuple(i) if i else ("", "", ""))]
+        write([r.label, r.threat, *figures, r.pgd50_verdict, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval])
+    return out.getvalue()
+
+
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+        ">": r"\textgreater{}", "|": r"\textbar{}", **{c: "\\" + c for c in "&%$#_{}"}}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(ch, ch) for ch in text)
+
+
+def latex(results: Results) -> str:
+    """The table as a LaTeX tabular.
+
+    Args:
+        results: the results.
+
+    Returns:
+        The text, special characters escaped.
+    """
+    head, *texts = cells(rows(results))
+    columns = "".join("l" if name in ("loss", "verdict") else "r" for name in head)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", " & ".join(map(_tex, head)) + r" \\", r"\hline"]
+    at = next(i for i, name in enumerate(head) if name.startswith("robust"))
+    for text in texts:
+        line = [_tex(c) for c in text]
+        line[at] = line[at].replace(r"\textless{}=", r"$\leq$").replace("[", "{[}").replace("]", "{]}")
+        lines.append(" & ".join(line) + r" \\")
+    return "\n".join([*lines, r"\hline", r"\end{tabular}"]) + "\n"

@@ -1,0 +1,143 @@
+"""Runs merged into the rows of a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .schema import Interval, Results, Run, Verdict
+from .statistics import over_seeds
+
+_WORST_FIRST = ("void", "refuted", "loose", "tight")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a loss under a threat, over one or more seeds.
+
+    Attributes:
+        label: the loss, with the threat or the run's name where the loss alone is ambiguous.
+        loss: the loss spec.
+        threat: the threat in words.
+        clean: clean accuracy.
+        attacks: attack name -> accuracy under that attack alone; always has "pgd50".
+        robust: share that survived every attack; None when void.
+        status: status of the verdict on ``robust``; "" without an audit.
+        verdict: that verdict in words.
+        n: samples per run.
+        seeds: training seeds of the merged runs.
+        interval: which interval the accuracies carry.
+        runs: indices into ``results.runs``.
+        certified: certified accuracy; None where unknown.
+        pgd50_status: status of the verdict on the PGD-50 accuracy; "" without an audit.
+        pgd50_verdict: that verdict in words.
+    """
+
+    label: str
+    loss: str
+    threat: str
+    clean: Interval
+    attacks: dict[str, Interval]
+    robust: Interval | None
+    status: str
+    verdict: str
+    n: int
+    seeds: tuple[int | None, ...]
+    interval: str
+    runs: tuple[int, ...]
+    certified: Interval | None = None
+    pgd50_status: str = ""
+    pgd50_verdict: str = ""
+
+    @property
+    def pgd50(self) -> Interval:
+        """Accuracy under PGD-50."""
+        return self.attacks["pgd50"]
+
+
+def rows(results: Results) -> list[Row]:
+    """One row per loss and threat, in order of first appearance.
+
+    Runs that differ only in their seed are merged: mean and t interval over seeds, and the worst verdict. A single run
+    keeps its own interval. Runs of one loss whose seeds repeat are different experiments: one row per run name. One
+    void run makes the row void. An accuracy that one of the merged runs lacks is not shown.
+
+    Args:
+        results: the runs.
+
+    Returns:
+        The rows, with distinct labels.
+    """
+    out = [_merged(results.runs, members) for members in _groups(results.runs)]
+    for pattern in ("{0.threat}", "{1.name}", "n={0.n}", "{0.runs[0]}"):
+        taken = Counter(r.label for r in out)
+        extra = [pattern.format(r, results.runs[r.runs[0]]) for r in out]
+        named = [f"{r.label} ({e})" if taken[r.label] > 1 else r.label for r, e in zip(out, extra, strict=True)]
+        out = [dataclasses.replace(r, label=name) for r, name in zip(out, named, strict=True)]
+    return out
+
+
+def _merged(runs: Sequence[Run], members: Sequence[int]) -> Row:
+    """The row of the runs with these indices, labelled by the loss."""
+    group, first = [runs[i] for i in members], runs[members[0]]
+    clean, attacks, robust, certified = first.clean, first.attacks, first.robust, first.certified
+    interval = first.interval
+    if len(group) > 1:
+        clean = over_seeds(r.clean.value for r in group)
+        means = {name: _mean([r.attacks.get(name) for r in group]) for name in attacks}
+        attacks = {name: mean for name, mean in means.items() if mean is not None}
+        robust, certified = _mean([r.robust for r in group]), _mean([r.certified for r in group])
+        interval = f"mean and 95% t interval over {len(group)} seeds"
+    status, verdict = _worst([r.verdict for r in group])
+    pgd50_status, pgd50_verdict = _worst([r.pgd50_verdict for r in group])
+    return Row(
+        label=first.loss,
+        loss=first.loss,
+        threat=first.threat_text,
+        clean=clean,
+        attacks=attacks,
+        robust=robust,
+        status=status,
+        verdict=verdict,
+        n=first.n,
+        seeds=tuple(r.seed for r in group),
+        interval=interval,
+        runs=tuple(members),
+        certified=certified,
+        pgd50_status=pgd50_status,
+        pgd50_verdict=pgd50_verdict,
+    )
+
+
+def _mean(figures: Sequence[Interval | None]) -> Interval | None:
+    """Mean over seeds; None where one of them has no value."""
+    values = [figure.value for figure in figures if figure is not None]
+    return over_seeds(values) if len(values) == len(figures) else None
+
+
+def _groups(runs: Sequence[Run]) -> list[list[int]]:
+    """Indices of the runs that share a row."""
+    keys: list[tuple[Any, ...]] = [(r.loss, r.threat_text, r.n) for r in runs]
+    for extra in ([r.name for r in runs], range(len(runs))):
+        counts = Counter((k, r.seed) for k, r in zip(keys, runs, strict=True))
+        repeated = {k for (k, _), times in counts.items() if times > 1}
+        keys = [(*k, e) if k in repeated else k for k, e in zip(keys, extra, strict=True)]
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, k in enumerate(keys):
+        groups.setdefault(k, []).append(i)
+    return list(groups.values())
+
+
+def _worst(given: Sequence[Verdict | None]) -> tuple[str, str]:
+    """(status, verdict in words) of the worst of several verdicts."""
+    verdicts = [v for v in given if v is not None]
+    if not verdicts:
+        return "", ""
+    order = {s: i for i, s in enumerate(_WORST_FIRST)}
+    v = min(verdicts, key=lambda v: order.get(v.status, -1))
+    alike = sum(w.status == v.status for w in verdicts)
+    share = f" ({alike} of {len(given)} seeds)" if len(given) > 1 else ""
+    return v.status, f"{v.status}: {v.why}{share}" if v.why else v.status + share

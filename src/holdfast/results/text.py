@@ -1,0 +1,146 @@
+"""The wording of results: column headings, cells, captions and sentences, shared by every output format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .rows import Row, rows
+from .schema import Interval, Results, Run
+from .statistics import Remaining
+
+TRAIN_LOSS = "pgd50-train-loss"
+_HEADINGS = {"pgd50": "PGD-50", TRAIN_LOSS: "PGD-50, train loss"}
+
+
+def heading(name: str) -> str:
+    """The heading of an accuracy: "PGD-50" for pgd50, "PGD-50, train loss" for pgd50-train-loss, else its name.
+
+    >>> heading("pgd50"), heading("cw")
+    ('PGD-50', 'cw')
+    """
+    return _HEADINGS.get(name, name)
+
+
+def percent(v: float) -> str:
+    """A proportion in percent with one decimal, as text.
+
+    >>> percent(0.0625)
+    '6.2'
+    """
+    return f"{100 * v:.1f}"
+
+
+def robust_text(row: Row) -> str:
+    """The robust accuracy with its interval, as a cell: '43.0 [39.9, 46.1]'; '<= ' before a loose one; or 'void'."""
+    if row.robust is None:
+        return "void"
+    r, sign = row.robust, "<= " if row.status == "loose" else ""
+    return f"{sign}{percent(r.value)} [{percent(r.low)}, {percent(r.high)}]"
+
+
+def any_certified(shown: Sequence[Row]) -> bool:
+    """Whether any sample is certified: a certificate that covers none needs no column."""
+    return any(row.certified is not None and row.certified.value > 0 for row in shown)
+
+
+def other_attacks(shown: Sequence[Row]) -> list[str]:
+    """Names of the attacks other than PGD-50, in order of first appearance; PGD-50 on the trained loss last."""
+    names = dict.fromkeys(name for row in shown for name in row.attacks)
+    return sorted(names.keys() - {"pgd50"}, key=lambda name: (name == TRAIN_LOSS, list(names).index(name)))
+
+
+def cells(shown: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The table as text: a head, then a line for each row. Every output format shows these columns.
+
+    loss, clean, PGD-50 and its verdict, the other attacks, certified, robust with its interval and its verdict. The
+    verdict on PGD-50, an attack, or certified has a column only where some row has a value for it.
+
+    Args:
+        shown: the rows of the table.
+
+    Returns:
+        The head and the lines, all of one length.
+    """
+    names, certified = other_attacks(shown), any_certified(shown)
+    pgd50_verdict, verdict = any(row.pgd50_status for row in shown), any(row.status for row in shown)
+    head = ["loss", "clean", heading("pgd50"), *["verdict"] * pgd50_verdict, *map(heading, names)]
+    lines = [(*head, *["certified"] * certified, "robust, 95%", *["verdict"] * verdict)]
+    for row in shown:
+        line = [re.sub(r"\s+", " ", row.label), _share(row.clean), _share(row.pgd50)]
+        line += [row.pgd50_status or "-"] * pgd50_verdict
+        line += [_share(row.attacks.get(name)) for name in names]
+        line += [_share(row.certified)] * certified
+        lines.append((*line, robust_text(row), *[row.status or "-"] * verdict))
+    return lines
+
+
+def _share(figure: Interval | None) -> str:
+    return percent(figure.value) if figure else "-"
+
+
+def caption(results: Results, shown: Sequence[Row]) -> str:
+    """What the numbers of a table are: data set, number of samples, threat if there is only one, kind of interval."""
+    threats = list(dict.fromkeys(row.threat for row in shown))
+    parts = [
+        str(results.data.get("name", "")),
+        " or ".join(f"{n:,}" for n in dict.fromkeys(row.n for row in shown)) + " samples",
+        *(threats if len(threats) == 1 else []),
+        "in percent",
+    ]
+    return f"{', '.join(filter(None, parts))}; {'; '.join(dict.fromkeys(row.interval for row in shown))}"
+
+
+def doubts(results: Results) -> list[str]:
+    """A line for each accuracy whose verdict is not tight, with the reason; and for each suite that a budget cut short.
+
+    Args:
+        results: the results.
+
+    Returns:
+        The lines; none where every verdict is tight.
+    """
+    verdicts = [
+        (row.label, name, status, why)
+        for row in rows(results)
+        for name, status, why in (
+            (heading("pgd50"), row.pgd50_status, row.pgd50_verdict),
+            ("robust", row.status, row.verdict),
+        )
+    ]
+    lines = [f"{label}: {name} {why}" for label, name, status, why in verdicts if status not in ("", "tight")]
+    lines += [
+        f"{run.name}: the minimal-norm attack of the region measures broke {missed:,} more: robust is too high"
+        for run in results.runs
+        if run.robust is not None and (missed := run.region.get("missed"))
+    ]
+    return lines + [
+        f"{run.name}: the budget ran out before the suite was complete; an estimated {run.remaining['expected']:.1f} "
+        f"more of {run.n:,} are still breakable, at most {run.remaining['high']:.0f}"
+        for run in results.runs
+        if run.remaining.get("unfinished")
+    ]
+
+
+def remaining_text(run: Run) -> str:
+    """How many survivors may still be breakable, in sentences; "" without an audit."""
+    if not run.remaining:
+        return ""
+    left = Remaining.from_dict(run.remaining)
+    spot = left.spot_check
+    parts = [
+        f"Two independent attacks on {left.tested:,} of {left.survivors:,} survivors broke {left.first} and "
+        f"{left.second}, {left.both} of them in common: an estimated {left.expected:.1f} more of {run.n:,} are still "
+        f"breakable (95% interval {left.low:.0f} to {left.high:.0f})."
+    ]
+    if spot is not None:
+        parts.append(
+            f"Full-length attacks on the {spot.near:,} survivors with the smallest margins and on {spot.far:,} of the "
+            f"other {spot.rest:,} broke {spot.near_broken} and {spot.far_broken}: they would break at most "
+            f"{spot.high:.0f} more (95%)."
+        )
+    if left.unfinished:
+        parts.append("The budget ran out before the suite was complete.")
+    if left.votes > 1:
+        parts.append(f"A prediction is the majority of {left.votes} votes.")
+    return " ".join(parts)

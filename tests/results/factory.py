@@ -1,0 +1,119 @@
+"""Synthetic results whose counts, stages and intervals agree with each other, for every test that needs some."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import struct
+import zlib
+
+import numpy as np
+
+from holdfast import results as R
+
+THREAT = {"norm": "linf", "eps": 0.1, "lo": 0.0, "hi": 1.0}
+STAGES = ("pgd-20", "pgd-100 on the score", "targeted", "square")
+
+
+def png(pixels: np.ndarray) -> str:
+    """A grey (H, W) uint8 picture as PNG in base64, by hand."""
+    h, w = pixels.shape
+    raw = b"".join(b"\x00" + row.tobytes() for row in pixels.astype(np.uint8))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", w, h, 8, 0, 0, 0, 0)
+    whole = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return base64.b64encode(whole).decode()
+
+
+def make_run(loss="sce", seed=0, n=200, clean=0.97, pgd50=0.4, robust=0.3, scale=8.0, status="tight", **more) -> R.Run:
+    """One synthetic run: seeded columns whose counts, stages and intervals agree with each other."""
+    rng = np.random.default_rng([seed or 0, len(loss), n, round(1000 * pgd50)])
+    y = np.random.default_rng(n).integers(0, 10, n)  # every network sees the same samples
+    order = rng.permutation(n)
+    k = [round(n * share) for share in (clean, pgd50, robust)]
+    correct, pgd50_correct, unbroken = (np.isin(np.arange(n), order[:m]) for m in k)
+    stage = np.where(unbroken, -1, np.where(~correct, -2, np.where(~pgd50_correct, 0, rng.integers(1, len(STAGES), n))))
+    margin = np.where(correct, 1, -0.2) * scale * rng.lognormal(0, 0.5, n)
+    prediction = np.where(correct, y, (y + 1) % 10)
+    stages, alive = [], k[0]
+    for j, name in enumerate(STAGES):
+        broken = int((stage == j).sum())
+        stages.append(
+            R.Stage(name, alive, broken, alive * 20 * (j + 1), alive * (0 if name == "square" else 20), 1.5 * j)
+        )
+        alive -= broken
+    pictures = []
+    for i in np.flatnonzero(stage >= 0)[:8]:
+        x = np.clip(rng.normal(100, 60, (12, 12)), 0, 255)
+        delta = 25 * rng.choice([-1, 1], (12, 12))
+        adv = np.clip(x + delta, 0, 255)
+        pictures.append(R.Example(int(i), int(y[i]), int(y[i]), int(y[i] + 5) % 10, png(x), png(adv), png(delta + 128)))
+    why = {"loose": "gradients vanish on 61% of samples", "refuted": "the score attack broke more, beyond chance"}
+    verdict = R.Verdict(status, why.get(status, "attacks of three kinds agree" if status == "tight" else "NaN logits"))
+    fields = {
+        "name": f"{loss}-seed{seed}",
+        "loss": loss,
+        "seed": seed,
+        "threat": dict(THREAT),
+        "n": n,
+        "clean": R.proportion(k[0], n),
+        "attacks": {"pgd50": R.proportion(k[1], n)},
+        "robust": None if status == "void" else R.proportion(k[2], n),
+        "verdict": verdict,
+        "checks": [
+            {
+                "name": "gradients reach the input",
+                "status": "fires" if status == "loose" else "holds",
+                "value": 0.61,
+                "threshold": 0.05,
+            },
+            {"name": "more steps change nothing", "status": "holds", "why": "0 of 100 more broken"},
+            {"name": "transfer is not stronger", "status": "not run", "why": "needs a second network"},
+        ],
+        "cost": {
+            "forwards": sum(s.forwards for s in stages),
+            "backwards": sum(s.backwards for s in stages),
+            "seconds": 9.0,
+        },
+        "stages": stages,
+        "examples": pictures,
+        "train": {"accuracy": 0.991, "epochs": 10, "seconds": 61.5},
+        "samples": R.Samples(
+            range(n), y, prediction, correct, pgd50_correct, unbroken, stage, margin, margin * 0.3 - 2
+        ),
+    }
+    return R.Run(**{**fields, **more})
+
+
+def make_results(runs=None, classes=None, **more) -> R.Results:
+    runs = runs or [
+        make_run("sce"),
+        make_run("isce:s=100", pgd50=0.79, robust=0.195, scale=130, status="refuted"),
+        make_run("isce:s=4.6", pgd50=0.55, robust=0.41, scale=20, status="loose"),
+    ]
+    data = {"name": "digits", "classes": classes or list("0123456789"), "n": runs[0].n, "shape": [1, 12, 12]}
+    fields = {
+        "runs": runs,
+        "data": {**data, "fingerprint": "9f2c41d0"},
+        "command": "holdfast evaluate runs/digits --suite strong --eps 0.1",
+        "created": "2026-01-02T03:04:05+00:00",
+        "holdfast": "0.1.0",
+        "settings": {"suite": "strong", "fit": {"epochs": 10, "lr": 0.001}},
+        "environment": {"versions": {"python": "3.11", "torch": "2.6"}, "hardware": "2 CPU cores"},
+    }
+    return R.Results(**{**fields, **more})
+
+
+EVIL = "<script>alert(1)</script>\"'&--><b>"
+PROTOCOLS = {"pgd10": 0.55, "pgd10-targeted": 0.8, "pgd50": 0.4, "pgd50-targeted": 0.75, "cw": 0.41}
+
+
+def proved(certified, run=None, **attacks):
+    """A run with a certified accuracy, and accuracies under other attacks than PGD-50."""
+    run = run or make_run()
+    figures = {name: R.proportion(round(value * run.n), run.n) for name, value in attacks.items()}
+    k = None if certified is None else R.proportion(round(certified * run.n), run.n)
+    return dataclasses.replace(run, certified=k, attacks={**run.attacks, **figures})
