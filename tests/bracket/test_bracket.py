@@ -1,4 +1,4 @@
-"""holdfast bracket: what attacks reach, what is true and what bounds prove are in order, counted, told and drawn."""
+"""holdfast bracket: s_att <= s* <= s_cert; statuses, the sentence, the figure and the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import holdfast.bracket.measure as measuring
 from holdfast import models
-from holdfast.bracket import STATUS, Bracket, bracket, figure, of_run, save, sentence
+from holdfast.bracket import STATUS, Bracket, bracket, bracket_run, figure, save, sentence
 from holdfast.cli import app
 from holdfast.data import Data
 from holdfast.errors import UserError
@@ -139,7 +139,7 @@ def test_a_status_is_the_first_thing_that_can_be_said():
         s_high=[1.0, 1.0, 2.0, 3.5, 4.0, 4.0, 1.0],
         s_cert=[2.0, 4.0, 3.0, 4.0, 6.0, 6.0, 4.0],
     )
-    assert found.status == ("wrong", "attacked", "missed", "unknown", "robust", "certified", "robust")
+    assert found.status == ("misclassified", "attacked", "missed", "unknown", "robust", "certified", "robust")
     assert found.counts == dict(zip(STATUS, (1, 2, 1, 1, 1, 1), strict=True))
     assert made(margin=[1.0, 3.0], s_att=[1.0, 2.0]).status == ("attacked", "unknown")
 
@@ -148,13 +148,15 @@ def test_an_attack_above_a_proof_is_an_error(brief, monkeypatch):
     model = net(0, 4, 3)
     data = samples(model)
     monkeypatch.setattr(measuring, "worst_logit_difference", lambda *_: torch.full((6,), -9.0, dtype=torch.float64))
-    with pytest.raises(UserError, match=r"sample 0: a gap of .* was reached, and the interval bound says at most -9"):
+    with pytest.raises(
+        UserError, match=r"sample 0: an attack reached a logit difference of .*, but the interval bound is at most -9"
+    ):
         bracket(model, data, THREAT)
 
 
 def test_what_was_stopped_goes_on(brief, tmp_path, monkeypatch):
     model = net(2, 4, 8, 3)
-    data, record = samples(model), tmp_path / "record.safetensors"
+    data, checkpoint = samples(model), tmp_path / "checkpoint.safetensors"
     whole, calls, real = bracket(model, data, THREAT), [], measuring.maximize
 
     def tired(*given, **settings):
@@ -165,15 +167,15 @@ def test_what_was_stopped_goes_on(brief, tmp_path, monkeypatch):
 
     monkeypatch.setattr(measuring, "maximize", tired)
     with pytest.raises(KeyboardInterrupt):
-        bracket(model, data, THREAT, record=record, key="a")
+        bracket(model, data, THREAT, checkpoint=checkpoint, key="a")
     told = []
-    found = bracket(model, data, THREAT, record=record, key="a", progress=lambda *said: told.append(said))
+    found = bracket(model, data, THREAT, checkpoint=checkpoint, key="a", progress=lambda *said: told.append(said))
     assert len(calls) == 4 + 3
     assert torch.equal(found.s_star, whole.s_star)
     assert told[:2] == [("attacks", 0, 6), ("attacks", 6, 6)]
     assert told[2:] == [("exact answers", done, 6) for done in (3, 4, 5, 6)]
     with pytest.raises(UserError, match="another bracket"):
-        bracket(model, data, THREAT, record=record, key="b")
+        bracket(model, data, THREAT, checkpoint=checkpoint, key="b")
 
 
 def test_it_says_what_it_cannot_take(brief):
@@ -208,7 +210,7 @@ def test_the_figure_shows_what_there_is(steep, truth, s, tmp_path):
     assert [file.name for file in files] == ["bracket.json", "bracket.svg", "bracket.png"]
     svg = files[1].read_text()
     assert "mine, linf 0.1" in svg
-    for words, there in (("s_att", True), ("s*, exact", truth), ("s_cert, proved", truth), ("s = 2.2 of training", s)):
+    for words, there in (("s_att", True), ("s*, exact", truth), ("s_cert, proved", truth), ("s = 2.2 in training", s)):
         assert (words in svg) == bool(there), words
     for name, count in found.counts.items():
         assert (STATUS[name].replace(">", "&gt;") in svg) == bool(count), name
@@ -222,9 +224,9 @@ def test_the_figure_shows_what_there_is(steep, truth, s, tmp_path):
 def test_the_sentence_says_how_much_is_known():
     found = dataclasses.replace(made(**COLUMNS, **TRUTH), trained_s=2.2)
     said = sentence(found)
-    assert said.startswith("Of 4 samples 1 certified, 1 robust in truth, 1 broken by an attack, 1 wrong already.")
-    assert "Attacks reach a median 100.0% of the worst fall of the margin; the bound allows 1.60 times it." in said
-    assert said.endswith("It was trained with s = 2.2, which covers s* of 33.3% of those right.")
+    assert said.startswith("Of 4 samples 1 certified, 1 robust (exact), 1 broken by an attack, 1 misclassified.")
+    assert "Attacks reach a median 100.0% of the worst-case margin drop; the bound allows 1.60 times it." in said
+    assert said.endswith("Training used s = 2.2, which covers s* of 33.3% of the correctly classified samples.")
     late = dataclasses.replace(found, solved=torch.tensor([False] * 4))
     assert "Attacks reach" not in sentence(late)
     assert json.loads(json.dumps(late.describe()))["columns"]["solved"] == [False] * 4
@@ -249,7 +251,7 @@ def test_the_command_line_brackets_a_run(brief, tmp_path, monkeypatch):
     for wrong in (["bracket", "nowhere"], ["bracket", "run", "--threat", "what"], [*same, "--limit", "5"]):
         assert isinstance(run(app, [*wrong, "--device", "cpu"]).exception, UserError)
     with pytest.raises(UserError, match="seconds"):
-        of_run(tmp_path / "run", "linf:0.2", seconds=-1)
+        bracket_run(tmp_path / "run", "linf:0.2", seconds=-1)
     assert not (tmp_path / "run" / "bracket-linf0.2").exists()
 
 

@@ -1,9 +1,9 @@
-"""The bracket of inference information, sample by sample: s_att <= s* <= s_cert, against the margin. Table and figure.
+"""The bracket of inference information, sample by sample: s_att <= s* <= s_cert, compared with the margin.
 
-    gap_j = z_j - z_y,   margin = -max_{j != y} gap_j(x),   S(x_adv) = max_{j != y} gap_j(x_adv) + margin
+    d_j = logit_j - logit_y,   margin = -max_{j != y} d_j(x),   S(x_adv) = max_{j != y} d_j(x_adv) + margin
 
-s* is the largest S in the threat, by how much the margin can fall: the s that I-SCE would have to know. Attacks find a
-part of it, s_att; bounds prove no more than s_cert; the truth between them is known where a network is small.
+s* is the largest S over the threat: the worst-case margin drop, and the s that I-SCE would need. Attacks reach a part
+of it, s_att; bounds prove that it is at most s_cert; for small networks under linf it is known exactly.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .measure import bracket
 from .plot import figure, save, sentence
 from .result import STATUS, Bracket
 
-__all__ = ["STATUS", "Bracket", "bracket", "figure", "of_run", "save", "sentence"]
+__all__ = ["STATUS", "Bracket", "bracket", "bracket_run", "figure", "save", "sentence"]
 
 
-def of_run(
+def bracket_run(
     run: Path,
     threat: str,
     out: Path | None = None,
@@ -36,25 +36,25 @@ def of_run(
 ) -> tuple[Bracket, list[Path]]:
     """Bracket a run folder's network on its test images; write bracket.json, .svg and .png.
 
-    Stopped at any moment, the same call resumes.
+    After an interruption, the same call resumes.
 
     Args:
-        run: the run folder.
+        run: The run folder.
         threat: "norm:eps".
-        out: the output folder; default bracket-THREAT in the run folder.
-        seconds: per sample, on the exact answer; 0 for none.
-        limit: at most so many images, of cross-validated data too; 0 for all.
-        seed: of the attacks' starts.
+        out: The output folder. Default: bracket-THREAT in the run folder.
+        seconds: The time limit per sample for the exact answer; 0 for none.
+        limit: The maximum number of images, also of cross-validated data; 0 for all.
+        seed: Seed of the attacks' random starts.
         device: "cpu", "cuda", ...
-        progress: called with (what is being done, samples done, samples).
+        progress: Called with (what is being done, samples done, samples).
 
     Returns:
         (the Bracket, the files written).
 
     Raises:
-        UserError: as ``bracket`` and ``from_run`` do, and where ``out`` belongs to another bracket.
+        UserError: As ``bracket`` and ``from_run`` do; ``out`` belongs to another bracket.
     """
-    against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
+    parsed = Threat.parse(threat)  # before anything is written
     at_least("seconds", seconds)
     subject = from_run(run, limit=limit, device=device)
     out = out or run / f"bracket-{threat_file_name(threat)}"
@@ -63,11 +63,11 @@ def of_run(
     result = bracket(
         subject.model,
         subject.split.test.take(slice(0, limit or None)),
-        against,
+        parsed,
         seconds=seconds,
         seed=seed,
         trained_s=subject.loss.s,
-        record=out / "bracket.safetensors",
+        checkpoint=out / "bracket.safetensors",
         key=f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {threat} {seconds} {seed}",
         progress=progress,
     )

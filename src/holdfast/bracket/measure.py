@@ -1,9 +1,8 @@
-"""The bracket measured: attacks that look for the largest fall, bounds, and the exact answer where there is one."""
+"""Measure a bracket: attacks for the largest margin drop, bounds, and the exact answer where there is one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +18,14 @@ from ..losses import negative_margin
 from ..milp import layers_of, maximize
 from ..noise import Noise
 from ..outputs import Model, Outputs, frozen_eval, logits_of
+from ..progress import Progress, silent
 from ..queries import CountingModel, default_batch_size, device_of, exact_float32
 from ..threat import Threat
 from .result import Bracket
 
-RECORD, RECORD_VERSION = "bracket record", 1
-STEPS, RESTARTS = 50, 10  # of each attack; every competitor is climbed from two starts, their maximum from RESTARTS
-Progress = Callable[[str, int, int], None]  # (what, samples done, samples)
+CHECKPOINT, CHECKPOINT_VERSION = "bracket checkpoint", 1
+STEPS = 50  # of each attack
+RESTARTS = 10  # of the attack on the largest difference; each single difference is attacked from two starts
 
 
 def bracket(
@@ -36,39 +36,50 @@ def bracket(
     seconds: float = 10.0,
     seed: int = 0,
     trained_s: float | None = None,
-    record: Path | None = None,
+    checkpoint: Path | None = None,
     key: str = "",
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Bracket:
-    """Bracket by how much each sample's margin can fall: attacks below, bounds above, the exact answer between.
+    """Bracket the worst-case margin drop of each sample: attacks below, bounds above, the exact answer between.
 
-    The scalar form S = max_j gap_j(x_adv) - max_j gap_j(x) is what is bracketed, not each gap's own rise: its largest
-    value in the threat is what the margin is compared with, and s_att <= s* <= s_cert holds of it in every sample. A
-    sample is robust iff margin > s*; broken by an attack iff margin <= s_att; certified iff margin > s_cert.
+    What is bracketed is the largest S = max_j d_j(x_adv) - max_j d_j(x), with d_j = logit_j - logit_y, and not the rise
+    of each d_j: the margin is compared with S. s_att <= s* <= s_cert holds for every sample. A sample is robust iff
+    margin > s*, broken by an attack iff margin <= s_att, and certified iff margin > s_cert.
 
-    s_att: PGD on each gap_j from x and from a random start, and on their maximum from ten; every point on the way
-        counts, and no sample is left alone once it is fooled: what is sought is the largest rise, not a mistake.
-    s*: ``milp.maximize``, for linf and for what ``layers_of`` can read; begun from the attacks' points.
-    s_cert: ``bounds.logit_difference_bounds`` on the smallest box that holds the threat (exact for linf, loose for l2
-        and l1), in float64, with slack for float32's rounding and for what ``Threat.violation`` forgives.
+        s_att:  PGD on each d_j, from x and from a random start, and on max_j d_j from ten random starts. Every point on
+                the way counts, and attacks go on after a mistake: they look for the largest drop.
+        s*:     ``milp.maximize`` from the attacks' points, under linf, for networks that ``layers_of`` can read.
+        s_cert: ``bounds.worst_logit_difference``, on the smallest box that holds the threat (exact for linf, loose for
+                l2 and l1), in float64, with slack for float32's rounding and for what ``Threat.violation`` forgives.
 
     Args:
-        model: images to logits or Outputs, the same answer to the same image. data: at least one sample.
-        seconds: on each sample's exact answer, 0 for none; where it is not enough s* lies in [s_low, s_high].
-        seed: of the attacks' starts. trained_s: kept in the answer, ``LossSpec.s``.
-        record: a file that exact answers are kept in as they come; key: what it belongs to, else it is an error.
-        progress: called with ("attacks" or "exact answers", samples done, samples).
+        model: Images to logits or Outputs, deterministic.
+        data: At least one sample.
+        threat: Of any norm.
+        seconds: The time limit per sample for the exact answer, >= 0; 0 for none. A sample that is not solved in time
+            has s* in [s_low, s_high].
+        seed: Seed of the attacks' random starts.
+        trained_s: ``LossSpec.s``, kept in the result.
+        checkpoint: A file that exact answers are saved to as they come, and resumed from.
+        key: What the checkpoint belongs to.
+        progress: Called with ("attacks" or "exact answers", samples done, samples).
 
-    Raises UserError for an empty set, pixels outside the threat's box, labels without a logit, logits that are not
-    finite, and where an attack exceeds a proof: then the model's answers change, or a bound is wrong.
+    Returns:
+        The Bracket, on the CPU.
+
+    Raises:
+        UserError: An empty set; pixels outside the threat's box; labels without a logit; logits that are not finite; a
+            checkpoint with another key; an attack that exceeds a proof, because the model is not deterministic or a
+            bound is wrong.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))               # margin 4 x - 1, which 4 eps takes away
     >>> _ = net[1].weight.data.copy_(torch.tensor([[2.0], [-2.0]])), net[1].bias.data.copy_(torch.tensor([-1.0, 0.0]))
     >>> data = Data(torch.tensor([0.5, 0.3]).view(2, 1, 1, 1), torch.tensor([0, 0]), torch.arange(2))
-    >>> found = bracket(net, data, Threat("linf", 0.1))
-    >>> [[round(float(v), 3) for v in column] for column in (found.margin, found.s_att, found.s_star, found.s_cert)]
+    >>> result = bracket(net, data, Threat("linf", 0.1))
+    >>> columns = result.margin, result.s_att, result.s_star, result.s_cert
+    >>> [[round(float(value), 3) for value in column] for column in columns]
     [[1.0, 0.2], [0.4, 0.4], [0.4, 0.4], [0.4, 0.4]]
-    >>> found.status
+    >>> result.status
     ('certified', 'attacked')
     """
     at_least("seconds", seconds)
@@ -79,95 +90,95 @@ def bracket(
     if not bool(((x >= threat.lo) & (x <= threat.hi)).all()):
         raise UserError(f"x must lie in the threat's box [{threat.lo}, {threat.hi}].")
     with exact_float32(), frozen_eval(model):
-        clean, x_adv, worst, rival = _attacked(CountingModel(model), x, data, threat, seed, progress)
-        cert = _certified(model, x, y, threat)
+        clean, x_adv, worst, rival = _attack(CountingModel(model), x, data, threat, seed, progress)
+        cert = _upper_bound(model, x, y, threat)
     margin = -clean
     low, high, solved = None, None, None
-    layers = _readable(model) if seconds and threat.norm == "linf" else None
+    layers = _layers_or_none(model) if seconds and threat.norm == "linf" else None
     if layers is not None:
-        low, high, solved = _exact(layers, x, data, threat, x_adv, seconds, record, key, progress)
-        _below(worst, high, data, "the exact answer")
+        low, high, solved = _exact(layers, x, data, threat, x_adv, seconds, checkpoint, key, progress)
+        _check_order(worst, high, data, "the exact answer")
         low = torch.maximum(low, worst)  # float32 and float64 measure the same point
         high = torch.maximum(high if cert is None else torch.minimum(high, cert), low)
     if cert is not None:
-        _below(worst if low is None else low, cert, data, "the interval bound")
-    low, high, cert = (None if gap is None else gap + margin for gap in (low, high, cert))
+        _check_order(worst if low is None else low, cert, data, "the interval bound")
+    low, high, cert = (None if bound is None else bound + margin for bound in (low, high, cert))
     return Bracket(threat, data.index.cpu(), y.cpu(), rival, margin, worst + margin, low, high, solved, cert, trained_s)
 
 
-def _below(reached: Tensor, proved: Tensor, data: Data, what: str) -> None:
-    """Raise UserError where a point exceeds what is proved of all points."""
+def _check_order(reached: Tensor, proved: Tensor, data: Data, what: str) -> None:
+    """Raise UserError if a point exceeds what is proved for all points."""
     over = torch.nonzero(reached > proved)[:, 0]
     if len(over):
         i = int(over[0])
         raise UserError(
-            f"sample {int(data.index[i])}: a gap of {float(reached[i]):.6g} was reached, and {what} says at most "
-            f"{float(proved[i]):.6g}. The model gives the same image different logits, or the bound is wrong."
+            f"sample {int(data.index[i])}: an attack reached a logit difference of {float(reached[i]):.6g}, but {what} "
+            f"is at most {float(proved[i]):.6g}. Either the model is not deterministic or the bound is wrong."
         )
 
 
-class _Watched:
-    """A model that keeps, for each sample, the point of all that it was asked about where the margin is smallest.
+class _SmallestMargin:
+    """A model that keeps, of all points it evaluated, the one with the smallest margin of each sample.
 
-    It must be asked about all samples in order, as ``pgd`` with iterate="last" does. gap: (N,), -margin at that point.
+    Every call must hold all samples in order, as those of ``pgd`` with iterate="last" do. worst: (N,), -margin there.
     """
 
     def __init__(self, model: Model, x: Tensor, y: Tensor) -> None:
         self.model, self.y = model, y
-        self.x_adv, self.gap = x.clone(), torch.full(y.shape, -math.inf, device=x.device)
+        self.x_adv, self.worst = x.clone(), torch.full(y.shape, -math.inf, device=x.device)
 
     def __call__(self, x: Tensor) -> Outputs:
         out: Outputs = self.model(x)
-        gap = negative_margin(out.logits.detach(), self.y).to(self.gap.dtype)
-        better = gap > self.gap  # NaN is never better
-        self.x_adv[better], self.gap[better] = x.detach()[better], gap[better]
+        worst = negative_margin(out.logits.detach(), self.y).to(self.worst.dtype)
+        better = worst > self.worst  # NaN is never better
+        self.x_adv[better], self.worst[better] = x.detach()[better], worst[better]
         return out
 
 
-def _gap_to(target: Tensor, out: Outputs | Tensor, y: Tensor) -> Tensor:
-    """gap_t of each sample's own t: what ``pgd`` climbs."""
+def _difference_to(target: Tensor, out: Outputs | Tensor, y: Tensor) -> Tensor:
+    """The score logit_t - logit_y, with a target t for each sample."""
     z = logits_of(out)
     return z.gather(1, target[:, None])[:, 0] - z.gather(1, y[:, None])[:, 0]
 
 
-def _attacked(
+def _attack(
     model: CountingModel, x: Tensor, data: Data, threat: Threat, seed: int, progress: Progress
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(largest gap at x, x_adv, largest gap there, strongest competitor at x), float64, on the CPU but for x_adv."""
-    found, done = [], 0
+    """(largest difference at x, x_adv, largest difference there, strongest competitor at x), on the CPU but x_adv."""
+    batches, done = [], 0
     noise = Noise(seed, data.index)
     progress("attacks", 0, len(x))
     for rows in torch.arange(len(x), device=x.device).split(default_batch_size(x)):
-        here, y, own = x[rows], data.y[rows], noise[rows]
+        images, y, starts = x[rows], data.y[rows], noise[rows]
         with torch.no_grad():
-            z = model(here).logits
+            z = model(images).logits
         if int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
             raise UserError(f"labels must lie in 0 .. {z.shape[1] - 1}, the model's logits.")
         if not bool(z.isfinite().all()):
-            raise UserError("the model's logits are not finite numbers at clean images: there is no margin.")
+            raise UserError("the model's logits on clean images are not finite, so there is no margin.")
         order = z.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1]
-        watched = _Watched(model, here, y)
-        climb = partial(pgd, watched, here, y, threat, steps=STEPS, step_size=threat.eps / 10, iterate="last")
+        recorder = _SmallestMargin(model, images, y)
+        attack = partial(pgd, recorder, images, y, threat, steps=STEPS, step_size=threat.eps / 10, iterate="last")
         for k, target in enumerate(order.unbind(1)):
-            for start in (False, True):
-                climb(score=partial(_gap_to, target), noise=own.fold(0, k), random_start=start)
+            for random_start in (False, True):
+                attack(score=partial(_difference_to, target), noise=starts.fold(0, k), random_start=random_start)
         for restart in range(RESTARTS):
-            climb(score=negative_margin, noise=own.fold(1, restart))
-        x_adv = threat.project(watched.x_adv, here)
+            attack(score=negative_margin, noise=starts.fold(1, restart))
+        x_adv = threat.project(recorder.x_adv, images)
         with torch.no_grad():
-            gaps = torch.stack([negative_margin(model(point).logits, y) for point in (here, x_adv)])
-        better = gaps[1] > gaps[0]  # x is a point of the threat too
-        gaps = gaps.cpu().double()
-        x_adv = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x_adv, here)
-        found.append((gaps[0], x_adv, gaps.amax(0), order[:, 0].cpu()))
+            worst = torch.stack([negative_margin(model(point).logits, y) for point in (images, x_adv)])
+        better = worst[1] > worst[0]  # x is a point of the threat too
+        worst = worst.cpu().double()
+        x_adv = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x_adv, images)
+        batches.append((worst[0], x_adv, worst.amax(0), order[:, 0].cpu()))
         done += len(rows)
         progress("attacks", done, len(x))
-    clean, x_adv, worst, rival = (torch.cat(part) for part in zip(*found, strict=True))
-    return clean, x_adv, worst, rival
+    clean, x_adv, largest, rival = (torch.cat(part) for part in zip(*batches, strict=True))
+    return clean, x_adv, largest, rival
 
 
-def _certified(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None:
-    """Upper bounds of the largest gap in the threat, (N,) float64; None where no bound is known."""
+def _upper_bound(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None:
+    """Upper bounds of the largest logit difference over the threat, (N,) float64; None if no bound is known."""
     if not isinstance(model, nn.Module):
         return None
     try:
@@ -177,7 +188,8 @@ def _certified(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | N
         return None
 
 
-def _readable(model: Model) -> list[tuple[Tensor, Tensor]] | None:
+def _layers_or_none(model: Model) -> list[tuple[Tensor, Tensor]] | None:
+    """The layers for exact answers; None for a network that has none."""
     try:
         return layers_of(model) if isinstance(model, nn.Module) else None
     except UserError:
@@ -191,27 +203,27 @@ def _exact(
     threat: Threat,
     x_adv: Tensor,
     seconds: float,
-    record: Path | None,
+    checkpoint: Path | None,
     key: str,
     progress: Progress,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(low, high, solved) of the largest gap, sample by sample; what the record holds is not done again."""
+    """(low, high, solved) of the largest logit difference; what the checkpoint holds is not computed again."""
     low, high = (torch.zeros(len(x), dtype=torch.float64) for _ in range(2))
     solved, done = torch.zeros(len(x), dtype=torch.bool), 0
-    if record is not None and record.exists():
-        kept, about = load_tensors(record, RECORD, RECORD_VERSION)
+    if checkpoint is not None and checkpoint.exists():
+        kept, about = load_tensors(checkpoint, CHECKPOINT, CHECKPOINT_VERSION)
         if about["key"] != key or len(kept["low"]) > len(x):
-            raise UserError(f"{record} belongs to another bracket: name another folder, or delete it.")
+            raise UserError(f"{checkpoint} belongs to another bracket: name another folder, or delete it.")
         done = len(kept["low"])
         low[:done], high[:done], solved[:done] = kept["low"], kept["high"], kept["solved"]
     for i in range(done, len(x)):
         progress("exact answers", i, len(x))
         one = slice(i, i + 1)
-        found = maximize(layers, x[one], data.y[one], threat, start=[x_adv[one]], seconds=seconds)
-        others = torch.arange(found.low.shape[1]) != int(data.y[i])
-        low[i], high[i], solved[i] = found.low[0, others].max(), found.high[0, others].max(), found.solved[0]
-        if record is not None:
+        worst = maximize(layers, x[one], data.y[one], threat, start=[x_adv[one]], seconds=seconds)
+        others = torch.arange(worst.low.shape[1]) != int(data.y[i])
+        low[i], high[i], solved[i] = worst.low[0, others].max(), worst.high[0, others].max(), worst.solved[0]
+        if checkpoint is not None:
             columns = {"low": low[: i + 1], "high": high[: i + 1], "solved": solved[: i + 1]}
-            save_tensors(record, RECORD, RECORD_VERSION, columns, {"key": key})
+            save_tensors(checkpoint, CHECKPOINT, CHECKPOINT_VERSION, columns, {"key": key})
     progress("exact answers", len(x), len(x))
     return low, high, solved

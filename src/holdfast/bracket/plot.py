@@ -21,53 +21,72 @@ from .result import STATUS, Bracket
 
 COLOURS = {
     "certified": report.CERTIFIED, "robust": report.ROBUST, "unknown": report.CLEAN, "missed": "#a3123a",
-    "attacked": report.PGD50, "wrong": report.LOST,
+    "attacked": report.PGD50, "misclassified": report.LOST,
 }  # fmt: skip
-WIDTH = 5.6  # inches, as the figures of the report
-TINY = 1e-12  # of logits: what is divided by is never less
+WIDTH = 5.6  # inches, as in the report's figures
+TINY = 1e-12  # in units of the logits: the smallest number that is divided by
 
 
-def sentence(found: Bracket) -> str:
-    """What the bracket says."""
-    n, counts = len(found), found.counts
+def sentence(bracket: Bracket) -> str:
+    """Summarise a bracket: how many samples have each status, how near attacks come to s*, what s of training covers.
+
+    Args:
+        bracket: The result of ``holdfast.bracket.bracket``.
+
+    Returns:
+        One to three sentences.
+    """
+    counts = bracket.counts
     parts = [f"{counts[name]} {words.partition(':')[0]}" for name, words in STATUS.items() if counts[name]]
-    told = [f"Of {n} samples " + ", ".join(parts) + "."]
-    right, true = found.margin > 0, found.s_star
-    if true is not None and bool((right & ~true.isnan()).any()):
-        rows = right & ~true.isnan()
-        reached = (found.s_att / true.clamp_min(TINY))[rows].median()
-        told.append(f"Attacks reach a median {percent(float(reached))}% of the worst fall of the margin")
-        if found.s_cert is not None:
-            told[-1] += f"; the bound allows {float((found.s_cert / true.clamp_min(TINY))[rows].median()):.2f} times it"
-        told[-1] += "."
-    if found.trained_s is not None:
-        worst, name = (found.s_att, "s_att") if true is None else (true, "s*")
+    sentences = [f"Of {len(bracket)} samples " + ", ".join(parts) + "."]
+    right, exact = bracket.margin > 0, bracket.s_star
+    if exact is not None and bool((right & ~exact.isnan()).any()):
+        rows = right & ~exact.isnan()
+        reached = (bracket.s_att / exact.clamp_min(TINY))[rows].median()
+        sentences.append(f"Attacks reach a median {percent(float(reached))}% of the worst-case margin drop")
+        if bracket.s_cert is not None:
+            times = float((bracket.s_cert / exact.clamp_min(TINY))[rows].median())
+            sentences[-1] += f"; the bound allows {times:.2f} times it"
+        sentences[-1] += "."
+    if bracket.trained_s is not None:
+        worst, name = (bracket.s_att, "s_att") if exact is None else (exact, "s*")
         known = worst[right & ~worst.isnan()]
         if len(known):
-            share = percent(float((found.trained_s >= known).double().mean()))
-            told.append(f"It was trained with s = {found.trained_s:g}, which covers {name} of {share}% of those right.")
-    return " ".join(told)
+            share = percent(float((bracket.trained_s >= known).double().mean()))
+            sentences.append(
+                f"Training used s = {bracket.trained_s:g}, which covers {name} of {share}% of the correctly classified "
+                "samples."
+            )
+    return " ".join(sentences)
 
 
-def figure(found: Bracket, name: str = "") -> Figure:
-    """Above, the samples by s*: attack, truth and bound as curves, each margin as a dot. Below, what can be said."""
+def figure(bracket: Bracket, name: str = "") -> Figure:
+    """Draw a bracket. Above: s_att, s* and s_cert as curves, each margin as a dot. Below: the share of each status.
+
+    Args:
+        bracket: The result of ``holdfast.bracket.bracket``.
+        name: The network's name, for the title.
+
+    Returns:
+        The matplotlib figure.
+    """
     with report.style():
-        below = 0.16 * math.ceil(sum(map(bool, found.counts.values())) / 2)  # the legend of the shares
+        below = 0.16 * math.ceil(sum(map(bool, bracket.counts.values())) / 2)  # the legend of the shares
         height = 3.96 + below
-        drawn = Figure(figsize=(WIDTH, height))
+        canvas = Figure(figsize=(WIDTH, height))
         for draw, low, tall in ((_curves, 0.75 + below, 2.6), (_shares, 0.1 + below, 0.2)):
-            draw(drawn.add_axes((0.58 / WIDTH, low / height, 1 - 0.7 / WIDTH, tall / height)), found)
-        title = f"{name}, {found.threat}" if name else str(found.threat)
-        drawn.text(0.12 / WIDTH, 1 - 0.16 / height, title, fontweight="bold", va="center")
-    return drawn
+            draw(canvas.add_axes((0.58 / WIDTH, low / height, 1 - 0.7 / WIDTH, tall / height)), bracket)
+        title = f"{name}, {bracket.threat}" if name else str(bracket.threat)
+        canvas.text(0.12 / WIDTH, 1 - 0.16 / height, title, fontweight="bold", va="center")
+    return canvas
 
 
-def _curves(ax: Axes, found: Bracket) -> None:
-    key = found.s_att if found.s_low is None else found.s_low
+def _curves(ax: Axes, bracket: Bracket) -> None:
+    key = bracket.s_att if bracket.s_low is None else bracket.s_low
     order = key.argsort(stable=True)
-    at = np.arange(1, len(found) + 1)
-    margin, att = found.margin[order].numpy(), found.s_att[order].numpy()
-    low, high, cert = (None if c is None else c[order].numpy() for c in (found.s_low, found.s_high, found.s_cert))
+    at = np.arange(1, len(bracket) + 1)
+    margin, att = bracket.margin[order].numpy(), bracket.s_att[order].numpy()
+    low, high, cert = (None if c is None else c[order].numpy() for c in (bracket.s_low, bracket.s_high, bracket.s_cert))
     handles = [Line2D([], [], color=report.PGD50, linewidth=1.6, label="s_att, reached by attacks")]
     if cert is not None:
         ax.fill_between(at, att if high is None else high, cert, color=report.CERTIFIED, alpha=0.12, linewidth=0)
@@ -79,22 +98,22 @@ def _curves(ax: Axes, found: Bracket) -> None:
         ax.plot(at, (low + high) / 2, color=report.INK, linewidth=2.4, zorder=2.2)
         handles.insert(-1, Line2D([], [], color=report.INK, linewidth=2.4, label="s*, exact"))
     ax.plot(at, att, color=report.PGD50, linewidth=0.9, zorder=2.4)
-    if found.trained_s:
-        ax.axhline(found.trained_s, color=report.MUTED, linewidth=1, linestyle=(0, (4, 2)), zorder=1.8)
+    if bracket.trained_s:
+        ax.axhline(bracket.trained_s, color=report.MUTED, linewidth=1, linestyle=(0, (4, 2)), zorder=1.8)
         handles.append(Line2D([], [], color=report.MUTED, linewidth=1, linestyle=(0, (4, 2)),
-                              label=f"s = {found.trained_s:g} of training"))  # fmt: skip
+                              label=f"s = {bracket.trained_s:g} in training"))  # fmt: skip
     tops = [side for side in (margin, att, cert) if side is not None]
     floor = _scale(ax, np.concatenate(tops), float(np.median(att)))
-    status = np.array(found.status)[order.numpy()]
-    size = 18 if len(found) <= 150 else 8
+    status = np.array(bracket.status)[order.numpy()]
+    size = 18 if len(bracket) <= 150 else 8
     for kind, colour in COLOURS.items():
         here = status == kind
-        for rows, mark in ((here & (margin >= floor), "o"), (here & (margin < floor), "v")):  # v: below what is drawn
+        for rows, mark in ((here & (margin >= floor), "o"), (here & (margin < floor), "v")):  # v: below the axis
             dots: dict[str, Any] = {"s": size, "color": colour, "edgecolors": report.PAPER, "linewidths": 0.5}
             ax.scatter(at[rows], np.maximum(margin[rows], floor), marker=mark, clip_on=False, zorder=3, **dots)
     handles.append(Line2D([], [], color=report.CLEAN, marker="o", linestyle="none", markersize=4, label="margin"))
-    ax.set_xlim(0, len(found) + 1)
-    ax.set_xlabel("samples, by the worst fall of their margin")
+    ax.set_xlim(0, len(bracket) + 1)
+    ax.set_xlabel("samples, by worst-case margin drop")
     ax.set_ylabel("units of the logits")
     ax.spines[["right", "top"]].set_visible(False)
     ax.tick_params(length=3, width=0.8)
@@ -106,7 +125,7 @@ def _curves(ax: Axes, found: Bracket) -> None:
 
 
 def _scale(ax: Axes, values: Any, typical: float) -> float:
-    """A linear axis, or one of logarithms where bounds dwarf the truth; what is drawn at the bottom of it."""
+    """Make the y axis linear, or logarithmic if bounds are far above typical values; return its lowest value."""
     most = float(values.max())
     if most <= 6 * max(typical, 1e-12):
         low = min(0.0, float(values.min()))
@@ -120,11 +139,11 @@ def _scale(ax: Axes, values: Any, typical: float) -> float:
     return floor
 
 
-def _shares(ax: Axes, found: Bracket) -> None:
-    counts, left = found.counts, 0.0
+def _shares(ax: Axes, bracket: Bracket) -> None:
+    counts, left = bracket.counts, 0.0
     handles = []
     for kind, words in STATUS.items():
-        share = 100 * counts[kind] / len(found)
+        share = 100 * counts[kind] / len(bracket)
         if share:
             ax.barh(0, share, 1.0, left=left, color=COLOURS[kind], edgecolor=report.PAPER, linewidth=0.8)
             handles.append(Patch(color=COLOURS[kind], label=f"{percent(share / 100)}% {words}"))
@@ -138,16 +157,26 @@ def _shares(ax: Axes, found: Bracket) -> None:
               handlelength=1.2, columnspacing=1.4, borderaxespad=0.3)  # fmt: skip
 
 
-def save(found: Bracket, folder: Path, name: str = "") -> list[Path]:
-    """bracket.json, bracket.svg and bracket.png in the folder."""
-    text = json.dumps(plain({**found.describe(), "sentence": sentence(found)}))
-    return [write_atomic(folder / "bracket.json", text), *report.write_figure(figure(found, name), folder, "bracket")]
+def save(bracket: Bracket, folder: Path, name: str = "") -> list[Path]:
+    """Write bracket.json, bracket.svg and bracket.png.
+
+    Args:
+        bracket: The result of ``holdfast.bracket.bracket``.
+        folder: An existing folder.
+        name: The network's name, for the figure's title.
+
+    Returns:
+        The three files.
+    """
+    text = json.dumps(_without_nan({**bracket.describe(), "sentence": sentence(bracket)}))
+    drawn = report.write_figure(figure(bracket, name), folder, "bracket")
+    return [write_atomic(folder / "bracket.json", text), *drawn]
 
 
-def plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+def _without_nan(value: Any) -> Any:
+    """None for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
+        return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [plain(part) for part in value]
+        return [_without_nan(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

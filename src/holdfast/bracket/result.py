@@ -1,4 +1,4 @@
-"""What a bracket says: a column for each bound, an entry for each sample, and what follows for it."""
+"""The result of a bracket: its columns, and the status of each sample that follows from them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,33 @@ from torch import Tensor
 
 from ..threat import Threat
 
-# What can be said of a sample, the first that holds; the words of the figure.
+# The statuses of a sample, in the order of the figure, and their words there.
 STATUS = {
     "certified": "certified: margin > s_cert",
-    "robust": "robust in truth: margin > s*",
+    "robust": "robust (exact): margin > s*",
     "unknown": "unknown",
-    "missed": "broken, attacks miss it",
+    "missed": "broken, missed by attacks",
     "attacked": "broken by an attack: margin ≤ s_att",
-    "wrong": "wrong already",
+    "misclassified": "misclassified",
 }
 
 
 @dataclass(frozen=True)
 class Bracket:
-    """Per-sample columns on the CPU, (N,) each, float64 in units of the logits but for the first three.
+    """The margin of each sample and its bracket: columns of shape (N,), on the CPU, float64 in units of the logits.
 
-    index, y; rival: the strongest competitor at x; margin: by how far y stands above it; s_att: the largest S that was
-    reached by an attack; s_low <= s* <= s_high: by the exact programs, equal to their accuracy where ``solved``;
-    s_cert: S by interval bounds. s_low, s_high and solved are None where the network or the norm has no exact answer,
-    s_cert where no bound is known. trained_s: the constant s that it was trained with, None for another loss.
+    Args:
+        threat: The threat of all columns.
+        index: int64, the samples' places in the data set.
+        y: int64, the labels.
+        rival: int64, the class of the strongest other logit at x.
+        margin: logit_y - logit_rival at x.
+        s_att: The largest margin drop S that an attack reached.
+        s_low: A lower bound of s* by the exact programs; None if the network or the norm has no exact answer.
+        s_high: The upper bound; where ``solved`` the two are equal to the programs' accuracy.
+        solved: bool, whether the programs ended in time.
+        s_cert: An upper bound of s* by intervals; None if no bound is known.
+        trained_s: The constant s that the network was trained with; None for a loss without one.
     """
 
     threat: Threat
@@ -49,20 +57,20 @@ class Bracket:
 
     @property
     def s_star(self) -> Tensor | None:
-        """s*, NaN where its programs ran out of time; the upper side, so that margin > s* is a proof."""
+        """s*, NaN where its programs ran out of time. It is s_high, so that margin > s* is a proof."""
         if self.s_high is None or self.solved is None:
             return None
         return torch.where(self.solved, self.s_high, math.nan)
 
     @property
     def status(self) -> tuple[str, ...]:
-        """A key of STATUS for each sample."""
+        """A key of STATUS for each sample: the first of the tests below that holds, or "unknown"."""
         never = torch.full_like(self.margin, math.inf)
         high = never if self.s_high is None else self.s_high
         low = self.s_att if self.s_low is None else self.s_low
         cert = never if self.s_cert is None else self.s_cert
         tests = {
-            "wrong": self.margin <= 0,
+            "misclassified": self.margin <= 0,
             "attacked": self.margin <= self.s_att,
             "missed": self.margin <= low,
             "certified": self.margin > cert,
@@ -74,7 +82,7 @@ class Bracket:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many samples have each status."""
+        """The number of samples with each status."""
         status = self.status
         return {name: status.count(name) for name in STATUS}
 

@@ -37,11 +37,11 @@ def bracket(
     lies between them. A sample is certified if its margin exceeds s_cert, robust if it exceeds s*, and broken if it is
     at most s_att. s* needs linf and a small fully connected ReLU network. Writes bracket.json, .svg and .png.
     """
-    from ..bracket import of_run, sentence
+    from ..bracket import bracket_run, sentence
 
     writable(out or run / f"bracket-{threat_file_name(threat)}", "--out")
     with aside(as_json), Display(quiet) as display:
-        answer, files = of_run(
+        answer, files = bracket_run(
             run, threat, out, seconds=seconds, limit=limit, seed=seed, device=best_device(device),
             progress=partial(display.progress, run.name),
         )  # fmt: skip
