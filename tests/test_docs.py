@@ -36,7 +36,7 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if "api" not in path.parts)
 PAPERS = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FREE = {"tight", "loose", "refuted", "void"}  # words that may change with a machine's rounding
-INTERNAL = {"cli", "__main__", "asking", "assemble", "auditing", "display", "jobs", "outputs", "specs", "storage"}
+INTERNAL = {"__main__", "io", "outputs", "process_pool", "queries", "spec"}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Bounds of a network over a threat: how far each gap can rise, by intervals and by Lipschitz constants.
 
-Training and certificates share what is here: s_bound = logit_difference_bounds - gap is what interval-bound training puts into
-I-SCE, and logit_difference_bounds < 0 for every competitor is what certifies a sample. To bound another kind of layer: a line in
-``_through`` (intervals) and one in ``_proved_stretch`` (Lipschitz).
+Training and certificates share these functions. Interval-bound training puts s_cert = bound - logit difference into
+I-SCE; a sample is certified when every bound is negative. To bound another kind of layer: a line in
+``_propagate_interval`` (intervals) and one in ``_lipschitz_upper_bound``.
 """
 
 from __future__ import annotations

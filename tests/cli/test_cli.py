@@ -35,7 +35,7 @@ from holdfast.models.heads import HEADS
 from holdfast.objectives import OBJECTIVES
 from holdfast.train import FitConfig
 
-COMMANDS = ("compare", "recipe", "train", "evaluate", "explain", "bracket", "curves", "report", "verify", "list")
+COMMANDS = ("compare", "recipe", "train", "evaluate", "explain", "bracket", "curves", "report", "replay", "list")
 SMALL = ("--epochs", "2", "--batch-size", "32", "--suite", "tiny", "--device", "cpu")
 TINY_SUITE = (Stage("apgd", "apgd", settings={"steps": 3}),)
 
@@ -234,7 +234,7 @@ def test_compare_prints_a_table_and_says_where_things_are(compared, holdfast_):
     assert status == 0
     assert re.search(r"sce +[\d.]+ +[\d.]+ +\w+ +([\d.-]+ +)?(<= )?[\d.]+ \[[\d.]+, [\d.]+\] +\w+", out)
     assert "isce:s=10" in out
-    for name in ("out/results.json", "out/report.html", "holdfast verify out"):
+    for name in ("out/results.json", "out/report.html", "holdfast replay out"):
         assert name in out
     for name in ("results.json", "report.html", "witnesses.safetensors", "config.json", "env.json"):
         assert (folder / name).is_file(), name
@@ -340,7 +340,7 @@ def test_a_folder_with_brackets_is_printed_as_it_is(parquet, holdfast_, tmp_path
 def test_the_way_to_verify_can_be_pasted(parquet, holdfast_):
     """The command that is printed names the folder so that a shell understands it."""
     _, out, _ = holdfast_("compare", "--data", parquet, "--losses", "sce", *SMALL, "--jobs", "1", "--out", "my out")
-    line = next(line for line in out.splitlines() if "holdfast verify" in line)
+    line = next(line for line in out.splitlines() if "holdfast replay" in line)
     import shlex
 
     assert shlex.split(line)[-1] == "my out"
@@ -374,11 +374,11 @@ def test_train_evaluate_report_verify(parquet, holdfast_, tmp_path):
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} >= {".svg", ".png"}
     assert all((tmp_path / line).exists() for line in out.splitlines())
 
-    status, out, _ = holdfast_("verify", "run/evaluation-linf8_255-tiny", "--device", "cpu")
+    status, out, _ = holdfast_("replay", "run/evaluation-linf8_255-tiny", "--device", "cpu")
     assert status == 0
     assert re.search(r"isce:s=10 seed 0, linf 8/255: at most [\d.]+% of 40 are robust \(.*\): holds", out)
-    assert holdfast_("verify", "run/evaluation-linf8_255-tiny", "--device", "cpu", "-q") == (0, out, "")
-    status, out, _ = holdfast_("verify", "run/evaluation-linf8_255-tiny", "--json")
+    assert holdfast_("replay", "run/evaluation-linf8_255-tiny", "--device", "cpu", "-q") == (0, out, "")
+    status, out, _ = holdfast_("replay", "run/evaluation-linf8_255-tiny", "--json")
     assert status == 0
     assert json.loads(out)[0]["holds"] is True
     assert json.loads(out)[0]["bound"] == pytest.approx(found.runs[0].robust.value)
@@ -389,10 +389,10 @@ def test_a_proof_that_fails_says_so_and_returns_1(compared, holdfast_):
     raw = json.loads((folder / "results.json").read_text())
     raw["runs"][0]["robust"] = {"value": 0.0, "low": 0.0, "high": 0.2}
     (folder / "results.json").write_text(json.dumps(raw))
-    status, out, err = holdfast_("verify", "out")
+    status, out, err = holdfast_("replay", "out")
     assert (status, err) == (1, "")
     assert re.search(r"sce seed 0, linf 0.1: .*: FAILS \(", out)
-    status, out, _ = holdfast_("verify", "out", "--json")
+    status, out, _ = holdfast_("replay", "out", "--json")
     assert status == 1
     assert [proof["holds"] for proof in json.loads(out)] == [False, True]
 
@@ -479,7 +479,7 @@ def test_a_mistake_is_one_line(words, message, holdfast_, monkeypatch):
     "words",
     [
         ("compare", "--los", "sce"), ("compare", "--epsilon", "0.1"), ("compare", "--epochs", "many"),
-        ("compare", "extra"), ("compar",), ("train",), ("evaluate",), ("report",), ("verify",), ("train", "--out"),
+        ("compare", "extra"), ("compar",), ("train",), ("evaluate",), ("report",), ("replay",), ("train", "--out"),
         ("list", "--yaml"),
     ],
 )  # fmt: skip
@@ -566,9 +566,9 @@ def test_the_results_of_another_comparison_are_one_line(compared, holdfast_):
         (("report", "gone"), r"could not read gone"),
         (("report", "out/report.html"), r"is not readable JSON"),
         (("report", "out/config.json"), r"is not a holdfast results file"),
-        (("verify", "gone"), r"could not read gone"),
-        (("verify", "out/runs"), r"results\.json"),
-        (("verify", "out", "--device", "gpu"), r"device 'gpu' cannot be used"),
+        (("replay", "gone"), r"could not read gone"),
+        (("replay", "out/runs"), r"results\.json"),
+        (("replay", "out", "--device", "gpu"), r"device 'gpu' cannot be used"),
         (("evaluate", "out/runs/sce-seed0-fold0", "--device", "gpu"), r"device 'gpu' cannot be used"),
         (("train", "--out", "new", "--loss", "icse"), r"Did you mean 'isce'"),
         (("train", "--out", "new", "--fold", "7"), r"fold"),

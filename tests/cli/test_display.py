@@ -396,7 +396,7 @@ def test_every_command_takes_json_and_quiet_and_tells_its_exit_statuses(name, ho
     assert {"quiet", "as_json"} <= set(inspect.signature(COMMANDS[name].callback).parameters)
     _, out, _ = holdfast_(name, "--help")
     assert re.search(r"Exit status: 0 done; .*2\s+it\s+cannot", out, re.S)
-    assert ("1 a proof fails" in out) == (name == "verify")
+    assert ("1 a proof fails" in out) == (name == "replay")
     assert ("1 a number lies outside" in out) == (name == "recipe")
 
 
@@ -701,7 +701,7 @@ def test_a_refusal_says_what_why_and_what_to_do_and_writes_nothing(words, messag
     for name, text in {
         "cut": whole[:500],
         "newer": whole.replace(f'"schema": {results.SCHEMA}', '"schema": 99'),
-        "none": '{"schema": 1, "runs": [], "data": {}}',
+        "none": '{"schema": 4, "runs": [], "data": {}}',
     }.items():
         (folders / name).mkdir()
         (folders / name / "results.json").write_text(text)

@@ -155,7 +155,7 @@ def test_two_kills_cost_nothing_but_time(tmp_path, monkeypatch):
 ONE_IDLE = """
 import sys, time
 from pathlib import Path
-from holdfast import jobs
+from holdfast import process_pool
 
 def work(job, tell):
     Path(sys.argv[1], f"began{job}").touch()
@@ -164,7 +164,8 @@ def work(job, tell):
         time.sleep(0.1)
 
 if __name__ == "__main__":
-    jobs.run(work, [0, 1], workers=2, tell=lambda *_: None, finished=lambda job: Path(sys.argv[1], "ended").touch())
+    ended = Path(sys.argv[1], "ended")
+    process_pool.run(work, [0, 1], workers=2, tell=lambda *_: None, finished=lambda job: ended.touch())
 """
 
 

@@ -127,7 +127,7 @@ def test_the_nearest_are_those_with_the_smallest_margins(seen):
 
 
 DRAWN = (
-    Stage("audit", "probe", subset="spot_check"),
+    Stage("audit", "probe", subset="sampled"),
     Stage("escalated", "probe", subset="escalated", share=0.5),
 )
 

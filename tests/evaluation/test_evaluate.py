@@ -697,7 +697,6 @@ def test_the_suites_name_what_exists():
     for stages in SUITES.values():
         names = [stage.name for stage in stages]
         assert len(set(names)) == len(names)
-        assert "pgd50" not in names
         for stage in stages:
             assert stage.attack in ATTACKS
             assert stage.score in {*SCORES, "matched", "loss"}

@@ -1,7 +1,8 @@
 """The networks that the trust checks are calibrated on: honest ones set thresholds, others count false alarms.
 
 Each network is a run folder under out/calibration/, so a build that was stopped goes on, and a finished one is loaded.
-``python tests/faults/calibration_nets.py`` builds them all: digits, and MNIST where HOLDFAST_MNIST names its parquet folder.
+``python tests/faults/calibration_nets.py`` builds them all: digits, and MNIST where HOLDFAST_MNIST names
+its parquet folder.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast.bounds import s_lipschitz_pairwise
 from holdfast.errors import UserError
 from holdfast.information.formulas import (
     dead_zone,
@@ -18,7 +19,6 @@ from holdfast.information.formulas import (
     s_att,
     s_cert,
     s_lipschitz,
-    s_lipschitz_pairwise,
 )
 from holdfast.losses import arcface, cosface, isce, lgm, negative_log_odds, negative_margin, sce
 from holdfast.noise import Noise

@@ -1,7 +1,7 @@
 """Ten small ReLU networks on the digits, and the exact truth about their test samples: tests/fixtures.
 
-``python tests/milp/make_exact_fixture.py`` trains and proves what is not in the file yet, a sample at a time, so a run that
-was stopped goes on; delete the file to begin again. It takes some ten minutes on a core of its own.
+``python tests/milp/make_exact_fixture.py`` trains and proves what is not in the file yet, a sample at a time, so a run
+that was stopped goes on; delete the file to begin again. It takes some ten minutes on a core of its own.
 """
 
 from __future__ import annotations

@@ -251,7 +251,7 @@ def test_json_is_what_the_page_says(tmp_path):
     path = R.save(make_results(), tmp_path / "new" / "folder")
     raw = json.loads(path.read_text())
     assert path.name == "results.json"
-    assert raw["schema"] == R.SCHEMA == 3
+    assert raw["schema"] == R.SCHEMA == 4
     first = raw["runs"][0]
     assert set(first["clean"]) == set(first["pgd50"]) == set(first["robust"]) == {"value", "low", "high"}
     assert first["threat"] == THREAT
@@ -266,7 +266,7 @@ def test_json_is_what_the_page_says(tmp_path):
 def test_a_small_file_by_hand_loads(tmp_path):
     i = {"value": 0.5, "low": 0.4, "high": 0.6}
     run = {"name": "a", "loss": "sce", "seed": 0, "threat": THREAT, "n": 10, "clean": i, "pgd50": i, "robust": None}
-    (tmp_path / "results.json").write_text(json.dumps({"schema": 1, "runs": [run], "data": {}}))
+    (tmp_path / "results.json").write_text(json.dumps({"schema": 4, "runs": [run], "data": {}}))
     assert R.load(tmp_path).runs[0].robust is None
 
 
@@ -329,7 +329,7 @@ def _with(value, *keys):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (_with(4, "schema"), "written by a newer holdfast: schema 4"),
+        (_with(5, "schema"), "written by a newer holdfast: schema 5"),
         (_without("schema"), "not a holdfast results file"),
         (_without("runs"), "not a holdfast results file"),
         (_without("data"), "results.data is missing"),
@@ -340,12 +340,12 @@ def _with(value, *keys):
         (_with("many", "runs", 0, "n"), r"results.runs\[0\].n should be int, got str"),
         (_with([1.5], "runs", 0, "samples", "y"), r"samples.y\[0\] should be int"),
         (_with([1], "runs", 0, "samples", "certified"), "Samples column 'certified' has 1 entries"),
-        (_with({"cw": 0.5}, "runs", 0, "alone"), r"individual.cw should be an object"),
-        (_with([], "runs", 0, "alone"), r"individual should be dict"),
+        (_with({"cw": 0.5}, "runs", 0, "individual"), r"individual.cw should be an object"),
+        (_with([], "runs", 0, "individual"), r"individual should be dict"),
         (_with([], "runs", 0, "clean"), "should be an object"),
         (_with(7, "runs"), "should be tuple"),
         (_with(1.5, "runs", 0, "clean", "value"), "low <= value"),
-        (_with(1, "runs", 0, "novelty"), "'novelty', which schema 3 does not know"),
+        (_with(1, "runs", 0, "novelty"), "'novelty', which schema 4 does not know"),
     ],
 )
 def test_load_says_what_is_wrong(tmp_path, edit, says):
@@ -453,23 +453,18 @@ def test_what_the_minimal_attack_broke_is_in_doubt():
     assert said == [f"{run.name}: the minimal attack behind the region's measures broke 2 more: robust is too high"]
 
 
-def test_a_file_of_schema_1_is_read(tmp_path):
-    """It has neither certificates nor protocols, and becomes what this version writes."""
-    results = make_results()
-    path = R.save(results, tmp_path)
-    raw = json.loads(path.read_text())
-    raw["schema"] = 1
-    for one in raw["runs"]:
-        del one["certified"], one["individual"], one["samples"]["certified"]
-    path.write_text(json.dumps(raw))
-    assert R.load(tmp_path) == results
-    assert results.runs[0].samples.certified is None
+@pytest.mark.parametrize("schema", [1, 3])
+def test_an_older_file_is_refused_with_what_to_rerun(tmp_path, schema):
+    path = R.save(dataclasses.replace(make_results(), command="holdfast compare --seeds 3"), tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": schema}))
+    with pytest.raises(UserError, match=rf"schema {schema}, .* schema 4: rerun .*: holdfast compare --seeds 3$"):
+        R.load(tmp_path)
 
 
 def test_certified_has_a_column_before_robust_where_a_run_has_it():
     runs = [proved(0.12), make_run("mmc")]
     head, _, first, second = R.markdown(make_results(runs)).splitlines()
-    assert head == "| loss | clean | published | certified | robust, 95% | verdict |"
+    assert head == "| loss | clean | pgd50 | certified | robust, 95% | verdict |"
     assert first == "| sce | 97.0 | 40.0 | 12.0 | 30.0 [23.7, 36.9] | tight |"
     assert "| 40.0 | - | 30.0 [23.7, 36.9] |" in second
     assert "certified" in _printed(make_results(runs))

@@ -133,8 +133,8 @@ N_NEAREST, N_RANDOM = 32, 32  # survivors that attacks of full length are tried 
 SUBSETS: dict[str, str] = {
     "survivors": "all that stand",
     "nearest": f"the share of them with the smallest margins, at least {N_NEAREST}",
-    "sampled": f"{N_NEAREST + N_RANDOM} of them: the {N_NEAREST} with the smallest margins, and {N_RANDOM} drawn at random from the rest",
-    "escalated": f"the nearest share if one of the {N_NEAREST} nearest fell to a drawn stage, all if one of the others did",
+    "sampled": f"the {N_NEAREST} of them with the smallest margins, and {N_RANDOM} drawn at random from the rest",
+    "escalated": f"the nearest share if a sampled stage broke one of the {N_NEAREST} nearest, all if one of the others",
 }
 
 

@@ -48,9 +48,9 @@ def bracket(
 
     s_att: PGD on each gap_j from x and from a random start, and on their maximum from ten; every point on the way
         counts, and no sample is left alone once it is fooled: what is sought is the largest rise, not a mistake.
-    s*: ``exact.maximize``, for linf and for what ``layers_of`` can read; begun from the attacks' points.
-    s_cert: ``bounds.logit_difference_bounds`` on the smallest box that holds the threat (all of it for linf, loose for l2 and l1),
-        in float64, with slack for float32's rounding and for what ``Threat.violation`` forgives.
+    s*: ``milp.maximize``, for linf and for what ``layers_of`` can read; begun from the attacks' points.
+    s_cert: ``bounds.logit_difference_bounds`` on the smallest box that holds the threat (exact for linf, loose for l2
+        and l1), in float64, with slack for float32's rounding and for what ``Threat.violation`` forgives.
 
     Args:
         model: images to logits or Outputs, the same answer to the same image. data: at least one sample.

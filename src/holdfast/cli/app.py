@@ -34,7 +34,7 @@ A network of your own
 
 What is there already
   holdfast report DIR DIR        one page of several results
-  holdfast verify DIR            prove the bounds again, without attack code
+  holdfast replay DIR            prove the bounds again, without attack code
   holdfast list                  losses, attacks, networks, data, checks
 
 holdfast --help, holdfast COMMAND --help: all there is to set.
@@ -57,7 +57,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help=f"{ABOUT}\n\nStart with **holdfast compare**: 4 minutes, nothing to download.",
-    epilog=exits("the answer is no, as `verify` and `recipe` can say")
+    epilog=exits("the answer is no, as `replay` and `recipe` can say")
     + "\n\nNO_COLOR takes colours away, FORCE_COLOR keeps them in a pipe.",
 )
 

@@ -83,7 +83,7 @@ def side_by_side(comparison: Any, out: Path | None, device: str, jobs: int, quie
     show(results, as_json)
     say_files([folder / "results.json", placed], quiet, as_json)
     if not as_json and not quiet:
-        screen.print(f"prove it again: holdfast verify {shlex.quote(str(folder))}", soft_wrap=True)
+        screen.print(f"prove it again: holdfast replay {shlex.quote(str(folder))}", soft_wrap=True)
     return results
 
 

@@ -1,4 +1,4 @@
-"""The commands that look at what is there: explain, bracket, curves, report, verify, list."""
+"""The commands that look at what is there: explain, bracket, curves, report, replay, list."""
 
 from __future__ import annotations
 
@@ -165,21 +165,21 @@ def _files(placed: list[OutputFile]) -> dict[str, list[str]]:
 
 
 @app.command(rich_help_panel="Look", epilog=exits("a proof fails"))
-def verify(
+def replay(
     folder: Annotated[Path, typer.Argument(help="An output folder of compare, recipe, evaluate or explain.")],
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prove the upper bounds again: stored images through stored networks, one forward pass, no attack code.
+    """Replay the stored adversarial images through the stored networks: one forward pass, no attack code.
 
     A bound holds if every stored adversarial image lies within the threat and is misclassified, and their number is
     the one that results.json claims.
     """
-    from ..replay import replay as check
+    from ..replay import replay as replayed
 
-    with aside(as_json), working("proving the bounds again", quiet):
-        proofs = check(folder, device=best_device(device))
+    with aside(as_json), working("replaying the stored adversarial images", quiet):
+        proofs = replayed(folder, device=best_device(device))
     if as_json:
         print_json([{**asdict(p), "bound": p.bound, "holds": p.holds} for p in proofs])
     else:

@@ -14,7 +14,7 @@ FIELDS = {PGD50.name: "pgd50", PGD50_TRAIN_LOSS.name: "own"}  # those with a fie
 def is_published(stage: Stage) -> bool:
     """Whether it is the published protocol, under whatever name: a suite may name it, it is run once.
 
-    >>> is_published(replace(PUBLISHED, name="pgd50")), is_published(PGD50_TRAIN_LOSS)
+    >>> is_published(PGD50), is_published(PGD50_TRAIN_LOSS)
     (True, False)
     """
     return replace(stage, name=PGD50.name) == PGD50
@@ -34,7 +34,7 @@ def shown(stages: Sequence[Stage]) -> dict[str, str]:
     >>> shown([PGD50_TRAIN_LOSS])
     {}
     >>> shown([Stage("pgd10", "pgd", individual=True)])
-    {'published': 'published', 'pgd10': 'alone/pgd10'}
+    {'pgd50': 'pgd50', 'pgd10': 'alone/pgd10'}
     """
     alone = [stage for stage in stages if stage.individual]
     names = [stage.name for stage in alone]

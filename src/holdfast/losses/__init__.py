@@ -5,17 +5,15 @@ To add one: write the function, and give it a line in ``LOSSES`` with its score 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from ..errors import UserError
 from .embedding import center, contrastive, lgm, mmc, triplet
 from .scores import dlr, negative_margin, targeted, targeted_dlr
 from .softmax import arcface, cosface, isce, isce_b, negative_log_odds, scaled_log_odds, sce, softplus
+from .types import Loss
 
 __all__ = [
     "LOSSES",
@@ -40,8 +38,6 @@ __all__ = [
     "targeted_dlr",
     "triplet",
 ]  # fmt: skip
-
-Loss = Callable[..., Tensor]  # (out, target, **settings) -> (N,); target: y, or any tuple of tensors with leading N
 
 
 @dataclass(frozen=True)

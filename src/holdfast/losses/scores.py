@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..outputs import Outputs, logits_of
-
-if TYPE_CHECKING:
-    from . import Loss
+from .types import Loss
 
 
 def negative_margin(out: Outputs | Tensor, y: Tensor) -> Tensor:

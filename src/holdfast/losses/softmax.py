@@ -72,7 +72,8 @@ def scaled_log_odds(out: Outputs | Tensor, y: Tensor) -> Tensor:
     one competitor is the margin's at any scale (and d would be the margin): u is returned.
 
     >>> z, y = torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([0])
-    >>> bool(torch.allclose(scaled_log_odds(z, y), scaled_log_odds(1e-4 * z, y), rtol=1e-3)), bool(scaled_log_odds(z, y) < 0)
+    >>> score, same = scaled_log_odds(z, y), scaled_log_odds(1e-4 * z, y)
+    >>> bool(torch.allclose(score, same, rtol=1e-3)), bool(score < 0)
     (True, True)
     """
     z = _full(logits_of(out))

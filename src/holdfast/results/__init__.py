@@ -84,5 +84,6 @@ __all__ = [
     "table",
     "threat_text",
     "to_json",
-    "write_atomic",
 ]  # fmt: skip
+
+Results._repr_html_ = notebook  # type: ignore[attr-defined]  # in a notebook; schema.py knows no table

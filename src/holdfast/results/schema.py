@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from ..errors import UserError
 from ..io import write_atomic
 
-SCHEMA = 3
+SCHEMA = 4
 FILE = "results.json"
 CLOPPER_PEARSON = "95% Clopper-Pearson interval over samples"
 
@@ -180,12 +180,6 @@ class Results:
     def __post_init__(self) -> None:
         object.__setattr__(self, "runs", tuple(self.runs))
 
-    def _repr_html_(self) -> str:
-        """Itself in a notebook."""
-        from .tables import notebook
-
-        return notebook(self)
-
 
 def threat_text(threat: dict[str, Any]) -> str:
     """The threat in words.
@@ -262,8 +256,12 @@ def load(path: str | Path) -> Results:
     if raw["schema"] > SCHEMA:
         newer = f"schema {raw['schema']}, this one reads {SCHEMA}. Upgrade holdfast."
         raise UserError(f"{path} was written by a newer holdfast: {newer}")
+    if raw["schema"] < SCHEMA:
+        command = raw.get("command")
+        rerun = f"rerun the command that made it: {command}" if command else "rerun the command that made it."
+        raise UserError(f"{path} has results schema {raw['schema']}, this holdfast reads schema {SCHEMA}: {rerun}")
     try:
-        return _decode(Results, {**raw, "schema": SCHEMA}, "results")  # what an older one lacks has its default
+        return _decode(Results, raw, "results")
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
 

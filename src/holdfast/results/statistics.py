@@ -160,7 +160,7 @@ def remaining_vulnerable(first: int, second: int, both: int, tested: int, standi
     >>> r = remaining_vulnerable(0, 0, 0, tested=100, standing=100)     # P(M) ~ 1 / (M + 1)^3
     >>> round(r.expected, 1), r.low, r.high
     (0.4, 0.0, 3.0)
-    >>> r = remaining_vulnerable(10, 10, 5, tested=100, standing=100)   # Lincoln and Petersen: 10 * 10 / 5 = 20, 15 were found
+    >>> r = remaining_vulnerable(10, 10, 5, tested=100, standing=100)   # Lincoln, Petersen: 10 * 10 / 5 = 20
     >>> round(r.expected), r.low, r.high
     (6, 0.0, 19.0)
     """

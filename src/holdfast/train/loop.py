@@ -43,8 +43,8 @@ def fit(
 
     Args:
         model: images to Outputs; train, val: the data (test data has no way in here); objective: Schedule.
-        config: FitConfig. val_threat: a threat under which each epoch's robust accuracy on val is measured (PGD-10 on the
-            margin, the first 1,000 images of val), logged as val_robust, and the best epoch chosen.
+        config: FitConfig. val_threat: a threat under which each epoch's robust accuracy on val is measured (PGD-10 on
+            the margin, the first 1,000 images of val), logged as val_robust, and the best epoch chosen.
         out: the run folder; without one nothing is written and nothing can be resumed.
         about: what else config.json shall say, such as how the model is built (``runs.load`` reads it).
         progress: called after each epoch. device: "cpu", "cuda", ...; default the best there is.
