@@ -1,8 +1,8 @@
-"""What the inference region costs: the feature measures at 10,000 x 512, and ``measure`` and ``picture`` on a network.
+"""The cost of the inference region: the feature measures at 10,000 x 512; ``measure`` and ``projection`` on a network.
 
     python benchmarks/bench_region.py
 
-Goals on 2 cores: all feature measures together under 30 s; ``measure`` of the digits' network under 0.5 s.
+Goals on 2 cores: all feature measures together under 30 s; ``measure`` on the digits network under 0.5 s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from holdfast.data import load, pixels, standardisation
 from holdfast.experiments.recipes import fit_for, override
 from holdfast.losses import sce
 from holdfast.objectives import standard
-from holdfast.region import auc, frechet, measure, mmd2, movement, picture, scatter_ratio
+from holdfast.region import auc, frechet, measure, mmd2, movement, projection, scatter_ratio
 from holdfast.threat import Threat
 from holdfast.train import fit
 
@@ -25,7 +25,7 @@ SAMPLES, FEATURES, GOAL, NETWORK_GOAL = 10_000, 512, 30.0, 0.5
 
 
 def timed(name: str, run: Callable[[], object]) -> float:
-    """The seconds of one call, printed with its answer where that is a number."""
+    """The seconds of one call. Prints them, with the result if that is a number."""
     began = time.perf_counter()
     answer = run()
     seconds = time.perf_counter() - began
@@ -58,10 +58,10 @@ def main() -> None:
     fit(model, split.train, split.val, standard(sce), override(fit_for("digits"), epochs=5), device="cpu")
     x, y = pixels(split.test.x), split.test.y
     x_adv = threat.project(x + 0.05 * torch.randn_like(x).sign(), x)
-    print("the digits' network, one thread")
+    print("the digits network, one thread")
     measure(model, x, y, x_adv, threat)
     spent = min(timed("measure", lambda: measure(model, x, y, x_adv, threat, s=3.0)) for _ in range(3))
-    timed("picture", lambda: picture(model, x, y, x_adv, s=3.0))
+    timed("projection", lambda: projection(model, x, y, x_adv, s=3.0))
     print(f"  measure    {spent:6.2f} s ({'meets' if spent < NETWORK_GOAL else 'misses'} {NETWORK_GOAL:g})")
 
 
