@@ -81,8 +81,8 @@ def compare_and_attack(file: Path) -> None:
     evaluation = evaluate(model, Data(x, y, torch.arange(len(y))), Threat("linf", EPS), suite="quick")
     print(
         f"quick suite, linf {EPS * 255:.0f}/255: clean {float(evaluation.clean.double().mean()):.1%}, robust at most "
-        f"{float(evaluation.robust.double().mean()):.1%}; {evaluation.forwards:,} forward and {evaluation.backwards:,} backward passes"
-        f" in {evaluation.seconds:.1f} s"
+        f"{float(evaluation.robust.double().mean()):.1%}; {evaluation.forwards:,} forward and "
+        f"{evaluation.backwards:,} backward passes in {evaluation.seconds:.1f} s"
     )
 
 

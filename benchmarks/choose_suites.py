@@ -5,7 +5,7 @@
 
 For each network and candidate stage, a table holds which survivors of a first sweep the candidate breaks, the smallest
 margins it reaches, and its passes. Each candidate has noise of its own, so a cascade of candidates breaks the union of
-what they break individually. The tables therefore give the result of any order without another attack (Liu et al. 2023).
+what they break individually. So the tables give the result of any order without another attack (Liu et al. 2023).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAMPLES = {"digits": 359, "mnist": 300, "cifar10": 120}
 
 @dataclass(frozen=True)
 class Candidate:
-    """An attack that a suite may use. rank: it targets the rank-th likeliest wrong class of the clean image; or None."""
+    """An attack that a suite may use. rank: it targets the rank-th likeliest wrong class of the clean image."""
 
     name: str
     attack: str
