@@ -2,8 +2,9 @@
 
     python benchmarks/bench_adaptive.py [seeds] [losses]
 
-APGD with the same steps and the same noise, alone on every sample that is right, on the matched score and on
-F.cross_entropy, the margin and DLR. Paired by sample: exact McNemar between the matched score and the best other one.
+APGD attacks every correctly classified sample with the same steps and the same noise, on the matched score and on
+F.cross_entropy, the margin and DLR. An exact McNemar test, paired by sample, compares the matched score with the best
+other one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from holdfast.attacks import ATTACKS, SCORES, matched_score
 from holdfast.data import pixels
+from holdfast.experiments import loss_spec
 from holdfast.experiments.config import Comparison, Job
 from holdfast.experiments.recipes import fit_for
 from holdfast.experiments.training import train_network
@@ -40,22 +42,22 @@ def main() -> None:
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     torch.set_num_threads(1)
     print(f"digits, {THREAT}, {STEPS} steps of APGD, {seeds} networks a loss: samples broken")
-    print("| loss | right | matched | cross-entropy | margin | DLR | matched alone, best other alone | p |")
+    print("| loss | correct | matched | cross-entropy | margin | DLR | only matched, only best other | p |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for text in sys.argv[2:] or [*LOSSES, "isce:s=10", "isce:s=100", "isce_b:tau=100", "sce*100"]:
-        found: dict[str, list[torch.Tensor]] = {name: [] for name in ("matched", "cross_entropy", "margin", "dlr")}
+        spec = loss_spec.parse(text)
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("matched", "cross_entropy", "margin", "dlr")}
         for seed in range(seeds):
             comparison = Comparison(losses=(text,), fit=fit_for("digits")).checked()
             where = FOLDER / f"{text.replace(':', '-').replace('*', 'x')}-{seed}"
-            loss = comparison.loss_specs[0]
-            model, _, split = train_network(Job(comparison, loss, seed, 0, where))
+            model, _, split = train_network(Job(comparison, spec, seed, 0, where))
             x, y = pixels(split.test.x), split.test.y
             with torch.no_grad():
-                right = as_outputs(model(x)).logits.argmax(1) == y
-            for name in found:
-                score = matched_score(loss.loss) if name == "matched" else SCORES[name]
-                found[name].append(broken(model, score, x[right], y[right], split.test.index[right]))
-        columns = {name: torch.cat(parts) for name, parts in found.items()}
+                correct = as_outputs(model(x)).logits.argmax(1) == y
+            for name in parts:
+                score = matched_score(spec.loss) if name == "matched" else SCORES[name]
+                parts[name].append(broken(model, score, x[correct], y[correct], split.test.index[correct]))
+        columns = {name: torch.cat(masks) for name, masks in parts.items()}
         best = max((name for name in columns if name != "matched"), key=lambda name: int(columns[name].sum()))
         mine, other = (int((columns[a] & ~columns[b]).sum()) for a, b in (("matched", best), (best, "matched")))
         p = mcnemar(columns["matched"].int().tolist(), columns[best].int().tolist())

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_adversarial_epoch.py [--data PATH_OR_NAME] [--images N] [--pairs N] [--profile]
 
-The hand-written side is what the literature's scripts do: a Dataset of uint8 images and a DataLoader, model.eval() for
+The hand-written side follows the scripts of the literature: a Dataset of uint8 images and a DataLoader, model.eval() for
 the attack and model.train() for the step, F.cross_entropy, a random start and 10 steps of sign, min, max and clamp on
 x.detach().requires_grad_(), loss.item() after every batch. It comes in two forms: torch.autograd.grad on x_adv (TRADES,
 Zhang et al. 2019), and loss.backward(), which takes the weights' gradients along at every step (Madry's port, Rice et
@@ -99,9 +99,9 @@ def floor(data: Data, classes: int, layout: torch.memory_format) -> float:
 def profiled(data: Data, classes: int) -> None:
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         with_fit(data.take(slice(0, 20 * BATCH)), classes)
-    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=40))
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=40))
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--data", default="", help="a data set or path for holdfast.data.load")
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--profile", action="store_true", help="only say where the time of fit goes")
+    parser.add_argument("--profile", action="store_true", help="only profile fit")
     arguments = parser.parse_args()
     if arguments.data:
         split = load(arguments.data, limit_train=arguments.images)
@@ -118,13 +118,13 @@ def main() -> None:
         torch.manual_seed(0)
         x = torch.randint(0, 256, (arguments.images, 1, 28, 28), dtype=torch.uint8)
         data, classes = Data(x, torch.randint(10, (arguments.images,)), torch.arange(arguments.images)), 10
-    with_fit(data.take(slice(0, 256)), classes)  # the first use of accelerate sets things up
+    with_fit(data.take(slice(0, 256)), classes)  # the first use of accelerate initialises it
     if arguments.profile:
         profiled(data, classes)
         return
     sides: dict[str, Callable[[], float]] = {
         "by hand, autograd.grad": lambda: by_hand(data, classes, "grad"),
-        "fit": lambda: with_fit(data, classes),  # next to both: what else the machine does then weighs on both
+        "fit": lambda: with_fit(data, classes),  # between the two, so that other load affects all three
         "by hand, loss.backward": lambda: by_hand(data, classes, "backward"),
         "network alone, contiguous": lambda: floor(data, classes, torch.contiguous_format),
         "network alone, channels last": lambda: floor(data, classes, torch.channels_last),
@@ -135,7 +135,7 @@ def main() -> None:
             took[name].append(sides[name]())
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(data):,} images {tuple(data.x.shape[1:])}"
-        f", PGD-{STEPS}, batches of {BATCH}; medians of {arguments.pairs}, fit's gain pair by pair [lowest, highest]"
+        f", PGD-{STEPS}, batches of {BATCH}; medians of {arguments.pairs}; speed-up of fit, pair by pair [lowest, highest]"
     )
     for name, seconds in took.items():
         gains = [other / ours for other, ours in zip(seconds, took["fit"], strict=True)]

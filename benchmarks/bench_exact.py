@@ -1,10 +1,10 @@
-"""The bench against the truth: ten small ReLU networks whose robustness is proved sample by sample (tests/fixtures).
+"""Attacks against the exact answer: ten small ReLU networks whose robustness is proved per sample (tests/fixtures).
 
     python benchmarks/bench_exact.py
 
-Per network: truly broken samples, and how many of them the published protocol, `quick` and `standard` find. Then how
-often the interval of what is left holds the truth: after audits, and after two runs of a few PGD steps, which miss the
-same samples and so break what capture-recapture assumes.
+Per network: how many samples are breakable, and how many of them PGD-50, `quick` and `standard` break. Then how often
+the interval for the missed samples contains the exact number: after audits, and after two runs of a few PGD steps. Two
+such runs miss the same samples, which violates the assumption of capture-recapture.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WEAK_STEPS = (1, 2, 4)
 def main() -> None:
     torch.set_num_threads(1)
     split = make_exact_fixture.digits()
-    found, lines, contradicted, clear = dict.fromkeys(SUITES, 0), [], 0, 0
+    totals, lines, contradicted, none_missed = dict.fromkeys(SUITES, 0), [], 0, 0
     strong: list[bool] = []
     weak: list[bool] = []
     truths = make_exact_fixture.load()
@@ -47,33 +47,34 @@ def main() -> None:
             broken = ~evaluate(truth.model, data, threat, suite, trained_with=loss).robust
             hits[name] = int((broken & truth.broken).sum())
             contradicted += int((broken & truth.robust).sum())
-            found[name] += hits[name]
-        told = ", ".join(f"{name} {count}" for name, count in hits.items())
-        lines.append(f"{truth.plan.name}: {len(truth.rows)} samples, {int(truth.broken.sum())} broken; found: {told}")
+            totals[name] += hits[name]
+        counts = ", ".join(f"{name} {count}" for name, count in hits.items())
+        lines.append(
+            f"{truth.plan.name}: {len(truth.rows)} samples, {int(truth.broken.sum())} breakable; broken by {counts}"
+        )
         for stages in CASCADES.values():
-            judged = audit(
-                truth.model, data, evaluate(truth.model, data, threat, stages, trained_with=loss), trained_with=loss
-            )
-            least, most = left(truth, judged)
-            clear += most == 0
-            strong.append(judged.remaining.low <= most and least <= judged.remaining.high)
+            evaluation = evaluate(truth.model, data, threat, stages, trained_with=loss)
+            audited = audit(truth.model, data, evaluation, trained_with=loss)
+            least, most = left(truth, audited)
+            none_missed += most == 0
+            strong.append(audited.remaining.low <= most and least <= audited.remaining.high)
         x, y = pixels(data.x), data.y
         for steps in WEAK_STEPS:
             runs = []
-            for seed, score in ((1, "u"), (2, "dlr")):
+            for seed, score in ((1, "scaled_log_odds"), (2, "dlr")):
                 keywords = {"score": SCORES[score], "noise": Noise(seed, data.index), "steps": steps}
                 x_adv = ATTACKS["pgd"].attack(truth.model, x, y, threat, step_size=threat.eps, **keywords)
                 runs.append(fooled(truth.model(x_adv).logits, y))
             a, b = runs
-            said = remaining_vulnerable(int(a.sum()), int(b.sum()), int((a & b).sum()), len(y), len(y))
-            weak.append(said.low <= int((truth.broken & ~(a | b)).sum()) <= said.high)
+            estimate = remaining_vulnerable(int(a.sum()), int(b.sum()), int((a & b).sum()), len(y), len(y))
+            weak.append(estimate.low <= int((truth.broken & ~(a | b)).sum()) <= estimate.high)
     print("\n".join(lines))
     unknown, robust, broken = (sum(int(getattr(t, k).sum()) for t in truths) for k in ("unknown", "robust", "broken"))
-    print(f"in all: {robust} proved robust, {broken} broken, {unknown} unknown; found: {found}")
-    print(f"adversarial examples claimed for a sample proved robust: {contradicted}")
+    print(f"in all: {robust} proved robust, {broken} breakable, {unknown} unknown; broken: {totals}")
+    print(f"adversarial examples for samples that are proved robust: {contradicted}")
     print(
-        f"the interval of what is left holds the truth: after audits {sum(strong)} of {len(strong)} (nothing is "
-        f"left in {clear}), after weak runs {sum(weak)} of {len(weak)}"
+        f"the interval contains the exact number of missed samples: after audits {sum(strong)} of {len(strong)} (none "
+        f"is missed in {none_missed}), after weak runs {sum(weak)} of {len(weak)}"
     )
 
 

@@ -1,10 +1,10 @@
-"""A public trained network through the ONNX converter: as onnxruntime answers, and attacked.
+"""A public trained network through the ONNX converter: compared with onnxruntime, and attacked.
 
     pip download --no-deps rapidocr-onnxruntime==1.4.4      # Apache-2.0, 15 MB
     python benchmarks/bench_onnx.py rapidocr_onnxruntime-1.4.4-py3-none-any.whl      # or the .onnx in it
 
-The network says whether a line of text stands upright or on its head (48 x 192 pixels in [-1, 1], BGR; the images here
-are grey, so that the order of the channels is nothing to it). Goal: within 1e-5 of onnxruntime.
+The network decides whether a line of text is upright or upside down (48 x 192 pixels in [-1, 1], BGR; the images here
+are grey, so the order of the channels does not matter). Goal: within 1e-5 of onnxruntime.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GOAL, PAIRS, EPS = 1e-5, 32, 4 / 255
 
 def main(path: str | None = None) -> None:
     if path is None or not Path(path).is_file():
-        sys.exit("give the wheel's path; to get it: pip download --no-deps rapidocr-onnxruntime==1.4.4")
+        sys.exit("give the path of the wheel; to get it: pip download --no-deps rapidocr-onnxruntime==1.4.4")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(path)
@@ -68,21 +68,21 @@ def compare_and_attack(file: Path) -> None:
         between = time.perf_counter()
         theirs = session.run(None, {session.get_inputs()[0].name: z.numpy()})[0]
         ended = time.perf_counter()
-        apart = float(np.abs(ours - theirs).max())
-        word, same = "meets" if apart <= GOAL else "misses", (ours.argmax(1) == theirs.argmax(1)).mean()
+        largest = float(np.abs(ours - theirs).max())
+        word, same = "meets" if largest <= GOAL else "misses", (ours.argmax(1) == theirs.argmax(1)).mean()
         print(
-            f"{label}, {len(z)}: max |difference of probabilities| {apart:.1e} ({word} {GOAL:g}), same class on "
+            f"{label}, {len(z)}: max |difference of probabilities| {largest:.1e} ({word} {GOAL:g}), same class on "
             f"{same:.1%}; {between - began:.2f} s, onnxruntime {ended - between:.2f} s"
         )
     with torch.no_grad():
-        right = model(x).argmax(1) == y
+        correct = model(x).argmax(1) == y
     for label, rows in (("upright", y == 0), ("rotated", y == 1)):
-        print(f"clean accuracy, {label}: {float(right[rows].double().mean()):.1%} of {int(rows.sum())}")
-    found = evaluate(model, Data(x, y, torch.arange(len(y))), Threat("linf", EPS), suite="quick")
+        print(f"clean accuracy, {label}: {float(correct[rows].double().mean()):.1%} of {int(rows.sum())}")
+    evaluation = evaluate(model, Data(x, y, torch.arange(len(y))), Threat("linf", EPS), suite="quick")
     print(
-        f"quick suite, linf {EPS * 255:.0f}/255: clean {float(found.clean.double().mean()):.1%}, robust at most "
-        f"{float(found.robust.double().mean()):.1%}; {found.forwards:,} forward and {found.backwards:,} backward passes"
-        f" in {found.seconds:.1f} s"
+        f"quick suite, linf {EPS * 255:.0f}/255: clean {float(evaluation.clean.double().mean()):.1%}, robust at most "
+        f"{float(evaluation.robust.double().mean()):.1%}; {evaluation.forwards:,} forward and "
+        f"{evaluation.backwards:,} backward passes in {evaluation.seconds:.1f} s"
     )
 
 

@@ -1,8 +1,8 @@
-"""What the inference region costs: the feature measures at 10,000 x 512, and ``measure`` and ``projection`` of a model.
+"""The cost of the inference region: the feature measures at 10,000 x 512; ``measure`` and ``projection`` on a network.
 
     python benchmarks/bench_region.py
 
-Goals on 2 cores: all feature measures together under 30 s; ``measure`` of the digits' network under 0.5 s.
+Goals on 2 cores: all feature measures together under 30 s; ``measure`` on the digits network under 0.5 s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAMPLES, FEATURES, GOAL, NETWORK_GOAL = 10_000, 512, 30.0, 0.5
 
 
 def timed(name: str, run: Callable[[], object]) -> float:
-    """The seconds of one call, printed with its answer where that is a number."""
+    """The seconds of one call. Prints them, with the result if that is a number."""
     began = time.perf_counter()
     answer = run()
     seconds = time.perf_counter() - began
@@ -58,7 +58,7 @@ def main() -> None:
     fit(model, split.train, split.val, standard(sce), override(fit_for("digits"), epochs=5), device="cpu")
     x, y = pixels(split.test.x), split.test.y
     x_adv = threat.project(x + 0.05 * torch.randn_like(x).sign(), x)
-    print("the digits' network, one thread")
+    print("the digits network, one thread")
     measure(model, x, y, x_adv, threat)
     spent = min(timed("measure", lambda: measure(model, x, y, x_adv, threat, s=3.0)) for _ in range(3))
     timed("projection", lambda: projection(model, x, y, x_adv, s=3.0))

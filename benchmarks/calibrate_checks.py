@@ -1,11 +1,11 @@
-"""How far the trust checks can be trusted: false alarms on honest networks, detection against dose on liars.
+"""How reliable the trust checks are: false alarms on honest networks, detection on faulty models against severity.
 
     python benchmarks/calibrate_checks.py            # resumable; a quarter of an hour on one core
-    HOLDFAST_MNIST=data/mnist python benchmarks/calibrate_checks.py      # with networks on MNIST
+    HOLDFAST_MNIST=data/mnist python benchmarks/calibrate_checks.py      # also with networks on MNIST
 
-Writes docs/checks.md, and src/holdfast/checks/calibration.json, which puts each check's record beside its findings.
-Thresholds were set by judgement before any network was looked at, and none has been moved since. Should one have to be,
-the networks of role "threshold" are there for it; false alarms are counted on those held out.
+Writes docs/checks.md and src/holdfast/checks/calibration.json, the track record that is shown with each finding.
+Thresholds were set before any network was evaluated and have not been changed since. Networks of the role "threshold"
+are reserved for such a change; false alarms are counted on the networks that are held out.
 """
 
 from __future__ import annotations
@@ -24,46 +24,45 @@ from rich.progress import track
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import calibration_nets  # noqa: E402
+from tests.faults import calibration_nets  # noqa: E402
 from tests.faults.faulty_models import LIARS  # noqa: E402
 
 from holdfast import __version__  # noqa: E402
-from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, audit, judge, name_of  # noqa: E402
-from holdfast.environment import environment  # noqa: E402
+from holdfast.checks import CHECKS, PGD50, ROBUST, audit, name_of  # noqa: E402
 from holdfast.errors import UserError  # noqa: E402
 from holdfast.evaluation import evaluate  # noqa: E402
 from holdfast.io import write_atomic  # noqa: E402
+from holdfast.environment import environment  # noqa: E402
 
 OUT = ROOT / "out" / "calibration" / "answers.json"
 JSON = ROOT / "src" / "holdfast" / "checks" / "calibration.json"
 PAGE = ROOT / "docs" / "checks.md"
-BASES = ("sce-seed2",)  # the honest networks that the liars wrap; "at0.1-seed2" is there too, at twice the time
+BASES = ("sce-seed2",)  # the honest networks that faults are added to; "at0.1-seed2" takes twice the time
 SAMPLES = 200
+HEADINGS = {PGD50: "PGD-50", ROBUST: "robust"}
 
 
-def answer(net: calibration_nets.Net, model: torch.nn.Module) -> dict[str, Any]:
-    """Evaluate and audit one model: figures, verdicts, and each check's k of n; or the error it is refused with."""
+def evaluate_and_audit(net: calibration_nets.Net, model: torch.nn.Module) -> dict[str, Any]:
+    """Accuracies, verdicts, and each check's k of n for one model; or the error that refuses it."""
     data = net.split.test.take(slice(0, SAMPLES))
     try:
-        found = evaluate(model, data, net.threat, trained_with=net.loss)
-        judged = audit(model, data, found, trained_with=net.loss)
+        evaluation = evaluate(model, data, net.threat, trained_with=net.loss)
+        audited = audit(model, data, evaluation, trained_with=net.loss)
     except (UserError, TypeError) as error:
         return {"error": f"{type(error).__name__}: {str(error)[:160]}"}
-    robust = judged.evaluation.robust.tolist()
-    left = vars(judged.remaining)
-    verdicts = {
-        name: judge(Claim(name, stands), robust, judged.findings, left).status
-        for name, stands in ((PGD50, found.pgd50.tolist()), (ROBUST, robust))
+    accuracies = {name: float(getattr(audited.evaluation, name).double().mean()) for name in ("clean", PGD50, ROBUST)}
+    return {
+        **accuracies,
+        "verdicts": {claim: audited.verdict(claim).status for claim in (PGD50, ROBUST)},
+        "findings": {finding.name: [finding.status, finding.k, finding.n] for finding in audited.findings},
+        "passes": [cost.forwards + cost.backwards for cost in (evaluation, audited.cost)],
+        "remaining": vars(audited.remaining),
     }
-    share = {name: float(getattr(judged.evaluation, name).double().mean()) for name in ("clean", PGD50, ROBUST)}
-    passes = found.forwards + found.backwards, judged.cost.forwards + judged.cost.backwards
-    findings = {finding.name: [finding.status, finding.k, finding.n] for finding in judged.findings}
-    return {**share, "verdicts": verdicts, "findings": findings, "passes": passes, "remaining": left}
 
 
 def collect() -> dict[str, Any]:
-    """Every answer, by the name of what was asked; what is on disk is not asked again."""
-    answers: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
+    """The result of every model, by name. Results on disk are not computed again."""
+    results: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
     todo: list[tuple[str, Any, Any]] = []
     for data in ("digits", "mnist"):
         if data == "mnist" and calibration_nets.MNIST not in os.environ:
@@ -72,117 +71,123 @@ def collect() -> dict[str, Any]:
             todo.append((f"{data}/{net.role}/{net.name}", net, net.model))
             if data == "digits" and net.name in BASES:
                 todo += [
-                    (f"{data}/lie/{net.name}/{kind}/{dose:g}", net, (liar, dose))
-                    for kind, liar in LIARS.items()
-                    for dose in liar.doses
+                    (f"{data}/fault/{net.name}/{kind}/{severity:g}", net, (fault, severity))
+                    for kind, fault in LIARS.items()
+                    for severity in fault.doses
                 ]
-    for name, net, made in track([one for one in todo if one[0] not in answers], description="networks"):
+    for name, net, made in track([one for one in todo if one[0] not in results], description="networks"):
         model = made if isinstance(made, torch.nn.Module) else made[0].make(copy.deepcopy(net.model), made[1])
         torch.manual_seed(0)
-        answers[name] = answer(net, model.eval())
-        write_atomic(OUT, json.dumps(answers, indent=0))
-    return answers
+        results[name] = evaluate_and_audit(net, model.eval())
+        write_atomic(OUT, json.dumps(results, indent=0))
+    return results
 
 
-def fired(found: dict[str, Any]) -> list[str]:
-    return [name for name, (status, *_) in found.get("findings", {}).items() if status == "fires"]
+def firing(result: dict[str, Any]) -> list[str]:
+    """The names of the checks that fire."""
+    return [name for name, (status, *_) in result.get("findings", {}).items() if status == "fires"]
 
 
-def _caught(answers: dict[str, Any]) -> dict[str, list[str]]:
-    """Check -> the liars it fires on at some dose that is not harmless, with the doses."""
+def _caught(results: dict[str, Any]) -> dict[str, list[str]]:
+    """Check -> the faulty models that it detects, each with the severities (harmless ones left out)."""
     caught: dict[str, dict[str, set[float]]] = defaultdict(lambda: defaultdict(set))
-    for name, found in answers.items():
+    for name, result in results.items():
         data, role, *rest = name.split("/")
-        if role == "lie" and float(rest[2]) not in LIARS[rest[1]].harmless:
-            for check in fired(found):
+        if role == "fault" and float(rest[2]) not in LIARS[rest[1]].harmless:
+            for check in firing(result):
                 caught[check][rest[1]].add(float(rest[2]))
         elif role == "liar" and "isce" in name and not name.endswith("s0"):
-            for check in fired(found):
+            for check in firing(result):
                 caught[check][f"I-SCE ({data})"].add(float(rest[0].split("-s")[1].split("-")[0]))
     return {
-        check: [f"{kind} {', '.join(f'{dose:g}' for dose in sorted(doses))}" for kind, doses in kinds.items()]
+        check: [
+            f"{kind} {', '.join(f'{value:g}' for value in sorted(severities))}" for kind, severities in kinds.items()
+        ]
         for check, kinds in caught.items()
     }
 
 
-def honest(answers: dict[str, Any], role: str) -> dict[str, Any]:
-    """The answers on the networks of one role."""
-    return {name: found for name, found in answers.items() if name.split("/")[1] == role}
+def of_role(results: dict[str, Any], role: str) -> dict[str, Any]:
+    """The results of the networks of one role."""
+    return {name: result for name, result in results.items() if name.split("/")[1] == role}
 
 
-def page(answers: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
     """docs/checks.md."""
-    held, tuned = honest(answers, "heldout"), honest(answers, "threshold")
-    alarms = {name: fired(found) for name, found in held.items() if fired(found)}
-    caught, machine = _caught(answers), environment()
+    held, tuned = of_role(results, "heldout"), of_role(results, "threshold")
+    alarms = {name: firing(result) for name, result in held.items() if firing(result)}
+    caught, machine = _caught(results), environment()
     lines = [
-        "# Trust checks, and how far they can be trusted",
+        "# Trust checks, and how reliable they are",
         "",
-        "Made by `benchmarks/calibrate_checks.py`; edit that, not this page. A check fires when the 99% lower bound of",
-        "the share of samples that show its fault exceeds its threshold.",
+        "*This page is written by `benchmarks/calibrate_checks.py`.*",
         "",
-        f"*Thresholds were set by judgement beforehand; {len(tuned)} honest networks are there to move one on, and",
-        f"none has been moved. False alarms are counted on {len(held)} others, held out. {SAMPLES} test images each,",
-        f"suite `standard`. holdfast {__version__}, torch {machine['torch']}.*",
+        "The name of each check is a sentence that is true of a sound measurement. The check fires when the 99% lower",
+        "confidence bound of the share of samples that violate it exceeds its threshold. A firing check makes the",
+        "figures that it applies to `loose`, or `void` where the table says so. Honest networks are networks without a",
+        "fault; faulty models are honest networks with a fault added on purpose, at several severities.",
+        "",
+        f"*Thresholds were set before any network was evaluated. {len(tuned)} honest networks are reserved for changing",
+        f"one, and none has been changed. False alarms are counted on {len(held)} other honest networks. {SAMPLES} test",
+        f"images each, suite `standard`. holdfast {__version__}, torch {machine['torch']}.*",
         "",
         "## The checks",
         "",
-        "| holds of a healthy claim | speaks of | void | proposed by | false alarms | fires on |",
+        "| check | applies to | void | proposed by | false alarms | detects (fault and severities) |",
         "|---|---|---|---|---:|---|",
-    ]
+    ]  # fmt: skip
     for check in CHECKS:
         name = name_of(check)
-        false = sum(name in fired(found) for found in held.values())
+        false = sum(name in firing(result) for result in held.values())
         on = "; ".join(caught.get(name, ["-"]))
         void = "yes" if check.void else ""
-        lines.append(
-            f"| {name} | {', '.join(check.claims)} | {void} | {check.source} | {false} of {len(held)} | {on} |"
-        )
+        claims = ", ".join(HEADINGS[claim] for claim in check.claims)
+        lines.append(f"| {name} | {claims} | {void} | {check.source} | {false} of {len(held)} | {on} |")
     lines += ["", f"False alarms on held-out honest networks: {len(alarms)} of {len(held)}.", ""]
     lines += [f"* {name}: {', '.join(names)}" for name, names in alarms.items()]
-    lines += ["", "## Detection against dose", ""]
+    lines += ["", "## Detection against severity", ""]
     for base in BASES:
-        lines += [f"### Around `{base}` (digits, linf 0.1)", ""]
-        lines += ["| liar | dose | clean | published | robust | verdict on published | on robust | what fires |"]
+        lines += [f"### Faults added to `{base}` (digits, linf 0.1)", ""]
+        lines += ["| fault | severity | clean | PGD-50 | robust | verdict on PGD-50 | on robust | checks that fire |"]
         lines += ["|---|---:|---:|---:|---:|---|---|---|"]
-        for kind, liar in LIARS.items():
-            for dose in liar.doses:
-                found = answers.get(f"digits/lie/{base}/{kind}/{dose:g}")
-                mark = " (harmless)" if dose in liar.harmless else ""
-                if found:
-                    lines.append(f"| {kind} | {dose:g}{mark} | {_row(found)} |")
+        for kind, fault in LIARS.items():
+            for severity in fault.doses:
+                result = results.get(f"digits/fault/{base}/{kind}/{severity:g}")
+                mark = " (harmless)" if severity in fault.harmless else ""
+                if result:
+                    lines.append(f"| {kind} | {severity:g}{mark} | {_row(result)} |")
         lines.append("")
-    lines += ["### I-SCE, a liar by training (s is the dose) and the honest networks", ""]
-    lines += ["| network | clean | published | robust | verdict on published | on robust | what fires |"]
+    lines += ["### Honest networks, and networks trained with I-SCE (a large s is a fault of training)", ""]
+    lines += ["| network | clean | PGD-50 | robust | verdict on PGD-50 | on robust | checks that fire |"]
     lines += ["|---|---:|---:|---:|---|---|---|"]
-    for name, found in answers.items():
-        if "/lie/" not in name:
-            lines.append(f"| {name} | {_row(found)} |")
+    for name, result in results.items():
+        if "/fault/" not in name:
+            lines.append(f"| {name.replace('/liar/', '/isce/')} | {_row(result)} |")
     return "\n".join([*lines, ""])
 
 
-def _row(found: dict[str, Any]) -> str:
-    if "error" in found:
-        return f"- | - | - | refused | refused | {found['error'].replace('|', '/')}"
-    figures = " | ".join(f"{100 * found[name]:.1f}" for name in ("clean", PGD50, ROBUST))
-    verdicts = f"{found['verdicts'][PGD50]} | {found['verdicts'][ROBUST]}"
-    return f"{figures} | {verdicts} | {'; '.join(fired(found)) or '-'}"
+def _row(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"- | - | - | refused | refused | {result['error'].replace('|', '/')}"
+    accuracies = " | ".join(f"{100 * result[name]:.1f}" for name in ("clean", PGD50, ROBUST))
+    verdicts = f"{result['verdicts'][PGD50]} | {result['verdicts'][ROBUST]}"
+    return f"{accuracies} | {verdicts} | {'; '.join(firing(result)) or '-'}"
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    answers = collect()
-    held, caught = honest(answers, "heldout"), _caught(answers)
-    record = {
+    results = collect()
+    held, caught = of_role(results, "heldout"), _caught(results)
+    track_record = {
         name_of(check): {
             "honest": len(held),
-            "false_alarms": sum(name_of(check) in fired(found) for found in held.values()),
+            "false_alarms": sum(name_of(check) in firing(result) for result in held.values()),
             "caught": caught.get(name_of(check), []),
         }
         for check in CHECKS
     }
-    write_atomic(JSON, json.dumps(record, indent=1) + "\n")
-    write_atomic(PAGE, page(answers))
+    write_atomic(JSON, json.dumps(track_record, indent=1) + "\n")
+    write_atomic(PAGE, page(results))
     print(f"{PAGE}\n{JSON}")
 
 

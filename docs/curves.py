@@ -1,8 +1,8 @@
-"""Curves of the losses for the documentation, from the code itself: each against u, and its slope; as small SVGs.
+"""Small SVG curves of every loss and its derivative against u, computed by the losses themselves.
 
-One image goes from its own class to a rival. Its features h = mu_y + t (mu_rival - mu_y) move between the corners of a
-regular simplex of 10 classes and radius 3; u = logsumexp_{j != y} z_j - z_y says how near to a mistake it is. Logits,
-distances and cosines are those of the loss's own head at h.
+One image moves from its own class to a rival. Its features h = mu_y + t (mu_rival - mu_y) lie between two corners of a
+regular simplex of 10 classes and radius 3. u = logsumexp_{j != y} z_j - z_y measures how close it is to a mistake.
+Logits, distances and cosines are those of the loss's own head at h.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOOK = {
     "axes.prop_cycle": mpl.cycler(color=["#00796b", "#d84315", "#5e35b1", "#f9a825"]),
     "lines.linewidth": 1.6, "legend.frameon": False,
 }  # fmt: skip
-# With which settings a loss is drawn; one that is not named here is drawn as it is by default.
+# The settings that a loss is drawn with; a loss that is not listed is drawn with its defaults.
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "sce": ({}, {"smoothing": 0.1}),
     "isce": ({"s": 0.0}, {"s": 3.0}, {"s": 10.0}),
@@ -41,13 +41,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
-def on_the_way(entry: LossEntry, t: Tensor) -> Outputs:
-    """What a network with the loss's own head answers for images at t, one after another: each with two batch mates,
-    one at its own class's center and one at the rival's, for the losses that look at them."""
+def outputs_at(entry: LossEntry, t: Tensor) -> Outputs:
+    """Outputs of the loss's own head for images at t. Each image is followed by two other samples, one at the center of
+    its own class and one at the rival's, for the losses that compare the samples of a batch."""
     mu = max_mahalanobis_centers(CLASSES, CLASSES, RADIUS).double()
-    mates = torch.tensor([0.0, 1.0], dtype=t.dtype).expand(len(t), 2)
-    places = torch.cat([t[:, None], mates], 1)[..., None]  # (T, 3, 1)
-    h = (mu[0] + places * (mu[1] - mu[0])).flatten(0, 1)
+    others = torch.tensor([0.0, 1.0], dtype=t.dtype).expand(len(t), 2)
+    positions = torch.cat([t[:, None], others], 1)[..., None]  # (T, 3, 1)
+    h = (mu[0] + positions * (mu[1] - mu[0])).flatten(0, 1)
     distances = squared_distances(h, mu)
     if entry.head == "cosine":
         logits = SCALE * F.normalize(h, dim=1) @ F.normalize(mu, dim=1).T
@@ -59,21 +59,21 @@ def on_the_way(entry: LossEntry, t: Tensor) -> Outputs:
 
 
 def values(entry: LossEntry, settings: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """(u, loss, d loss / d u) along the way: (T,) each."""
+    """(u, loss, d loss / d u) along the path from one class to the other: (T,) each."""
     t = torch.linspace(-0.15, 1.1, 140, dtype=torch.float64).requires_grad_()
-    out, y = on_the_way(entry, t), torch.tensor([0, 0, 1]).repeat(len(t))
+    out, y = outputs_at(entry, t), torch.tensor([0, 0, 1]).repeat(len(t))
     u = negative_log_odds(out, y)[::3]
     if entry.coupled:  # a batch of three at a time
         batches = [Outputs(*(part[i : i + 3] for part in out)) for i in range(0, len(y), 3)]
         loss = torch.stack([entry.loss(batch, y[:3], **settings)[0] for batch in batches])
     else:
         loss = entry.loss(out, y, **settings)[::3]
-    slope, climb = (torch.autograd.grad(value.sum(), t, retain_graph=True)[0] for value in (loss, u))
-    return u.detach(), loss.detach(), slope / climb
+    d_loss, d_u = (torch.autograd.grad(value.sum(), t, retain_graph=True)[0] for value in (loss, u))
+    return u.detach(), loss.detach(), d_loss / d_u
 
 
 def svg(figure: Figure) -> bytes:
-    """The figure, the same bytes at every build."""
+    """The figure as SVG, the same bytes at every build."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
@@ -85,11 +85,11 @@ def draw_loss(name: str) -> bytes:
         figure = Figure(figsize=(7.4, 2.7), layout="constrained")
         left, right = figure.subplots(1, 2)
         for settings in SETTINGS.get(name, ({},)):
-            u, loss, slope = values(LOSSES[name], settings)
-            label = ", ".join(f"{key} = {value:g}" for key, value in settings.items()) or "by default"
+            u, loss, derivative = values(LOSSES[name], settings)
+            label = ", ".join(f"{key} = {value:g}" for key, value in settings.items()) or "default"
             left.plot(u, loss, label=label)
-            right.plot(u, slope, label=label)
-        for ax, title in ((left, name), (right, f"slope of {name}: d loss / d u")):
+            right.plot(u, derivative, label=label)
+        for ax, title in ((left, name), (right, f"derivative of {name}: d loss / d u")):
             ax.axvline(0, color="0.6", linewidth=0.8, zorder=0)
             ax.set(title=title, xlabel="u   (right  <  0  <  wrong)")
         left.legend()
@@ -97,7 +97,7 @@ def draw_loss(name: str) -> bytes:
 
 
 def draw_dead_zone() -> bytes:
-    """What is left in float32 of the gradient at the true logit, one competitor, against the margin."""
+    """The gradient at the true logit in float32 against the margin, with one competitor."""
     margin = torch.linspace(0, 120, 241)
     z = torch.stack([margin, torch.zeros_like(margin)], 1).requires_grad_()
     y = torch.zeros(len(margin), dtype=torch.int64)
@@ -108,10 +108,10 @@ def draw_dead_zone() -> bytes:
             ("F.cross_entropy", partial(F.cross_entropy, reduction="none"), {"linewidth": 5, "alpha": 0.5}),
             ("softplus(u), holdfast's SCE", partial(isce, s=0.0), {"linestyle": "--"}),
             ("softplus(u + 100), I-SCE", partial(isce, s=100.0), {}),
-            ("u, what attacks climb", negative_log_odds, {}),
+            ("u, the score of attacks", negative_log_odds, {}),
         ):
-            (slope,) = torch.autograd.grad(loss(z, y).sum(), z)
-            size = slope[:, 0].abs()
+            (grad,) = torch.autograd.grad(loss(z, y).sum(), z)
+            size = grad[:, 0].abs()
             ax.semilogy(margin[size > 0], size[size > 0], label=label, **line)
         ax.set(
             xlabel="margin: z_y - largest other logit", ylabel="gradient at z_y", ylim=(1e-48, 1e4),

@@ -1,42 +1,39 @@
-"""An attack of your own as a stage of the cascade.
+"""Add an attack of your own as a stage of the cascade.
 
-It tries corners of the threat: every pixel all the way up or down, at random, then flips some of the signs and keeps
-what is nearer to a mistake. It uses no gradient, so it can say whether gradients were hiding something.
+It searches corners of the threat model at random: every pixel goes up or down by eps, then some signs are flipped, and
+the point with the higher score is kept. It uses no gradient, so it can reveal gradients that mislead other attacks.
 """
 
 from torch import Tensor
 
-from holdfast import data, losses, models
-from holdfast.attacks import ATTACKS, SUITES, AttackEntry, MostAdversarial, Stage, attack
+from holdfast import FitConfig, Threat, data, evaluate, fit, losses, models, objectives
+from holdfast.attacks import ATTACKS, AttackEntry, MostAdversarial, attack
 from holdfast.attacks.base import all_rows, predict
-from holdfast.evaluation import evaluate
+from holdfast.evaluation import SUITES, Stage
 from holdfast.losses import Loss
 from holdfast.noise import Noise
-from holdfast.objectives import standard
 from holdfast.outputs import Model
-from holdfast.threat import Threat
-from holdfast.train import FitConfig, fit
 
 
-@attack  # keeps the contract: eval mode, frozen weights, a last projection into the threat
+@attack  # the contract: eval mode, frozen weights, a final projection into the threat model
 def corners(
     model: Model, x: Tensor, y: Tensor, threat: Threat, *, score: Loss, noise: Noise, steps: int = 50, flip: float = 0.1
 ) -> Tensor:
-    """Random search over the corners of the threat; the worst point of each sample."""
-    worst, rows = MostAdversarial(x, y), all_rows(y)
+    """Random search over the corners of the threat model; returns the most adversarial point of each sample."""
+    best, rows = MostAdversarial(x, y), all_rows(y)
     sign = noise.sign(x.shape[1:])
-    best = score(predict(model, threat.project(x + threat.eps * sign, x)), y)
+    best_score = score(predict(model, threat.project(x + threat.eps * sign, x)), y)
     for step in range(steps):
         flips = noise.fold(step).uniform(x.shape[1:]) < flip
-        tried = sign.where(~flips, -sign)
-        x_adv = threat.project(x + threat.eps * tried, x)
+        candidate = sign.where(~flips, -sign)
+        x_adv = threat.project(x + threat.eps * candidate, x)
         out = predict(model, x_adv)
-        worst.update(rows, x_adv, out.logits)
+        best.update(rows, x_adv, out.logits)
         value = score(out, y)
-        better = value > best
-        best = value.where(better, best)
-        sign = tried.where(better.view(-1, 1, 1, 1), sign)
-    return worst.x
+        better = value > best_score
+        best_score = value.where(better, best_score)
+        sign = candidate.where(better.view(-1, 1, 1, 1), sign)
+    return best.x
 
 
 ATTACKS["corners"] = AttackEntry(corners, "random search over corners", ("linf",), gradients=False, per_step=1.0)
@@ -44,10 +41,10 @@ ATTACKS["corners"] = AttackEntry(corners, "random search over corners", ("linf",
 split = data.load("digits", fold=(0, 5))
 mean, std = data.standardisation(split.train)
 model = models.build("smallconv", split.shape, len(split.classes), mean=mean, std=std)
-fit(model, split.train, split.val, standard(losses.sce), FitConfig(epochs=10, batch_size=64, lr=3e-3))
+fit(model, split.train, split.val, objectives.standard(losses.sce), FitConfig(epochs=10, batch_size=64, lr=3e-3))
 
 mine = Stage("corners", "corners", "margin", settings={"steps": 200})
-for name, suite in (("alone", (mine,)), ("after quick", (*SUITES["quick"], mine))):
-    found = evaluate(model, split.test, Threat("linf", 0.1), suite)
-    broke = ", ".join(f"{stage.name} broke {stage.broken} of {stage.attacked}" for stage in found.stages[1:])
-    print(f"corners {name}: robust at most {found.robust.float().mean():.1%}; {broke}")
+for name, suite in (("after PGD-50", (mine,)), ("after quick", (*SUITES["quick"], mine))):
+    evaluation = evaluate(model, split.test, Threat("linf", 0.1), suite)
+    broke = ", ".join(f"{stage.name} broke {stage.broken} of {stage.attacked}" for stage in evaluation.stages[1:])
+    print(f"corners {name}: robust at most {evaluation.robust.float().mean():.1%}; {broke}")

@@ -1,19 +1,14 @@
-"""A loss of your own, trained and attacked beside SCE.
+"""Train and attack a loss of your own beside SCE.
 
-The hinge below asks for a margin and is then flat. So attacks climb its score, the negative margin, and not the hinge;
-the audit says whether an attack on the loss itself would have been blind.
+The hinge below asks for a margin and is flat beyond it. So attacks maximise its score, the negative margin, instead of
+the hinge. The audit reports whether an attack on the loss itself would have failed.
 """
 
 from torch import Tensor
 
-from holdfast import data, losses, models
-from holdfast.checks import audit
-from holdfast.evaluation import evaluate
-from holdfast.objectives import standard
+from holdfast import FitConfig, Threat, data, evaluate_network, fit, losses, models, objectives
 from holdfast.outputs import Outputs
-from holdfast.results import mcnemar, proportion
-from holdfast.threat import Threat
-from holdfast.train import FitConfig, fit
+from holdfast.results import mcnemar
 
 
 def hinge(out: Outputs | Tensor, y: Tensor, *, width: float = 4.0) -> Tensor:
@@ -21,25 +16,20 @@ def hinge(out: Outputs | Tensor, y: Tensor, *, width: float = 4.0) -> Tensor:
     return (width + losses.negative_margin(out, y)).clamp_min(0.0).square()
 
 
-# The line that makes it a loss like all others: what attacks climb, the head it needs, a word on it.
+# The entry that makes it a loss like all others: the score for attacks, the head it needs, a short description.
 losses.LOSSES["hinge"] = losses.LossEntry(hinge, losses.negative_margin, "linear", "squared hinge on the margin")
 
 split = data.load("digits", fold=(0, 5))
 mean, std = data.standardisation(split.train)
-threat = Threat("linf", 0.1)
-stands = {}
+robust = {}
 for name in ("sce", "hinge"):
     loss = losses.LOSSES[name].loss
     model = models.build("smallconv", split.shape, len(split.classes), mean=mean, std=std, seed=0)
-    fit(model, split.train, split.val, standard(loss), FitConfig(epochs=15, batch_size=64, lr=3e-3))
-    found = evaluate(model, split.test, threat, "quick", trained_with=loss)
-    judged = audit(model, split.test, found, trained_with=loss)
-    stands[name] = judged.evaluation.robust
-    robust = proportion(int(stands[name].sum()), len(stands[name]))
-    fires = [finding.name for finding in judged.findings if finding.fires]
-    print(f"{name}: clean {found.clean.float().mean():.1%}, published {found.pgd50.float().mean():.1%}, "
-          f"robust at most {robust.value:.1%} [{robust.low:.1%}, {robust.high:.1%}]; fires: {fires}")  # fmt: skip
+    fit(model, split.train, split.val, objectives.standard(loss), FitConfig(epochs=15, batch_size=64, lr=3e-3))
+    result = evaluate_network(model, split.test, Threat("linf", 0.1), "quick", trained_with=loss)
+    robust[name] = result.evaluation.robust.tolist()
+    print(f"{name}: {result}")
+    print("checks that fire:", [finding.name for finding in result.audit.findings if finding.fires])
 
-# About these two networks, on the same images. About the two losses it says nothing: that takes paired seeds.
-p = mcnemar(stands["sce"].tolist(), stands["hinge"].tolist())
-print(f"exact McNemar test, these two networks: p = {p:.2g}")
+# This compares these two networks on the same images. A statement about the two losses needs paired seeds.
+print(f"exact McNemar test, these two networks: p = {mcnemar(robust['sce'], robust['hinge']):.2g}")

@@ -1,9 +1,9 @@
-"""The networks that suites are chosen on ("choose") and those that the bench against the peer is run on ("bench").
+"""The networks that suites are selected on ("choose"), and those that are compared with AutoAttack ("bench").
 
-Each is a run folder under out/arsenal/, so a build that was stopped goes on, and a finished one is loaded. The roles
-share no seed. ``HOLDFAST_MNIST`` and ``HOLDFAST_CIFAR10`` name parquet folders.
+Each is a run folder under out/suite/: a stopped build resumes, and a finished network is loaded. The roles share no
+seed. ``HOLDFAST_MNIST`` and ``HOLDFAST_CIFAR10`` name parquet folders.
 
-    python benchmarks/arsenal_nets.py [choose | bench] [part/parts]
+    python benchmarks/suite_networks.py [choose | bench] [part/parts]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from holdfast.data import Split
+from holdfast.experiments import loss_spec
 from holdfast.experiments.config import Comparison, Job
 from holdfast.experiments.recipes import fit_for, override
 from holdfast.experiments.training import train_network
@@ -23,12 +24,12 @@ from holdfast.losses import Loss
 from holdfast.models import Classifier
 from holdfast.threat import Threat
 
-FOLDER = Path(__file__).resolve().parent.parent / "out" / "arsenal"
+FOLDER = Path(__file__).resolve().parent.parent / "out" / "suite"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A network to train and what it is attacked under. at: what it is trained against, "" for standard training."""
+    """A network to train and its threats. at: the threat of its adversarial training, "" for standard training."""
 
     name: str
     role: str
@@ -87,7 +88,7 @@ def _path(data: str) -> str:
 
 
 def build(plan: Plan) -> Net:
-    """Train the network, or load it if that is done."""
+    """Train the network, or load it if it is finished."""
     data = _path(plan.data)
     fit = override(fit_for(plan.data), epochs=plan.epochs, lr=1e-3 if plan.at and plan.data == "mnist" else None)
     comparison = Comparison(
@@ -99,9 +100,9 @@ def build(plan: Plan) -> Net:
         limit_train=plan.limit_train,
         fit=fit,
     ).checked()
-    job = Job(comparison, comparison.loss_specs[0], plan.seed, 0, FOLDER / plan.name)
-    model, _, split = train_network(job)
-    return Net(plan, model, split, job.loss.loss)
+    loss = loss_spec.parse(plan.loss)
+    model, _, split = train_network(Job(comparison, loss, plan.seed, 0, FOLDER / plan.name))
+    return Net(plan, model, split, loss.loss)
 
 
 def threats(plan: Plan) -> list[Threat]:

@@ -1,12 +1,12 @@
 """holdfast's suites beside AutoAttack (PyPI: pyautoattack 0.2.0) on the same networks, samples and machine.
 
-    python benchmarks/bench_arsenal.py peer              # hours: every network, threat and seed; resumable
-    python benchmarks/bench_arsenal.py ours
-    python benchmarks/bench_arsenal.py                   # the table of what both have left in out/arsenal/bench
+    python benchmarks/bench_suite.py peer                # hours: every network, threat and seed; resumable
+    python benchmarks/bench_suite.py ours
+    python benchmarks/bench_suite.py                     # the table of all results in out/suite/bench
 
-Passes are samples sent forward and gradients sent back, each counted once, on both sides, everything included: clean
-pass, published protocol, attacks, verification, trust checks. Seconds are of the processor, one thread, so that what
-else the machine does meanwhile does not count. ``HOLDFAST_MNIST`` and ``HOLDFAST_CIFAR10`` name parquet folders.
+Passes are forward passes plus backward passes, summed over samples, on both sides. They include the clean pass, PGD-50,
+attacks, the check of every candidate, and trust checks. Seconds are processor time of one thread, so other work on the
+machine does not count. ``HOLDFAST_MNIST`` and ``HOLDFAST_CIFAR10`` name parquet folders.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arsenal_nets import FOLDER, PLANS, Net, Plan, build, threats
 from holdfast.data import pixels
 from holdfast.outputs import as_outputs, fooled
 from holdfast.threat import Threat
+from suite_networks import FOLDER, PLANS, Net, Plan, build, threats
 
 BENCH = FOLDER / "bench"
 SAMPLES = {"mnist": 300, "cifar10": 100}
@@ -33,7 +33,7 @@ NORMS = {"linf": "Linf", "l2": "L2"}
 
 
 class Counting(nn.Module):
-    """The network as the peer wants it, logits alone, with its passes counted."""
+    """The network as AutoAttack needs it: logits only, with its passes counted."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -43,10 +43,10 @@ class Counting(nn.Module):
         self.forwards += len(x)
         if x.requires_grad:
             x = x.view_as(x)
-            x.register_hook(self._returned)
+            x.register_hook(self._count_backward)
         return as_outputs(self.model(x)).logits
 
-    def _returned(self, grad: Tensor) -> None:
+    def _count_backward(self, grad: Tensor) -> None:
         self.backwards += len(grad)
 
 
@@ -55,16 +55,16 @@ def file(side: str, plan: Plan, threat: Threat, seed: int, samples: int = 0) -> 
     return BENCH / f"{side}-{plan.name}-{threat.norm}{threat.eps:.4g}-seed{seed}{many}.json"
 
 
-def keep(path: Path, found: dict[str, Any]) -> None:
+def save(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(found))
+    path.with_suffix(".tmp").write_text(json.dumps(result))
     path.with_suffix(".tmp").rename(path)
-    shown = {key: value for key, value in found.items() if key not in ("robust", "stages")}
-    print(path.stem, shown, "stand:", sum(found["robust"]), flush=True)
+    shown = {key: value for key, value in result.items() if key not in ("robust", "stages")}
+    print(path.stem, shown, "survivors:", sum(result["robust"]), flush=True)
 
 
-def judged(net: Net, threat: Threat, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-    """What stands, by the same yardstick for both: one more forward pass, inside the threat."""
+def survivors(net: Net, threat: Threat, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+    """(N,) bool, by the same rule for both sides: correct, and x_adv is not a misclassified point of the threat."""
     with torch.no_grad():
         clean, adv = (as_outputs(net.model(batch)).logits for batch in (x, x_adv))
     return (clean.argmax(1) == y) & ~(fooled(adv, y) & (threat.violation(x_adv, x) == 0))
@@ -83,11 +83,10 @@ def peer(plan: Plan, threat: Threat, seed: int, samples: int = 0) -> None:
     answer = attack.run_standard_evaluation(x, y, batch_size=250)
     seconds = time.process_time() - began
     x_adv = next(part for part in (answer if isinstance(answer, tuple) else (answer,)) if part.shape == x.shape)
-    stands = judged(net, threat, x, x_adv, y)
-    keep(
+    save(
         file("peer", plan, threat, seed, samples),
         {
-            "robust": stands.int().tolist(),
+            "robust": survivors(net, threat, x, x_adv, y).int().tolist(),
             "forwards": model.forwards,
             "backwards": model.backwards,
             "seconds": seconds,
@@ -102,14 +101,13 @@ def ours(plan: Plan, threat: Threat, seed: int, suite: str, samples: int = 0) ->
     net = build(plan)
     some = net.split.test.take(slice(0, samples or SAMPLES[plan.data]))
     began = time.process_time()
-    found = evaluate(net.model, some, threat, suite, trained_with=net.loss, seed=seed)
-    checked = audit(net.model, some, found, trained_with=net.loss, seed=seed)
+    evaluation = evaluate(net.model, some, threat, suite, trained_with=net.loss, seed=seed)
+    final = audit(net.model, some, evaluation, trained_with=net.loss, seed=seed).evaluation
     seconds = time.process_time() - began
-    final = checked.evaluation
-    keep(
+    save(
         file(suite, plan, threat, seed, samples),
         {
-            "robust": judged(net, threat, pixels(some.x), final.x_adv, some.y).int().tolist(),
+            "robust": survivors(net, threat, pixels(some.x), final.x_adv, some.y).int().tolist(),
             "forwards": final.forwards,
             "backwards": final.backwards,
             "seconds": seconds,
@@ -118,16 +116,16 @@ def ours(plan: Plan, threat: Threat, seed: int, suite: str, samples: int = 0) ->
     )
 
 
-def every(side: str, argued: argparse.Namespace) -> None:
-    for seed in SEEDS[: argued.seeds]:
-        for plan in (plan for plan in PLANS if plan.role == "bench" and argued.only in plan.name):
+def run_all(side: str, arguments: argparse.Namespace) -> None:
+    for seed in SEEDS[: arguments.seeds]:
+        for plan in (plan for plan in PLANS if plan.role == "bench" and arguments.only in plan.name):
             for threat in threats(plan):
-                if file(side, plan, threat, seed, argued.samples).exists() and not argued.again:
+                if file(side, plan, threat, seed, arguments.samples).exists() and not arguments.again:
                     continue
                 if side == "peer":
-                    peer(plan, threat, seed, argued.samples)
+                    peer(plan, threat, seed, arguments.samples)
                 else:
-                    ours(plan, threat, seed, side, argued.samples)
+                    ours(plan, threat, seed, side, arguments.samples)
 
 
 def read(side: str, plan: Plan, threat: Threat, samples: int) -> list[dict[str, Any]]:
@@ -135,13 +133,13 @@ def read(side: str, plan: Plan, threat: Threat, samples: int) -> list[dict[str, 
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def more(a: dict[str, Any], b: dict[str, Any]) -> int:
+def only_second_breaks(a: dict[str, Any], b: dict[str, Any]) -> int:
     """Samples that b breaks and a does not."""
     return sum(x and not y for x, y in zip(a["robust"], b["robust"], strict=True))
 
 
 def table(suite: str, samples: int) -> None:
-    """One line a network: means over seeds; and what it comes to."""
+    """Print a line per network, means over seeds, and the totals."""
     lines: list[tuple[Any, ...]] = []
     for plan in PLANS:
         for threat in threats(plan):
@@ -157,14 +155,14 @@ def table(suite: str, samples: int) -> None:
                 sum(sum(one["robust"]) for one in mine) / len(mine),
                 sum(sum(one["robust"]) for one in theirs) / len(theirs),
                 sum(sum(x and y for x, y in zip(a["robust"], b["robust"], strict=True)) for a, b in pairs) / len(pairs),
-                sum(more(a, b) for a, b in pairs), max(more(a, b) for a, b in pairs),
-                sum(more(b, a) for a, b in pairs),
-                len(pairs) * sum(more(a, b) for a, b in again) / max(1, len(again)),
+                sum(only_second_breaks(a, b) for a, b in pairs), max(only_second_breaks(a, b) for a, b in pairs),
+                sum(only_second_breaks(b, a) for a, b in pairs),
+                len(pairs) * sum(only_second_breaks(a, b) for a, b in again) / max(1, len(again)),
                 *passes, *seconds,
             ))  # fmt: skip
     head = (
-        "| network | n | seeds | ours | peer | both | only the peer breaks | only we break | peer against itself "
-        "| passes, ours | peer | ratio | s, ours | peer | ratio |"
+        "| network | n | seeds | survive ours | peer | both | only the peer breaks | only ours breaks "
+        "| only a second peer run breaks | passes, ours | peer | ratio | s, ours | peer | ratio |"
     )
     print(head + "\n|" + "---|" + "---:|" * (head.count("|") - 2))
     for name, n, seeds, a, b, both, lost, _, won, itself, pa, pb, sa, sb in lines:
@@ -177,7 +175,7 @@ def table(suite: str, samples: int) -> None:
         worst = max(line[7] / line[1] for line in lines)
         pa, pb, sa, sb = (sum(line[k] for line in lines) for k in (10, 11, 12, 13))
         print(
-            f"\nover networks and seeds: the peer alone breaks {lost}, we alone {won}, a second run of the peer alone "
+            f"\nover networks and seeds: only the peer breaks {lost}, only ours {won}, only a second run of the peer "
             f"{itself:.1f}; at worst {1000 * worst:.1f} of 1,000 on one network; {pb / pa:.1f}x fewer passes, "
             f"{sb / sa:.1f}x less time"
         )
@@ -187,14 +185,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="table", choices=["peer", "ours", "table"])
     parser.add_argument("--suite", default="standard")
-    parser.add_argument("--only", default="", help="networks whose name holds this")
+    parser.add_argument("--only", default="", help="networks whose name contains this")
     parser.add_argument("--samples", type=int, default=0, help="default: 300 of MNIST, 100 of CIFAR-10")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("--again", action="store_true", help="also what is there already")
-    argued = parser.parse_args()
+    parser.add_argument("--again", action="store_true", help="run again what is finished")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    if argued.what == "table":
-        table(argued.suite, argued.samples)
+    if arguments.what == "table":
+        table(arguments.suite, arguments.samples)
     else:
-        every("peer" if argued.what == "peer" else argued.suite, argued)
+        run_all("peer" if arguments.what == "peer" else arguments.suite, arguments)
