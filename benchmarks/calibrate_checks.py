@@ -29,10 +29,10 @@ from tests.faults.faulty_models import LIARS  # noqa: E402
 
 from holdfast import __version__  # noqa: E402
 from holdfast.checks import CHECKS, PGD50, ROBUST, audit, name_of  # noqa: E402
+from holdfast.environment import environment  # noqa: E402
 from holdfast.errors import UserError  # noqa: E402
 from holdfast.evaluation import evaluate  # noqa: E402
 from holdfast.io import write_atomic  # noqa: E402
-from holdfast.environment import environment  # noqa: E402
 
 OUT = ROOT / "out" / "calibration" / "answers.json"
 JSON = ROOT / "src" / "holdfast" / "checks" / "calibration.json"
