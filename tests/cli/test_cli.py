@@ -24,8 +24,9 @@ from typer.models import OptionInfo
 
 import holdfast
 from holdfast import cli, results
-from holdfast.attacks import ATTACKS, SUITES, Stage
+from holdfast.attacks import ATTACKS
 from holdfast.data import DATASETS
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments.compare import Comparison
 from holdfast.experiments.recipes import RECIPES, Recipe
 from holdfast.information.sources import SOURCES

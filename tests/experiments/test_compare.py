@@ -17,9 +17,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from holdfast import results, run_folder
-from holdfast.attacks import SUITES, Stage
 from holdfast.data import load
 from holdfast.errors import UserError
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments import compare as comparing
 from holdfast.experiments import pipeline
 from holdfast.experiments.compare import Comparison, Job, compare, default_out, train_one

@@ -11,10 +11,10 @@ from tests.faults.faulty_models import LIARS
 from typer.testing import CliRunner
 
 from holdfast import data, models
-from holdfast.attacks import PGD50, SUITES
 from holdfast.cli import app
 from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
+from holdfast.evaluation.suites import PGD50, SUITES
 from holdfast.experiments.collect import NetworkResult, collect
 from holdfast.losses import sce
 from holdfast.objectives import standard
@@ -78,9 +78,9 @@ def test_until_starts_are_what_changes_the_start_is_the_published_one(honest, sp
     broken = {}
     for stage in SUITES["explain"][:2]:
         found = evaluate(
-            honest, some, Threat("linf", 0.1), (dataclasses.replace(stage, name="own loss", individual=True),)
+            honest, some, Threat("linf", 0.1), (dataclasses.replace(stage, name="again", individual=True),)
         )
-        broken[stage.name] = found.clean & ~found.own
+        broken[stage.name] = found.clean & ~found.attack_correct["again"]
     assert not bool((broken["stable arithmetic"] & ~broken["best iterate"]).any())
     assert [stage.name for stage in SUITES["explain"] if stage.noise_stream is None] == [
         "restarts", "other scores", "black box",
@@ -98,7 +98,7 @@ def test_a_stage_of_the_published_stream_is_the_published_attack_again(honest, s
 
 def test_the_accuracy_under_its_own_loss_is_told_beside(liar):
     run, found = liar
-    assert run.own.value == found.own.sum().item() / run.n
+    assert run.own.value == found.attack_correct["pgd50-train-loss"].sum().item() / run.n
     assert f"alone, leaves {100 * run.own.value:.1f}%" in waterfall.sentence(run)
 
 

@@ -28,7 +28,7 @@ Losses = Annotated[
 OneLoss = Annotated[str, option("With settings: isce:s=10; after @ another head: isce:s=2@cosine.")]
 Against = Annotated[str, option(THREAT + "Such as linf:0.1, linf:8/255, l2:1.5.")]
 Several = Annotated[str, option(THREAT + "Such as linf:8/255, or several: linf:0.1,l2:1.5.")]
-Suite = Annotated[str, option("How hard to attack: quick, standard, paranoid, claims, protocols or explain.")]
+Suite = Annotated[str, option("How hard to attack: quick, standard, paranoid, standard+loss, per-attack or explain.")]
 Objective = Annotated[
     str,
     option(

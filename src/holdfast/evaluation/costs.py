@@ -13,7 +13,7 @@ from .evaluation import StageCost
 from .state import State, Task
 from .suites import N_NEAREST, N_RANDOM, Stage
 
-# What a budget is spent on after the suite: survivors with the smallest margins, other scores, more targets, new starts.
+# What a budget is spent on after the suite: the smallest margins, with other scores, more targets and new starts.
 EXTRA_ROUND = (
     Stage("long", "apgd", settings={"steps": 100}, subset="nearest", fraction=0.3),
     Stage("targets", "apgd", "dlr", targets=4, settings={"steps": 50}, subset="nearest", fraction=0.3),

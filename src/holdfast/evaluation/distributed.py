@@ -1,4 +1,4 @@
-"""Several processes share one evaluation (torch.distributed). Each works on its batches, and all get the same result."""
+"""Several processes share one evaluation (torch.distributed): each runs some batches, all get the same result."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Processes:
 
 
 def exchange_results(task: Task, state: State, processes: Processes, rows: Tensor) -> None:
-    """After a stage's turn at one target: all processes learn the results of the others, and whether a budget is spent."""
+    """After a stage has run at one target: exchange results, and whether a budget is spent, with all processes."""
     mine, columns = processes.mine(rows, task.batch_size), state.columns
     shared = {
         "x_adv": columns.x_adv,

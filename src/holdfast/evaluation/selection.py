@@ -16,7 +16,7 @@ NEAR, RANDOM = 1, 2  # values of Columns.spot_check
 
 
 def choose(task: Task, state: State, number: int) -> None:
-    """Decide which samples a stage attacks, once, when it begins: a resumed stage finds the choice in its checkpoint."""
+    """Decide which samples a stage attacks, once, when it begins; a resumed stage reads it from its checkpoint."""
     if state.chosen_for != number:
         state.columns.chosen = _chosen(task, state, number).clone()
         state.chosen_for = number

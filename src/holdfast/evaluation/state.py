@@ -64,7 +64,7 @@ class Columns:
         targets: (N, T) int64, wrong classes, likeliest first.
         done: int64, position in the sequence of (stage, target) pairs up to which the sample has been attacked.
         chosen: bool, samples of the current stage.
-        spot_check: int64, 1 for a sample of the spot check with one of the smallest margins, 2 for a random one, else 0.
+        spot_check: int64, 1 for the nearest samples of the spot check, 2 for its random ones, 0 for all others.
         random_target: int64, a random wrong class; None if no stage uses one.
     """
 

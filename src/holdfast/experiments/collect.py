@@ -99,7 +99,8 @@ def _run(parts: list[NetworkResult]) -> Run:
     void = bool(judged) and judged["verdict"].status == "void"
     certified = None if any(e.certified is None for e in evaluations) else column("certified")
     surveys = [part.region for part in parts if part.region]
-    protocols = [name for name in evaluations[0].individual if all(name in e.individual for e in evaluations)]
+    attacks = [name for name in evaluations[0].attack_correct if all(name in e.attack_correct for e in evaluations)]
+    shares = {name: _share(torch.cat([e.attack_correct[name] for e in evaluations])) for name in attacks}
     return Run(
         name=_name(parts[0]),
         loss=parts[0].name or parts[0].loss,
@@ -109,9 +110,9 @@ def _run(parts: list[NetworkResult]) -> Run:
         clean=_share(clean),
         pgd50=_share(published),
         robust=None if void else _share(robust),
-        own=None if any(e.own is None for e in evaluations) else _share(column("own")),
+        own=shares.get("pgd50-train-loss"),
         certified=None if void or certified is None else _share(certified),
-        individual={name: _share(torch.cat([e.individual[name] for e in evaluations])) for name in protocols},
+        individual={} if set(shares) <= {"pgd50", "pgd50-train-loss"} else shares,
         **judged,
         cost={
             "forwards": sum(e.forwards for e in evaluations),
@@ -145,12 +146,12 @@ def _verdicts(parts: list[NetworkResult], published: Tensor, robust: Tensor) -> 
     if len(audits) < len(parts):
         return {}
     findings = merge([audit.findings for audit in audits])
-    told = remaining(audits)
+    left = remaining(audits)
     return {
-        "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, told),
-        "pgd50_verdict": judge(Claim(PGD50, published.tolist()), robust.tolist(), findings, told),
+        "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, left),
+        "pgd50_verdict": judge(Claim(PGD50, published.tolist()), robust.tolist(), findings, left),
         "checks": [finding.to_dict() for finding in findings],
-        "remaining": told,
+        "remaining": left.to_dict(),
         "measures": {key: _mean([audit.measures.get(key) for audit in audits]) for key in audits[0].measures},
     }
 

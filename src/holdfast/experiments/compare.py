@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import models, process_pool, run_folder, spec
-from ..attacks import SUITES
 from ..data import Split, default_folds, load, standardisation
 from ..errors import UserError, unknown
-from ..evaluation import evaluate, stored_x_adv
+from ..evaluation import evaluate, load_x_adv
+from ..evaluation.suites import SUITES
 from ..information.sources import source
 from ..io import write_atomic
 from ..objectives import OBJECTIVES, Schedule
@@ -224,9 +224,9 @@ def train_and_attack(job: Job, tell: Progress) -> tuple[nn.Module, list[NetworkR
             comparison.suite,
             trained_with=loss_spec.parse(job.loss).loss,
             seed=job.seed,
-            record=_cache_path(job.folder, "evaluation", threat),
+            checkpoint=_cache_path(job.folder, "evaluation", threat),
             key=f"{split.fingerprint} {run_folder.weights_hash(model)}",
-            progress=evaluation_progress(job.folder.name, tell, threat, len(split.test)),
+            progress=evaluation_progress(job.folder.name, tell, threat),
         )
         answers.append(
             NetworkResult(job.loss, job.seed, job.folder, evaluation, trained, split, _cut(comparison, job.fold))
@@ -242,7 +242,7 @@ def audit_job(job: Job, tell: Progress) -> list[NetworkResult]:
     answers = []
     for one in judged:
         threat = one.evaluation.threat
-        twin = None if beside is None else stored_x_adv(_cache_path(beside, "evaluation", threat))
+        twin = None if beside is None else load_x_adv(_cache_path(beside, "evaluation", threat))
         one = cached_audit(one, model, _cache_path(job.folder, "audit", threat), twin, tell, seed=job.seed)
         answers.append(cached_region(one, model, _cache_path(job.folder, "region", threat), tell, seed=job.seed))
     return answers
@@ -252,11 +252,9 @@ def _cache_path(folder: Path, what: str, threat: Threat) -> Path:
     return folder / f"{what}-{threat.norm}{threat.eps:.6g}.safetensors"
 
 
-def evaluation_progress(name: str, tell: Progress, threat: Threat, n: int) -> Any:
-    """What an evaluation of n samples tells while it runs: the stage, and the robust accuracy as it is by now."""
-    return lambda stage, done, total, standing: tell(
-        name, f"{threat}, {stage}, at most {standing / n:.1%} robust", done, total
-    )
+def evaluation_progress(name: str, tell: Progress, threat: Threat) -> Any:
+    """What an evaluation reports while it runs: the threat, the stage, and the robust accuracy so far."""
+    return lambda what, done, total: tell(name, f"{threat}, {what}", done, total)
 
 
 # What runs in a worker sends nothing back: what it did is on disk.

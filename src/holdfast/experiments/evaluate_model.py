@@ -14,10 +14,10 @@ import torch
 from torch import distributed, nn
 
 from .. import run_folder
-from ..attacks import SUITES
 from ..data import Split, load, pixels
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
+from ..evaluation.suites import SUITES
 from ..importers.model_file import ModelSource, code_hash, open_model
 from ..outputs import frozen_eval
 from ..process_pool import Progress
@@ -150,9 +150,9 @@ def evaluate_model(
         seed=seed,
         batch_size=batch_size,
         budget=budget,
-        record=out / "evaluation.safetensors",
+        checkpoint=out / "evaluation.safetensors",
         key=f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)}",
-        progress=evaluation_progress(subject.name, tell, against, len(subject.split.test)),
+        progress=evaluation_progress(subject.name, tell, against),
     )
     if not first:
         return None

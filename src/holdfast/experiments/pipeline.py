@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import region, run_folder
-from ..checks import CHECKS, FOUND, add_witnesses, audit, name_of
+from ..checks import CHECKS, audit, name_of
 from ..checks.cache import load_audit, save_audit
 from ..errors import UserError
-from ..evaluation import StageCost
+from ..evaluation import StageCost, Witnesses, add_witnesses
 from ..io import load_tensors, save_tensors
 from ..outputs import out_of_memory
 from ..process_pool import Progress
 from . import loss_spec
 from .collect import NetworkResult
 
-SURVEY, SURVEY_VERSION = "region record", 1
+SURVEY, SURVEY_VERSION = "region record", 2
 
 
 def cached_audit(
@@ -81,14 +81,13 @@ def cached_region(one: NetworkResult, model: nn.Module, record: Path, tell: Prog
         drawn = _fitting(partial(region.picture, *columns, s=s, index=test.index, seed=seed))
         fell, *_ = parts[-1]
         counts = found.robust[fell] & (found.votes == 1)
-        broken = {name: column[counts] for name, column in zip(("rows", *FOUND), parts[-1], strict=True)}
+        broken = {name: column[counts] for name, column in zip(Witnesses._fields, parts[-1], strict=True)}
         measured["missed"] = None if found.votes > 1 else 0  # from here on they count
         attacked, seconds = len(measured["distances"]["index"]), time.perf_counter() - began
         cost = StageCost("region", attacked, len(broken["rows"]), **measured["passes"], seconds=seconds)
         kept = {"key": key, "region": measured, "picture": drawn, "cost": asdict(cost)}
         save_tensors(record, SURVEY, SURVEY_VERSION, broken, kept)
-    x_adv, margin, prediction = (broken[name] for name in FOUND)
-    counted = add_witnesses(found, [(broken["rows"], x_adv, margin, prediction)], StageCost(**kept["cost"]))
+    counted = add_witnesses(found, [Witnesses(**broken)], StageCost(**kept["cost"]))
     return replace(one, evaluation=counted, region=kept["region"], picture=kept["picture"])
 
 

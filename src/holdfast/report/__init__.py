@@ -241,7 +241,7 @@ def _examples(results: Results, shown: Sequence[Row]) -> dict[str, Any]:
 def _check(check: Any) -> dict[str, str]:
     """A check's line, whatever of it there is."""
     found = check if isinstance(check, dict) else {"name": check}
-    line = {key: str(found.get(key) or "") for key in ("name", "status", "why", "source", "record")}
+    line = {key: str(found.get(key) or "") for key in ("name", "status", "why", "source", "track_record")}
     line["claims"] = ", ".join(map(str, found.get("claims") or []))
     ran = found.get("value") is not None
     line["share"] = f"{100 * found['value']:.1f}%" if ran else "–"

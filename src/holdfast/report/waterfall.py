@@ -25,7 +25,7 @@ CHANGES = {
     "targets": "towards each of the likeliest wrong classes, 9 at most",
     "other scores": "APGD on DLR, 100 steps",
     "black box": "Square, 1,000 queries: no gradient is asked for",
-    "own loss": "the published steps on the loss that it was trained with",
+    "pgd50-train-loss": "the published steps on the loss that it was trained with",
     "audit": "whatever a trust check came across",
     "region": "the smallest perturbation that was found, FMN",
 }

@@ -20,6 +20,7 @@ from .schema import (
 )
 from .statistics import (
     Paired,
+    Remaining,
     RemainingVulnerable,
     SpotCheck,
     holm,
@@ -53,6 +54,7 @@ __all__ = [
     "Example",
     "Interval",
     "Paired",
+    "Remaining",
     "RemainingVulnerable",
     "Results",
     "Row",

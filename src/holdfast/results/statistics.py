@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,14 +128,14 @@ def holm(ps: Sequence[float]) -> list[float]:
 class RemainingVulnerable:
     """How many samples are expected to be breakable still, with a 95% interval, in samples.
 
-    stood: survivors before the two runs; tested: how many of these both tried; first, second, both: how many of those
+    survivors: before the two runs; tested: how many of these both tried; first, second, both: how many of those
     each run, and both, broke.
     """
 
     expected: float
     low: float
     high: float
-    stood: int
+    survivors: int
     tested: int
     first: int
     second: int
@@ -220,3 +221,53 @@ class SpotCheck:
             else float(stats.beta.ppf(0.95, self.far_broken + 1, self.far - self.far_broken))
         )
         return round(min(share * self.rest - self.far_broken, self.rest - self.far), 1)
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What may still be breakable of a row's samples, in samples: the estimate, and what limits the evaluation.
+
+    Attributes:
+        expected: expected number of survivors still breakable: the larger of capture-recapture and spot check.
+        low: lower end of the 95% interval.
+        high: upper end of the 95% interval.
+        survivors: number of survivors before the two runs.
+        tested: number of these that both runs attacked.
+        first: number of tested samples that the first run broke.
+        second: number of tested samples that the second run broke.
+        both: number of tested samples that both runs broke.
+        spot_check: full-length attacks on a sample of the survivors; None where the suite has none.
+        unfinished: a budget ended the attacks before the suite did.
+        votes: number of predictions per image whose majority counts; 1 for a deterministic model.
+
+    >>> left = Remaining(0.4, 0, 3, 100, 100, 0, 0, 0, SpotCheck(32, 1, 32, 0, 320))
+    >>> left.to_dict()["spot_check"]["high"], Remaining.from_dict(left.to_dict()) == left
+    (28.6, True)
+    """
+
+    expected: float
+    low: float
+    high: float
+    survivors: int
+    tested: int
+    first: int
+    second: int
+    both: int
+    spot_check: SpotCheck | None = None
+    unfinished: bool = False
+    votes: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """As results.json stores it: the fields, and of the spot check its derived ``expected`` and ``high`` too."""
+        out = dataclasses.asdict(self)
+        if self.spot_check is not None:
+            out["spot_check"] |= {"expected": self.spot_check.expected, "high": self.spot_check.high}
+        return out
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> Remaining:
+        """The inverse of :meth:`to_dict`."""
+        counts = stored.get("spot_check")
+        spot = SpotCheck(**{f.name: counts[f.name] for f in dataclasses.fields(SpotCheck)}) if counts else None
+        plain = {f.name: stored[f.name] for f in dataclasses.fields(Remaining) if f.name in stored}
+        return Remaining(**{**plain, "spot_check": spot})

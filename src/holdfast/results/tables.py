@@ -329,7 +329,7 @@ def remaining_text(run: Run) -> str:
     ended = " A budget ended the suite before its end." if left.get("unfinished") else ""
     votes = f" The majority of {left['votes']} answers was judged." if left.get("votes") else ""
     return (
-        f"Two independent runs on {left['tested']:,} of {left['stood']:,} survivors broke {left['first']} and "
+        f"Two independent runs on {left['tested']:,} of {left['survivors']:,} survivors broke {left['first']} and "
         f"{left['second']}, {left['both']} of them alike: {left['expected']:.1f} more of {run.n:,} are expected to be "
         f"breakable (95% interval {left['low']:.0f} to {left['high']:.0f}).{full}{ended}{votes}"
     )
