@@ -60,7 +60,7 @@ def main() -> None:
         x, y = pixels(data.x), data.y
         for steps in WEAK_STEPS:
             runs = []
-            for seed, score in ((1, "u"), (2, "dlr")):
+            for seed, score in ((1, "scaled_log_odds"), (2, "dlr")):
                 keywords = {"score": SCORES[score], "noise": Noise(seed, data.index), "steps": steps}
                 x_adv = ATTACKS["pgd"].attack(truth.model, x, y, threat, step_size=threat.eps, **keywords)
                 runs.append(fooled(truth.model(x_adv).logits, y))

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from arsenal_nets import FOLDER, PLANS, build, threats
-from holdfast.attacks import ATTACKS, SCORES, SUITES, Stage, cross_entropy, matched_score
+from holdfast.attacks import ATTACKS, SCORES, cross_entropy, matched_score
 from holdfast.checks.probe import rescaled_cross_entropy
 from holdfast.data import pixels
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.losses import negative_margin
 from holdfast.noise import Noise
 from holdfast.outputs import fooled, frozen_eval
@@ -230,8 +231,8 @@ def columns_of(stage: Stage) -> list[str]:
 
 def cascade_of(suite: str) -> list[tuple[str, float]]:
     """A suite as (column, share): its sweep, its drawn sample and its second round are not in the tables."""
-    stages = [stage for stage in SUITES[suite] if stage.subset in ("standing", "nearest") and stage.round < 2]
-    return [(name, stage.share) for stage in stages if stage.name != "sweep" for name in columns_of(stage)]
+    stages = [stage for stage in SUITES[suite] if stage.subset in ("survivors", "nearest") and stage.round < 2]
+    return [(name, stage.fraction) for stage in stages if stage.name != "sweep" for name in columns_of(stage)]
 
 
 if __name__ == "__main__":

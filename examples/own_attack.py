@@ -7,9 +7,10 @@ what is nearer to a mistake. It uses no gradient, so it can say whether gradient
 from torch import Tensor
 
 from holdfast import data, losses, models
-from holdfast.attacks import ATTACKS, SUITES, AttackEntry, MostAdversarial, Stage, attack
+from holdfast.attacks import ATTACKS, AttackEntry, MostAdversarial, attack
 from holdfast.attacks.base import all_rows, predict
 from holdfast.evaluation import evaluate
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.losses import Loss
 from holdfast.noise import Noise
 from holdfast.objectives import standard

@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from holdfast import cli, results
-from holdfast.attacks import SUITES, Stage
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments.compare import compare
 from holdfast.experiments.config import Comparison
 from holdfast.replay import replay
