@@ -23,6 +23,7 @@ from torch import Tensor
 from holdfast.attacks import ATTACKS, SCORES, cross_entropy, matched_score
 from holdfast.checks.probe import rescaled_cross_entropy
 from holdfast.data import pixels
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.losses import negative_margin
 from holdfast.noise import Noise
 from holdfast.outputs import fooled, frozen_eval

@@ -9,7 +9,7 @@ from torch import Tensor
 from holdfast import FitConfig, Threat, data, evaluate, fit, losses, models, objectives
 from holdfast.attacks import ATTACKS, AttackEntry, MostAdversarial, attack
 from holdfast.attacks.base import all_rows, predict
-from holdfast.evaluation import SUITES, Stage
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.losses import Loss
 from holdfast.noise import Noise
 from holdfast.outputs import Model

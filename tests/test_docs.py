@@ -29,6 +29,7 @@ import yaml
 
 import holdfast
 from holdfast import attacks, cli, losses
+from holdfast.evaluation import suites
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -147,7 +148,7 @@ def clean_room(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.syspath_prepend(tmp_path)  # as for a reader whose Python runs there
     modules = set(sys.modules)
-    kept = [(named, dict(named)) for named in (losses.LOSSES, attacks.ATTACKS, attacks.SUITES, attacks.SCORES)]
+    kept = [(named, dict(named)) for named in (losses.LOSSES, attacks.ATTACKS, suites.SUITES, attacks.SCORES)]
     with torch.random.fork_rng(devices=[]):
         yield tmp_path
     for named, before in kept:

@@ -20,8 +20,9 @@ from typer.models import OptionInfo
 
 import holdfast
 from holdfast import cli, results
-from holdfast.attacks import ATTACKS, SUITES, Stage
+from holdfast.attacks import ATTACKS
 from holdfast.data import DATASETS
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments.config import Comparison
 from holdfast.experiments.recipes import RECIPES, Recipe
 from holdfast.information.sources import SOURCES
@@ -534,7 +535,7 @@ def test_a_label_beyond_the_head_is_one_line(parquet, holdfast_, tmp_path):
     shutil.copytree(parquet, tmp_path / "data")
     status, out, err = holdfast_("evaluate", "run", "--suite", "tiny", "--device", "cpu")
     assert (status, out) == (2, "")
-    assert re.search(r"returns 5 logits and the labels go from 0 to 9", one_line(err))
+    assert re.search(r"returns 5 logits, but the labels range from 0 to 9", one_line(err))
 
 
 @pytest.mark.parametrize("command", ["compare", "train", "report"])

@@ -535,7 +535,7 @@ def test_results_and_evaluations_show_themselves():
     column = torch.tensor([True, False, True, True])
     nothing = torch.zeros(4)
     found = Evaluation(
-        Threat("linf", 0.1), nothing, nothing, nothing, nothing, clean=column, pgd50=column,
+        Threat("linf", 0.1), nothing, nothing, nothing, nothing, clean=column, attack_correct={"pgd50": column},
         broken_by=torch.tensor([-1, -2, 0, 0]), margin_adv=nothing, prediction_adv=nothing, x_adv=nothing, stages=(),
     )  # fmt: skip
     text = " ".join(Page(found._repr_html_()).text)

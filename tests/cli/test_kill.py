@@ -16,7 +16,7 @@ import pytest
 from tests.helpers import write_parquet
 
 from holdfast import cli, results
-from holdfast.attacks import SUITES, Stage
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments.compare import compare
 from holdfast.experiments.config import Comparison
 from holdfast.replay import replay

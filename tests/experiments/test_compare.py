@@ -13,11 +13,10 @@ from sklearn.datasets import load_digits
 from tests.helpers import write_parquet
 
 from holdfast import results, run_folder
-from holdfast.attacks import SUITES, Stage
 from holdfast.data import load
 from holdfast.errors import UserError
-from holdfast.evaluation import evaluate
-from holdfast.evaluation.cascade import RECORD, RECORD_VERSION
+from holdfast.evaluation import evaluate, load_x_adv
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments import compare as comparing
 from holdfast.experiments import pipeline, training
 from holdfast.experiments.compare import cache_folder, compare, run_job, stored_results
@@ -305,8 +304,7 @@ def test_the_audit_waits_for_the_sce_network_of_the_same_seed_and_fold(original,
     monkeypatch.setattr(comparing.time, "sleep", waited.append)
     x_adv = comparing._wait_for_x_adv(sce, threat, split, lambda *_: None)
     assert waited == [comparing.POLL] * 2
-    stored, _ = load_tensors(cache_folder(sce, threat) / "evaluation.safetensors", *(RECORD, RECORD_VERSION))
-    assert torch.equal(x_adv, stored["x_adv"])
+    assert torch.equal(x_adv, load_x_adv(cache_folder(sce, threat) / "evaluation.safetensors"))
     ran = []
     monkeypatch.setattr(comparing, "stored_results", lambda *_: None)
     monkeypatch.setattr(comparing.process_pool, "run", lambda _, jobs, **__: ran.extend(jobs))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from holdfast import FitConfig, Threat, data, evaluate_network, fit, losses, models, objectives
-from holdfast.attacks import Stage
 from holdfast.errors import UserError
+from holdfast.evaluation import Stage
 from holdfast.experiments import pipeline
 
 THREAT = Threat("linf", 0.1)

@@ -13,10 +13,10 @@ from tests.helpers import unaudited
 from typer.testing import CliRunner
 
 from holdfast import data, run_folder
-from holdfast.attacks import PGD50, SUITES
 from holdfast.cli import app
 from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
+from holdfast.evaluation.suites import PGD50, SUITES
 from holdfast.experiments import loss_spec
 from holdfast.experiments.collect import TrainedNetwork, collect
 from holdfast.experiments.config import DataCut
@@ -80,7 +80,7 @@ def test_stages_before_restarts_start_where_pgd50_does(honest, split):
     for stage in SUITES["explain"][:2]:
         alone = dataclasses.replace(stage, name="alone", individual=True)
         evaluation = evaluate(honest, some, Threat("linf", 0.1), (alone,))
-        broken[stage.name] = evaluation.clean & ~evaluation.individual["alone"]
+        broken[stage.name] = evaluation.clean & ~evaluation.attack_correct["alone"]
     assert not bool((broken["stable arithmetic"] & ~broken["best iterate"]).any())
     assert [stage.name for stage in SUITES["explain"] if stage.noise_stream is None] == [
         "restarts", "other scores", "black box",

@@ -1,15 +1,14 @@
-"""Trust checks: what a robustness number is worth. Each check is a function; ``audit`` asks them all, ``judge`` weighs.
+"""Trust checks: what a robustness figure is worth. ``audit`` runs all checks; ``judge`` turns findings into a verdict.
 
-To add one: a function ``(Probe) -> Measured``, or a text that says what it lacks; its docstring's first line says what
-holds of a healthy claim. Then a line in ``CHECKS``, a liar with a dose, and a look at honest networks.
+To add a check: a function ``(Probe) -> CheckCount``, or a text saying what it lacks, whose name and docstring say what
+is true of a sound evaluation; a line in ``CHECKS``; a faulty model on which it fires; and a run on honest networks.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import Tensor
@@ -17,18 +16,20 @@ from torch import Tensor
 from ..attacks.base import frozen_eval
 from ..data import Data
 from ..errors import UserError, unknown
-from ..evaluation import Evaluation, StageCost
+from ..evaluation import Evaluation, StageCost, add_witnesses
 from ..losses import Loss
 from ..outputs import Model
+from ..progress import Progress, silent
 from ..queries import device_of, exact_float32
-from ..results import RemainingVulnerable, SpotCheck, Verdict, remaining_vulnerable
+from ..results import Remaining, RemainingVulnerable, SpotCheck, Verdict, remaining_vulnerable
 from . import gradients, soundness, strength
-from .findings import PGD50, ROBUST, TOLERANCE, CheckCount, Claim, Finding, judge, lower_bound_99, merge
+from .findings import CheckCount, Finding, lower_bound_99, merge
 from .probe import Probe
+from .verdict import CONFIDENCE, PGD50, ROBUST, TOLERANCE, Claim, judge
 
 __all__ = [
     "CHECKS",
-    "FOUND",
+    "CONFIDENCE",
     "PGD50",
     "ROBUST",
     "TOLERANCE",
@@ -38,7 +39,6 @@ __all__ = [
     "Claim",
     "Finding",
     "Probe",
-    "add_witnesses",
     "audit",
     "judge",
     "lower_bound_99",
@@ -50,7 +50,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Check:
-    """One line of CHECKS: the function, which claims it speaks of, who proposed it, whether firing makes them void."""
+    """One line of CHECKS.
+
+    Args:
+        function: counts faulty samples, or says what it lacks.
+        claims: the claims that the check applies to.
+        source: who proposed it.
+        void: whether the evaluation is invalid if it fires.
+    """
 
     function: Callable[[Probe], CheckCount | str]
     claims: tuple[str, ...]
@@ -88,14 +95,15 @@ CHECKS: tuple[Check, ...] = (
     Check(strength.a_black_box_is_not_stronger, (ROBUST,), _ATHALYE),
     Check(strength.noise_is_not_stronger, (ROBUST,), _ATHALYE),
     Check(strength.transfer_is_not_stronger, (ROBUST,), _IOAF),
-    Check(strength.the_climb_has_ended, (ROBUST,), _IOAF),
+    Check(strength.the_ascent_has_converged, (ROBUST,), _IOAF),
     Check(strength.hidden_adversarial_examples_are_found, (ROBUST,), "Zimmermann et al. 2022, the binarisation test"),
-    Check(soundness.certified_samples_stand, _BOTH, "this project", void=True),  # last: whatever was broken before it
+    # The last one, so that it counts what all other checks have broken.
+    Check(soundness.certified_samples_are_unbroken, _BOTH, "this project", void=True),
 )
 
 
 def name_of(check: Check) -> str:
-    """The sentence that a check stands for, its function's name in words.
+    """The sentence that a check stands for: its function's name in words.
 
     >>> name_of(CHECKS[0])
     'outputs are finite'
@@ -105,10 +113,14 @@ def name_of(check: Check) -> str:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit leaves behind.
+    """The result of an audit.
 
-    evaluation: with whatever the audit itself broke; findings: one per check; remainder: what may still be breakable;
-    measures: see ``gradients.measures``; cost: passes and seconds of the audit.
+    Args:
+        evaluation: the audited one, with one more stage, "audit": the samples that checks broke.
+        findings: one per check.
+        remaining: estimate of the survivors that are still breakable.
+        measures: see ``gradients.measures``.
+        cost: passes and seconds of the audit.
     """
 
     evaluation: Evaluation
@@ -117,35 +129,47 @@ class Audit:
     measures: dict[str, float | None]
     cost: StageCost
 
-    def verdict(self, of: str = ROBUST) -> Verdict:
-        """What the robust figure is worth after this audit, or the "pgd50" one; ``judge`` has the rules.
+    def verdict(self, claim: str = ROBUST) -> Verdict:
+        """What a figure of the evaluation is worth; see ``judge`` for the rules.
 
-        Raises UserError for a claim of another name.
+        Args:
+            claim: "robust" for the robust accuracy, "pgd50" for the accuracy under PGD-50.
+
+        Raises:
+            UserError: for any other claim.
         """
-        if of not in (PGD50, ROBUST):
-            raise unknown("claim", of, (PGD50, ROBUST))
-        claim = Claim(of, getattr(self.evaluation, of).tolist())
-        return judge(claim, self.evaluation.robust.tolist(), self.findings, remaining([self]))
+        if claim not in (PGD50, ROBUST):
+            raise unknown("claim", claim, (PGD50, ROBUST))
+        correct = getattr(self.evaluation, claim).tolist()
+        return judge(Claim(claim, correct), self.evaluation.robust.tolist(), self.findings, remaining([self]))
 
 
-def remaining(audits: Sequence[Audit]) -> dict[str, Any]:
-    """What may still fall of the samples of one or several audits, counted together: ``remainder`` of results.json."""
-    left = [audit.remaining for audit in audits]
-    counts = (sum(getattr(one, name) for one in left) for name in ("first", "second", "both", "tested", "survivors"))
-    told: dict[str, Any] = asdict(remaining_vulnerable(*counts))
+def remaining(audits: Sequence[Audit]) -> Remaining:
+    """What may still be breakable in one or several audits, with their samples counted together.
+
+    Args:
+        audits: of the networks that share a row (folds), at least one.
+
+    Returns:
+        The capture-recapture estimate of the summed counts. Where the spot checks suggest more, ``expected`` and
+        ``high`` are theirs.
+    """
+    estimates = [audit.remaining for audit in audits]
     evaluations = [audit.evaluation for audit in audits]
-    drawn = [found.spot_check for found in evaluations if found.spot_check is not None]
-    if drawn:
-        columns = [*(f.name for f in fields(SpotCheck)), "expected", "high"]
-        told["spot_check"] = {name: sum(getattr(one, name) for one in drawn) for name in columns}
-        told["expected"] = max(told["expected"], told["spot_check"]["expected"])
-        told["high"] = max(told["high"], told["expected"])
-    if any(found.unfinished for found in evaluations):
-        told["unfinished"] = True
-    votes = max(found.votes for found in evaluations)
-    if votes > 1:
-        told["votes"] = votes
-    return told
+    counts = (
+        sum(getattr(one, name) for one in estimates) for name in ("first", "second", "both", "tested", "survivors")
+    )
+    whole = remaining_vulnerable(*counts)
+    spot_checks = [evaluation.spot_check for evaluation in evaluations if evaluation.spot_check is not None]
+    summed = {f.name: sum(getattr(one, f.name) for one in spot_checks) for f in fields(SpotCheck)}
+    expected = max(whole.expected, sum(one.expected for one in spot_checks))
+    high = max(whole.high, expected)
+    return Remaining(
+        **{**asdict(whole), "expected": expected, "high": high},
+        spot_check=SpotCheck(**summed) if spot_checks else None,
+        unfinished=any(evaluation.unfinished for evaluation in evaluations),
+        votes=max(evaluation.votes for evaluation in evaluations),
+    )
 
 
 def audit(
@@ -157,71 +181,62 @@ def audit(
     transfer_source: Tensor | None = None,
     seed: int = 0,
     size: int = 64,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Audit:
-    """Ask every check about an evaluation of this model on these samples, and estimate what may still be breakable.
+    """Run every check on an evaluation, and estimate how many of its survivors are still breakable.
 
     Args:
-        model, data, trained_with: as ``evaluate`` was given them, the samples in the same order.
-        twin: (N, C, H, W), adversarial images of an SCE network for the same samples, for the transfer check.
-        seed: of the audit's own noise; size: samples that a check looks at; up to half as many
-            again of the survivors.
-        progress: called with (check, its number from 1, how many) before each.
+        model: the evaluated model.
+        data: the evaluated samples, in the same order.
+        evaluation: of that model on these samples.
+        trained_with: the loss the network was trained with, as given to ``evaluate``.
+        transfer_source: (N, C, H, W), adversarial images of an SCE network for the same samples, for the transfer
+            check; None skips it.
+        seed: of the audit's own noise.
+        size: number of samples that a check looks at, >= 1; checks on survivors use up to half as many again.
+        progress: called before each check with (its name, its number from 1, number of checks).
 
-    Returns an Audit. Its evaluation has one more stage, "audit": an adversarial example that a check comes across is
-    kept like any other. Raises UserError for data that the evaluation is not of.
+    Returns:
+        An Audit. Adversarial examples that checks find are part of its evaluation.
+
+    Raises:
+        UserError: if the evaluation is of other samples.
     """
     if len(data) != len(evaluation.y) or not torch.equal(data.index.cpu(), evaluation.index):
-        raise UserError("the evaluation is of other samples than these: audit what was evaluated, in the same order.")
+        raise UserError("the evaluation is of other samples: audit the samples that were evaluated, in the same order.")
     began = time.perf_counter()
     with exact_float32(), frozen_eval(model):
         probe = Probe(model, data.to(device_of(model, data)), evaluation, trained_with, seed, size, transfer_source)
         findings = []
         for number, check in enumerate(CHECKS):
-            if progress is not None:
-                progress(name_of(check), number + 1, len(CHECKS))
-            findings.append(_ask(check, probe))
-        left = remaining_vulnerable(*strength.recapture(probe), int(evaluation.robust.sum()))
-        measured = gradients.measures(probe)
-        # Whatever came back as no number since the first check asked counts too.
-        findings[0] = _ask(CHECKS[0], probe)
+            progress(name_of(check), number + 1, len(CHECKS))
+            findings.append(_run(check, probe))
+        estimate = remaining_vulnerable(*strength.recapture(probe), int(evaluation.robust.sum()))
+        measures = gradients.measures(probe)
+        # The first check again: it also counts outputs that were not finite during the other checks.
+        findings[0] = _run(CHECKS[0], probe)
     cost = StageCost(
         "audit",
-        attacked=len(probe.standing),
-        broken=sum(len(rows) for rows, *_ in probe.found),
+        attacked=len(probe.survivors),
+        broken=sum(len(witnesses.rows) for witnesses in probe.witnesses),
         forwards=probe.model.forwards,
         backwards=probe.model.backwards,
         seconds=time.perf_counter() - began,
         nonfinite=int(probe.model.nonfinite),
     )
-    return Audit(add_witnesses(evaluation, probe.found, cost), tuple(findings), left, measured, cost)
+    return Audit(add_witnesses(evaluation, probe.witnesses, cost), tuple(findings), estimate, measures, cost)
 
 
-def _ask(check: Check, probe: Probe) -> Finding:
-    empty = "no sample is right" if len(probe.rows) == 0 else ""
-    found = empty or check.function(probe)
-    if isinstance(found, str):
-        found, status = CheckCount(0, 0, 0.0, found), "not run"
+def _run(check: Check, probe: Probe) -> Finding:
+    """Run one check and compare its count with its threshold."""
+    outcome = check.function(probe) if len(probe.rows) else "no sample is classified correctly"
+    if isinstance(outcome, str):
+        count, status = CheckCount(0, 0, 0.0, outcome), "not run"
     else:
-        status = "fires" if lower_bound_99(found.k, found.n) > found.threshold else "holds"
+        count = outcome
+        status = "fires" if lower_bound_99(count.k, count.n) > count.threshold else "holds"
+    # A model recognised as randomised was evaluated by majority votes: its figures are uncertain, but not invalid.
     void = check.void and not (check.function is soundness.outputs_are_repeatable and probe.votes > 1)
     return Finding(
-        name_of(check), status, found.k, found.n, found.threshold, found.why, void, check.claims, check.source
+        name_of(check), status, count.k, count.n, count.threshold, count.why, void, check.claims, check.source
     )
-
-
-FOUND = ("x_adv", "margin_adv", "prediction_adv")  # what is kept of a sample that the audit breaks
-
-
-def add_witnesses(
-    evaluation: Evaluation, found: list[tuple[Tensor, Tensor, Tensor, Tensor]], cost: StageCost
-) -> Evaluation:
-    """The evaluation with one more stage, and with what that stage broke. found: (rows, x_adv, margin, prediction)."""
-    columns: dict[str, Any] = {name: getattr(evaluation, name).clone() for name in (*FOUND, "broken_by")}
-    number = len(evaluation.stages) - 1  # stages[0] is the clean pass
-    for rows, *values in found:
-        rows = rows.cpu()
-        for name, value in zip(FOUND, values, strict=True):
-            columns[name][rows] = value.cpu()
-        columns["broken_by"][rows] = number
-    return replace(evaluation, stages=(*evaluation.stages, cost), **columns)

@@ -1,4 +1,4 @@
-"""An audit on disk, so that a stopped comparison asks no check twice."""
+"""The result of an audit on disk, so that a resumed comparison does not repeat it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation import Evaluation, StageCost
+from ..evaluation import Evaluation, StageCost, Witnesses, add_witnesses
 from ..io import load_tensors, save_tensors
 from ..results import RemainingVulnerable
-from . import FOUND, Audit, add_witnesses
+from . import Audit
 from .findings import Finding
 
-RECORD, RECORD_VERSION = "audit record", 1
+NAME, VERSION = "audit cache", 2
 
 
 def save_audit(path: Path, key: str, audit: Audit) -> None:
-    """Write what an audit found; key: what it belongs to."""
-    rows = torch.nonzero(audit.evaluation.broken_by == len(audit.evaluation.stages) - 2)[:, 0]
-    tensors = {"rows": rows, **{name: getattr(audit.evaluation, name)[rows] for name in FOUND}}
+    """Write an audit to a file.
+
+    Args:
+        path: of the file.
+        key: identifies the model, data and evaluation that the audit belongs to.
+        audit: to be written; of its evaluation, only what the audit itself broke.
+    """
+    evaluation = audit.evaluation
+    rows = torch.nonzero(evaluation.broken_by == len(evaluation.stages) - 2)[:, 0]
+    witnesses = Witnesses(rows, evaluation.x_adv[rows], evaluation.margin_adv[rows], evaluation.prediction_adv[rows])
     about = {
         "key": key,
         "findings": [finding.to_dict() for finding in audit.findings],
@@ -27,20 +34,31 @@ def save_audit(path: Path, key: str, audit: Audit) -> None:
         "measures": audit.measures,
         "cost": asdict(audit.cost),
     }
-    save_tensors(path, RECORD, RECORD_VERSION, tensors, about)
+    save_tensors(path, NAME, VERSION, witnesses._asdict(), about)
 
 
 def load_audit(path: Path, key: str, evaluation: Evaluation) -> Audit | None:
-    """The audit of this evaluation, or None where the file is missing or of something else."""
+    """Read an audit back.
+
+    Args:
+        path: of the file.
+        key: as given to ``save_audit``.
+        evaluation: the evaluation that was audited.
+
+    Returns:
+        The audit; None if the file is missing or has another key.
+
+    Raises:
+        UserError: if the file is damaged or of another version.
+    """
     if not path.exists():
         return None
-    tensors, about = load_tensors(path, RECORD, RECORD_VERSION)
+    tensors, about = load_tensors(path, NAME, VERSION)
     if about["key"] != key:
         return None
     cost = StageCost(**about["cost"])
-    x_adv, margin, prediction = (tensors[name] for name in FOUND)
     return Audit(
-        add_witnesses(evaluation, [(tensors["rows"], x_adv, margin, prediction)], cost),
+        add_witnesses(evaluation, [Witnesses(**tensors)], cost),
         tuple(Finding.from_dict(finding) for finding in about["findings"]),
         RemainingVulnerable(**about["remaining"]),
         about["measures"],

@@ -1,4 +1,4 @@
-"""Do gradients tell the truth? An attack that follows a lying gradient leaves a number standing for nothing."""
+"""Are gradients informative? An attack that follows a wrong gradient breaks nothing, and the figure means nothing."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from .findings import CheckCount
 from .probe import Probe
 
 DIRECTIONS = 4  # random directions per sample in which the slope is measured
-IMBALANCE = 10.0  # one logit's gradient is so many times the other's
+IMBALANCE = 10.0  # ratio of two logits' gradients at which they count as imbalanced
 
 
-def _zero(probe: Probe, score: Loss, named: str) -> CheckCount:
-    """Samples with a gradient of exactly zero at half or more of four points: a random start, and steps of eps/2."""
-    threat, rows, dead = probe.threat, probe.rows, []
+def _zero_gradients(probe: Probe, score: Loss, name: str) -> CheckCount:
+    """Samples whose gradient is exactly zero at half or more of four points: a random start and steps of eps/2."""
+    threat, rows, zero = probe.threat, probe.rows, []
     x = probe.x(rows)
-    now = threat.random_start(x, probe.noise[rows].fold(3))
+    x_adv = threat.random_start(x, probe.noise[rows].fold(3))
     for _ in range(4):
-        grad = probe.gradient(score, now, rows)
-        dead.append((grad == 0).flatten(1).all(1))
-        now = threat.project(now + threat.eps / 2 * threat.ascent(grad, now), x)
-    k, n = int((torch.stack(dead).float().mean(0) >= 0.5).sum()), len(rows)
-    return CheckCount(k, n, 0.05, f"the gradient of {named} is exactly zero on {k} of {n} samples")
+        grad = probe.gradient(score, x_adv, rows)
+        zero.append((grad == 0).flatten(1).all(1))
+        x_adv = threat.project(x_adv + threat.eps / 2 * threat.ascent(grad, x_adv), x)
+    k, n = int((torch.stack(zero).float().mean(0) >= 0.5).sum()), len(rows)
+    return CheckCount(k, n, 0.05, f"the gradient of {name} is exactly zero on {k} of {n} samples")
 
 
 def gradients_of_cross_entropy_are_not_zero(probe: Probe) -> CheckCount:
-    """F.cross_entropy in float32, which published attacks climb, has a gradient along their path."""
-    return _zero(probe, cross_entropy, "F.cross_entropy")
+    """F.cross_entropy in float32, which the usual PGD maximises, has a gradient along its path."""
+    return _zero_gradients(probe, cross_entropy, "F.cross_entropy")
 
 
 def gradients_of_the_trained_loss_are_not_zero(probe: Probe) -> CheckCount:
     """The loss that the network was trained with has a gradient along its own path."""
-    return _zero(probe, probe.loss, "the trained loss")
+    return _zero_gradients(probe, probe.loss, "the training loss")
 
 
 def gradients_of_the_score_are_not_zero(probe: Probe) -> CheckCount:
-    """The score that the suite climbs has a gradient along its path."""
-    return _zero(probe, probe.matched, "the score that is climbed")
+    """The score that the suite maximises has a gradient along its path."""
+    return _zero_gradients(probe, probe.matched, "the attacks' score")
 
 
 def gradients_predict_slopes(probe: Probe) -> CheckCount:
-    """The score's slope in random directions is what its gradient says: nothing cuts, bends or shatters it.
+    """The score's slope in random directions agrees with its gradient: no detached, negated or shattered gradient.
 
-    A slope is measured over 4% of eps. Two slopes disagree when they differ by more than half of the larger; a sample
-    shows the fault when they do in half or more of the directions.
+    The slope is measured over 4% of eps. It disagrees with the gradient if they differ by more than half of the larger;
+    a sample shows the fault if they disagree in half or more of the directions.
     """
     threat, rows = probe.threat, probe.rows
     h = 0.02 * threat.eps
@@ -61,43 +61,50 @@ def gradients_predict_slopes(probe: Probe) -> CheckCount:
         step = h * step / column(threat.size(step), x)
         with torch.no_grad():
             high, low = (probe.score(probe.model(x + t * step), probe.y(rows)) for t in (1, -1))
-        seen, told = (high - low).double(), 2 * (grad * step).flatten(1).double().sum(1)
+        measured, predicted = (high - low).double(), 2 * (grad * step).flatten(1).double().sum(1)
         rounding = 1e-6 * torch.maximum(high.abs(), low.abs()).double()
-        wrong.append((seen - told).abs() > 0.5 * torch.maximum(seen.abs(), told.abs()) + 4 * rounding)
+        larger = torch.maximum(measured.abs(), predicted.abs())
+        wrong.append((measured - predicted).abs() > 0.5 * larger + 4 * rounding)
     k, n = int((torch.stack(wrong).double().mean(0) >= 0.5).sum()), len(rows)
     return CheckCount(k, n, 0.25, f"the gradient does not predict how the score changes on {k} of {n} samples")
 
 
 def gradients_of_the_logits_are_balanced(probe: Probe) -> CheckCount:
-    """Neither the true logit nor its strongest rival has nearly all of the gradient."""
+    """Neither the true logit nor the largest other one has nearly all of the gradient."""
     x, y = probe.x(probe.rows), probe.y(probe.rows)
-    rival = probe.clean.scatter(1, y[:, None], -torch.inf).argmax(1)
+    other = probe.clean_logits.scatter(1, y[:, None], -torch.inf).argmax(1)
 
-    def size(chosen: Tensor) -> Tensor:
-        grad = probe.gradient(lambda out, _: out.logits.gather(1, chosen[:, None])[:, 0], x, probe.rows)
+    def gradient_size(label: Tensor) -> Tensor:
+        grad = probe.gradient(lambda out, _: out.logits.gather(1, label[:, None])[:, 0], x, probe.rows)
         return grad.flatten(1).abs().sum(1)
 
-    true, other = size(y), size(rival)
-    uneven = torch.maximum(true, other) > IMBALANCE * torch.minimum(true, other)
-    k, n = int(uneven.sum()), len(y)
+    a, b = gradient_size(y), gradient_size(other)
+    k, n = int((torch.maximum(a, b) > IMBALANCE * torch.minimum(a, b)).sum()), len(y)
     return CheckCount(
-        k, n, 0.25, f"one logit has more than {IMBALANCE:g} times the gradient of its rival on {k} of {n} samples"
+        k, n, 0.25, f"one logit has more than {IMBALANCE:g} times the gradient of the other on {k} of {n} samples"
     )
 
 
 def measures(probe: Probe, most: int = 512) -> dict[str, float | None]:
-    """What is reported beside the verdict, over at most ``most`` samples that are right, at the clean image.
+    """Measures reported beside the verdict, at the clean images.
 
-    zero_gradient, zero_gradient_own: share with an input gradient of F.cross_entropy, of the trained loss, that is
-    exactly zero. input_margin: median of ``region.input_margin`` with m = -u; None where it is infinite.
+    Args:
+        probe: the model under audit.
+        most: number of correctly classified samples to use, at most.
+
+    Returns:
+        zero_gradient: fraction of samples where the input gradient of F.cross_entropy is exactly zero.
+        zero_gradient_own: the same for the training loss.
+        input_margin: median of ``region.input_margin`` with m = -u, where u is the negative log odds; None if infinite.
+        Empty if no sample is classified correctly.
     """
     rows = torch.nonzero(probe.evaluation.clean.to(probe.data.y.device))[:most, 0]
     if len(rows) == 0:
         return {}
     x = probe.x(rows)
-    found: dict[str, float | None] = {}
+    values: dict[str, float | None] = {}
     for name, score in (("zero_gradient", cross_entropy), ("zero_gradient_own", probe.loss)):
-        found[name] = float((probe.gradient(score, x, rows) == 0).flatten(1).all(1).double().mean())
+        values[name] = float((probe.gradient(score, x, rows) == 0).flatten(1).all(1).double().mean())
     _, value, grad = score_and_grad(probe.model, x, negative_log_odds, probe.y(rows))
-    found["input_margin"] = spread(input_margin(-value, grad, probe.threat))["median"]
-    return found
+    values["input_margin"] = spread(input_margin(-value, grad, probe.threat))["median"]
+    return values

@@ -1,10 +1,10 @@
-"""What a check may ask: a few samples, attacks on them, gradients there. Every candidate is judged, none is lost."""
+"""What a check works with: a few samples, attacks and gradients there. Adversarial examples it finds are kept."""
 
 from __future__ import annotations
 
 import copy
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +13,40 @@ from torch import Tensor, nn
 from ..attacks import ATTACKS, cross_entropy, matched_score
 from ..attacks.base import predict, score_and_grad
 from ..data import Data, pixels
-from ..evaluation import Evaluation
+from ..evaluation import Evaluation, Witnesses
 from ..losses import Loss, negative_log_odds, negative_margin, score_of
 from ..noise import Noise
 from ..outputs import Model, Outputs, logits_of
 from ..queries import EOT_SAMPLES, CountingModel, EOTModel, is_misclassified, majority_vote
 from ..threat import Threat
 
-AUDIT = 10_000  # where the audit's noise begins: apart from every stage's of an evaluation
+AUDIT = 10_000  # noise stream of the audit, apart from those of an evaluation's stages
+
+
+class Recapture(NamedTuple):
+    """Counts of two independent runs on survivors: broken by the first, the second and both, of ``tested``."""
+
+    first: int
+    second: int
+    both: int
+    tested: int
 
 
 class Probe:
     """A model under audit.
 
-    rows: up to ``size`` samples that are right, drawn at random; standing: up to half as many again of those that
-    nothing has broken. ``found`` gathers what the audit itself breaks.
+    Attributes:
+        raw_model: the model as the user gave it.
+        model: the same, counting its passes.
+        attack_model: as attacks query it: averaged over outputs if it is randomised.
+        loss: the loss the network was trained with.
+        score: its score, with its own gradient.
+        matched: the score that the suite's "matched" stages use.
+        rows: (M,) up to ``size`` correctly classified samples, drawn at random.
+        survivors: (S,) up to half as many again of the samples that no attack has broken, drawn at random.
+        witnesses: what the audit itself has broken so far.
+        broken: (N,) bool, broken by the evaluation or by the audit so far, or misclassified.
+        recapture: counts of the two independent runs, once they have been made.
     """
 
     def __init__(
@@ -40,41 +59,38 @@ class Probe:
         size: int,
         transfer_source: Tensor | None,
     ) -> None:
-        self.plain, self.model, self.votes = model, CountingModel(model), evaluation.votes
-        self.climbed: Model = EOTModel(self.model, EOT_SAMPLES) if self.votes > 1 else self.model
-        self.data, self.evaluation, self.threat, self.transfer_source = (
-            data,
-            evaluation,
-            evaluation.threat,
-            transfer_source,
-        )
+        self.raw_model, self.model, self.votes = model, CountingModel(model), evaluation.votes
+        self.attack_model: Model = EOTModel(self.model, EOT_SAMPLES) if self.votes > 1 else self.model
+        self.data, self.evaluation, self.threat = data, evaluation, evaluation.threat
+        self.transfer_source = transfer_source
         self.loss: Loss = trained_with or cross_entropy
-        self.score = (
-            negative_log_odds if trained_with is None else score_of(trained_with)
-        )  # with a gradient that is its own
-        self.matched = matched_score(trained_with)  # what the suite climbs
+        self.score = negative_log_odds if trained_with is None else score_of(trained_with)
+        self.matched = matched_score(trained_with)
         self.noise = Noise(seed, data.index).fold(AUDIT)
         device = data.y.device
         order = self.noise.uniform(()).argsort()
-        clean, stands = evaluation.clean.to(device), evaluation.robust.to(device)
+        clean, robust = evaluation.clean.to(device), evaluation.robust.to(device)
         self.rows = order[clean[order]][:size]
-        self.standing = order[stands[order]][: 3 * size // 2]
-        self.found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # rows, x_adv, margin, prediction
-        self.broken = ~stands
-        self.recaptured: tuple[int, int, int, int] | None = None
+        self.survivors = order[robust[order]][: 3 * size // 2]
+        self.witnesses: list[Witnesses] = []
+        self.broken = ~robust
+        self.recapture: Recapture | None = None
 
     def x(self, rows: Tensor) -> Tensor:
+        """Clean images of these samples, float."""
         return pixels(self.data.x[rows])
 
     def y(self, rows: Tensor) -> Tensor:
+        """Labels of these samples."""
         return self.data.y[rows]
 
     def logits(self, x: Tensor) -> Tensor:
+        """Logits of images, without a graph."""
         return predict(self.model, x).logits
 
     @cached_property
-    def clean(self) -> Tensor:
-        """The logits of ``rows``, asked once."""
+    def clean_logits(self) -> Tensor:
+        """Logits of ``rows``, queried once."""
         return self.logits(self.x(self.rows))
 
     def attack(
@@ -82,60 +98,93 @@ class Probe:
         name: str,
         rows: Tensor,
         score: Loss,
-        key: int,
+        noise_stream: int,
         *,
         threat: Threat | None = None,
         model: Model | None = None,
         dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> Tensor:
-        """Which of these samples an attack breaks, (n,) bool, judged on the model itself in its own precision."""
+        """Run an attack and verify its candidates on the model itself, in its own precision.
+
+        Args:
+            name: a key of ATTACKS.
+            rows: (n,) samples.
+            score: what the attack maximises.
+            noise_stream: number of the noise stream.
+            threat: if not that of the evaluation; nothing is kept as a witness then.
+            model: what the attack queries, if not the model.
+            dtype: of the images given to the attack.
+            settings: keyword arguments of the attack.
+
+        Returns:
+            (n,) bool, which samples it broke.
+        """
         if len(rows) == 0:
             return torch.zeros(0, dtype=torch.bool, device=rows.device)
         x, y = self.x(rows), self.y(rows)
-        noise = self.noise[rows].fold(key)
-        given = x if dtype is None else x.to(dtype)
         x_adv = ATTACKS[name].attack(
-            model or self.climbed, given, y, threat or self.threat, score=score, noise=noise, **settings
+            model or self.attack_model,
+            x if dtype is None else x.to(dtype),
+            y,
+            threat or self.threat,
+            score=score,
+            noise=self.noise[rows].fold(noise_stream),
+            **settings,
         )
-        return self.judge(rows, x, x_adv.to(x.dtype), threat)
+        return self.verify_candidates(rows, x, x_adv.to(x.dtype), threat)
 
-    def judge(self, rows: Tensor, x: Tensor, x_adv: Tensor, threat: Threat | None = None) -> Tensor:
-        """Measure candidates afresh; those of the threat itself that break a survivor are kept."""
+    def verify_candidates(self, rows: Tensor, x: Tensor, x_adv: Tensor, threat: Threat | None = None) -> Tensor:
+        """Query the model at the candidates. Those in the evaluation's threat that break a survivor become witnesses.
+
+        Returns:
+            (n,) bool: in the threat and misclassified.
+        """
         y = self.y(rows)
         with torch.no_grad():
             logits, votes = majority_vote(self.model, x_adv, self.votes)
         broken = is_misclassified(votes, y, self.votes) & ((threat or self.threat).violation(x_adv, x) == 0)
         new = broken & ~self.broken[rows]
         if threat is None and bool(new.any()):
-            self.found.append((rows[new], x_adv[new], -negative_margin(logits, y)[new], votes.argmax(1)[new]))
+            margin = -negative_margin(logits, y)
+            self.witnesses.append(Witnesses(rows[new], x_adv[new], margin[new], votes.argmax(1)[new]))
             self.broken[rows[new]] = True
         return broken
 
     def gradient(self, score: Loss, x: Tensor, rows: Tensor) -> Tensor:
-        """d score / d x at x, which belong to these rows."""
+        """d score / d x at images x that belong to these samples."""
         return score_and_grad(self.model, x, score, self.y(rows))[2]
 
     @cached_property
-    def double(self) -> Model | None:
-        """The model in float64, counted in the same place; None for a function, which cannot be turned to it."""
-        if not isinstance(self.plain, nn.Module) or next(self.plain.parameters(), None) is None:
+    def float64_model(self) -> Model | None:
+        """A copy of the model in float64, its passes counted with the others; None for a function."""
+        if not isinstance(self.raw_model, nn.Module) or next(self.raw_model.parameters(), None) is None:
             return None
-        return CountingModel(copy.deepcopy(self.plain).double(), self.model)
+        return CountingModel(copy.deepcopy(self.raw_model).double(), self.model)
 
     @cached_property
-    def by_cross_entropy(self) -> Tensor:
-        """Which of ``rows`` ten PGD steps on F.cross_entropy break: what other scores are held against."""
-        return self.short(cross_entropy)
+    def broken_by_cross_entropy(self) -> Tensor:
+        """Which of ``rows`` PGD-10 on F.cross_entropy breaks: the baseline for other scores."""
+        return self.pgd10(cross_entropy)
 
-    def short(self, score: Loss, **settings: Any) -> Tensor:
-        """Ten PGD steps of eps/4 on a score, from the same start for every score."""
+    def pgd10(self, score: Loss, **settings: Any) -> Tensor:
+        """Which of ``rows`` ten PGD steps of eps/4 on a score break, from the same start for every score."""
         settings = {"steps": 10, "step_size": self.threat.eps / 4, **settings}
         return self.attack("pgd", self.rows, score, 1, **settings)
 
 
 def rescaled_cross_entropy(out: Outputs | Tensor, y: Tensor) -> Tensor:
-    """F.cross_entropy of logits divided by their own top gap: no scale of the logits changes it (MIFPE, Yu 2023)."""
+    """F.cross_entropy of logits divided by the difference of the top two, so that their scale cancels.
+
+    Args:
+        out: Outputs or (N, K) logits.
+        y: (N,) labels.
+
+    Returns:
+        (N,).
+
+    Source: MIFPE, Yu 2023.
+    """
     z = logits_of(out)
     top = z.detach().topk(2, dim=1).values
     return F.cross_entropy(z / (top[:, :1] - top[:, 1:]).clamp_min(1e-12), y, reduction="none")

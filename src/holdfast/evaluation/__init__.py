@@ -1,36 +1,43 @@
-"""The cascade: attacks on survivors only; every candidate is measured and judged here, not by the attack it is from.
+"""Evaluation: a suite of attacks run as a cascade, where each stage attacks only what earlier stages left.
 
-robust accuracy = share of samples that are right and that nothing tried has broken: a true upper bound
+robust accuracy = fraction of samples that are classified correctly and that no attack broke: an upper bound
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
-from ..attacks import ATTACKS, PGD50, SCORES, SUITES, Stage, cross_entropy, matched_score
+from ..attacks import ATTACKS
 from ..data import Data
-from ..errors import unknown
-from ..io import load_tensors
+from ..errors import UserError
 from ..losses import Loss
+from ..noise import Noise
 from ..outputs import Model, frozen_eval
-from ..queries import CountingModel, device_of, exact_float32
+from ..progress import Progress, silent
+from ..queries import CountingModel, default_batch_size, device_of, exact_float32
 from ..threat import Threat
-from .alone import is_published, shown
+from . import cascade
+from .batching import Batches
 from .budget import Budget
-from .cascade import RECORD, RECORD_VERSION, Cascade, Progress
-from .evaluation import MISCLASSIFIED, UNBROKEN, Evaluation, StageCost
+from .checkpoint import load_x_adv
+from .distributed import Processes
+from .evaluation import MISCLASSIFIED, UNBROKEN, Evaluation, StageCost, Witnesses, add_witnesses
+from .state import Task
+from .suites import SUITES, Stage, individual_names, resolve, stage_scores, with_pgd50
 
 __all__ = [
     "MISCLASSIFIED",
+    "SUITES",
     "UNBROKEN",
     "Budget",
     "Evaluation",
+    "Stage",
     "StageCost",
+    "Witnesses",
+    "add_witnesses",
     "evaluate",
-    "stored_x_adv",
-]  # fmt: skip
+    "load_x_adv",
+]
 
 
 def evaluate(
@@ -43,68 +50,65 @@ def evaluate(
     seed: int = 0,
     batch_size: int | None = None,
     budget: Budget | None = None,
-    record: Path | None = None,
+    checkpoint: Path | None = None,
     key: str = "",
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
-    """Attack the model on these samples and say which of them it keeps.
+    """Attack a model with a suite and report, sample by sample, what survives.
+
+    PGD-50 runs first, on all correctly classified samples; further stages attack survivors, unless they are individual
+    attacks with an accuracy of their own. A candidate counts only after it was verified with a fresh query: inside the
+    threat and misclassified.
+
+    A model that answers the same image differently is randomised: attacks use the mean of 8 outputs per step, and
+    a sample is correct or broken only by the majority of 32 fresh outputs. Where a bound of the network is known,
+    samples it proves are ``certified``; they are attacked like all others.
+
+    Under torch.distributed, processes share the batches, and all return the result that a single one would.
 
     Args:
-        model: images in the threat's box to logits or Outputs. data: the samples, uint8 or float in [0, 1].
-        threat: what the adversary may do. suite: a key of SUITES, or stages; the published protocol always comes first.
-        trained_with: the loss the network was trained with, default SCE; "matched" stages climb its score.
-        seed: of the samples' noise; the answer does not depend on batch_size, but for the rounding of batched kernels.
-        batch_size: default by image size and device; halved whenever memory runs out.
-        budget: what it may cost. What stands alone, the published protocol too, is finished once it has begun; the
-            suite's other stages take those samples first that are nearest to a mistake; what is left goes into further
-            rounds on the nearest.
-        record: a file that the work is kept in: a killed evaluation goes on from there.
-        key: what the record belongs to (weights, data); another key in the file is an error.
-        progress: called after each batch with (stage, passes so far, passes expected in all, samples standing).
+        model: maps images in the threat's box to logits or Outputs.
+        data: the samples, uint8 or float in [0, 1].
+        threat: the threat model.
+        suite: a key of SUITES, or stages. Stages whose attack is not defined for the threat's norm are skipped.
+        trained_with: the loss the network was trained with, which "matched" stages derive their score from; None means
+            cross-entropy.
+        seed: of the samples' noise.
+        batch_size: >= 1; by default chosen by image size and device. It is halved where memory runs out. It does not
+            change the result, except for rounding in batched kernels.
+        budget: upper limit on the cost. Individual attacks, PGD-50 among them, are finished once begun; the other
+            stages attack samples with the smallest margins first. What is left after the suite is spent on further
+            rounds. None: run the suite once.
+        checkpoint: file to save to; an interrupted evaluation resumes from it.
+        key: identifies the weights and data that the checkpoint belongs to.
+        progress: called after each batch with (stage and robust accuracy so far, passes so far, passes expected).
 
-    A model that answers the same image twice in two ways is randomised: its attacks climb the mean of 8 answers, and
-    nothing counts, as right or as broken, that the majority of 32 fresh answers does not say.
+    Returns:
+        An Evaluation, with tensors on the CPU.
 
-    Where a bound of the network is known, the samples that it proves are ``certified`` before any attack; attacks try
-    them like all others. A stage that is ``alone`` is run on every sample that is right and has a column of its own;
-    one that is the published protocol by another name is a name for its column, and is not run again.
-
-    Under torch.distributed the processes share the batches and all return the answer that one would give.
-
-    Returns an Evaluation. Raises UserError for an empty set, pixels outside the threat's box, labels without a logit,
-    unknown suites, attacks or scores, and a model whose clean logits are not finite numbers.
+    Raises:
+        UserError: for an empty data set, pixels outside the threat's box, labels without a logit, clean logits that are
+            not finite, unknown suites, attacks or scores, and a checkpoint of another evaluation.
     """
-    stages = SUITES.get(suite) if isinstance(suite, str) else suite
-    if stages is None:
-        raise unknown("suite", str(suite), SUITES)
-    for stage in stages:  # a name that does not exist is found before any work is done
-        if stage.attack not in ATTACKS:
-            raise unknown("attack", stage.attack, ATTACKS)
-        if stage.score not in ("matched", "loss", *SCORES):
-            raise unknown("score", stage.score, [*SCORES, "matched", "loss"])
-    scores = {**SCORES, "matched": matched_score(trained_with), "loss": trained_with or cross_entropy}
-    stages = tuple(stage for stage in stages if threat.norm in ATTACKS[stage.attack].norms)
-    alone = shown(stages)
+    stages = tuple(stage for stage in resolve(suite) if threat.norm in ATTACKS[stage.attack].norms)
+    if len(data) == 0:
+        raise UserError("there is nothing to evaluate: the data set is empty.")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size must be >= 1, got {batch_size}.")
     data = data.to(device_of(model, data))
+    size = batch_size or default_batch_size(data.x)
+    task = Task(
+        model=CountingModel(model),
+        data=data,
+        threat=threat,
+        suite=with_pgd50(stages),
+        attack_names=tuple(individual_names(stages)),
+        scores=stage_scores(trained_with),
+        noise=Noise(seed, data.index),
+        budget=budget,
+        batch_size=size,
+        batches=Batches(size),
+        progress=progress if Processes.current().rank == 0 else silent,
+    )
     with exact_float32(), frozen_eval(model):
-        run = Cascade(
-            model=CountingModel(model),
-            data=data,
-            threat=threat,
-            stages=(PGD50, *(stage for stage in stages if not is_published(stage))),
-            individual=alone,
-            scores=scores,
-            seed=seed,
-            batch_size=batch_size,
-            budget=budget,
-            progress=progress,
-        )
-        run.begin(record, key)
-        run.all_stages()
-        run.save(force=True)
-        return run.answer()
-
-
-def stored_x_adv(record: Path) -> Tensor:
-    """x_adv of the evaluation that a record keeps, (N, C, H, W)."""
-    return load_tensors(record, RECORD, RECORD_VERSION)[0]["x_adv"]
+        return cascade.run(task, checkpoint, key)

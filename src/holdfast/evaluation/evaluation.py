@@ -1,24 +1,34 @@
-"""What an evaluation says: a column for each question, an entry for each sample, and what each stage cost."""
+"""The result of an evaluation: one column per question, one entry per sample, and the cost of each stage."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..results import SpotCheck, notebook_counts
 from ..threat import Threat
 
-UNBROKEN, MISCLASSIFIED = (
-    -1,
-    -2,
-)  # what ``broken_by`` says of a sample that no stage broke, and of one that was wrong already
+# Values of ``Evaluation.broken_by`` besides the number of a stage.
+UNBROKEN = -1  # correctly classified, and no attack broke it
+MISCLASSIFIED = -2  # misclassified before any attack
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """What one stage did: samples attacked and broken, passes over samples, seconds, points outside the threat
-    and points whose logits were NaN or infinite."""
+    """What one stage did and what it cost.
+
+    Args:
+        name: of the stage; "clean" for the pass over the clean images.
+        attacked: number of samples attacked.
+        broken: number of samples the stage broke that no earlier stage had.
+        forwards: samples sent forward through the model.
+        backwards: input gradients computed, counted in samples.
+        seconds: wall-clock time.
+        outside: candidates that lie outside the threat; they never count as adversarial.
+        nonfinite: points whose logits contain NaN or infinity.
+    """
 
     name: str
     attacked: int = 0
@@ -31,28 +41,37 @@ class StageCost:
 
 
 def sum_over_processes(parts: tuple[StageCost, ...]) -> StageCost:
-    """One stage's cost over processes: counts add up, time does not."""
+    """One stage's cost over several processes: counts add up; the time is that of the slowest."""
     counts = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(StageCost) if f.name != "name"}
     return StageCost(parts[0].name, **{**counts, "seconds": max(part.seconds for part in parts)})
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per-sample columns, all (N,) on the CPU, and what each stage cost.
+    """What the attacks of a suite left of a model's accuracy, sample by sample.
 
-    index, y; prediction and margin (logit_y - largest other) of the clean image; clean: right; published: right on the
-    last iterate of the published protocol, one attack alone; broken_by: the number of the stage that broke the sample,
-    -1 none, -2 wrong already; margin_adv: the smallest margin seen among judged candidates; prediction_adv; x_adv:
-    (N, C, H, W), the candidate with that margin, x itself where there is none; own: right on the last iterate of the
-    published protocol on the trained loss itself, where the suite has that stage.
+    All tensors are on the CPU and have one entry per sample, (N,), unless stated otherwise.
 
-    certified: proved to be right on every x_adv of the threat, so never where ``clean`` is False; None where no bound
-    of the network is known. alone: name -> right under that attack alone, in the suite's order; empty where no attack
-    but the published one and that on the trained loss stands alone.
-
-    drawn: what full-length attacks did to a few survivors, where the suite draws some; votes: of how many answers of
-    the model the majority was taken, 1 for a model that always answers the same; unfinished: a budget ended it before
-    the suite did. ``robust`` is what stands at the end.
+    Args:
+        threat: the threat model.
+        index: int64, position of the sample in its data set.
+        y: int64, label.
+        prediction: int64, predicted class of the clean image.
+        margin: float, logit_y - largest other logit of the clean image.
+        clean: bool, whether the clean image is classified correctly.
+        attack_correct: name -> bool, whether the sample is still correct under that attack alone, run on all correctly
+            classified samples; in the suite's order. Always has "pgd50".
+        broken_by: int64, number of the stage that broke the sample, where 0 is PGD-50; UNBROKEN or MISCLASSIFIED.
+        margin_adv: float, smallest margin of any candidate within the threat.
+        prediction_adv: int64, predicted class at ``x_adv``.
+        x_adv: (N, C, H, W), the candidate with that margin; the clean image if no candidate had a smaller one.
+        stages: cost of the clean pass, then of each stage.
+        spot_check: what full-length attacks did to a sample of survivors; None if the suite has no spot check or did
+            not finish it.
+        votes: number of model outputs each prediction is the majority of; 1 for a deterministic model.
+        unfinished: whether a budget ended the suite early.
+        certified: bool, proved to be classified correctly at every point of the threat (never where ``clean`` is
+            False); None if no bound of the network is known.
     """
 
     threat: Threat
@@ -61,42 +80,90 @@ class Evaluation:
     prediction: Tensor
     margin: Tensor
     clean: Tensor
-    pgd50: Tensor
+    attack_correct: dict[str, Tensor]
     broken_by: Tensor
     margin_adv: Tensor
     prediction_adv: Tensor
     x_adv: Tensor
     stages: tuple[StageCost, ...]
-    own: Tensor | None = None
     spot_check: SpotCheck | None = None
     votes: int = 1
     unfinished: bool = False
     certified: Tensor | None = None
-    individual: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def robust(self) -> Tensor:
-        """(N,) bool: right, and not broken by anything tried."""
+        """(N,) bool: correctly classified, and not broken by any attack."""
         return self.broken_by == UNBROKEN
 
-    def _repr_html_(self) -> str:
-        """Itself in a notebook."""
-        shares = {
-            "clean": self.clean, "pgd50": self.pgd50, "own loss": self.own, "certified": self.certified,
-            "robust": self.robust,
-        }  # fmt: skip
-        counts = {name: None if column is None else int(column.sum()) for name, column in shares.items()}
-        unjudged = "No verdict yet: holdfast.checks.audit judges it."
-        return notebook_counts(str(self.threat), len(self.y), counts, self.stages, unjudged)
+    @property
+    def pgd50(self) -> Tensor:
+        """(N,) bool: correct under PGD-50 alone, as usually reported."""
+        return self.attack_correct["pgd50"]
 
     @property
     def forwards(self) -> int:
+        """Samples sent forward, over all stages."""
         return sum(stage.forwards for stage in self.stages)
 
     @property
     def backwards(self) -> int:
+        """Input gradients computed, over all stages."""
         return sum(stage.backwards for stage in self.stages)
 
     @property
     def seconds(self) -> float:
+        """Wall-clock time of all stages."""
         return sum(stage.seconds for stage in self.stages)
+
+    def _repr_html_(self) -> str:
+        """The evaluation as shown in a notebook."""
+        columns = {"clean": self.clean, **self.attack_correct, "certified": self.certified, "robust": self.robust}
+        counts = {name: None if column is None else int(column.sum()) for name, column in columns.items()}
+        note = "No verdict yet: run holdfast.checks.audit."
+        return notebook_counts(str(self.threat), len(self.y), counts, self.stages, note)
+
+
+class Witnesses(NamedTuple):
+    """Adversarial examples found outside the suite, by an audit or by the inference region.
+
+    Args:
+        rows: (M,) int64, which samples of the evaluation they belong to.
+        x_adv: (M, C, H, W), points of the threat that are misclassified.
+        margin: (M,), logit_y - largest other logit there; not positive.
+        prediction: (M,) int64, predicted class there.
+    """
+
+    rows: Tensor
+    x_adv: Tensor
+    margin: Tensor
+    prediction: Tensor
+
+
+def add_witnesses(evaluation: Evaluation, witnesses: list[Witnesses], cost: StageCost) -> Evaluation:
+    """The evaluation with one more stage, which broke the samples of these witnesses.
+
+    Args:
+        evaluation: left unchanged.
+        witnesses: adversarial examples of samples that are unbroken so far.
+        cost: of the new stage.
+
+    Returns:
+        A copy in which these samples are broken by the new stage and have the witness as their ``x_adv``.
+    """
+    x_adv, margin_adv = evaluation.x_adv.clone(), evaluation.margin_adv.clone()
+    prediction_adv, broken_by = evaluation.prediction_adv.clone(), evaluation.broken_by.clone()
+    for found in witnesses:
+        rows = found.rows.cpu()
+        x_adv[rows] = found.x_adv.cpu()
+        margin_adv[rows] = found.margin.cpu()
+        prediction_adv[rows] = found.prediction.cpu()
+        broken_by[rows] = len(evaluation.stages) - 1  # stages[0] is the clean pass
+    return replace(
+        evaluation,
+        stages=(*evaluation.stages, cost),
+        x_adv=x_adv,
+        margin_adv=margin_adv,
+        prediction_adv=prediction_adv,
+        broken_by=broken_by,
+    )

@@ -135,7 +135,7 @@ def _run(parts: list[TrainedNetwork]) -> Run:
     verdicts = _verdicts(parts, pgd50, robust)
     void = verdicts["verdict"].status == "void"
     certified = None if any(e.certified is None for e in evaluations) else column("certified")
-    attacks = [_attacks(e) for e in evaluations]
+    attacks = [e.attack_correct for e in evaluations]
     names = [name for name in attacks[0] if all(name in one for one in attacks)]
     return Run(
         name=parts[0].row_name,
@@ -174,13 +174,6 @@ def _run(parts: list[TrainedNetwork]) -> Run:
     )
 
 
-def _attacks(evaluation: Evaluation) -> dict[str, Tensor]:
-    """Attack name -> correct under that attack alone; always has pgd50."""
-    trained = {} if evaluation.own is None else {"pgd50-train-loss": evaluation.own}
-    first = {} if "pgd50" in evaluation.individual else {"pgd50": evaluation.pgd50}
-    return {**first, **evaluation.individual, **trained}
-
-
 def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor) -> dict[str, Any]:
     """What the checks say of this row's two claims, the folds' samples counted together."""
     audits = [part.result.audit for part in parts]
@@ -189,7 +182,7 @@ def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor) -> dic
         "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, left),
         "pgd50_verdict": judge(Claim(PGD50, pgd50.tolist()), robust.tolist(), findings, left),
         "checks": [finding.to_dict() for finding in findings],
-        "remaining": left,
+        "remaining": left.to_dict(),
         "measures": {key: _mean([audit.measures.get(key) for audit in audits]) for key in audits[0].measures},
     }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import models, process_pool, run_folder
 from ..data import Split
 from ..errors import UserError
-from ..evaluation import stored_x_adv
+from ..evaluation import load_x_adv
 from ..progress import NETWORK_DONE, JobProgress, Progress, silent_job
 from ..results import Results
 from ..threat import Threat
@@ -188,7 +188,7 @@ def _wait_for_x_adv(job: Job, threat: Threat, split: Split, progress: Progress) 
     while not _is_evaluated(job, threat, split):
         progress(f"waiting for the adversarial examples of {job.name}", 0, 1)
         time.sleep(POLL)
-    return stored_x_adv(cache_folder(job, threat) / EVALUATION_FILE)
+    return load_x_adv(cache_folder(job, threat) / EVALUATION_FILE)
 
 
 def _rows(comparison: Comparison, jobs: list[Job], data: _Splits) -> list[TrainedNetwork]:

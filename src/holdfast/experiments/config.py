@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import data, models, run_folder, spec
-from ..attacks import SUITES
 from ..errors import UserError, unknown
+from ..evaluation.suites import SUITES
 from ..information.sources import source
 from ..objectives import OBJECTIVES, Schedule
 from ..threat import Threat

@@ -14,10 +14,10 @@ import torch
 from torch import distributed, nn
 
 from .. import run_folder
-from ..attacks import SUITES
 from ..data import Split, pixels
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
+from ..evaluation.suites import SUITES
 from ..importers.model_file import ModelSource, code_hash, open_model
 from ..outputs import frozen_eval
 from ..progress import Progress, silent
@@ -212,7 +212,7 @@ def evaluate_model(
         "trained_with": subject.loss.loss, "seed": seed, "batch_size": batch_size, "budget": budget, "key": key,
     }  # fmt: skip
     if not first:
-        evaluate(subject.model, subject.split.test, against, suite, record=out / EVALUATION_FILE, **arguments)
+        evaluate(subject.model, subject.split.test, against, suite, checkpoint=out / EVALUATION_FILE, **arguments)
         return None
     run_folder.reserve(out, settings)
     result = evaluate_network(

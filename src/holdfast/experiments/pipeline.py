@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .. import __version__, region, run_folder
-from ..attacks import SUITES, Stage
-from ..checks import CHECKS, FOUND, PGD50, ROBUST, Audit, add_witnesses, audit, name_of
+from ..checks import CHECKS, PGD50, ROBUST, Audit, audit, name_of
 from ..checks.cache import load_audit, save_audit
 from ..data import Data
-from ..errors import UserError, unknown
-from ..evaluation import Budget, Evaluation, StageCost, evaluate
+from ..errors import UserError
+from ..evaluation import Budget, Evaluation, Stage, StageCost, Witnesses, add_witnesses, evaluate
+from ..evaluation.suites import resolve
 from ..io import load_tensors, save_tensors, write_atomic
 from ..losses import Loss
 from ..outputs import out_of_memory
@@ -164,9 +164,9 @@ def evaluate_network(
         seed=seed,
         batch_size=batch_size,
         budget=budget,
-        record=None if cache is None else cache / EVALUATION_FILE,
+        checkpoint=None if cache is None else cache / EVALUATION_FILE,
         key=key,
-        progress=_evaluation_progress(progress, threat, len(data)),
+        progress=lambda what, done, total: progress(f"{threat}, {what}", done, total),
     )
     if cache is not None and _is_first():
         write_atomic(cache / EVALUATED_FILE, json.dumps({"key": whole}))
@@ -203,15 +203,12 @@ def result_key(
         A hash in hexadecimal.
 
     Raises:
-        UserError: an unknown suite.
+        UserError: an unknown suite, attack or score.
     """
-    stages = SUITES.get(suite) if isinstance(suite, str) else suite
-    if stages is None:
-        raise unknown("suite", str(suite), SUITES)
     identity = {
         "key": key,
         "threat": threat.describe(),
-        "stages": [asdict(stage) for stage in stages],
+        "stages": [asdict(stage) for stage in resolve(suite)],
         "trained with": _name_of_loss(trained_with),
         "s": s,
         "seed": seed,
@@ -247,13 +244,6 @@ def _in_process_group() -> bool:
 
 def _is_first() -> bool:
     return not _in_process_group() or distributed.get_rank() == 0
-
-
-def _evaluation_progress(progress: Progress, threat: Threat, n: int) -> Any:
-    """An evaluation's reports in words: the stage, and the upper bound on robust accuracy so far."""
-    return lambda stage, done, total, survivors: progress(
-        f"{threat}, {stage}, at most {survivors / n:.1%} robust", done, total
-    )
 
 
 def cached_audit(
@@ -352,15 +342,14 @@ def cached_region(
         projection = _fitting(partial(region.projection, *columns, s=s, index=data.index, seed=seed))
         witnesses = attempts[-1]  # of the batch size that fitted in memory
         counts = evaluation.robust[witnesses.rows] & (evaluation.votes == 1)
-        broken = {name: column[counts] for name, column in zip(("rows", *FOUND), witnesses, strict=True)}
+        broken = {name: column[counts] for name, column in zip(Witnesses._fields, witnesses, strict=True)}
         measured["missed"] = None if evaluation.votes > 1 else 0  # they count from here on
         attacked, seconds = len(measured["distances"]["index"]), time.perf_counter() - began
         cost = StageCost("region", attacked, len(broken["rows"]), **measured["passes"], seconds=seconds)
         kept = {"key": name, "region": measured, "projection": projection, "cost": asdict(cost)}
         if path is not None:
             save_tensors(path, REGION, REGION_VERSION, broken, kept)
-    x_adv, margin, prediction = (broken[column] for column in FOUND)
-    final = add_witnesses(evaluation, [(broken["rows"], x_adv, margin, prediction)], StageCost(**kept["cost"]))
+    final = add_witnesses(evaluation, [Witnesses(**broken)], StageCost(**kept["cost"]))
     return final, kept["region"], kept["projection"]
 
 

@@ -1,0 +1,95 @@
+"""The checkpoint of an evaluation: an interrupted evaluation resumes after the last batch that was saved."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError
+from ..io import load_tensors, save_tensors
+from .costs import add_extra_stages
+from .evaluation import StageCost
+from .state import Columns, State, Task
+
+NAME, VERSION = "evaluation checkpoint", 4
+INTERVAL = 5.0  # seconds between two checkpoints, at least
+SHARE = 20  # and so many times the time it takes to write one: at most 5% of the time goes into writing
+
+
+class Checkpoint:
+    """Where an evaluation saves its state.
+
+    Args:
+        path: of the file; None saves nothing.
+        task: the evaluation it belongs to.
+        key: identifies model and data, which the file does not contain.
+    """
+
+    def __init__(self, path: Path | None, task: Task, key: str) -> None:
+        self.path = path
+        self.next_save = time.perf_counter() + INTERVAL
+        matched = task.scores["matched"]
+        self.identity = {
+            "key": key,
+            "threat": task.threat.describe(),
+            "stages": json.loads(json.dumps([asdict(stage) for stage in task.suite])),
+            "matched": getattr(matched, "__name__", repr(matched)),
+            "seed": task.noise.seed,
+            "n": len(task.data),
+        }
+
+    def load(self, task: Task) -> State | None:
+        """The saved state; None if there is none.
+
+        Raises:
+            UserError: if the file is damaged, of another version or belongs to another evaluation.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        tensors, about = load_tensors(self.path, NAME, VERSION)
+        if about["identity"] != self.identity:
+            raise UserError(f"{self.path} belongs to another evaluation. Name another folder, or delete the file.")
+        saved: dict[str, Any] = about["state"]
+        device = task.data.y.device
+        columns = Columns.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
+        costs = [StageCost(**cost) for cost in saved.pop("costs")]
+        state = State(columns, costs, list(task.suite), **saved)
+        add_extra_stages(task, state, len(costs) - 1)
+        return state
+
+    def save(self, state: State, *, force: bool = False) -> None:
+        """Write the state if the last checkpoint is old enough, or in any case with ``force``."""
+        began = time.perf_counter()
+        if self.path is None or not (force or began > self.next_save):
+            return
+        saved = {
+            "costs": [asdict(cost) for cost in state.costs],
+            "channels_last": state.channels_last,
+            "randomised": state.randomised,
+            "chosen_for": state.chosen_for,
+            "n_rest": state.n_rest,
+        }
+        about = {"identity": self.identity, "state": saved}
+        save_tensors(self.path, NAME, VERSION, state.columns.to_tensors(), about)
+        ended = time.perf_counter()
+        self.next_save = ended + max(INTERVAL, SHARE * (ended - began))
+
+
+def load_x_adv(checkpoint: Path) -> Tensor:
+    """The adversarial images in a checkpoint.
+
+    Args:
+        checkpoint: file written by ``evaluate``.
+
+    Returns:
+        ``Evaluation.x_adv``, (N, C, H, W).
+
+    Raises:
+        UserError: if there is no such file, or it is damaged or of another version.
+    """
+    return load_tensors(checkpoint, NAME, VERSION)[0]["x_adv"]

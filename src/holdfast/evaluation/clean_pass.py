@@ -1,0 +1,129 @@
+"""The pass over the clean images: checks of the input, predictions, certificates, and the order of target classes."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from ..attacks.base import all_rows
+from ..attacks.minimal_norm import scores_and_grads
+from ..bounds import certify
+from ..data import Data, pixels
+from ..errors import UserError
+from ..losses import negative_margin
+from ..outputs import Model
+from ..queries import VOTES, logits_differ, majority_vote, prefers_channels_last
+from ..threat import Threat
+from .costs import add_cost
+from .evaluation import MISCLASSIFIED, UNBROKEN, StageCost
+from .state import Columns, State, Task, attack_model
+
+PREFLIGHT = 64  # samples that are queried twice before anything else
+RANDOM_TARGET = 30_000  # noise stream of random targets
+LINEAR_FROM = 10  # with more classes than this, targets are ranked by linearised distance, not by logit
+MAX_LINEARISED = 20  # number of classes with the largest logits whose distance is computed
+MAX_RANKED = 9  # number of target classes kept per sample
+
+
+def check_pixels(data: Data, threat: Threat) -> None:
+    """Raise UserError for images outside the threat's box, up to rounding."""
+    lowest, highest = float(data.x.min()), float(data.x.max())
+    scale = 255.0 if data.x.dtype == torch.uint8 else 1.0
+    if not (threat.lo <= lowest / scale + 1e-6 and highest / scale - 1e-6 <= threat.hi):
+        raise UserError(
+            f"images must lie in the threat's box [{threat.lo}, {threat.hi}], got values from "
+            f"{lowest / scale:.4g} to {highest / scale:.4g}. Normalisation belongs inside the model."
+        )
+
+
+def clean_pass(task: Task) -> State:
+    """Query the model on the clean images and set up all columns.
+
+    Raises:
+        UserError: for labels without a logit, a single logit, and clean logits that are NaN or infinite.
+    """
+    x, y = task.data.x, task.data.y
+    began = time.perf_counter()
+    channels_last, randomised = _preflight(task)
+    votes_needed = VOTES if randomised else 1
+    with torch.no_grad():
+        outputs = task.batches.map(all_rows(y), lambda rows: majority_vote(task.model, pixels(x[rows]), votes_needed))
+    z, votes = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    _check_logits(z, y)
+    clean = votes.gather(1, y[:, None])[:, 0] > votes_needed / 2
+    margin, prediction = -negative_margin(z, y), votes.argmax(1)
+    queried = attack_model(task.model, channels_last, randomised)
+    columns = Columns(
+        prediction=prediction,
+        margin=margin,
+        clean=clean,
+        broken_by=torch.where(clean, UNBROKEN, MISCLASSIFIED),
+        margin_adv=margin.clone(),
+        prediction_adv=prediction.clone(),
+        x_adv=pixels(x).clone(),
+        targets=_ranked_targets(task, queried, z),
+        done=torch.zeros_like(y),
+        chosen=clean.clone(),
+        spot_check=torch.zeros_like(y),
+        attack_correct={stage.name: clean.clone() for stage in task.suite if stage.individual},
+    )
+    if any(stage.target for stage in task.suite):  # all wrong classes are equally likely
+        drawn = task.noise.fold(RANDOM_TARGET).integers(z.shape[1] - 1)
+        columns.random_target = drawn + (drawn >= y)
+    proved = None if randomised else certify(task.model.model, pixels(x), y, task.threat)
+    columns.certified = None if proved is None else proved & clean
+    costs = [StageCost("clean"), *(StageCost(stage.name) for stage in task.suite)]
+    state = State(columns, costs, list(task.suite), channels_last, randomised)
+    add_cost(task, state, 0, began)
+    return state
+
+
+def _preflight(task: Task) -> tuple[bool, bool]:
+    """Query a few images twice: (may attacks use channels_last order, is the model randomised)."""
+
+    def query_twice(rows: Tensor) -> tuple[bool, bool]:
+        x = pixels(task.data.x[rows])
+        first, second = task.model(x).logits, task.model(x).logits
+        finite = first.isfinite().all(1) & second.isfinite().all(1)
+        randomised = bool((logits_differ(first, second) & finite).any())
+        return not randomised and prefers_channels_last(task.model, x, first), randomised
+
+    with torch.no_grad():
+        answers = task.batches.map(all_rows(task.data.y)[:PREFLIGHT], query_twice)
+    return all(channels_last for channels_last, _ in answers), any(randomised for _, randomised in answers)
+
+
+def _check_logits(z: Tensor, y: Tensor) -> None:
+    if z.shape[1] < 2 or int(y.max()) >= z.shape[1] or int(y.min()) < 0:
+        raise UserError(
+            f"the model returns {z.shape[1]} logits, but the labels range from {int(y.min())} to {int(y.max())}: "
+            "they must lie in 0 .. K-1, with K >= 2."
+        )
+    if not bool(z.isfinite().all()):
+        bad = int((~z.isfinite().all(1)).sum())
+        raise UserError(
+            f"the model's clean logits are NaN or infinite on {bad} of {len(y)} samples: it cannot be evaluated."
+        )
+
+
+def _ranked_targets(task: Task, model: Model, z: Tensor) -> Tensor:
+    """Wrong classes, likeliest first, (N, at most 9): by logit, or among many classes by linearised distance."""
+    y, k = task.data.y, z.shape[1]
+    ranked = z.scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)
+    if k <= LINEAR_FROM:
+        return ranked[:, : min(MAX_RANKED, k - 1)].contiguous()
+    ranked = ranked[:, : min(MAX_LINEARISED, k - 1)]
+
+    def nearest(rows: Tensor) -> Tensor:  # Melamed et al. 2024, MALT
+        classes, label = ranked[rows], y[rows][:, None]
+        _, differences, grads = scores_and_grads(
+            model, pixels(task.data.x[rows]), lambda z: z.gather(1, classes) - z.gather(1, label)
+        )
+        slope = torch.stack([task.threat.dual_size(grad) for grad in grads.unbind(1)], 1)
+        distance = (-differences / slope.clamp_min(1e-30)).nan_to_num(torch.inf)
+        return classes.gather(1, distance.argsort(dim=1, stable=True)[:, :MAX_RANKED])
+
+    with torch.enable_grad():
+        return torch.cat(task.batches.map(all_rows(y), nearest))

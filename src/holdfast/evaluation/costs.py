@@ -1,0 +1,88 @@
+"""The account of an evaluation: passes and seconds spent, what a budget still pays for, what is still to come."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..attacks import ATTACKS
+from .batching import unlimited
+from .evaluation import StageCost
+from .state import State, Task
+from .suites import N_NEAREST, N_RANDOM, Stage
+
+# What a budget is spent on after the suite: the smallest margins, with other scores, more targets and new starts.
+EXTRA_ROUND = (
+    Stage("long", "apgd", settings={"steps": 100}, subset="nearest", fraction=0.3),
+    Stage("targets", "apgd", "dlr", targets=4, settings={"steps": 50}, subset="nearest", fraction=0.3),
+    Stage("md", "md", settings={"steps": 40}, subset="nearest", fraction=0.3),
+    Stage("square", "square", "margin", settings={"steps": 200}, subset="nearest", fraction=0.1),
+)
+
+
+def add_cost(task: Task, state: State, place: int, began: float, **counts: int) -> None:
+    """Add what was done since ``began`` to ``state.costs[place]``, and reset the model's counters."""
+    model, cost = task.model, state.costs[place]
+    counts |= {"forwards": model.forwards, "backwards": model.backwards, "nonfinite": int(model.nonfinite)}
+    model.forwards = model.backwards = model.nonfinite = 0
+    added = {name: getattr(cost, name) + count for name, count in counts.items()}
+    state.costs[place] = replace(cost, seconds=cost.seconds + time.perf_counter() - began, **added)
+
+
+def passes_spent(state: State) -> int:
+    """Forward and backward passes so far, in this process."""
+    return sum(cost.forwards + cost.backwards for cost in state.costs)
+
+
+def affordable(task: Task, state: State, number: int, n_processes: int) -> Callable[[], float]:
+    """How many more samples of a stage the rest of the budget pays for.
+
+    Individual attacks have no limit: half a column would be a wrong accuracy.
+    """
+    stage, budget = state.stages[number], task.budget
+    if budget is None or stage.individual:
+        return unlimited
+    each = stage.passes(state.n_classes) / stage.n_targets(state.n_classes) * state.eot_samples
+
+    def limit() -> float:
+        spent, seconds = passes_spent(state), sum(cost.seconds for cost in state.costs)
+        passes = budget.passes / n_processes - spent
+        return min(passes, (budget.seconds - seconds) * spent / max(seconds, 1e-9)) / each
+
+    return limit
+
+
+def add_extra_stages(task: Task, state: State, count: int) -> None:
+    """Extend ``state.stages`` to so many: further rounds, for a budget that is larger than the suite needs."""
+    extra = [stage for stage in EXTRA_ROUND if task.threat.norm in ATTACKS[stage.attack].norms]
+    while len(state.stages) < count:
+        turn, place = divmod(len(state.stages) - len(task.suite), len(extra))
+        state.stages.append(replace(extra[place], name=f"more {turn + 1}: {extra[place].name}"))
+    while len(state.costs) < len(state.stages) + 1:
+        state.costs.append(StageCost(state.stages[len(state.costs) - 1].name))
+
+
+def planned_passes(state: State, number: int, waiting: int, target: int) -> int:
+    """Passes still to come if no more samples are broken.
+
+    Args:
+        state: of the evaluation.
+        number: of the current stage.
+        waiting: samples that the current stage has not attacked yet at its current target.
+        target: rank of that target.
+    """
+    survivors, clean = int(state.survivors.sum()), int(state.columns.clean.sum())
+    stage, classes = state.stages[number], state.n_classes
+    each = stage.passes(classes) / stage.n_targets(classes)
+    planned = each * (waiting + int(state.due(number).sum()) * (stage.n_targets(classes) - target - 1))
+    for later in state.stages[number + 1 :]:
+        expected = {
+            "survivors": survivors,
+            "nearest": 0 if later.round > 1 else min(survivors, max(N_NEAREST, math.ceil(later.fraction * survivors))),
+            "sampled": min(survivors, N_NEAREST + N_RANDOM),
+            "escalated": 0,
+        }[later.subset]
+        planned += later.passes(classes) * (clean if later.individual else expected)
+    return round(planned * state.eot_samples)

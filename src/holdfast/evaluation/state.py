@@ -1,0 +1,165 @@
+"""What an evaluation is asked to do (``Task``), and how far it has come (``State``, whose tensors are ``Columns``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Data
+from ..losses import Loss
+from ..noise import Noise
+from ..outputs import Model
+from ..progress import Progress
+from ..queries import EOT_SAMPLES, VOTES, CountingModel, EOTModel
+from ..threat import Threat
+from .batching import Batches
+from .budget import Budget
+from .evaluation import UNBROKEN, StageCost
+from .suites import Stage
+
+MAX_TARGETS = 16  # more than any stage has: places reserved for a stage in ``Columns.done``
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is evaluated and how; the same from beginning to end.
+
+    Args:
+        model: counts its passes.
+        data: the samples, on the model's device.
+        threat: the threat model.
+        suite: the stages to run, PGD-50 first.
+        attack_names: names of the individual attacks, in the order in which the result lists them.
+        scores: score name -> score, as stages name them.
+        noise: one stream per sample.
+        budget: None for no limit.
+        batch_size: how samples are distributed over processes; never changes.
+        batches: the batch size in use, which shrinks where memory runs out.
+        progress: see ``evaluate``.
+    """
+
+    model: CountingModel
+    data: Data
+    threat: Threat
+    suite: tuple[Stage, ...]
+    attack_names: tuple[str, ...]
+    scores: dict[str, Loss]
+    noise: Noise
+    budget: Budget | None
+    batch_size: int
+    batches: Batches
+    progress: Progress
+
+
+@dataclass
+class Columns:
+    """One entry per sample, (N,) on the model's device unless stated otherwise.
+
+    Args:
+        prediction, margin, clean, broken_by, margin_adv, prediction_adv, x_adv, attack_correct, certified: as in
+            ``Evaluation``.
+        targets: (N, T) int64, wrong classes, likeliest first.
+        done: int64, position in the sequence of (stage, target) pairs up to which the sample has been attacked.
+        chosen: bool, samples of the current stage.
+        spot_check: int64, 1 for the nearest samples of the spot check, 2 for its random ones, 0 for all others.
+        random_target: int64, a random wrong class; None if no stage uses one.
+    """
+
+    prediction: Tensor
+    margin: Tensor
+    clean: Tensor
+    broken_by: Tensor
+    margin_adv: Tensor
+    prediction_adv: Tensor
+    x_adv: Tensor
+    targets: Tensor
+    done: Tensor
+    chosen: Tensor
+    spot_check: Tensor
+    attack_correct: dict[str, Tensor]
+    random_target: Tensor | None = None
+    certified: Tensor | None = None
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All columns under flat names, as a file stores them."""
+        tensors = {f"attack_correct/{name}": correct for name, correct in self.attack_correct.items()}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**tensors, **{name: value for name, value in values.items() if isinstance(value, Tensor)}}
+
+    @staticmethod
+    def from_tensors(tensors: dict[str, Tensor]) -> Columns:
+        """The inverse of ``to_tensors``."""
+        columns: dict[str, Any] = {"attack_correct": {}}
+        for name, tensor in tensors.items():
+            kind, _, attack = name.partition("/")
+            if attack:
+                columns["attack_correct"][attack] = tensor
+            else:
+                columns[kind] = tensor
+        return Columns(**columns)
+
+
+@dataclass
+class State:
+    """How far an evaluation has come.
+
+    Args:
+        columns: per-sample results.
+        costs: of the clean pass, then of each stage.
+        stages: the suite's, then those that a larger budget adds.
+        channels_last: whether attacks query the model in that memory order.
+        randomised: whether the model answers the same image differently.
+        chosen_for: number of the stage that ``columns.chosen`` belongs to; -1 before the first.
+        ended: number of stages that are finished.
+        n_rest: survivors outside the 32 nearest when the spot check was drawn.
+        budget_spent: whether the budget has ended the evaluation.
+    """
+
+    columns: Columns
+    costs: list[StageCost]
+    stages: list[Stage]
+    channels_last: bool
+    randomised: bool
+    chosen_for: int = -1
+    ended: int = 0
+    n_rest: int = 0
+    budget_spent: bool = field(default=False)
+
+    @property
+    def survivors(self) -> Tensor:
+        """(N,) bool: correctly classified and not broken so far."""
+        return self.columns.broken_by == UNBROKEN
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes, as far as it matters for the cost of a stage: at most 10."""
+        return self.columns.targets.shape[1] + 1
+
+    @property
+    def votes(self) -> int:
+        """Number of model outputs that decide whether a candidate is misclassified."""
+        return VOTES if self.randomised else 1
+
+    @property
+    def eot_samples(self) -> int:
+        """Number of model outputs averaged for one step of an attack."""
+        return EOT_SAMPLES if self.randomised else 1
+
+    def due(self, number: int) -> Tensor:
+        """(N,) bool: samples that a stage still has to attack: those chosen for it, unless already broken."""
+        chosen = self.columns.chosen
+        return chosen if self.stages[number].individual else chosen & self.survivors
+
+    def broken_by_stages(self, numbers: list[int]) -> Tensor:
+        """(N,) bool: broken by one of these stages."""
+        by = self.columns.broken_by
+        return torch.isin(by, torch.tensor(numbers).to(by))
+
+
+def attack_model(model: CountingModel, channels_last: bool, randomised: bool) -> Model:
+    """The model as attacks query it: in its preferred memory order, and averaged over outputs if it is randomised."""
+    ordered = CountingModel(model.model, model, channels_last=True) if channels_last else model
+    return EOTModel(ordered, EOT_SAMPLES) if randomised else ordered

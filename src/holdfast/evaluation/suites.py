@@ -1,0 +1,240 @@
+"""Attack suites: which attacks an evaluation runs, in which order and on which samples.
+
+To add a suite, add a line to ``SUITES``. ``evaluate`` also takes a tuple of stages directly.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from ..attacks import ATTACKS, SCORES, cross_entropy, matched_score
+from ..errors import UserError, unknown
+from ..losses import Loss
+
+N_NEAREST, N_RANDOM = 32, 32  # size of the spot check: survivors with the smallest margins, and random others
+# Which samples a stage attacks. A cascade spends its passes on the samples most likely to break; the spot check then
+# tests whether that was justified.
+SUBSETS: dict[str, str] = {
+    "survivors": "all survivors",
+    "nearest": f"the fraction of survivors with the smallest margins, at least {N_NEAREST} samples",
+    "sampled": f"the spot check: the {N_NEAREST} survivors with the smallest margins and {N_RANDOM} random others",
+    "escalated": f"the nearest fraction if the spot check broke one of the {N_NEAREST} nearest, all survivors if it "
+    "broke a random one",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack of a suite.
+
+    Args:
+        name: unique within the suite; shown in tables and stored with the results.
+        attack: a key of ATTACKS.
+        score: a key of SCORES, or "matched" (the score of the loss the network was trained with), or "train_loss"
+            (that loss itself, including its link function).
+        targets: 0 for an untargeted attack; t > 0 runs the attack once towards each of the t likeliest wrong classes
+            (or towards all wrong classes if there are fewer).
+        settings: keyword arguments of the attack.
+        step: step size as a multiple of eps; None leaves it to the attack.
+        individual: run on every correctly classified sample, not only on survivors. The stage then has its own
+            accuracy, stored in ``Evaluation.attack_correct`` under ``name``.
+        noise_stream: stages with the same number draw the same noise, for example the same random start; None gives
+            the stage a stream of its own.
+        subset: a key of SUBSETS: which samples are attacked.
+        fraction: for "nearest" and "escalated", the fraction of survivors in (0, 1], those with the smallest margins.
+        round: a stage of round r > 1 runs only if a stage of round r - 1 broke a sample.
+        target: "random" targets one random wrong class per sample, drawn from the sample's own noise, as papers with
+            targeted attacks do. Any misclassification counts as a success. "" for no target.
+
+    Raises:
+        UserError: for an unknown subset or target, both kinds of target at once, or a fraction outside (0, 1].
+    """
+
+    name: str
+    attack: str
+    score: str = "matched"
+    targets: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    step: float | None = None
+    individual: bool = False
+    noise_stream: int | None = None
+    subset: str = "survivors"
+    fraction: float = 1.0
+    round: int = 0
+    target: str = ""
+
+    def __post_init__(self) -> None:
+        if self.subset not in SUBSETS:
+            raise unknown("subset of a stage", self.subset, SUBSETS)
+        if self.target not in ("", "random"):
+            raise unknown("target of a stage", self.target, ["random"])
+        if self.target and self.targets:
+            raise UserError(
+                f"stage '{self.name}': use either target='random' or targets={self.targets} (likeliest), not both."
+            )
+        if not 0 < self.fraction <= 1 or self.round < 0:
+            raise UserError(f"stage '{self.name}': fraction must lie in (0, 1] and round must be >= 0.")
+
+    def n_targets(self, classes: int) -> int:
+        """How many times the attack runs: once per target, at least once."""
+        return max(1, min(self.targets, classes - 1))
+
+    def passes(self, classes: int) -> float:
+        """Approximate forward and backward passes spent on a sample that the stage does not break."""
+        entry = ATTACKS[self.attack]
+        settings = {"restarts": 1, "searches": 1, "targets": 1, **_default_settings(entry.attack), **self.settings}
+        targets = min(max(self.targets, settings["targets"]), classes - 1)
+        return 1 + float(settings["steps"] * settings["restarts"] * settings["searches"] * targets * entry.per_step)
+
+    def keywords(self, eps: float) -> dict[str, Any]:
+        """Keyword arguments that the attack is called with under a threat of this eps."""
+        return self.settings if self.step is None else {**self.settings, "step_size": self.step * eps}
+
+
+@cache
+def _default_settings(attack: Callable[..., Tensor]) -> dict[str, Any]:
+    """Defaults of an attack's keyword arguments; one step for an attack that has none."""
+    defaults = {name: p.default for name, p in inspect.signature(attack).parameters.items() if p.default is not p.empty}
+    return {"steps": 1, **defaults}
+
+
+# Robust accuracy as papers usually report it: F.cross_entropy, one random start, 50 PGD steps of eps/4, last iterate.
+PGD50 = Stage("pgd50", "pgd", "cross_entropy", settings={"steps": 50, "iterate": "last"}, step=0.25, individual=True)
+# The usual adaptive attack: the same steps on the loss that the network was trained with.
+PGD50_TRAIN_LOSS = replace(PGD50, name="pgd50-train-loss", score="train_loss")
+
+
+def resolve(suite: str | Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages of a suite, checked before any work is done.
+
+    Args:
+        suite: a key of SUITES, or the stages themselves.
+
+    Returns:
+        The stages as given. ``PGD50`` is not added here: see ``with_pgd50``.
+
+    Raises:
+        UserError: for an unknown suite, attack or score, for two individual stages of one name, and for an individual
+            stage named "pgd50" that is not PGD50.
+    """
+    stages = SUITES.get(suite) if isinstance(suite, str) else tuple(suite)
+    if stages is None:
+        raise unknown("suite", str(suite), SUITES)
+    individual = [stage.name for stage in stages if stage.individual]
+    for stage in stages:
+        if stage.attack not in ATTACKS:
+            raise unknown("attack", stage.attack, ATTACKS)
+        if stage.score not in ("matched", "train_loss", *SCORES):
+            raise unknown("score", stage.score, [*SCORES, "matched", "train_loss"])
+        if stage.individual and individual.count(stage.name) > 1:
+            raise UserError(f"two individual stages are named '{stage.name}': each needs a name of its own.")
+        if stage.individual and stage.name == PGD50.name and stage != PGD50:
+            raise UserError(f"'{PGD50.name}' is reserved for the standard PGD-50 stage: give this stage another name.")
+    return stages
+
+
+def with_pgd50(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages as they are run: PGD50 first, and only once if the suite lists it too.
+
+    >>> [stage.name for stage in with_pgd50([PGD50_TRAIN_LOSS, PGD50])]
+    ['pgd50', 'pgd50-train-loss']
+    """
+    return (PGD50, *(stage for stage in stages if stage != PGD50))
+
+
+def individual_names(stages: Sequence[Stage]) -> list[str]:
+    """Names of the attacks with an accuracy of their own, in the suite's order; "pgd50" first unless it is listed.
+
+    >>> individual_names([PGD50_TRAIN_LOSS]), individual_names([PGD50_TRAIN_LOSS, PGD50])
+    (['pgd50', 'pgd50-train-loss'], ['pgd50-train-loss', 'pgd50'])
+    """
+    names = [stage.name for stage in stages if stage.individual]
+    return names if PGD50.name in names else [PGD50.name, *names]
+
+
+def stage_scores(trained_with: Loss | None) -> dict[str, Loss]:
+    """What each score name means for a network trained with this loss (None: cross-entropy)."""
+    return {**SCORES, "matched": matched_score(trained_with), "train_loss": trained_with or cross_entropy}
+
+
+def _round(number: int) -> tuple[Stage, ...]:
+    """Long attacks of four kinds on the survivors with the smallest margins."""
+    nearest: dict[str, Any] = {"subset": "nearest", "fraction": 0.15, "round": number}
+    return (
+        Stage(f"round {number}: long", "apgd", settings={"steps": 100}, **nearest),
+        Stage(f"round {number}: dlr", "apgd", "dlr", settings={"steps": 50}, **nearest),
+        Stage(f"round {number}: targets", "apgd", "dlr", targets=4, settings={"steps": 50}, **nearest),
+        Stage(f"round {number}: md", "md", settings={"steps": 40}, **nearest),
+    )
+
+
+def _full_length(subset: str, queries: int) -> tuple[Stage, ...]:
+    """Attacks as long as AutoAttack's, and a black-box attack that detects masked gradients."""
+    return (
+        Stage(f"{subset}: long", "apgd", settings={"steps": 100}, subset=subset, fraction=0.3),
+        Stage(f"{subset}: all targets", "apgd", "dlr", targets=9, settings={"steps": 100}, subset=subset, fraction=0.3),
+        Stage(f"{subset}: square", "square", "margin", settings={"steps": queries}, subset=subset, fraction=0.3),
+    )
+
+
+# Stages were chosen on validation networks by what each attack breaks (benchmarks/choose_suites.py). Short attacks find
+# nearly all adversarial examples, the samples they miss have small margins, and the spot check tests that assumption.
+SUITES: dict[str, tuple[Stage, ...]] = {
+    "quick": (
+        Stage("sweep", "apgd", settings={"steps": 10}),
+        Stage("targets", "apgd", "dlr", targets=3, settings={"steps": 10}, subset="nearest", fraction=0.5),
+        Stage("longer", "apgd", settings={"steps": 50}, subset="nearest", fraction=0.15),
+    ),
+    "standard": (
+        Stage("sweep", "apgd", settings={"steps": 10}),
+        Stage("targets", "apgd", "dlr", targets=3, settings={"steps": 10}),
+        Stage("longer", "apgd", settings={"steps": 50}, subset="nearest", fraction=0.5),
+        Stage("margin", "apgd", "margin", settings={"steps": 20}, subset="nearest", fraction=0.5),
+        Stage("all targets", "apgd", "dlr", targets=9, settings={"steps": 20}, subset="nearest", fraction=0.3),
+        *_round(1),
+        *_round(2),
+        *_full_length("sampled", 200),
+        *_full_length("escalated", 1000),
+    ),
+    "paranoid": (
+        Stage("long", "apgd", settings={"steps": 100}),
+        Stage("cross entropy", "apgd", "cross_entropy", settings={"steps": 100}),
+        Stage("dlr", "apgd", "dlr", settings={"steps": 100}),
+        Stage("all targets", "apgd", "dlr", targets=9, settings={"steps": 100}),
+        Stage("md", "md", settings={"steps": 100}),
+        Stage("fab", "fab", "margin", settings={"steps": 100, "targets": 9}),
+        Stage("square", "square", "margin", settings={"steps": 5000}),
+    ),
+}
+SUITES["standard+loss"] = (PGD50_TRAIN_LOSS, *SUITES["standard"])
+# The columns of the papers' tables, each attack on all correctly classified samples, then the standard suite. All of
+# them use PGD-50's random start (stream 0 is that of stage 0). C&W is as long as needed: more steps find no more.
+_PGD10 = replace(PGD50, name="pgd10", settings={**PGD50.settings, "steps": 10}, noise_stream=0)
+SUITES["per-attack"] = (
+    _PGD10,
+    replace(_PGD10, name="pgd10-targeted", target="random"),
+    PGD50,
+    replace(PGD50, name="pgd50-targeted", target="random", noise_stream=0),
+    Stage("cw", "cw", "margin", settings={"steps": 50, "searches": 4}, individual=True),
+    *SUITES["standard"],
+)
+# The suite of `holdfast explain`: PGD-50 with one change at a time. Stages keep PGD-50's random start until restarts
+# are what changes; otherwise every change would also be one more restart.
+_LONG: dict[str, Any] = {"settings": {"steps": 200}, "step": 0.1}
+SUITES["explain"] = (
+    replace(PGD50, name="stable arithmetic", score="scaled_log_odds", individual=False, noise_stream=0),
+    Stage("best iterate", "pgd", "scaled_log_odds", settings={"steps": 50}, step=0.25, noise_stream=0),
+    Stage("more steps", "pgd", "scaled_log_odds", **_LONG, noise_stream=0),
+    # "more steps" was the first of five starts
+    Stage("restarts", "pgd", "scaled_log_odds", settings={"steps": 200, "restarts": 4}, step=0.1),
+    Stage("targets", "pgd", "scaled_log_odds", targets=9, **_LONG, noise_stream=0),
+    Stage("other scores", "apgd", "dlr", settings={"steps": 100}),
+    Stage("black box", "square", "margin", settings={"steps": 1000}),
+    replace(PGD50_TRAIN_LOSS, noise_stream=0),
+)
