@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from holdfast.evaluation.suites import SUITES, Stage
 from torch import Tensor
 
 from holdfast.attacks import ATTACKS, SCORES, cross_entropy, matched_score

@@ -487,7 +487,7 @@ def test_remaining_text_says_what_was_tested_and_what_limits_it():
         "200 are still breakable (95% interval 0 to 5)."
     )
     spot = R.SpotCheck(near=32, near_broken=1, far=32, far_broken=0, rest=320)
-    whole = dataclasses.replace(left, spot_check=spot, unfinished=True, votes=3)
+    whole = dataclasses.replace(left, spot_checks=(spot,), unfinished=True, votes=3)
     assert R.Remaining.from_dict(dataclasses.asdict(whole)) == R.Remaining.from_dict(whole.to_dict()) == whole
     more = R.remaining_text(make_run(remaining=whole.to_dict())).removeprefix(text)
     for part in ("32 survivors with the smallest margins", "at most 29 more", "budget ran out", "majority of 3 votes"):
@@ -498,9 +498,9 @@ def test_remaining_text_says_what_was_tested_and_what_limits_it():
 
 def test_json_stores_the_derived_counts_of_a_spot_check(tmp_path):
     spot = R.SpotCheck(near=32, near_broken=1, far=32, far_broken=0, rest=320)
-    left = R.Remaining(1.2, 0, 5, 150, 100, 3, 4, 2, spot)
+    left = R.Remaining(1.2, 0, 5, 150, 100, 3, 4, 2, (spot,))
     back = R.load(R.save(make_results([make_run(remaining=left.to_dict())]), tmp_path)).runs[0].remaining
-    assert back["spot_check"]["high"] == spot.high
+    assert back["spot_checks"][0]["high"] == spot.high
     assert R.Remaining.from_dict(back) == left
 
 

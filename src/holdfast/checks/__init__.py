@@ -160,13 +160,12 @@ def remaining(audits: Sequence[Audit]) -> Remaining:
         sum(getattr(one, name) for one in estimates) for name in ("first", "second", "both", "tested", "survivors")
     )
     whole = remaining_vulnerable(*counts)
-    spot_checks = [evaluation.spot_check for evaluation in evaluations if evaluation.spot_check is not None]
-    summed = {f.name: sum(getattr(one, f.name) for one in spot_checks) for f in fields(SpotCheck)}
+    spot_checks = tuple(evaluation.spot_check for evaluation in evaluations if evaluation.spot_check is not None)
     expected = max(whole.expected, sum(one.expected for one in spot_checks))
     high = max(whole.high, expected)
     return Remaining(
         **{**asdict(whole), "expected": expected, "high": high},
-        spot_check=SpotCheck(**summed) if spot_checks else None,
+        spot_checks=spot_checks,
         unfinished=any(evaluation.unfinished for evaluation in evaluations),
         votes=max(evaluation.votes for evaluation in evaluations),
     )

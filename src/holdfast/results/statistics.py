@@ -325,12 +325,12 @@ class Remaining:
         first: number of tested samples that the first run broke.
         second: number of tested samples that the second run broke.
         both: number of tested samples that both runs broke.
-        spot_check: full-length attacks on a sample of the survivors; None where the suite has none.
+        spot_checks: full-length attacks on a sample of the survivors, one entry per network; empty where the suite has none.
         unfinished: a budget ended the attacks before the suite did.
         votes: number of predictions per image whose majority counts; 1 for a deterministic model.
 
-    >>> left = Remaining(0.4, 0, 3, 100, 100, 0, 0, 0, SpotCheck(32, 1, 32, 0, 320))
-    >>> left.to_dict()["spot_check"]["high"], Remaining.from_dict(left.to_dict()) == left
+    >>> left = Remaining(0.4, 0, 3, 100, 100, 0, 0, 0, (SpotCheck(32, 1, 32, 0, 320),))
+    >>> left.to_dict()["spot_checks"][0]["high"], Remaining.from_dict(left.to_dict()) == left
     (28.6, True)
     """
 
@@ -342,21 +342,19 @@ class Remaining:
     first: int
     second: int
     both: int
-    spot_check: SpotCheck | None = None
+    spot_checks: tuple[SpotCheck, ...] = ()
     unfinished: bool = False
     votes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """As results.json stores it: the fields, and of the spot check its derived ``expected`` and ``high`` too."""
-        out = dataclasses.asdict(self)
-        if self.spot_check is not None:
-            out["spot_check"] |= {"expected": self.spot_check.expected, "high": self.spot_check.high}
-        return out
+        """As results.json stores it: the fields, and of each spot check its derived ``expected`` and ``high`` too."""
+        derived = [{**dataclasses.asdict(one), "expected": one.expected, "high": one.high} for one in self.spot_checks]
+        return {**dataclasses.asdict(self), "spot_checks": derived}
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> Remaining:
         """The inverse of :meth:`to_dict`."""
-        counts = stored.get("spot_check")
-        spot = SpotCheck(**{f.name: counts[f.name] for f in dataclasses.fields(SpotCheck)}) if counts else None
+        names = [f.name for f in dataclasses.fields(SpotCheck)]
+        spot_checks = tuple(SpotCheck(**{k: one[k] for k in names}) for one in stored.get("spot_checks", ()))
         plain = {f.name: stored[f.name] for f in dataclasses.fields(Remaining) if f.name in stored}
-        return Remaining(**{**plain, "spot_check": spot})
+        return Remaining(**{**plain, "spot_checks": spot_checks})

@@ -127,17 +127,19 @@ def remaining_text(run: Run) -> str:
     if not run.remaining:
         return ""
     left = Remaining.from_dict(run.remaining)
-    spot = left.spot_check
+    near, far, rest, near_broken, far_broken, high = (
+        sum(getattr(one, name) for one in left.spot_checks)
+        for name in ("near", "far", "rest", "near_broken", "far_broken", "high")
+    )
     parts = [
         f"Two independent attacks on {left.tested:,} of {left.survivors:,} survivors broke {left.first} and "
         f"{left.second}, {left.both} of them in common: an estimated {left.expected:.1f} more of {run.n:,} are still "
         f"breakable (95% interval {left.low:.0f} to {left.high:.0f})."
     ]
-    if spot is not None:
+    if left.spot_checks:
         parts.append(
-            f"Full-length attacks on the {spot.near:,} survivors with the smallest margins and on {spot.far:,} of the "
-            f"other {spot.rest:,} broke {spot.near_broken} and {spot.far_broken}: they would break at most "
-            f"{spot.high:.0f} more (95%)."
+            f"Full-length attacks on the {near:,} survivors with the smallest margins and on {far:,} of the other "
+            f"{rest:,} broke {near_broken} and {far_broken}: they would break at most {high:.0f} more (95%)."
         )
     if left.unfinished:
         parts.append("The budget ran out before the suite was complete.")
