@@ -42,13 +42,21 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LossEntry:
-    """One line of LOSSES: the loss, what an attack climbs, the head that owns its tensors, a word on it."""
+    """One line of LOSSES.
+
+    Args:
+        loss: (out, y, **settings) -> (N,).
+        score: what attacks maximise.
+        head: the key of HEADS that the loss needs, or its default.
+        about: one line for users.
+        coupled: whether a sample's loss depends on the rest of its batch.
+    """
 
     loss: Loss
     score: Loss
     head: str
     about: str
-    coupled: bool = False  # a sample's loss depends on its batch mates
+    coupled: bool = False
 
 
 LOSSES: dict[str, LossEntry] = {
@@ -72,10 +80,17 @@ LOSSES: dict[str, LossEntry] = {
 
 
 def score_of(loss: Loss | str) -> Loss:
-    """The score that an attack on a network trained with this loss climbs: the loss without its monotone link.
+    """The score for attacks on a network that was trained with this loss: the loss without its monotone link.
 
-    Args: loss: a loss of LOSSES, a ``functools.partial`` of one (settings such as s do not change the score), its name.
-    Raises UserError for a function that LOSSES does not know: name its score yourself where one is asked for.
+    Args:
+        loss: a loss of LOSSES, a ``functools.partial`` of one (settings such as s do not change the score), or its
+            name.
+
+    Returns:
+        The score, (out, y) -> (N,).
+
+    Raises:
+        UserError: LOSSES does not hold the function. Give its score yourself where one is asked for.
 
     >>> score_of(partial(isce, s=100.0)) is negative_log_odds
     True

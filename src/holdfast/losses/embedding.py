@@ -1,4 +1,4 @@
-"""Losses on features: distances to the head's centers, and pairs within the batch."""
+"""Losses on features: distances to the head's centers, and pairs of samples in a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .softmax import isce, sce
 
 
 def _own_distance(out: Outputs | Tensor, y: Tensor) -> Tensor:
-    """distances[:, y], or the error that says which head brings them."""
+    """distances[:, y], (N,). Raises UserError if the head has none."""
     if not isinstance(out, Outputs) or out.distances is None:
         raise UserError(
             "this loss needs distances to centers, and the model's head has none. "
@@ -21,6 +21,7 @@ def _own_distance(out: Outputs | Tensor, y: Tensor) -> Tensor:
 
 
 def _features(out: Outputs) -> Tensor:
+    """The features, (N, D). Raises UserError if there are none."""
     if not isinstance(out, Outputs) or out.features is None:
         raise UserError(
             "this loss compares features, and the model returned logits alone: return Outputs with features."
@@ -31,8 +32,19 @@ def _features(out: Outputs) -> Tensor:
 def center(out: Outputs, y: Tensor, *, weight: float = 0.05) -> Tensor:
     """Center loss: SCE + weight/2 ||h - c_y||^2, with the centers c in the head.
 
-    Args: out: Outputs with distances (head "center"); y: (N,) int64; weight >= 0.  Returns (N,).
-    The centers follow the optimiser here, which for Adam equals the paper's own normalised update up to its rate.
+    The optimiser updates the centers. With Adam this equals the paper's own normalised update up to its rate.
+
+    Args:
+        out: Outputs with distances, of head "center".
+        y: (N,) int64 labels.
+        weight: of the center term, >= 0.
+
+    Returns:
+        (N,), >= 0.
+
+    Raises:
+        UserError: there are no distances, or weight is negative.
+
     Source: Wen et al. 2016.
 
     >>> out = Outputs(torch.tensor([[0.0, 0.0]]), None, torch.tensor([[5.0, 1.0]]))
@@ -46,10 +58,22 @@ def center(out: Outputs, y: Tensor, *, weight: float = 0.05) -> Tensor:
 def lgm(out: Outputs, y: Tensor, *, ratio: float = 0.1, weight: float = 0.01) -> Tensor:
     """Large-margin Gaussian mixture: I-SCE with s = ratio d_y on logits -d - log|L|/2, plus weight (d_y + log|L_y|/2).
 
-    d_k = (h - mu_k)' L_k^-1 (h - mu_k) / 2; the own distance counts (1 + ratio) times, at training only.
+        d_k = (h - mu_k)' L_k^-1 (h - mu_k) / 2
 
-    Args: out: Outputs of head "gaussian" (logits and distances); y: (N,) int64; ratio >= 0 (alpha in the paper);
-    weight >= 0 (lambda, the likelihood term).  Returns (N,).
+    In training, the distance to the own class counts 1 + ratio times.
+
+    Args:
+        out: Outputs of head "gaussian", with logits and distances.
+        y: (N,) int64 labels.
+        ratio: of the additional distance, >= 0 (alpha in the paper).
+        weight: of the likelihood term, >= 0 (lambda in the paper).
+
+    Returns:
+        (N,).
+
+    Raises:
+        UserError: there are no distances, or ratio or weight is negative.
+
     Source: Wan et al. 2018.
 
     >>> d = torch.tensor([[5.0, 8.0, 2.0]], dtype=torch.float64)  # h = (1, 2), mu = (0,0), (3,0), (0,3)
@@ -63,11 +87,21 @@ def lgm(out: Outputs, y: Tensor, *, ratio: float = 0.1, weight: float = 0.01) ->
 
 
 def mmc(out: Outputs, y: Tensor) -> Tensor:
-    """Max-Mahalanobis center loss: ||h - mu_y||^2 / 2, the centers mu fixed as far apart as they can be.
+    """Max-Mahalanobis center loss: ||h - mu_y||^2 / 2, with fixed centers mu, as far apart as possible.
 
-    Args: out: Outputs with distances (head "mmc"); y: (N,) int64.  Returns (N,), >= 0.
-    Where it fails: it says nothing of the other centers, so it is no attack's score: moving away from mu_y need not
-    near any other (Tramer et al. 2020).
+    Where it fails: it ignores the other centers, so it is not a score for attacks: a step away from mu_y need not lead
+    towards any other center (Tramer et al. 2020).
+
+    Args:
+        out: Outputs with distances, of head "mmc".
+        y: (N,) int64 labels.
+
+    Returns:
+        (N,), >= 0.
+
+    Raises:
+        UserError: there are no distances.
+
     Source: Pang et al. 2020.
 
     >>> mmc(Outputs(torch.zeros(1, 2), None, torch.tensor([[5.0, 8.0]])), torch.tensor([0]))
@@ -84,12 +118,25 @@ def _pairwise(h: Tensor) -> Tensor:
 
 
 def contrastive(out: Outputs, y: Tensor, *, weight: float = 0.05, separation: float = 1.0) -> Tensor:
-    """Contrastive (DeepID2): SCE + weight * mean over the batch's other samples j of the pair loss with j.
+    """Contrastive loss (DeepID2): SCE + weight * the mean of pair(i, j) over the batch's other samples j.
 
-    pair(i, j) = ||h_i - h_j||^2 / 2 for one class, max(0, separation - ||h_i - h_j||)^2 / 2 for two.
+        pair(i, j) = ||h_i - h_j||^2 / 2                         for samples of one class
+        pair(i, j) = max(0, separation - ||h_i - h_j||)^2 / 2    for samples of two classes
 
-    Args: out: Outputs with features; y: (N,) int64; weight >= 0; separation > 0, in units of the features.
-    Returns (N,). Batch-coupled: a sample's loss depends on its batch mates, so its score drops the pair term.
+    A sample's loss depends on its batch. A batch of one sample has no pair term.
+
+    Args:
+        out: Outputs with features.
+        y: (N,) int64 labels.
+        weight: of the pair term, >= 0.
+        separation: the distance beyond which pairs of two classes cost nothing, > 0.
+
+    Returns:
+        (N,), >= 0.
+
+    Raises:
+        UserError: there are no features, or weight or separation lies outside its range.
+
     Source: Sun et al. 2014.
 
     >>> h = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
@@ -108,13 +155,25 @@ def contrastive(out: Outputs, y: Tensor, *, weight: float = 0.05, separation: fl
 
 
 def triplet(out: Outputs, y: Tensor, *, weight: float = 1.0, separation: float = 0.2) -> Tensor:
-    """Triplet (FaceNet): SCE + weight * mean over positives p of max(0, d_ap - d_an + separation), n semi-hard.
+    """Triplet loss (FaceNet): SCE + weight * the mean over positives p of max(0, d_ap - d_an + separation).
 
-    d are squared distances of features of unit size; n is the nearest sample of another class that is farther than p,
-    or the farthest of them when none is.
+    d are squared distances of features of unit length; a is the sample itself and p another one of its class. n is
+    semi-hard: the nearest sample of another class that is farther than p, or the farthest if there is none.
 
-    Args: out: Outputs with features; y: (N,) int64; weight >= 0; separation >= 0.
-    Returns (N,); an anchor without a positive or a negative in its batch has no triplet term. Batch-coupled.
+    A sample's loss depends on its batch. Without a positive or a negative in the batch there is no triplet term.
+
+    Args:
+        out: Outputs with features.
+        y: (N,) int64 labels.
+        weight: of the triplet term, >= 0.
+        separation: >= 0.
+
+    Returns:
+        (N,), >= 0.
+
+    Raises:
+        UserError: there are no features, or weight or separation is negative.
+
     Source: Schroff et al. 2015.
 
     >>> h = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])  # anchor 0: 0.4 to its positive, 2 to the negative
@@ -125,10 +184,10 @@ def triplet(out: Outputs, y: Tensor, *, weight: float = 1.0, separation: float =
     at_least("separation", separation)
     square = _pairwise(torch.nn.functional.normalize(_features(out), dim=1))
     same = y[:, None] == y[None, :]
-    far = square.masked_fill(same, torch.inf).sort(1).values  # each anchor's negatives, nearest first; then inf
+    negatives = square.masked_fill(same, torch.inf).sort(1).values  # of each anchor, nearest first; then inf
     count = (~same).sum(1, keepdim=True)
-    place = torch.searchsorted(far.detach(), square.detach().contiguous(), right=True)
-    negative = far.gather(1, torch.minimum(place, (count - 1).clamp_min(0)))
+    place = torch.searchsorted(negatives.detach(), square.detach().contiguous(), right=True)
+    negative = negatives.gather(1, torch.minimum(place, (count - 1).clamp_min(0)))
     positive = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device) & (count > 0)
     hinge = torch.where(positive, square - torch.where(positive, negative, 0.0) + separation, 0.0).clamp_min(0.0)
     return sce(out, y) + weight * hinge.sum(1) / positive.sum(1).clamp_min(1)

@@ -1,4 +1,4 @@
-"""Scores: what an attack climbs. Higher means nearer to a mistake, and none of them saturates."""
+"""Scores, which attacks maximise: higher is nearer to a mistake. None of them saturates."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from .types import Loss
 
 
 def negative_margin(out: Outputs | Tensor, y: Tensor) -> Tensor:
-    """max_{j != y} z_j - z_y: > 0 is a mistake, < 0 is right.
+    """The largest other logit less the true one: max_{j != y} z_j - z_y.
 
-    Args: out: Outputs or (N, K) logits; y: (N,) int64.  Returns (N,).
-    On a center head, where z = -d/2, it is half of (own - nearest other squared distance): the score for MMC and L-GM.
+    On a center head, where z = -d/2, it is half of (squared distance to the own center - to the nearest other one):
+    the score for MMC and L-GM.
+
+    Args:
+        out: Outputs or (N, K) logits.
+        y: (N,) int64 labels.
+
+    Returns:
+        (N,), > 0 for a mistake, < 0 for a correct prediction.
 
     >>> import torch
     >>> negative_margin(torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([0]))
@@ -27,10 +34,19 @@ def negative_margin(out: Outputs | Tensor, y: Tensor) -> Tensor:
 
 
 def dlr(out: Outputs | Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio: -(z_y - max_{j != y} z_j) / (z_(1) - z_(3)), the margin freed from shift and scale.
+    """Difference of logits ratio: the negative margin, unchanged if the logits are multiplied or shifted.
 
-    Args: out: Outputs or (N, K) logits; y: (N,) int64.  Returns (N,), at least -1; a mistake may exceed 1.
-    With K < 3 there is no third logit and no ratio to take: the negative margin is returned.
+        -(z_y - max_{j != y} z_j) / (z_(1) - z_(3))
+
+    With K < 3 there is no third logit: the negative margin is returned.
+
+    Args:
+        out: Outputs or (N, K) logits.
+        y: (N,) int64 labels.
+
+    Returns:
+        (N,), >= -1; for a mistake it may exceed 1.
+
     Source: Croce and Hein 2020.
 
     >>> import torch
@@ -45,12 +61,20 @@ def dlr(out: Outputs | Tensor, y: Tensor) -> Tensor:
 
 
 def targeted_dlr(out: Outputs | Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
-    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4))/2) towards class t; with K < 4 there is no z_(4) and no ratio is taken.
+    """The targeted difference of logits ratio: higher is nearer to class t.
 
-    With K = 3 a ratio to z_(1) - z_(3) would be -1 towards the lowest class whatever the logits are: a plain where
-    gradients vanish, and on which an attack that compares values sees no step as progress.
+        -(z_y - z_t) / (z_(1) - (z_(3) + z_(4))/2)
 
-    Args: out: Outputs or (N, K) logits; target: (y, t), both (N,) int64.  Returns (N,).
+    With K < 4 there is no z_(4): z_t - z_y is returned. A ratio to z_(1) - z_(3) would be -1 for the lowest of three
+    classes, whatever the logits are: its gradient vanishes, and an attack that compares values sees no progress.
+
+    Args:
+        out: Outputs or (N, K) logits.
+        target: (y, t), both (N,) int64.
+
+    Returns:
+        (N,).
+
     Source: Croce and Hein 2020.
 
     >>> import torch
@@ -60,17 +84,24 @@ def targeted_dlr(out: Outputs | Tensor, target: tuple[Tensor, Tensor]) -> Tensor
     """
     y, t = target
     z = logits_of(out)
-    rise = z.gather(1, t[:, None])[:, 0] - z.gather(1, y[:, None])[:, 0]
+    difference = z.gather(1, t[:, None])[:, 0] - z.gather(1, y[:, None])[:, 0]
     if z.shape[1] < 4:
-        return rise
+        return difference
     top = z.topk(4, dim=1).values
-    return rise / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
+    return difference / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
 
 def targeted(score: Loss) -> Loss:
-    """The targeted form of a score, on targets (y, t): higher is nearer to class t.
+    """The targeted form of a score: a function of (y, t) that is higher nearer to class t.
 
-    dlr becomes its own targeted form; any other score is negated at t, since what nears a mistake *about* t leaves it.
+    ``dlr`` has a targeted form of its own. Any other score is evaluated at t and negated: it is higher the nearer a
+    sample of class t is to a mistake, and so the farther the prediction is from t.
+
+    Args:
+        score: a score (out, y) -> (N,).
+
+    Returns:
+        A score (out, (y, t)) -> (N,).
 
     >>> import torch
     >>> targeted(negative_margin)(torch.tensor([[2.0, 1.0, 0.1]]), (torch.tensor([0]), torch.tensor([1])))

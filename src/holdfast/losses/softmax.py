@@ -1,4 +1,4 @@
-"""Softmax cross-entropy and the inference-softmax family, all through one number: the gap u.
+"""Softmax cross-entropy and the inference-softmax family, all functions of the negative log odds u.
 
     u = logsumexp_{j != y} z_j - z_y          SCE = softplus(u)          I-SCE(s) = softplus(u + s)
 
@@ -23,14 +23,14 @@ _LINEAR_FROM = 50.0  # beyond it softplus(x) = x to the last bit of float64
 
 
 class _NegativeLogOdds(torch.autograd.Function):
-    """u with two (N, K) buffers and a backward of one pass: as cheap as the fused cross-entropy at large K."""
+    """u with two (N, K) buffers and one pass in the backward: as fast as the fused cross-entropy at large K."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, y: Tensor) -> Tensor:
         y = y[:, None]
         others = z.scatter(1, y, -math.inf)
         top = others.amax(1, keepdim=True)
-        p = torch.softmax(others, 1)  # of the competitors alone: their largest is at least 1 / (K - 1)
+        p = torch.softmax(others, 1)  # over the competitors: the largest is at least 1 / (K - 1)
         ctx.save_for_backward(z, p, y)
         return ((top - z.gather(1, y)) - p.amax(1, keepdim=True).log())[:, 0]
 
@@ -38,7 +38,7 @@ class _NegativeLogOdds(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         z, p, y = ctx.saved_tensors
         g = grads[0][:, None]
-        if torch.is_grad_enabled():  # create_graph: the gradient itself is to be differentiated
+        if torch.is_grad_enabled():  # create_graph: the gradient will be differentiated
             p = torch.softmax(z.scatter(1, y, -math.inf), 1)
             return (p * g).scatter(1, y, -g), None
         return (p * g).scatter_(1, y, -g), None
@@ -50,10 +50,19 @@ def _full(z: Tensor) -> Tensor:
 
 
 def negative_log_odds(out: Outputs | Tensor, y: Tensor) -> Tensor:
-    """u = logsumexp_{j != y} z_j - z_y: the score of the SCE family, > log(K-1) only at a mistake, < 0 only when right.
+    """The negative log odds of the true class, the score of the SCE family.
 
-    Args: out: Outputs or (N, K) logits; y: (N,) int64.  Returns (N,), any real number.
-    It never saturates: its gradient at the logits is (softmax of the competitors, -1 at y) whatever the margin.
+        u = logsumexp_{j != y} z_j - z_y
+
+    u > log(K - 1) implies a mistake, and u < 0 a correct prediction. u never saturates: its gradient at the logits is
+    the softmax of the competitors, and -1 at y, whatever the margin.
+
+    Args:
+        out: Outputs or (N, K) logits.
+        y: (N,) int64 labels.
+
+    Returns:
+        (N,), any real number.
 
     >>> negative_log_odds(torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([0]))  # log(2e) - 2 = log 2 - 1
     tensor([-0.3069])
@@ -61,15 +70,23 @@ def negative_log_odds(out: Outputs | Tensor, y: Tensor) -> Tensor:
     return _NegativeLogOdds.apply(_full(logits_of(out)), y)
 
 
-STEADY = 10.0  # the height of the largest logit over their mean that scaled_log_odds brings them to
+SPREAD = 10.0  # scaled_log_odds scales logits so that the largest is this far above their mean
 
 
 def scaled_log_odds(out: Outputs | Tensor, y: Tensor) -> Tensor:
-    """u of logits brought to one scale: u(10 z / d), d = max z - mean z, held fixed in the gradient.
+    """The negative log odds of logits at a fixed scale, unchanged if the logits are multiplied or shifted.
 
-    Args: out: Outputs or (N, K) logits; y: (N,) int64.  Returns (N,); no factor and no shift of the logits changes it.
-    On tiny logits u itself is a mean over all competitors, and uphill leads to no mistake in particular. With K = 2 the
-    one competitor is the margin's at any scale (and d would be the margin): u is returned.
+        u(10 z / d),   d = max_j z_j - mean_j z_j, a constant in the gradient
+
+    On tiny logits u itself weighs all competitors alike, and its gradient leads to no mistake in particular. With K = 2
+    there is one competitor at any scale, and d would be the margin: u is returned.
+
+    Args:
+        out: Outputs or (N, K) logits.
+        y: (N,) int64 labels.
+
+    Returns:
+        (N,), any real number.
 
     >>> z, y = torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([0])
     >>> score, same = scaled_log_odds(z, y), scaled_log_odds(1e-4 * z, y)
@@ -81,11 +98,17 @@ def scaled_log_odds(out: Outputs | Tensor, y: Tensor) -> Tensor:
         return negative_log_odds(z, y)
     fixed = z.detach()
     d = (fixed.amax(1) - fixed.mean(1)).clamp_min(1e-30)
-    return negative_log_odds(z * (STEADY / d)[:, None], y)
+    return negative_log_odds(z * (SPREAD / d)[:, None], y)
 
 
 def softplus(u: Tensor) -> Tensor:
-    """log(1 + e^u), with full relative precision on both sides.
+    """log(1 + e^u), with full relative precision for any u.
+
+    Args:
+        u: Any shape.
+
+    Returns:
+        The same shape, >= 0.
 
     >>> softplus(torch.tensor([-100.0, 0.0, 100.0]))
     tensor([3.7835e-44, 6.9315e-01, 1.0000e+02])
@@ -94,13 +117,24 @@ def softplus(u: Tensor) -> Tensor:
 
 
 def sce(out: Outputs | Tensor, y: Tensor, *, smoothing: float = 0.0) -> Tensor:
-    """Softmax cross-entropy, -log p_y = softplus(u); with label smoothing e, target (1-e) on y plus e/K on every class.
+    """Softmax cross-entropy, with optional label smoothing.
 
-    SCE_e = softplus(u) + e (z_y - mean_j z_j), the same number without K logarithms.
+        SCE = -log p_y = softplus(u),   SCE_e = softplus(u) + e (z_y - mean_j z_j)
 
-    Args: out: Outputs or (N, K) logits; y: (N,) int64; smoothing: e in [0, 1).  Returns (N,), >= 0.
-    Raises UserError for a smoothing outside [0, 1).
-    Fails as a guide to robustness: it only asks the training samples to be right.
+    Label smoothing e puts the target 1 - e on y, plus e / K on every class; the second form needs no K logarithms.
+
+    Where it fails: it asks the training samples to be classified correctly, and says nothing of their neighbourhood.
+
+    Args:
+        out: Outputs or (N, K) logits.
+        y: (N,) int64 labels.
+        smoothing: e in [0, 1).
+
+    Returns:
+        (N,), >= 0.
+
+    Raises:
+        UserError: smoothing lies outside [0, 1).
 
     >>> z, y = torch.tensor([[2.0, 1.0, 0.1]], dtype=torch.float64), torch.tensor([0])
     >>> print(f"{sce(z, y).item():.6f} {sce(z, y, smoothing=0.1).item():.6f}")
@@ -116,21 +150,29 @@ def sce(out: Outputs | Tensor, y: Tensor, *, smoothing: float = 0.0) -> Tensor:
 
 
 def isce(out: Outputs | Tensor, y: Tensor, *, s: float | Tensor = 1.0) -> Tensor:
-    """Inference-softmax cross-entropy, reading A: logsumexp_j(z_j + s_j) - z_y with s_y = 0.
+    """Inference-softmax cross-entropy, reading A.
 
-    For a number s it is softplus(u + s): the worst SCE over the logit box of radius s/2 around z, and SCE itself at
-    s = 0, to the last bit. The formula is derived from the paper's description, not quoted from it.
+        logsumexp_j(z_j + s_j) - z_y with s_y = 0;   for a number s:  softplus(u + s)
+
+    For a number s it is the largest SCE over the logit box of radius s/2 around z, and at s = 0 it is SCE itself, to
+    the last bit. The formula is derived from the paper's description, not quoted from it.
+
+    Where it fails: a constant s has no scale; on logits that are free to grow, the network meets it by growing them.
 
     Args:
         out: Outputs or (N, K) logits.
-        y: (N,) int64.
+        y: (N,) int64 labels.
         s: inference information: a number >= 0, or a tensor broadcastable to (N, K) whose column y is taken as 0:
-            (K,) per class, (N, 1) per sample, (N, K) per competitor. Tensors may be differentiated through and are not
-            checked, since that would synchronise the device.
+            (K,) per class, (N, 1) per sample, (N, K) per competitor. Gradients flow through tensors. Their values are
+            not checked, since that would synchronise the device.
 
-    Returns (N,), > 0.  Raises UserError for a negative or non-finite number s.
-    Where it fails: a constant s has no scale; on free logits the network pays for it by growing them.
-    Sources: Song et al. 2022 (idea); the derivation is this project's.
+    Returns:
+        (N,), > 0.
+
+    Raises:
+        UserError: s is a negative or non-finite number.
+
+    Source: Song et al. 2022 (the idea); the derivation is this project's.
 
     >>> z, y = torch.tensor([[2.0, 1.0, 0.1]], dtype=torch.float64), torch.tensor([0])
     >>> print(f"{isce(z, y, s=1.0).item():.6f} {isce(z, y, s=5.0).item():.6f}")
@@ -148,10 +190,23 @@ def isce(out: Outputs | Tensor, y: Tensor, *, s: float | Tensor = 1.0) -> Tensor
 
 
 def isce_b(out: Outputs | Tensor, y: Tensor, *, tau: float = 0.0) -> Tensor:
-    """I-SCE, reading B: -log e^{z_y} / (sum_j e^{z_j} + e^tau), an unclaimed class with the constant logit tau.
+    """Inference-softmax cross-entropy, reading B: an additional class with the constant logit tau.
 
-    Args: out: Outputs or (N, K) logits; y: (N,) int64; tau: any number; -inf gives SCE.  Returns (N,), > 0.
-    Not shift-invariant: lowering all logits together raises it without nearing a mistake, so it is no attack's score.
+        -log e^{z_y} / (sum_j e^{z_j} + e^tau)
+
+    Where it fails: it is not shift-invariant. Lowering all logits raises it without a step towards a mistake, so it is
+    not a score for attacks.
+
+    Args:
+        out: Outputs or (N, K) logits.
+        y: (N,) int64 labels.
+        tau: any number; -inf gives SCE.
+
+    Returns:
+        (N,), > 0.
+
+    Raises:
+        UserError: tau is NaN or +inf.
 
     >>> z, y = torch.tensor([[2.0, 1.0, 0.1]], dtype=torch.float64), torch.tensor([0])
     >>> print(f"{isce_b(z, y, tau=0.0).item():.6f} {isce_b(z, y, tau=2.0).item():.6f}")
@@ -169,11 +224,21 @@ def isce_b(out: Outputs | Tensor, y: Tensor, *, tau: float = 0.0) -> Tensor:
 def cosface(out: Outputs | Tensor, y: Tensor, *, m: float = 0.35, scale: float = 64.0) -> Tensor:
     """CosFace, also the outer loss of hypersphere embedding: I-SCE with s = scale * m on logits scale * cos.
 
-    -log e^{scale (cos_y - m)} / (e^{scale (cos_y - m)} + sum_{j != y} e^{scale cos_j})
+        -log e^{scale (cos_y - m)} / (e^{scale (cos_y - m)} + sum_{j != y} e^{scale cos_j})
 
-    Args: out: Outputs or (N, K) logits of a cosine head of the same scale; y: (N,) int64; m: cosine margin >= 0;
-    scale > 0.  Returns (N,).
-    Sources: Wang et al. 2018; Pang et al. 2020 (hypersphere embedding: scale 15, m 0.2).
+    Args:
+        out: Outputs or (N, K) logits of a cosine head of the same scale.
+        y: (N,) int64 labels.
+        m: cosine margin, >= 0.
+        scale: > 0.
+
+    Returns:
+        (N,), > 0.
+
+    Raises:
+        UserError: m or scale lies outside its range.
+
+    Source: Wang et al. 2018; Pang et al. 2020 (hypersphere embedding: scale 15, m 0.2).
 
     >>> cos, y = torch.tensor([[0.6, 0.8, 0.28]], dtype=torch.float64), torch.tensor([0])
     >>> print(f"{cosface(64 * cos, y).item():.4f} {cosface(15 * cos, y, m=0.2, scale=15.0).item():.6f}")
@@ -184,12 +249,23 @@ def cosface(out: Outputs | Tensor, y: Tensor, *, m: float = 0.35, scale: float =
 
 
 def arcface(out: Outputs | Tensor, y: Tensor, *, m: float = 0.5, scale: float = 64.0) -> Tensor:
-    """ArcFace: I-SCE with s = scale (cos t_y - cos(t_y + m)), t_y the angle to the own class; m in radians.
+    """ArcFace: I-SCE with s = scale (cos t_y - cos(t_y + m)), where t_y is the angle to the weights of class y.
 
-    For t_y > pi - m, where cos(t + m) turns back, cos t_y - m sin m is used instead.
+    For t_y > pi - m, where cos(t_y + m) rises again, cos t_y - m sin m takes its place.
 
-    Args: out: Outputs or (N, K) logits of a cosine head of the same scale; y: (N,) int64; m in [0, pi/2]; scale > 0.
-    Returns (N,).  Source: Deng et al. 2019.
+    Args:
+        out: Outputs or (N, K) logits of a cosine head of the same scale.
+        y: (N,) int64 labels.
+        m: angular margin in radians, in [0, pi/2].
+        scale: > 0.
+
+    Returns:
+        (N,), > 0.
+
+    Raises:
+        UserError: m or scale lies outside its range.
+
+    Source: Deng et al. 2019.
 
     >>> cos, y = torch.tensor([[0.6, 0.8, 0.28]], dtype=torch.float64), torch.tensor([0])
     >>> print(f"{arcface(64 * cos, y).item():.6f}")
