@@ -11,7 +11,7 @@ from holdfast.threat import Threat
 # Cascades from hardly any to a good one: what each leaves is what the two runs of an audit are asked about.
 CASCADES = {
     "published alone": (),
-    "three steps": (Stage("three steps", "pgd", "u", settings={"steps": 3}),),
+    "three steps": (Stage("three steps", "pgd", "scaled_log_odds", settings={"steps": 3}),),
     "quick": SUITES["quick"],
 }
 

@@ -1,109 +1,9 @@
-"""The cascade: columns known by hand, survivors only, lies caught, work never done twice, nothing left changed."""
+"""Evaluations of models that can be computed by hand: columns, costs, errors, and what is left unchanged."""
 
 from __future__ import annotations
 
-import math
-from types import SimpleNamespace
 
-import pytest
-import torch
-import torch.nn.functional as F
-from tests.helpers import on_digits
-from torch import nn
-
-import holdfast.evaluation as module
-from holdfast.attacks import ATTACKS, SUITES, AttackEntry, Stage
-from holdfast.data import Data, pixels
-from holdfast.errors import UserError
-from holdfast.evaluation import evaluate
-from holdfast.evaluation.alone import is_published
-from holdfast.losses import isce, negative_margin
-from holdfast.outputs import Outputs, fooled
-from holdfast.threat import Threat
-
-COLUMNS = (
-    "index",
-    "y",
-    "prediction",
-    "margin",
-    "clean",
-    "pgd50",
-    "broken_by",
-    "margin_adv",
-    "prediction_adv",
-    "x_adv",
-)
-THREAT = Threat("linf", 0.1)
-FEW = (
-    Stage("apgd", "apgd", "u", settings={"steps": 6}),
-    Stage("apgd-dlr-t", "apgd", "dlr", targets=2, settings={"steps": 4}),
-    Stage("square", "square", "margin", settings={"steps": 10}),
-)
-
-
-def numbers(values, y=None):
-    """Samples of one pixel."""
-    x = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1)
-    y = torch.zeros(len(x), dtype=torch.int64) if y is None else torch.tensor(y)
-    return Data(x, y, torch.arange(len(x)))
-
-
-class Threshold(nn.Module):
-    """Class 0 where the pixel is above one half, margin 2 p - 1; it counts, by its own hooks, what passes it."""
-
-    def __init__(self, classes=2, gradient=True):
-        super().__init__()
-        self.at = nn.Parameter(torch.tensor(0.5))
-        self.classes, self.gradient, self.forwards, self.backwards = classes, gradient, 0, 0
-        self.sizes = []
-
-    def forward(self, x):
-        self.forwards += len(x)
-        self.sizes.append(len(x))
-        p = x.flatten(1)[:, 0]
-        if p.requires_grad:
-            p.register_hook(self._came_back)
-        lead = p - self.at
-        z = torch.stack([lead, -lead, *[lead * 0 - 9.0] * (self.classes - 2)], 1)
-        return z if self.gradient else z.detach()
-
-    def _came_back(self, grad):
-        self.backwards += len(grad)
-
-
-def same(a, b, but=()):
-    return [name for name in COLUMNS if name not in but and not torch.equal(getattr(a, name), getattr(b, name))]
-
-
-class Net(nn.Module):
-    """A small network with the layers that have a mode."""
-
-    def __init__(self, classes=4, seed=0, side=6):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.conv, self.norm = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6)
-            self.drop, self.last = nn.Dropout(0.5), nn.Linear(6 * side * side, classes)
-            self.norm.running_var.uniform_(0.5, 1.5)
-
-    def forward(self, x):
-        return self.last(self.drop(self.norm(self.conv(x)).relu()).flatten(1))
-
-
-def case(n=40, classes=4, side=6, eps=0.02):
-    """A network with n grey images (uint8) that it gets right, one in five relabelled, and a threat for some."""
-    net = Net(classes, side=side).eval()
-    x = torch.randint(256, (n, 1, side, side), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    with torch.no_grad():
-        y = net(pixels(x)).argmax(1)
-    y[::5] = (y[::5] + 1) % classes
-    return net, Data(x, y, torch.arange(n)), Threat("linf", eps)
-
-
-# ----------------------------------------------------------------------------------------------------- what is found
-
-
-def test_every_column_of_a_model_that_can_be_worked_out_by_hand():
+def test_every_column_of_a_model_that_can_be_computed_by_hand():
     values = [0.9, 0.55, 0.3, 0.65, 0.59, 0.61]
     e = evaluate(Threshold(), numbers(values), THREAT, FEW)
     assert e.index.tolist() == [0, 1, 2, 3, 4, 5]
@@ -123,7 +23,7 @@ def test_every_column_of_a_model_that_can_be_worked_out_by_hand():
     assert [stage.name for stage in e.stages] == ["clean", "pgd50", "apgd", "apgd-dlr-t", "square"]
 
 
-def test_published_is_one_attack_alone_and_robust_is_what_stands():
+def test_pgd50_is_one_attack_and_robust_is_what_all_attacks_leave():
     """No gradient: the published protocol stays at its random start, and the attacks without gradients break it."""
     values = [0.55] * 30 + [0.9] * 5 + [0.2] * 5
     e = evaluate(Threshold(gradient=False), numbers(values), THREAT, (Stage("noise", "noise", settings={"steps": 60}),))
@@ -135,7 +35,7 @@ def test_published_is_one_attack_alone_and_robust_is_what_stands():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_clean_published_robust_are_in_order_and_every_witness_holds(norm):
+def test_clean_pgd50_robust_are_in_order_and_every_witness_holds(norm):
     net, samples, _ = case()
     threat = Threat(norm, {"linf": 0.02, "l2": 0.1, "l1": 0.5}[norm])
     e = evaluate(net, samples, threat, FEW)
@@ -156,47 +56,6 @@ def test_clean_published_robust_are_in_order_and_every_witness_holds(norm):
     assert (e.margin_adv[e.clean] <= e.margin[e.clean]).all()
     assert torch.equal(e.x_adv[~e.clean], x[~e.clean])
     assert all(torch.equal(getattr(e, name), getattr(e, name).cpu()) for name in COLUMNS)
-
-
-def test_an_attack_is_given_survivors_only(monkeypatch):
-    """The k-th probe breaks samples of class k: each sees what the ones before it left, no sample twice."""
-    seen = {}
-
-    def probe(model, x, y, threat, *, score, noise, breaks):
-        seen.setdefault(breaks, []).extend(noise.index.tolist())
-        return torch.where((y == breaks).view(-1, 1, 1, 1), torch.zeros_like(x), x)
-
-    monkeypatch.setitem(ATTACKS, "probe", AttackEntry(probe, "a test"))
-    y = [0, 1, 2, 0, 1, 2, 3]
-
-    class Sure(nn.Module):  # right at x, wrong at 0, and no gradient tells the way
-        def forward(self, x):
-            k = (x.detach().flatten(1)[:, 0] * 10).round().long().clamp(0, 9)
-            return F.one_hot(k, 10).float()
-
-    samples = numbers([0.1 * (label + 1) for label in y], [label + 1 for label in y])
-    stages = tuple(Stage(f"probe{k}", "probe", settings={"breaks": k}) for k in (1, 2, 3))
-    e = evaluate(Sure(), samples, Threat("linf", 0.99), stages, batch_size=2)
-    gone = {i for i in range(7) if e.broken_by[i] == 0}
-    stands = [i for i in range(7) if i not in gone]
-    assert seen.get(1, []) == stands
-    stands = [i for i in stands if y[i] != 0]
-    assert seen.get(2, []) == stands
-    stands = [i for i in stands if y[i] != 1]
-    assert seen.get(3, []) == stands
-    attacked = {stage.name: (stage.attacked, stage.broken) for stage in e.stages}
-    assert attacked["pgd50"] == (7, len(gone))
-    for k in (1, 2, 3):
-        assert attacked[f"probe{k}"][0] == len(seen.get(k, []))
-    assert int(e.robust.sum()) == 7 - len(gone) - sum(attacked[f"probe{k}"][1] for k in (1, 2, 3))
-
-
-def test_a_sample_that_is_wrong_already_is_never_attacked():
-    model = Threshold()
-    e = evaluate(model, numbers([0.1, 0.2, 0.3]), THREAT, FEW)
-    assert model.forwards == 3 + 2 * 3  # the preflight asks twice
-    assert all(stage.attacked == 0 for stage in e.stages[1:])
-    assert e.broken_by.tolist() == [-2, -2, -2]
 
 
 @pytest.mark.parametrize("lie", ["too far", "out of the box", "nan", "a little too far"])
@@ -241,9 +100,6 @@ def test_logits_that_are_not_finite_break_nothing(monkeypatch, bad):
     assert e.prediction_adv.tolist() == [0, 0]
 
 
-# ----------------------------------------------------------------------------------- batch size, order, kinds of data
-
-
 @pytest.fixture(scope="module")
 def digits():
     net, split = on_digits(
@@ -263,7 +119,7 @@ def agree(a, b):
     return float((a.broken_by == b.broken_by).float().mean())
 
 
-def test_batch_size_and_order_leave_the_verdicts_alone(digits):
+def test_batch_size_and_order_do_not_change_what_is_broken(digits):
     net, samples = digits
     threat = Threat("linf", 0.1)
     whole = evaluate(net, samples, threat, FEW)
@@ -300,82 +156,43 @@ def test_batch_size_and_order_do_not_change_a_bit_where_no_sum_rounds():
     whole = evaluate(model, samples, threat, FEW)
     assert 0 < int(whole.robust.sum()) < 23
     for size in (1, 7):
-        assert same(whole, evaluate(model, samples, threat, FEW, batch_size=size)) == []
+        assert differing_columns(whole, evaluate(model, samples, threat, FEW, batch_size=size)) == []
     order = torch.randperm(23, generator=torch.Generator().manual_seed(2))
     mixed = evaluate(model, samples.take(order), threat, FEW)
     assert all(torch.equal(getattr(mixed, name), getattr(whole, name)[order]) for name in COLUMNS)
 
 
-def test_the_seed_is_all_the_chance_there_is():
+def test_the_seed_is_the_only_source_of_randomness():
     net, samples, threat = case()
     first = evaluate(net, samples, threat, FEW)
     state = torch.random.get_rng_state()
     torch.manual_seed(99)
-    assert same(first, evaluate(net, samples, threat, FEW)) == []
+    assert differing_columns(first, evaluate(net, samples, threat, FEW)) == []
     torch.random.set_rng_state(state)
-    assert same(first, evaluate(net, samples, threat, FEW, seed=1)) != []
+    assert differing_columns(first, evaluate(net, samples, threat, FEW, seed=1)) != []
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_uint8_and_float_images_are_the_same_images():
     net, samples, threat = case()
     as_float = Data(pixels(samples.x), samples.y, samples.index)
-    assert same(evaluate(net, samples, threat, FEW), evaluate(net, as_float, threat, FEW)) == []
+    assert differing_columns(evaluate(net, samples, threat, FEW), evaluate(net, as_float, threat, FEW)) == []
 
 
 @pytest.mark.parametrize("wrap", [lambda z: (z,), lambda z: SimpleNamespace(logits=z), lambda z: Outputs(z)])
 def test_a_model_may_be_a_function_and_answer_in_any_form(wrap):
     net, samples, threat = case(n=12)
     expected = evaluate(net, samples, threat, FEW)
-    assert same(expected, evaluate(lambda x: wrap(net(x)), samples, threat, FEW)) == []
-
-
-def test_matched_climbs_the_score_of_the_loss_that_the_network_was_trained_with(monkeypatch):
-    climbed = []
-
-    def probe(model, x, y, threat, *, score, noise):
-        climbed.append(score)
-        return x
-
-    monkeypatch.setitem(ATTACKS, "probe", AttackEntry(probe, "a test"))
-    stages = (Stage("probe", "probe"), Stage("probe-dlr", "probe", "dlr"))
-    from holdfast.losses import dlr, mmc, scaled_log_odds
-
-    for loss, score in ((None, scaled_log_odds), (isce, scaled_log_odds), (mmc, negative_margin)):
-        climbed.clear()
-        evaluate(Threshold(), numbers([0.9]), THREAT, stages, trained_with=loss)
-        assert climbed == [score, dlr]
-
-
-def test_targets_are_the_likeliest_wrong_classes_in_turn(monkeypatch):
-    aimed = []
-
-    def probe(model, x, y, threat, *, score, noise, target):
-        aimed.append(target.tolist())
-        return x
-
-    monkeypatch.setitem(ATTACKS, "probe", AttackEntry(probe, "a test"))
-    rows = torch.tensor([[9.0, 1.0, 3.0, 2.0], [1.0, 2.0, 9.0, 3.0]])
-    x = numbers([0.25, 0.75], [0, 2])
-
-    def model(x):
-        return rows[(x.detach().flatten(1)[:, 0] > 0.5).long()]
-
-    evaluate(model, x, THREAT, (Stage("probe", "probe", targets=2),))
-    assert aimed == [[2, 3], [3, 1]]
-    aimed.clear()
-    e = evaluate(model, x, THREAT, (Stage("probe", "probe", targets=9),))  # as many as there are
-    assert aimed == [[2, 3], [3, 1], [1, 0]]
-    assert e.stages[-1].attacked == 2
-
-
-# --------------------------------------------------------------------------------------------------------- what it cost
+    assert differing_columns(expected, evaluate(lambda x: wrap(net(x)), samples, threat, FEW)) == []
 
 
 def test_forwards_and_backwards_are_exact():
     """3 clean, asked twice before; 2 right: 50 steps and a judgement; one stands: apgd looks 7 times, the noise 9."""
     model = Threshold()
-    stages = (Stage("apgd", "apgd", "u", settings={"steps": 6}), Stage("noise", "noise", settings={"steps": 9}))
+    stages = (
+        Stage("apgd", "apgd", "scaled_log_odds", settings={"steps": 6}),
+        Stage("noise", "noise", settings={"steps": 9}),
+    )
     e = evaluate(model, numbers([0.9, 0.55, 0.3]), THREAT, stages)
     assert [stage.forwards for stage in e.stages] == [3 * 3, 2 * 51, 7 + 1, 9 + 1]
     assert [stage.backwards for stage in e.stages] == [0, 2 * 50, 6, 0]
@@ -396,7 +213,7 @@ def test_costs_agree_with_a_module_that_counts_for_itself(batch_size):
     assert sum(stage.broken for stage in e.stages[1:]) == int((e.broken_by >= 0).sum())
 
 
-def test_progress_is_told_after_each_batch():
+def test_progress_is_reported_after_each_batch():
     told = []
     evaluate(
         Threshold(), numbers([0.9, 0.55, 0.3, 0.8]), THREAT, FEW, batch_size=2, progress=lambda *args: told.append(args)
@@ -407,158 +224,6 @@ def test_progress_is_told_after_each_batch():
     assert spent == sorted(spent), "passes only grow"
     assert all(done <= total for _, done, total, _ in told)
     assert told[-1][1] == told[-1][2], "at the end nothing is to come"
-
-
-# -------------------------------------------------------------------------------------------------------------- resume
-
-
-@pytest.mark.parametrize("values", [[0.2, 0.3], [0.55, 0.56], [0.55, 0.3]])
-def test_a_stage_with_nothing_to_do_asks_the_model_nothing(values):
-    """x.view(len(x), -1) fails on an empty batch, and so do many networks."""
-    told = []
-
-    def model(x):
-        assert len(x), "an empty batch"
-        p = x.view(len(x), -1)[:, 0]
-        return torch.stack([p - 0.5, 0.5 - p], 1)
-
-    e = evaluate(model, numbers(values), THREAT, FEW, progress=lambda *args: told.append(args))
-    assert not e.robust.any()
-    assert all(done > 0 for _, done, _, _ in told)
-    assert all(stage.seconds == 0 for stage in e.stages[2:])
-
-
-class Stop(BaseException):
-    pass
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    """The record is kept after every batch, not every few seconds."""
-    save = module.Cascade.save
-    monkeypatch.setattr(module.Cascade, "save", lambda self, *, force=False: save(self, force=True))
-
-
-def stop_after(batches):
-    left = [batches]
-
-    def progress(*args):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Stop
-
-    return progress
-
-
-def toy():
-    return Threshold(classes=4), numbers([0.3, *torch.linspace(0.5, 0.95, 10)[1:].tolist()])
-
-
-@pytest.mark.parametrize("batches", [1, 4, 6])
-def test_a_killed_evaluation_goes_on_from_its_record(eager, tmp_path, batches):
-    few = {"suite": FEW, "batch_size": 3}
-    model, samples = toy()
-    whole = evaluate(model, samples, THREAT, **few)
-    total = (model.forwards, model.backwards)
-    model, record = toy()[0], tmp_path / "record.safetensors"
-    with pytest.raises(Stop):
-        evaluate(model, samples, THREAT, **few, record=record, key="k", progress=stop_after(batches))
-    before = model.forwards
-    assert record.exists()
-    resumed = evaluate(model, samples, THREAT, **few, record=record, key="k")
-    assert same(whole, resumed) == []
-    assert (model.forwards, model.backwards) == total, "work was repeated"
-    assert model.forwards > before
-    # the seconds are a clock's; all else is the same work
-    for a, b in zip(whole.stages, resumed.stages, strict=True):
-        assert (a.name, a.attacked, a.broken, a.forwards, a.backwards, a.outside) == (
-            b.name, b.attacked, b.broken, b.forwards, b.backwards, b.outside,
-        )  # fmt: skip
-
-
-def test_a_chain_of_kills_ends_where_one_run_does(eager, tmp_path):
-    net, samples, threat = case(n=30)
-    few, record = {"suite": FEW, "batch_size": 8, "key": "k"}, tmp_path / "record.safetensors"
-    whole = evaluate(net, samples, threat, **few)
-    kills, resumed = 0, None
-    while resumed is None:
-        try:
-            resumed = evaluate(net, samples, threat, **few, record=record, progress=stop_after(1))
-        except Stop:
-            kills += 1
-            assert kills < 60, "it does not get on"
-    assert kills > 8
-    assert same(whole, resumed) == []
-
-
-def test_a_finished_record_is_an_answer(tmp_path):
-    model, samples = toy()
-    record = tmp_path / "record.safetensors"
-    first = evaluate(model, samples, THREAT, FEW, record=record, key="k")
-    done = model.forwards
-    again = evaluate(model, samples, THREAT, FEW, record=record, key="k")
-    assert model.forwards == done
-    assert same(first, again) == []
-    assert first.stages == again.stages
-
-
-OTHER = {
-    "key": {"key": "other"},
-    "eps": {"threat": Threat("linf", 0.2)},
-    "norm": {"threat": Threat("l2", 0.1)},
-    "box": {"threat": Threat("linf", 0.1, -1.0, 1.0)},
-    "seed": {"seed": 1},
-    "a stage less": {"suite": FEW[:1]},
-    "the order of stages": {"suite": (FEW[1], FEW[0], FEW[2])},
-    "settings of a stage": {"suite": (Stage("apgd", "apgd", "u", settings={"steps": 60}), *FEW[1:])},
-    "score of a stage": {"suite": (Stage("apgd", "apgd", "margin", settings={"steps": 6}), *FEW[1:])},
-    "attack of a stage": {"suite": (Stage("apgd", "pgd", "u", settings={"steps": 6}), *FEW[1:])},
-    "targets of a stage": {
-        "suite": (FEW[0], Stage("apgd-dlr-t", "apgd", "dlr", targets=3, settings={"steps": 4}), FEW[2])
-    },
-}
-
-
-@pytest.mark.parametrize("other", list(OTHER))
-def test_a_record_of_another_evaluation_is_refused(tmp_path, other):
-    model, samples = toy()
-    record = tmp_path / "record.safetensors"
-    first = {"threat": THREAT, "suite": FEW, "key": "k", "record": record}
-    evaluate(model, samples, **first)
-    kept = record.read_bytes()
-    with pytest.raises(UserError, match=r"belongs to another evaluation\..*delete the file"):
-        evaluate(model, samples, **{**first, **OTHER[other]})
-    assert record.read_bytes() == kept
-
-
-def test_a_record_of_other_samples_is_refused(tmp_path):
-    model, samples = toy()
-    record = tmp_path / "record.safetensors"
-    evaluate(model, samples, THREAT, FEW, record=record, key="k")
-    with pytest.raises(UserError, match="belongs to another evaluation"):
-        evaluate(model, samples.take(slice(0, 5)), THREAT, FEW, record=record, key="k")
-
-
-@pytest.mark.parametrize("left", [0, 5, 100, -1])
-def test_a_record_cut_short_says_so(tmp_path, left):
-    model, samples = toy()
-    record = tmp_path / "record.safetensors"
-    evaluate(model, samples, THREAT, FEW, record=record, key="k")
-    record.write_bytes(record.read_bytes()[:left])
-    with pytest.raises(UserError, match="cut short or damaged: delete it"):
-        evaluate(model, samples, THREAT, FEW, record=record, key="k")
-
-
-def test_a_file_that_is_no_record_says_so(tmp_path):
-    from holdfast.io import save_tensors
-
-    record = tmp_path / "model.safetensors"
-    save_tensors(record, "model", 1, {"w": torch.zeros(1)}, {})
-    with pytest.raises(UserError, match="not a holdfast evaluation record"):
-        evaluate(*toy(), THREAT, FEW, record=record)
-
-
-# ----------------------------------------------------------------------------------------------- what is left unchanged
 
 
 class Watch(nn.Module):
@@ -572,7 +237,7 @@ class Watch(nn.Module):
         b = torch.backends
         self.seen.add((b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"), self.training))
         if self.fails and x.requires_grad:
-            raise Stop
+            raise Interrupt
         return self.inner(x)
 
 
@@ -586,7 +251,7 @@ def test_arithmetic_is_exact_inside_and_as_it_was_outside(flags, fails):
         b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32 = flags
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if fails:
-                with pytest.raises(Stop):
+                with pytest.raises(Interrupt):
                     evaluate(model, numbers([0.9]), THREAT, FEW)
             else:
                 evaluate(model, numbers([0.9]), THREAT, FEW)
@@ -623,7 +288,7 @@ def test_the_callers_gradient_mode_does_not_matter():
     net, samples, threat = case(n=20)
     expected = evaluate(net, samples, threat, FEW)
     with torch.no_grad():
-        assert same(expected, evaluate(net, samples, threat, FEW)) == []
+        assert differing_columns(expected, evaluate(net, samples, threat, FEW)) == []
         assert not torch.is_grad_enabled()
 
 
@@ -635,83 +300,3 @@ def test_the_data_are_not_touched():
     assert torch.equal(as_float.x, kept)
     e.x_adv.zero_()
     assert torch.equal(as_float.x, kept)
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
-
-
-def test_nothing_to_evaluate():
-    with pytest.raises(UserError, match="the set is empty"):
-        evaluate(Threshold(), numbers([]), THREAT, FEW)
-
-
-@pytest.mark.parametrize("values", [[0.5, 1.2], [-0.3, 0.5], [float("nan"), 0.5], [0.5, float("inf")]])
-def test_pixels_outside_the_box(values):
-    with pytest.raises(UserError, match=r"box \[0.0, 1.0\].*reach from.*inside the model"):
-        evaluate(Threshold(), numbers(values), THREAT, FEW)
-
-
-def test_uint8_pixels_outside_a_smaller_box():
-    x = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    samples = Data(x, torch.zeros(2, dtype=torch.int64), torch.arange(2))
-    with pytest.raises(UserError, match=r"box \[0.0, 0.5\].*reach from 0 to 1\b"):
-        evaluate(Threshold(), samples, Threat("linf", 0.1, 0.0, 0.5), FEW)
-
-
-@pytest.mark.parametrize("y", [[0, 2], [-1, 0]])
-def test_labels_without_a_logit(y):
-    with pytest.raises(UserError, match=rf"returns 2 logits and the labels go from {min(y)} to {max(y)}"):
-        evaluate(Threshold(), numbers([0.9, 0.8], y), THREAT, FEW)
-
-
-def test_one_logit_is_no_classifier():
-    with pytest.raises(UserError, match="returns 1 logits"):
-        evaluate(lambda x: x.flatten(1)[:, :1], numbers([0.9, 0.8]), THREAT, FEW)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_clean_logits_that_are_not_numbers(bad):
-    def model(x):
-        z = torch.stack([x.flatten(1)[:, 0], 0 * x.flatten(1)[:, 0]], 1)
-        return torch.where(x.flatten(1) > 0.7, bad, z)
-
-    with pytest.raises(UserError, match="NaN or infinite on 2 of 3 samples"):
-        evaluate(model, numbers([0.9, 0.8, 0.2]), THREAT, FEW)
-
-
-def test_names_that_do_not_exist():
-    model = Threshold()
-    with pytest.raises(UserError, match=r"unknown suite 'standart'. Did you mean 'standard'"):
-        evaluate(model, numbers([0.9]), THREAT, "standart")
-    with pytest.raises(UserError, match=r"unknown attack 'pdg'. Did you mean 'pgd'"):
-        evaluate(model, numbers([0.9]), THREAT, (Stage("a", "pdg"),))
-    assert model.forwards == 0
-    with pytest.raises(UserError, match=r"unknown score 'marign'. Did you mean 'margin'.*matched"):
-        evaluate(model, numbers([0.9]), THREAT, (Stage("a", "pgd", "marign"),))
-    assert model.forwards == 0, "a name that does not exist is found before any work is done"
-
-
-def test_the_suites_name_what_exists():
-    from holdfast.attacks import SCORES
-
-    for stages in SUITES.values():
-        names = [stage.name for stage in stages]
-        assert len(set(names)) == len(names)
-        for stage in stages:
-            assert stage.attack in ATTACKS
-            assert stage.score in {*SCORES, "matched", "loss"}
-
-
-@pytest.mark.parametrize(
-    ("suite", "norm"),
-    [  # "paranoid" is run and counted step by step for linf and l2 in test_silent_weaknesses_bench
-        (suite, norm) for suite in SUITES for norm in ("linf", "l2", "l1") if suite != "paranoid" or norm == "l1"
-    ],
-)
-def test_every_suite_runs_for_every_norm(suite, norm):
-    """Stages that are not defined for a norm are left out."""
-    net, samples, _ = case(n=2)  # one of them is right
-    e = evaluate(net, samples, Threat(norm, 0.01), suite)
-    run = [stage for stage in SUITES[suite] if norm in ATTACKS[stage.attack].norms and not is_published(stage)]
-    names = [stage.name for stage in run]
-    assert [stage.name for stage in e.stages] == ["clean", "pgd50", *names]

@@ -1,0 +1,157 @@
+"""Checkpoints: an interrupted evaluation resumes and repeats nothing; foreign and damaged files are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.evaluation.helpers import (
+    CLOSE,
+    FEW,
+    PER_ATTACK,
+    THREAT,
+    Interrupt,
+    case,
+    differing_columns,
+    interrupt_after,
+    toy,
+)
+
+from holdfast.errors import UserError
+from holdfast.evaluation import checkpoint, clean_pass, evaluate, load_x_adv
+from holdfast.evaluation.suites import Stage
+from holdfast.io import load_tensors, save_tensors
+from holdfast.threat import Threat
+
+
+@pytest.mark.parametrize("batches", [1, 4, 6])
+def test_an_interrupted_evaluation_resumes_from_its_checkpoint(save_every_batch, tmp_path, batches):
+    few = {"suite": FEW, "batch_size": 3}
+    model, samples = toy()
+    whole = evaluate(model, samples, THREAT, **few)
+    total = (model.forwards, model.backwards)
+    model, path = toy()[0], tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Interrupt):
+        evaluate(model, samples, THREAT, **few, checkpoint=path, key="k", progress=interrupt_after(batches))
+    before = model.forwards
+    assert path.exists()
+    resumed = evaluate(model, samples, THREAT, **few, checkpoint=path, key="k")
+    assert differing_columns(whole, resumed) == []
+    assert (model.forwards, model.backwards) == total, "work was repeated"
+    assert model.forwards > before
+    # all but the seconds agree
+    for a, b in zip(whole.stages, resumed.stages, strict=True):
+        assert (a.name, a.attacked, a.broken, a.forwards, a.backwards, a.outside) == (
+            b.name, b.attacked, b.broken, b.forwards, b.backwards, b.outside,
+        )  # fmt: skip
+
+
+def test_many_interruptions_give_the_same_result(save_every_batch, tmp_path):
+    net, samples, threat = case(n=30)
+    few, path = {"suite": FEW, "batch_size": 8, "key": "k"}, tmp_path / "checkpoint.safetensors"
+    whole = evaluate(net, samples, threat, **few)
+    interruptions, resumed = 0, None
+    while resumed is None:
+        try:
+            resumed = evaluate(net, samples, threat, **few, checkpoint=path, progress=interrupt_after(1))
+        except Interrupt:
+            interruptions += 1
+            assert interruptions < 60, "no progress"
+    assert interruptions > 8
+    assert differing_columns(whole, resumed) == []
+
+
+def test_a_finished_checkpoint_gives_the_result(tmp_path):
+    model, samples = toy()
+    path = tmp_path / "checkpoint.safetensors"
+    first = evaluate(model, samples, THREAT, FEW, checkpoint=path, key="k")
+    done = model.forwards
+    again = evaluate(model, samples, THREAT, FEW, checkpoint=path, key="k")
+    assert model.forwards == done
+    assert differing_columns(first, again) == []
+    assert first.stages == again.stages
+    assert torch.equal(load_x_adv(path), first.x_adv)
+
+
+OTHER = {
+    "key": {"key": "other"},
+    "eps": {"threat": Threat("linf", 0.2)},
+    "norm": {"threat": Threat("l2", 0.1)},
+    "box": {"threat": Threat("linf", 0.1, -1.0, 1.0)},
+    "seed": {"seed": 1},
+    "a stage less": {"suite": FEW[:1]},
+    "the order of stages": {"suite": (FEW[1], FEW[0], FEW[2])},
+    "settings of a stage": {"suite": (Stage("apgd", "apgd", "scaled_log_odds", settings={"steps": 60}), *FEW[1:])},
+    "score of a stage": {"suite": (Stage("apgd", "apgd", "margin", settings={"steps": 6}), *FEW[1:])},
+    "attack of a stage": {"suite": (Stage("apgd", "pgd", "scaled_log_odds", settings={"steps": 6}), *FEW[1:])},
+    "targets of a stage": {
+        "suite": (FEW[0], Stage("apgd-dlr-t", "apgd", "dlr", targets=3, settings={"steps": 4}), FEW[2])
+    },
+}
+
+
+@pytest.mark.parametrize("other", list(OTHER))
+def test_a_checkpoint_of_another_evaluation_is_refused(tmp_path, other):
+    model, samples = toy()
+    path = tmp_path / "checkpoint.safetensors"
+    first = {"threat": THREAT, "suite": FEW, "key": "k", "checkpoint": path}
+    evaluate(model, samples, **first)
+    kept = path.read_bytes()
+    with pytest.raises(UserError, match=r"belongs to another evaluation\..*delete the file"):
+        evaluate(model, samples, **{**first, **OTHER[other]})
+    assert path.read_bytes() == kept
+
+
+def test_a_checkpoint_of_other_samples_is_refused(tmp_path):
+    model, samples = toy()
+    path = tmp_path / "checkpoint.safetensors"
+    evaluate(model, samples, THREAT, FEW, checkpoint=path, key="k")
+    with pytest.raises(UserError, match="belongs to another evaluation"):
+        evaluate(model, samples.take(slice(0, 5)), THREAT, FEW, checkpoint=path, key="k")
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, -1])
+def test_a_truncated_checkpoint_is_an_error(tmp_path, left):
+    model, samples = toy()
+    path = tmp_path / "checkpoint.safetensors"
+    evaluate(model, samples, THREAT, FEW, checkpoint=path, key="k")
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(UserError, match="cut short or damaged: delete it"):
+        evaluate(model, samples, THREAT, FEW, checkpoint=path, key="k")
+
+
+def test_a_file_that_is_not_a_checkpoint_is_an_error(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_tensors(path, "model", 1, {"w": torch.zeros(1)}, {})
+    with pytest.raises(UserError, match="not a holdfast evaluation checkpoint"):
+        evaluate(*toy(), THREAT, FEW, checkpoint=path)
+
+
+def test_certificates_and_columns_are_in_the_checkpoint(monkeypatch, save_every_batch, mlp, some, tmp_path):
+    few = {"suite": PER_ATTACK[:4], "batch_size": 30, "key": "k", "checkpoint": tmp_path / "checkpoint.safetensors"}
+    whole = evaluate(mlp, some, CLOSE, few["suite"], batch_size=30)
+    calls = []
+    real = clean_pass.certify
+    monkeypatch.setattr(clean_pass, "certify", lambda *args: calls.append(1) or real(*args))
+    interruptions, again = 0, None
+    while again is None:
+        try:
+            again = evaluate(mlp, some, CLOSE, **few, progress=interrupt_after(1))
+        except Interrupt:
+            interruptions += 1
+            assert interruptions < 60
+    assert interruptions >= 8
+    assert len(calls) == 1, "certified once, however often interrupted"
+    assert torch.equal(again.certified, whole.certified)
+    assert list(again.attack_correct) == list(whole.attack_correct)
+    assert all(torch.equal(again.attack_correct[name], whole.attack_correct[name]) for name in whole.attack_correct)
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(mlp, some, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    evaluate(mlp, some, CLOSE, (), checkpoint=path, key="k")
+    tensors, about = load_tensors(path, checkpoint.NAME, checkpoint.VERSION)
+    save_tensors(path, checkpoint.NAME, 3, tensors, about)
+    with pytest.raises(
+        UserError, match=r"evaluation checkpoint of version 3; this holdfast reads version 4.*new folder"
+    ):
+        evaluate(mlp, some, CLOSE, (), checkpoint=path, key="k")
