@@ -2,7 +2,7 @@
 
     python benchmarks/bench_adversarial_epoch.py [--data PATH_OR_NAME] [--images N] [--pairs N] [--profile]
 
-The hand-written side follows the scripts of the literature: a Dataset of uint8 images and a DataLoader, model.eval() for
+The hand-written side follows the scripts of the literature: a Dataset of uint8 images, a DataLoader, model.eval() for
 the attack and model.train() for the step, F.cross_entropy, a random start and 10 steps of sign, min, max and clamp on
 x.detach().requires_grad_(), loss.item() after every batch. It comes in two forms: torch.autograd.grad on x_adv (TRADES,
 Zhang et al. 2019), and loss.backward(), which takes the weights' gradients along at every step (Madry's port, Rice et
@@ -135,7 +135,7 @@ def main() -> None:
             took[name].append(sides[name]())
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(data):,} images {tuple(data.x.shape[1:])}"
-        f", PGD-{STEPS}, batches of {BATCH}; medians of {arguments.pairs}; speed-up of fit, pair by pair [lowest, highest]"
+        f", PGD-{STEPS}, batches of {BATCH}; medians of {arguments.pairs}; paired speed-up of fit [lowest, highest]"
     )
     for name, seconds in took.items():
         gains = [other / ours for other, ours in zip(seconds, took["fit"], strict=True)]

@@ -11,11 +11,11 @@ from tests.faults.faulty_models import LIARS
 from torch import nn
 
 from holdfast import checks, data, models
-from holdfast.attacks import SUITES
 from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, Finding, audit, judge, lower_bound_99, merge, name_of
 from holdfast.checks.cache import load_audit, save_audit
 from holdfast.errors import UserError
 from holdfast.evaluation import UNBROKEN, evaluate
+from holdfast.evaluation.suites import SUITES
 from holdfast.losses import isce, sce
 from holdfast.objectives import standard
 from holdfast.outputs import as_outputs

@@ -3,9 +3,9 @@
 import pytest
 from tests.milp import make_exact_fixture
 
-from holdfast.attacks import SUITES, Stage
 from holdfast.checks import audit
 from holdfast.evaluation import evaluate
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.threat import Threat
 
 # Cascades from hardly any to a good one: what each leaves is what the two runs of an audit are asked about.

@@ -91,7 +91,7 @@ def test_one_certified_sample_broken_by_a_check_is_enough(monkeypatch, mlp, some
 @pytest.mark.parametrize(
     ("proof", "lacks"),
     [
-        (lambda model, x, y, threat: Nfinding, "there is no certificate: no bound of the network is known"),
+        (lambda model, x, y, threat: None, "there is no certificate: no bound of the network is known"),
         (lambda model, x, y, threat: y < 0, "there is no certificate: no sample is certified"),
     ],
 )

@@ -2,6 +2,33 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.evaluation.helpers import (
+    COLUMNS,
+    FEW,
+    THREAT,
+    Interrupt,
+    Threshold,
+    case,
+    differing_columns,
+    numbers,
+)
+from tests.helpers import on_digits
+from torch import nn
+
+from holdfast.attacks import ATTACKS, AttackEntry
+from holdfast.data import Data, pixels
+from holdfast.errors import UserError
+from holdfast.evaluation import evaluate
+from holdfast.evaluation.suites import Stage
+from holdfast.losses import negative_margin
+from holdfast.outputs import Outputs, fooled
+from holdfast.threat import Threat
+
 
 def test_every_column_of_a_model_that_can_be_computed_by_hand():
     values = [0.9, 0.55, 0.3, 0.65, 0.59, 0.61]

@@ -135,4 +135,4 @@ def test_a_witness_of_every_broken_sample_holds(mlp, some, per_attack):
         assert bool(fooled(mlp(per_attack.x_adv[broken]), some.y[broken]).all())
     assert bool((CLOSE.violation(per_attack.x_adv, data.pixels(some.x)) == 0).all())
     for name, correct in per_attack.attack_correct.items():
-        assert bool(broken[per_attack.clean & ~right].all()), name
+        assert bool(broken[per_attack.clean & ~correct].all()), name

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from holdfast import losses, models
-from holdfast.attacks import ATTACKS, SUITES, AttackEntry, Stage, cross_entropy, fooled
+from holdfast.attacks import ATTACKS, AttackEntry, cross_entropy, fooled
 from holdfast.checks import PGD50, ROBUST, Claim, audit, judge
 from holdfast.data import Data
 from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.losses import LOSSES
 from holdfast.models.heads import HEADS
 from holdfast.noise import Noise

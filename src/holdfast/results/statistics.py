@@ -325,7 +325,7 @@ class Remaining:
         first: number of tested samples that the first run broke.
         second: number of tested samples that the second run broke.
         both: number of tested samples that both runs broke.
-        spot_checks: full-length attacks on a sample of the survivors, one entry per network; empty where the suite has none.
+        spot_checks: full-length attacks on a sample of the survivors, one per network; empty where there are none.
         unfinished: a budget ended the attacks before the suite did.
         votes: number of predictions per image whose majority counts; 1 for a deterministic model.
 
