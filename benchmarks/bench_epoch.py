@@ -4,8 +4,8 @@
 
 The hand-written side follows most scripts: a Dataset of uint8 images, a DataLoader that shuffles, pixels / 255, the
 same network, loss, optimiser and batch size, in the same process with the same threads. It is timed with two workers
-and with none, and the faster counts. Without --data: 20,000 random 28x28 images (the content does not matter). Goal: fit is
->= 1.5 times faster.
+and with none, and the faster counts. Without --data: 20,000 random 28x28 images (the content does not matter).
+Goal: fit is >= 1.5 times faster.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ This page is built from the code: each text is the loss's docstring, and each cu
 Logits are z, the true class is y, and u = logsumexp_{{j != y}} z_j - z_y. Below u = 0 the true class has more than
 half of the probability; every attack increases u. For the curves, one image moves from just behind the center of its
 own class to the center of a rival ({classes} classes on a regular simplex of radius {radius:g}; cosines times
-{scale:g}). The left curve is the loss, the right one its derivative d loss / d u: how much a sample at u contributes to training. Losses that compare
-the samples of a batch are drawn with two other samples, one at each center. See also
+{scale:g}). The left curve is the loss, the right one its derivative d loss / d u: how much a sample at u contributes to
+training. Losses that compare the samples of a batch are drawn with two other samples, one at each center. See also
 [how these losses perform](losses.md) and [the score that attacks maximise](adaptive.md).
 
 | loss | what it is | head | attacks maximise |

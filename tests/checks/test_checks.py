@@ -19,7 +19,7 @@ from holdfast.evaluation.suites import SUITES
 from holdfast.losses import isce, sce
 from holdfast.objectives import standard
 from holdfast.outputs import as_outputs
-from holdfast.results import remaining_vulnerable
+from holdfast.results import Remaining, remaining_vulnerable
 from holdfast.threat import Threat
 from holdfast.train import FitConfig, fit
 
@@ -89,11 +89,12 @@ def test_a_check_speaks_of_its_own_claims_alone():
 
 
 def test_what_is_expected_to_remain_makes_a_claim_loose():
-    few, many = {"expected": 0.9, "high": 4.0}, {"expected": 1.1, "high": 4.0}
+    few = Remaining(0.9, 0.0, 4.0, 100, 100, 0, 0, 0)
+    many = Remaining(1.1, 0.0, 4.0, 100, 100, 0, 0, 0)
     assert judge(Claim(ROBUST, [1] * 100), [1] * 100, [], few).status == "tight"
     verdict = judge(Claim(ROBUST, [1] * 100), [1] * 100, [], many)
     assert verdict.status == "loose"
-    assert verdict.why == "1.1 more of 100 are expected to fall, at most 4"
+    assert verdict.why == "1.1 more of 100 samples are expected to be breakable, at most 4"
 
 
 @given(st.integers(0, 200), st.integers(1, 200))
@@ -262,7 +263,7 @@ def test_an_audit_says_what_each_claim_is_worth(honest, some, clean_audit):
         liar.verdict("own")
     twice = checks.remaining([clean_audit, clean_audit])
     left = clean_audit.remaining
-    assert (twice["tested"], twice["survivors"]) == (2 * left.tested, 2 * left.survivors)
+    assert (twice.tested, twice.survivors) == (2 * left.tested, 2 * left.survivors)
 
 
 # Liars.

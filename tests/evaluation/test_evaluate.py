@@ -245,11 +245,11 @@ def test_progress_is_reported_after_each_batch():
     evaluate(
         Threshold(), numbers([0.9, 0.55, 0.3, 0.8]), THREAT, FEW, batch_size=2, progress=lambda *args: told.append(args)
     )
-    assert [(name, standing) for name, _, _, standing in told[:2]] == [("pgd50", 2), ("pgd50", 2)]
-    assert {name for name, *_ in told} == {"pgd50", "apgd", "apgd-dlr-t", "square"}
-    spent = [done for _, done, _, _ in told]
+    assert [what for what, _, _ in told[:2]] == ["pgd50, at most 50.0% robust"] * 2
+    assert {what.split(",")[0] for what, _, _ in told} == {"pgd50", "apgd", "apgd-dlr-t", "square"}
+    spent = [done for _, done, _ in told]
     assert spent == sorted(spent), "passes only grow"
-    assert all(done <= total for _, done, total, _ in told)
+    assert all(done <= total for _, done, total in told)
     assert told[-1][1] == told[-1][2], "at the end nothing is to come"
 
 
@@ -299,7 +299,7 @@ def test_the_model_comes_back_as_it_was(fails):
     net.conv.bias.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     if fails:
-        with pytest.raises(UserError, match="labels go from"):
+        with pytest.raises(UserError, match="labels range from"):
             evaluate(net, Data(samples.x, samples.y + 9, samples.index), threat, FEW)
     else:
         evaluate(net, samples, threat, FEW)

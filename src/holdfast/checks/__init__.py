@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..losses import Loss
 from ..outputs import Model
 from ..progress import Progress, silent
 from ..queries import device_of, exact_float32
-from ..results import Remaining, RemainingVulnerable, SpotCheck, Verdict, remaining_vulnerable
+from ..results import Remaining, RemainingVulnerable, Verdict, remaining_vulnerable
 from . import gradients, soundness, strength
 from .findings import CheckCount, Finding, lower_bound_99, merge
 from .probe import Probe
