@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.faults import calibration_nets  # noqa: E402
-from tests.faults.faulty_models import LIARS  # noqa: E402
+from tests.faults.faulty_models import FAULTY  # noqa: E402
 
 from holdfast import __version__  # noqa: E402
 from holdfast.checks import CHECKS, PGD50, ROBUST, audit, name_of  # noqa: E402
@@ -72,8 +72,8 @@ def collect() -> dict[str, Any]:
             if data == "digits" and net.name in BASES:
                 todo += [
                     (f"{data}/fault/{net.name}/{kind}/{severity:g}", net, (fault, severity))
-                    for kind, fault in LIARS.items()
-                    for severity in fault.doses
+                    for kind, fault in FAULTY.items()
+                    for severity in fault.severities
                 ]
     for name, net, made in track([one for one in todo if one[0] not in results], description="networks"):
         model = made if isinstance(made, torch.nn.Module) else made[0].make(copy.deepcopy(net.model), made[1])
@@ -93,10 +93,10 @@ def _caught(results: dict[str, Any]) -> dict[str, list[str]]:
     caught: dict[str, dict[str, set[float]]] = defaultdict(lambda: defaultdict(set))
     for name, result in results.items():
         data, role, *rest = name.split("/")
-        if role == "fault" and float(rest[2]) not in LIARS[rest[1]].harmless:
+        if role == "fault" and float(rest[2]) not in FAULTY[rest[1]].harmless:
             for check in firing(result):
                 caught[check][rest[1]].add(float(rest[2]))
-        elif role == "liar" and "isce" in name and not name.endswith("s0"):
+        elif role == "faulty" and "isce" in name and not name.endswith("s0"):
             for check in firing(result):
                 caught[check][f"I-SCE ({data})"].add(float(rest[0].split("-s")[1].split("-")[0]))
     return {
@@ -150,8 +150,8 @@ def page(results: dict[str, Any]) -> str:
         lines += [f"### Faults added to `{base}` (digits, linf 0.1)", ""]
         lines += ["| fault | severity | clean | PGD-50 | robust | verdict on PGD-50 | on robust | checks that fire |"]
         lines += ["|---|---:|---:|---:|---:|---|---|---|"]
-        for kind, fault in LIARS.items():
-            for severity in fault.doses:
+        for kind, fault in FAULTY.items():
+            for severity in fault.severities:
                 result = results.get(f"digits/fault/{base}/{kind}/{severity:g}")
                 mark = " (harmless)" if severity in fault.harmless else ""
                 if result:
@@ -162,7 +162,7 @@ def page(results: dict[str, Any]) -> str:
     lines += ["|---|---:|---:|---:|---|---|---|"]
     for name, result in results.items():
         if "/fault/" not in name:
-            lines.append(f"| {name.replace('/liar/', '/isce/')} | {_row(result)} |")
+            lines.append(f"| {name.replace('/faulty/', '/isce/')} | {_row(result)} |")
     return "\n".join([*lines, ""])
 
 

@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # From the ground up: a file imports from lower layers, or from its own, where that makes no circle.
 LAYERS = (
-    ("", "errors", "noise", "outputs", "progress", "process_pool", "environment"),  # "": the package, its version
+    ("", "errors", "noise", "outputs", "witnesses", "progress", "process_pool", "environment"),  # "": its version
     ("threat", "spec", "io", "importers", "losses", "data"),
     ("results", "attacks", "models", "queries"),
     ("report", "bounds", "milp", "region", "run_folder"),
@@ -46,6 +46,10 @@ FORBIDDEN = {
     "drawn": "sampled", "promoted": "escalated", "watch": "val_threat", "gap": "negative_log_odds",
     "gaps": "logit_differences", "rise": "score_and_grad", "look": "predict", "aim": "targeted_score",
     "towards": "targeted", "verify": "replay", "told": "name the thing", "reach": "l2_radius", "alone": "individual",
+    "record": "checkpoint", "tell": "progress", "twin": "transfer_source", "standing": "survivors",
+    "stands": "survives", "goal": "target_score", "finished": "complete", "who": "subset",
+    "judged": "audit", "remainder": "remaining", "around": "center", "own": "score", "liar": "faulty model",
+    "dose": "severity", "foreign": "imported",
 }  # fmt: skip
 
 
@@ -158,7 +162,7 @@ def test_files_classes_and_functions_are_short():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and length(node) > 100:
                 long.append(f"{path}: function {node.name}, {length(node)} lines")
-            if isinstance(node, ast.ClassDef) and length(node) > 250 and node.name != "Cascade":  # to be split
+            if isinstance(node, ast.ClassDef) and length(node) > 250:
                 long.append(f"{path}: class {node.name}, {length(node)} lines")
     assert not long
 

@@ -1,4 +1,4 @@
-"""The trust checks: verdicts by rule, what fires on which liar, silence on an honest network, nothing lost."""
+"""The trust checks: verdicts by rule, what fires on which faulty model, silence on an honest network, nothing lost."""
 
 import copy
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.faults.faulty_models import LIARS
+from tests.faults.faulty_models import FAULTY
 from torch import nn
 
 from holdfast import checks, data, models
@@ -206,7 +206,7 @@ def test_an_audit_leaves_the_model_as_it_was(honest, some):
 
 
 def test_what_an_audit_breaks_is_kept_as_a_witness(honest, some):
-    saturated = LIARS["logit_scale"].make(honest, 1e4)
+    saturated = FAULTY["logit_scale"].make(honest, 1e4)
     lax = evaluate(saturated, some, THREAT, ())  # the published protocol alone, which stands still there
     judged = audit(saturated, some, lax)
     kept, number = judged.evaluation, len(lax.stages) - 1
@@ -257,20 +257,20 @@ def test_a_function_is_audited_too(honest, some):
 
 def test_an_audit_says_what_each_claim_is_worth(honest, some, clean_audit):
     assert clean_audit.verdict().status == "tight"
-    liar = ask(LIARS["logit_scale"].make(copy.deepcopy(honest), 1e4).eval(), some)
-    assert liar.verdict("pgd50").status == "refuted"
+    faulty = ask(FAULTY["logit_scale"].make(copy.deepcopy(honest), 1e4).eval(), some)
+    assert faulty.verdict("pgd50").status == "refuted"
     with pytest.raises(UserError, match="unknown claim 'own'"):
-        liar.verdict("own")
+        faulty.verdict("own")
     twice = checks.remaining([clean_audit, clean_audit])
     left = clean_audit.remaining
     assert (twice.tested, twice.survivors) == (2 * left.tested, 2 * left.survivors)
 
 
-# Liars.
+# Faulty models.
 
 
 @pytest.mark.parametrize(
-    ("liar", "dose", "check", "void"),
+    ("faulty", "severity", "check", "void"),
     [
         ("logit_scale", 1e4, "gradients of cross entropy are not zero", False),
         ("logit_scale", 1e4, "the choice of score agrees", False),
@@ -294,9 +294,9 @@ def test_an_audit_says_what_each_claim_is_worth(honest, some, clean_audit):
         ("nan_off_grid", 0.1, "outputs are finite", True),
     ],
 )
-def test_liars_are_caught(honest, some, liar, dose, check, void):
+def test_faulty_models_are_caught(honest, some, faulty, severity, check, void):
     torch.manual_seed(0)
-    model = LIARS[liar].make(copy.deepcopy(honest), dose).eval()
+    model = FAULTY[faulty].make(copy.deepcopy(honest), severity).eval()
     judged = ask(model, some)
     assert check in fires(judged)
     robust = judged.evaluation.robust.tolist()
@@ -304,14 +304,14 @@ def test_liars_are_caught(honest, some, liar, dose, check, void):
     assert verdicts == {"void"} if void else "loose" in verdicts
 
 
-@pytest.mark.parametrize("liar", sorted(LIARS))
-def test_a_liar_at_a_harmless_dose_is_not_accused(honest, some, liar):
-    for dose in LIARS[liar].harmless:
-        assert fires(ask(LIARS[liar].make(copy.deepcopy(honest), dose).eval(), some)) == set()
+@pytest.mark.parametrize("faulty", sorted(FAULTY))
+def test_a_faulty_model_at_a_harmless_severity_is_not_accused(honest, some, faulty):
+    for severity in FAULTY[faulty].harmless:
+        assert fires(ask(FAULTY[faulty].make(copy.deepcopy(honest), severity).eval(), some)) == set()
 
 
 @pytest.mark.parametrize(
-    ("liar", "dose", "said"),
+    ("faulty", "severity", "said"),
     [
         ("batch1_raises", 1.0, "cannot answer a batch of shape \\(1, 1, 8, 8\\).*expected a batch of 2 or more"),
         ("wrong_shape", 1.0, r"must return \(N, K\) logits"),
@@ -319,8 +319,8 @@ def test_a_liar_at_a_harmless_dose_is_not_accused(honest, some, liar):
         ("nan_midway", 0.0, "clean logits are NaN or infinite"),
     ],
 )
-def test_what_cannot_be_measured_is_an_error_that_says_so(honest, some, liar, dose, said):
-    model = LIARS[liar].make(copy.deepcopy(honest), dose).eval()
+def test_what_cannot_be_measured_is_an_error_that_says_so(honest, some, faulty, severity, said):
+    model = FAULTY[faulty].make(copy.deepcopy(honest), severity).eval()
     with pytest.raises(UserError, match=said):
         ask(model, some)
 
@@ -347,7 +347,7 @@ def test_saturation_by_training_is_refuted_by_the_bench_alone(split, some):
 
 def test_images_of_a_twin_are_tried(honest, some):
     """A network that hides its gradients from the white box falls to images made on the one it was made from."""
-    lie = LIARS["quantised_input"].make(copy.deepcopy(honest), 8.0).eval()
+    lie = FAULTY["quantised_input"].make(copy.deepcopy(honest), 8.0).eval()
     twin = evaluate(honest, some, THREAT, "quick").x_adv
     gradients_only = (SUITES["quick"][0],)
     judged = audit(lie, some, evaluate(lie, some, THREAT, gradients_only), transfer_source=twin)

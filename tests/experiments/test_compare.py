@@ -25,10 +25,11 @@ from holdfast.experiments.evaluate_model import evaluate_model, from_run
 from holdfast.experiments.training import train_network
 from holdfast.io import load_tensors, save_tensors
 from holdfast.progress import NETWORK_DONE
-from holdfast.region import Witnesses, measures
+from holdfast.region import measures
 from holdfast.replay import WITNESSES, WITNESSES_VERSION, replay
 from holdfast.threat import Threat
 from holdfast.train import FitConfig
+from holdfast.witnesses import Witnesses
 
 FIT = FitConfig(epochs=3, batch_size=50, lr=3e-3)
 TINY = Comparison(losses=("sce", "isce:s=10"), suite="tiny", folds=2, limit_train=200, fit=FIT)

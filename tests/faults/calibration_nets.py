@@ -26,8 +26,8 @@ from holdfast.train import FitConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "out" / "calibration"
 MNIST = "HOLDFAST_MNIST"  # the environment variable with the path of MNIST's parquet folder
-ROLES = ("threshold", "heldout", "liar")
-S = (0, 3, 10, 30, 100, 300)  # of I-SCE: a liar by training, whose dose is s
+ROLES = ("threshold", "heldout", "faulty")
+S = (0, 3, 10, 30, 100, 300)  # of I-SCE: faulty by training, and its severity is s
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Plan:
     @property
     def honest(self) -> bool:
         """Whether no check may fire on it: all but I-SCE, whose s = 0 is plain SCE."""
-        return self.role != "liar" or self.loss == "isce:s=0"
+        return self.role != "faulty" or self.loss == "isce:s=0"
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def digits() -> list[Plan]:
         )
     ]
     cosface = Plan("cosface-seed2", "heldout", 2, loss="cosface:m=0.2,scale=15")
-    liars = [Plan(f"isce-s{s}", "liar", 0, loss=f"isce:s={s}") for s in S]
+    faulty = [Plan(f"isce-s{s}", "faulty", 0, loss=f"isce:s={s}") for s in S]
     honest = [plan for seed in (0, 1) for plan in families("threshold", seed)]
     honest += [plan for seed in (2, 3, 4) for plan in families("heldout", seed)]
-    return [*honest, *others, cosface, *liars]
+    return [*honest, *others, cosface, *faulty]
 
 
 def mnist() -> list[Plan]:
@@ -105,8 +105,8 @@ def mnist() -> list[Plan]:
             Plan(f"sce-seed{seed}", "heldout", seed),
             Plan(f"at0.1-seed{seed}", "heldout", seed, at=True),
             Plan(f"at0.15-seed{seed}", "heldout", seed, threat="linf:0.15", at=True),
-            Plan(f"isce-s10-seed{seed}", "liar", seed, loss="isce:s=10"),
-            Plan(f"isce-s100-seed{seed}", "liar", seed, loss="isce:s=100"),
+            Plan(f"isce-s10-seed{seed}", "faulty", seed, loss="isce:s=10"),
+            Plan(f"isce-s100-seed{seed}", "faulty", seed, loss="isce:s=100"),
         )
     ]
 
@@ -139,7 +139,7 @@ def network(plan: Plan, data: str = "digits", progress: Progress = silent) -> Ne
 
 
 def networks(kind: str, data: str = "digits") -> list[Net]:
-    """The networks of a kind: "threshold", "heldout", "liar", or "all". data: "digits" or "mnist"."""
+    """The networks of a kind: "threshold", "heldout", "faulty", or "all". data: "digits" or "mnist"."""
     if kind not in (*ROLES, "all"):
         raise ValueError(f"kind must be one of {', '.join(ROLES)} or all, got {kind!r}.")
     return [network(plan, data) for plan in PLANS[data]() if kind in ("all", plan.role)]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation import Evaluation, StageCost, Witnesses, add_witnesses
+from ..evaluation import Evaluation, StageCost, add_witnesses
 from ..io import load_tensors, save_tensors
 from ..results import RemainingVulnerable
+from ..witnesses import Witnesses
 from . import Audit
 from .findings import Finding
 

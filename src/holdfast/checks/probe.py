@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ..attacks import ATTACKS, cross_entropy, matched_score
 from ..attacks.base import predict, score_and_grad
 from ..data import Data, pixels
-from ..evaluation import Evaluation, Witnesses
+from ..evaluation import Evaluation
 from ..losses import Loss, negative_log_odds, negative_margin, score_of
 from ..noise import Noise
 from ..outputs import Model, Outputs, logits_of
 from ..queries import EOT_SAMPLES, CountingModel, EOTModel, is_misclassified, majority_vote
 from ..threat import Threat
+from ..witnesses import Witnesses
 
 AUDIT = 10_000  # noise stream of the audit, apart from those of an evaluation's stages
 

@@ -21,7 +21,7 @@ from .batching import Batches
 from .budget import Budget
 from .checkpoint import load_x_adv
 from .distributed import Processes
-from .evaluation import MISCLASSIFIED, UNBROKEN, Evaluation, StageCost, Witnesses, add_witnesses
+from .evaluation import MISCLASSIFIED, UNBROKEN, Evaluation, StageCost, add_witnesses
 from .state import Task
 from .suites import SUITES, Stage, individual_names, resolve, stage_scores, with_pgd50
 
@@ -33,7 +33,6 @@ __all__ = [
     "Evaluation",
     "Stage",
     "StageCost",
-    "Witnesses",
     "add_witnesses",
     "evaluate",
     "load_x_adv",

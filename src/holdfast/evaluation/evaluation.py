@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
 
 from torch import Tensor
 
 from ..results import SpotCheck, notebook_counts
 from ..threat import Threat
+from ..witnesses import Witnesses
 
 # Values of ``Evaluation.broken_by`` besides the number of a stage.
 UNBROKEN = -1  # correctly classified, and no attack broke it
@@ -122,22 +122,6 @@ class Evaluation:
         counts = {name: None if column is None else int(column.sum()) for name, column in columns.items()}
         note = "No verdict yet: run holdfast.checks.audit."
         return notebook_counts(str(self.threat), len(self.y), counts, self.stages, note)
-
-
-class Witnesses(NamedTuple):
-    """Adversarial examples found outside the suite, by an audit or by the inference region.
-
-    Args:
-        rows: (M,) int64, which samples of the evaluation they belong to.
-        x_adv: (M, C, H, W), points of the threat that are misclassified.
-        margin: (M,), logit_y - largest other logit there; not positive.
-        prediction: (M,) int64, predicted class there.
-    """
-
-    rows: Tensor
-    x_adv: Tensor
-    margin: Tensor
-    prediction: Tensor
 
 
 def add_witnesses(evaluation: Evaluation, witnesses: list[Witnesses], cost: StageCost) -> Evaluation:

@@ -23,7 +23,7 @@ from ..checks import CHECKS, PGD50, ROBUST, Audit, audit, name_of
 from ..checks.cache import load_audit, save_audit
 from ..data import Data
 from ..errors import UserError
-from ..evaluation import Budget, Evaluation, Stage, StageCost, Witnesses, add_witnesses, evaluate
+from ..evaluation import Budget, Evaluation, Stage, StageCost, add_witnesses, evaluate
 from ..evaluation.suites import resolve
 from ..io import load_tensors, save_tensors, write_atomic
 from ..losses import Loss
@@ -31,6 +31,7 @@ from ..outputs import out_of_memory
 from ..progress import Progress, silent
 from ..results import Verdict, notebook_counts, percent, proportion
 from ..threat import Threat
+from ..witnesses import Witnesses
 from .stored_result import load_result, save_result
 
 EVALUATION_FILE, AUDIT_FILE, REGION_FILE = (f"{name}.safetensors" for name in ("evaluation", "audit", "region"))
@@ -335,7 +336,7 @@ def cached_region(
     broken, kept = _read(path)
     if kept.get("key") != name:
         began = time.perf_counter()
-        attempts: list[region.Witnesses] = []
+        attempts: list[Witnesses] = []
         columns = model, data.x, data.y, evaluation.x_adv
         measure = partial(region.measure, *columns, evaluation.threat, s=s, index=data.index, seed=seed)
         measured = _fitting(partial(measure, on_witnesses=attempts.append, progress=progress))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..outputs import Model, fooled
 from ..progress import Progress, silent
 from ..queries import CountingModel, default_batch_size
 from ..threat import Threat, column
+from ..witnesses import Witnesses
 from .calibration import reliability
 from .feature_shift import Movement, movement, scatter_ratio
 from .margins import fraction_within, input_margin, local_lipschitz, smallest_perturbation
@@ -25,22 +26,6 @@ QUANTILES = {"q10": 0.1, "q25": 0.25, "median": 0.5, "q75": 0.75, "q90": 0.9}
 MIN_SAMPLES = 10  # fewer samples than this are not compared as distributions
 N_DISTANCES = 256  # samples whose distance and local Lipschitz constant are measured: most of the passes
 STRAYED = ("strayed_before", "strayed_after")
-
-
-class Witnesses(NamedTuple):
-    """Adversarial examples that the evaluation did not find.
-
-    Attributes:
-        rows: (M,) int64, the samples' rows.
-        x_adv: (M, C, H, W), points of the threat that are misclassified.
-        margin: (M,), logit_y - largest other logit there.
-        prediction: (M,) int64, the predicted class there.
-    """
-
-    rows: Tensor
-    x_adv: Tensor
-    margin: Tensor
-    prediction: Tensor
 
 
 def measure(
