@@ -141,7 +141,7 @@ def page(results: dict[str, Any]) -> str:
         false = sum(name in firing(result) for result in held.values())
         on = "; ".join(caught.get(name, ["-"]))
         void = "yes" if check.void else ""
-        claims = ", ".join(HEADINGS[claim] for claim in check.claims)
+        claims = ", ".join(HEADINGS[claim] for claim in check.claims) or "none"
         lines.append(f"| {name} | {claims} | {void} | {check.source} | {false} of {len(held)} | {on} |")
     lines += ["", f"False alarms on held-out honest networks: {len(alarms)} of {len(held)}.", ""]
     lines += [f"* {name}: {', '.join(names)}" for name, names in alarms.items()]

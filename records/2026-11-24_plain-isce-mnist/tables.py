@@ -29,16 +29,17 @@ def main(folder: str) -> None:
 def per_seed(runs) -> None:
     with (HERE / "per-seed.csv").open("w", newline="") as file:
         write = csv.writer(file, lineterminator="\n").writerow
-        head = "threat,loss,seed,n,train,clean,published,own_loss,robust,zero_gradient,zero_gradient_own,input_margin,"
-        file.write(f"{head}pgd50_verdict,robust_verdict,remainder,remainder_high\n")
+        head = "threat,loss,seed,n,train,clean,pgd50,pgd50_train_loss,robust,"
+        head += "zero_gradient,zero_gradient_training_loss,input_margin,"
+        file.write(f"{head}pgd50_verdict,robust_verdict,remaining,remaining_high\n")
         for r in runs:
             m = r.measures
             write([
                 r.threat_text, r.loss, r.seed, r.n, f"{r.train['accuracy']:.4f}", f"{r.clean.value:.4f}",
                 f"{r.pgd50.value:.4f}", f"{r.attacks['pgd50-train-loss'].value:.4f}",
                 "" if r.robust is None else f"{r.robust.value:.4f}",
-                f"{m['zero_gradient']:.4f}", f"{m['zero_gradient_own']:.4f}", f"{m['input_margin']:.5f}",
-                r.pgd50_verdict.status, r.verdict.status, f"{r.remaining['expected']:.2f}", r.remaining["high"],
+                f"{m['zero_gradient']:.4f}", f"{m['zero_gradient_training_loss']:.4f}", f"{m['input_margin']:.5f}",
+                r.pgd50_verdict.status, r.verdict.status, f"{r.remaining.expected:.2f}", r.remaining.high,
             ])  # fmt: skip
 
 
@@ -90,7 +91,12 @@ def row(loss, runs, test) -> str:
         f"{100 * robust.value:.1f} [{100 * robust.low:.1f}, {100 * robust.high:.1f}]",
         f"{100 * t.difference:+.1f} [{100 * t.low:+.1f}, {100 * t.high:+.1f}]" if t else "",
         f"{p:.2g}" if t else "",
-        f"{mean(r.measures['zero_gradient'] for r in runs)} ({mean(r.measures['zero_gradient_own'] for r in runs)})",
+        " ".join(
+            (
+                mean(r.measures["zero_gradient"] for r in runs),
+                f"({mean(r.measures['zero_gradient_training_loss'] for r in runs)})",
+            )
+        ),
         f"{fmean(r.measures['input_margin'] for r in runs):.3f}",
         verdicts(r.pgd50_verdict.status for r in runs),
         verdicts(r.verdict.status for r in runs),

@@ -72,7 +72,11 @@ def replay(folder: Path, *, device: str = "cpu", batch_size: int = 1024) -> list
     for run in stored.runs:
         if run.robust is None:
             continue
-        threat, counts, votes = Threat(**run.threat), Counter[str](), run.remaining.get("votes", 1)
+        threat, counts, votes = (
+            Threat(**run.threat),
+            Counter[str](),
+            run.remaining.votes if run.remaining is not None else 1,
+        )
         for number, network in enumerate(header["networks"]):
             if (network["run"], network["threat"]) == (run.name, run.threat):
                 index, x_adv = witnesses[f"{number}/index"], witnesses[f"{number}/x_adv"]

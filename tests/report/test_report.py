@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from tests.results.factory import EVIL, THREAT, make_results, make_run, proved
+from tests.results.factory import EVIL, THREAT, make_check, make_results, make_run, proved
 
 from holdfast import report
 from holdfast import results as R
@@ -112,7 +112,7 @@ def test_it_asks_nothing_of_the_network(page):
 
 
 def test_markup_in_names_is_shown_not_obeyed(tmp_path):
-    checks = [{"name": EVIL, "x": EVIL}, EVIL]
+    checks = [dataclasses.replace(make_check(EVIL, EVIL, why=EVIL), claims=(EVIL,), source=EVIL, track_record=EVIL)]
     runs = [
         make_run(EVIL, name=EVIL, verdict=R.Verdict("loose", EVIL), checks=checks, train={EVIL: EVIL}),
         make_run("$\\frac{", threat={**THREAT, "norm": EVIL}),

@@ -8,7 +8,7 @@ import re
 
 import pytest
 from rich.console import Console
-from tests.faults.faulty_models import LIARS
+from tests.faults.faulty_models import FAULTY
 from tests.helpers import unaudited
 from typer.testing import CliRunner
 
@@ -48,12 +48,12 @@ def explained(model, split, folder):
 
 
 @pytest.fixture(scope="module")
-def liar(honest, split, tmp_path_factory):
-    return explained(LIARS["logit_scale"].make(copy.deepcopy(honest), 1e4), split, tmp_path_factory.mktemp("liar"))
+def faulty(honest, split, tmp_path_factory):
+    return explained(FAULTY["logit_scale"].make(copy.deepcopy(honest), 1e4), split, tmp_path_factory.mktemp("faulty"))
 
 
-def test_each_step_is_one_change_and_none_gives_samples_back(liar):
-    run, evaluation = liar
+def test_each_step_is_one_change_and_none_gives_samples_back(faulty):
+    run, evaluation = faulty
     steps = waterfall.steps(run)
     assert [step.name for step in steps] == ["clean", "pgd50", *(stage.name for stage in SUITES["explain"])]
     assert {step.name for step in steps} <= set(waterfall.CHANGES)
@@ -64,13 +64,13 @@ def test_each_step_is_one_change_and_none_gives_samples_back(liar):
     assert correct[-1] == int(evaluation.robust.sum())
 
 
-def test_stable_arithmetic_lowers_the_inflated_pgd50_accuracy(liar):
-    points = {step.name: step.accuracy for step in waterfall.steps(liar[0])}
+def test_stable_arithmetic_lowers_the_inflated_pgd50_accuracy(faulty):
+    points = {step.name: step.accuracy for step in waterfall.steps(faulty[0])}
     assert points["pgd50"] > 0.9
     assert points["stable arithmetic"] < points["pgd50"] - 0.2
     assert points["stable arithmetic"] - points["black box"] < 0.1
-    assert re.search(r"The largest drop, [\d.]+ points, comes from 'stable arithmetic'", waterfall.sentence(liar[0]))
-    assert "upper bound" not in waterfall.sentence(liar[0])
+    assert re.search(r"The largest drop, [\d.]+ points, comes from 'stable arithmetic'", waterfall.sentence(faulty[0]))
+    assert "upper bound" not in waterfall.sentence(faulty[0])
 
 
 def test_stages_before_restarts_start_where_pgd50_does(honest, split):
@@ -96,14 +96,14 @@ def test_a_stage_with_the_noise_of_pgd50_repeats_it(honest, split):
     assert evaluation.stages[2].broken == 0
 
 
-def test_the_sentence_reports_pgd50_on_the_trained_loss(liar):
-    run, _ = liar
+def test_the_sentence_reports_pgd50_on_the_training_loss(faulty):
+    run, _ = faulty
     trained = run.attacks["pgd50-train-loss"].value
-    assert f"PGD-50 on the trained loss alone leaves {100 * trained:.1f}%." in waterfall.sentence(run)
+    assert f"On its own, PGD-50 on the training loss leaves {100 * trained:.1f}%." in waterfall.sentence(run)
 
 
-def test_a_void_measurement_has_no_figures(liar):
-    void = dataclasses.replace(liar[0], robust=None, verdict=Verdict("void", "the same image gives other logits"))
+def test_a_void_measurement_has_no_figures(faulty):
+    void = dataclasses.replace(faulty[0], robust=None, verdict=Verdict("void", "the same image gives other logits"))
     for show in (waterfall.steps, waterfall.table, waterfall.sentence, waterfall.figure):
         with pytest.raises(UserError, match="void, so there is nothing to explain: the same image"):
             show(void)
@@ -115,28 +115,28 @@ def test_an_honest_network_loses_little(honest, split, tmp_path):
     assert points["pgd50"] - points["black box"] <= 0.1
 
 
-def test_the_table_fits_a_terminal(liar):
+def test_the_table_fits_a_terminal(faulty):
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(waterfall.table(liar[0]))
+    console.print(waterfall.table(faulty[0]))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "stable arithmetic" in text
 
 
-def test_the_figure_shows_every_step_with_its_number(liar, tmp_path):
-    paths = waterfall.save(liar[0], tmp_path)
+def test_the_figure_shows_every_step_with_its_number(faulty, tmp_path):
+    paths = waterfall.save(faulty[0], tmp_path)
     assert [path.name for path in paths] == ["waterfall.svg", "waterfall.png"]
     svg = paths[0].read_text()
-    for step in waterfall.steps(liar[0]):
+    for step in waterfall.steps(faulty[0]):
         assert heading(step.name) in svg
         assert f"{100 * step.accuracy:.1f}" in svg
-    texts = [text for text in waterfall.figure(liar[0]).axes[0].texts if text.get_text()]
-    assert len(texts) == 3 * len(waterfall.steps(liar[0]))
+    texts = [text for text in waterfall.figure(faulty[0]).axes[0].texts if text.get_text()]
+    assert len(texts) == 3 * len(waterfall.steps(faulty[0]))
 
 
-def test_a_run_without_samples_cannot_be_explained(liar):
+def test_a_run_without_samples_cannot_be_explained(faulty):
     with pytest.raises(UserError, match="nothing to explain"):
-        waterfall.steps(dataclasses.replace(liar[0], samples=None))
+        waterfall.steps(dataclasses.replace(faulty[0], samples=None))
 
 
 def test_the_command_line_explains_a_run(copied_run, tmp_path, monkeypatch):

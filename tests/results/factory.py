@@ -28,6 +28,12 @@ def png(pixels: np.ndarray) -> str:
     return base64.b64encode(whole).decode()
 
 
+def make_check(name, status, k=0, n=0, why="") -> R.CheckResult:
+    """A check of both figures."""
+    value = k / n if n else None
+    return R.CheckResult(name, status, k, n, 0.05, why, False, ("pgd50", "robust"), value=value, low=value)
+
+
 def make_run(loss="sce", seed=0, n=200, clean=0.97, pgd50=0.4, robust=0.3, scale=8.0, status="tight", **more) -> R.Run:
     """One synthetic run: seeded columns whose counts, stages and intervals agree with each other."""
     rng = np.random.default_rng([seed or 0, len(loss), n, round(1000 * pgd50)])
@@ -64,14 +70,9 @@ def make_run(loss="sce", seed=0, n=200, clean=0.97, pgd50=0.4, robust=0.3, scale
         "robust": None if status == "void" else R.proportion(k[2], n),
         "verdict": verdict,
         "checks": [
-            {
-                "name": "gradients reach the input",
-                "status": "fires" if status == "loose" else "holds",
-                "value": 0.61,
-                "threshold": 0.05,
-            },
-            {"name": "more steps change nothing", "status": "holds", "why": "0 of 100 more broken"},
-            {"name": "transfer is not stronger", "status": "not run", "why": "needs a second network"},
+            make_check("gradients reach the input", "fires" if status == "loose" else "holds", 61, 100),
+            make_check("more steps change nothing", "holds", 0, 100, "0 of 100 more broken"),
+            make_check("transfer is not stronger", "not run", why="needs a second network"),
         ],
         "cost": {
             "forwards": sum(s.forwards for s in stages),

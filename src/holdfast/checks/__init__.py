@@ -80,7 +80,7 @@ CHECKS: tuple[Check, ...] = (
     Check(soundness.outputs_are_logits, _BOTH, "Carlini and Wagner 2017"),
     Check(soundness.arithmetic_is_float32, _BOTH, "this project"),
     Check(gradients.gradients_of_cross_entropy_are_not_zero, (PGD50,), _IOAF),
-    Check(gradients.gradients_of_the_trained_loss_are_not_zero, (PGD50,), _IOAF),
+    Check(gradients.gradients_of_the_training_loss_are_not_zero, (), _IOAF),
     Check(gradients.gradients_of_the_score_are_not_zero, _BOTH, _IOAF),
     Check(gradients.gradients_predict_slopes, _BOTH, _IOAF),
     Check(gradients.gradients_of_the_logits_are_balanced, _BOTH, "Ma et al. 2020, imbalanced gradients"),

@@ -30,7 +30,7 @@ def save_audit(path: Path, key: str, audit: Audit) -> None:
     witnesses = Witnesses(rows, evaluation.x_adv[rows], evaluation.margin_adv[rows], evaluation.prediction_adv[rows])
     about = {
         "key": key,
-        "findings": [finding.to_dict() for finding in audit.findings],
+        "findings": [asdict(finding) for finding in audit.findings],
         "remaining": asdict(audit.remaining),
         "measures": audit.measures,
         "cost": asdict(audit.cost),

@@ -11,6 +11,8 @@ from typing import Any
 
 from scipy import stats
 
+from ..results import CheckResult
+
 CONFIDENCE = 0.99  # of the lower bound at which a check fires and a claim is refuted
 
 
@@ -69,20 +71,14 @@ class Finding:
         """How the check did on networks of known quality; see ``track_record``."""
         return track_record(self.name)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As results.json stores it, with the fraction of faulty samples, its lower bound and the track record."""
+    def result(self) -> CheckResult:
+        """As results.json stores it, with the share of violations, its lower bound and the track record."""
         value, low = (self.k / self.n, lower_bound_99(self.k, self.n)) if self.n else (None, None)
-        return {
-            **asdict(self),
-            "claims": list(self.claims),
-            "value": value,
-            "low": low,
-            "track_record": self.track_record,
-        }
+        return CheckResult(**asdict(self), value=value, low=low, track_record=self.track_record)
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> Finding:
-        """The inverse of ``to_dict``."""
+        """A finding from ``dataclasses.asdict`` of one, which may have passed through JSON."""
         values = {name: stored[name] for name in Finding.__dataclass_fields__}
         return Finding(**{**values, "claims": tuple(stored["claims"])})
 

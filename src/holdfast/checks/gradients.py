@@ -35,8 +35,8 @@ def gradients_of_cross_entropy_are_not_zero(probe: Probe) -> CheckCount:
     return _zero_gradients(probe, cross_entropy, "F.cross_entropy")
 
 
-def gradients_of_the_trained_loss_are_not_zero(probe: Probe) -> CheckCount:
-    """The loss that the network was trained with has a gradient along its own path."""
+def gradients_of_the_training_loss_are_not_zero(probe: Probe) -> CheckCount:
+    """The training loss has a gradient along its own path. No figure rests on it, so this lowers no verdict."""
     return _zero_gradients(probe, probe.loss, "the training loss")
 
 
@@ -94,7 +94,7 @@ def measures(probe: Probe, most: int = 512) -> dict[str, float | None]:
 
     Returns:
         zero_gradient: fraction of samples where the input gradient of F.cross_entropy is exactly zero.
-        zero_gradient_own: the same for the training loss.
+        zero_gradient_training_loss: the same for the training loss.
         input_margin: median of ``region.input_margin`` with m = -u, where u is the negative log odds; None if infinite.
         Empty if no sample is classified correctly.
     """
@@ -103,7 +103,7 @@ def measures(probe: Probe, most: int = 512) -> dict[str, float | None]:
         return {}
     x = probe.x(rows)
     values: dict[str, float | None] = {}
-    for name, score in (("zero_gradient", cross_entropy), ("zero_gradient_own", probe.loss)):
+    for name, score in (("zero_gradient", cross_entropy), ("zero_gradient_training_loss", probe.loss)):
         values[name] = float((probe.gradient(score, x, rows) == 0).flatten(1).all(1).double().mean())
     _, value, grad = score_and_grad(probe.model, x, negative_log_odds, probe.y(rows))
     values["input_margin"] = spread(input_margin(-value, grad, probe.threat))["median"]

@@ -41,9 +41,9 @@ def compare(
     *PGD-50* is the accuracy as usually reported: 50 PGD steps of eps/4 on the cross-entropy, one random start, the last
     iterate. *robust* is the share of samples that survived every attack (an upper bound), with its 95% interval.
 
-    Each of the two has a verdict. *refuted*: stronger attacks broke significantly more samples. *loose*: a check found
-    signs that the attacks fail. *tight*: neither, and at most 1% of the samples are estimated to be still breakable.
-    *void*: the measurement is invalid.
+    Each of the two has a verdict. *refuted*: stronger attacks broke significantly more than 1% of the samples beyond
+    this figure. *loose*: not refuted, but a trust check fired, or more than 1% of the samples are estimated to have
+    survived although they can be broken. *tight*: none of these. *void*: the measurement is invalid.
 
     A spec in --losses can name its own head after @, and its own objective, model and training settings after +:
     isce:s=2@cosine+adversarial:steps=5+fit:lr=5e-3.

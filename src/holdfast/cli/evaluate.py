@@ -30,8 +30,8 @@ def evaluate(
     budget: Annotated[
         str,
         option(
-            "Stop the attacks after this, and estimate what they may have missed: 10min, 2h, 1e6passes. "
-            "Default: no limit."
+            "Stop the attacks after this time, or after this many forward and backward passes over all samples: "
+            "10min, 2h, 1e6passes. Default: no limit."
         ),
     ] = "",
     limit: o.Limit = 1000,
@@ -51,25 +51,38 @@ def evaluate(
     ] = None,
     data: Annotated[
         str,
-        option("Its data, as for train. Without a test split, all of it is evaluated.", rich_help_panel=OWN_MODEL),
+        option(
+            "Its data set: a name, a parquet file or folder, or an image folder. Without a test split, all of it is "
+            "evaluated.",
+            rich_help_panel=OWN_MODEL,
+        ),
     ] = "",
     weights: Annotated[
         str, option("A .safetensors file, or a .pt file (only its tensors are read).", rich_help_panel=OWN_MODEL)
     ] = "",
     input_range: Annotated[
-        str, option("Pixel range it expects: 0,1 or 0,255 or -1,1. Default: 0,1.", rich_help_panel=OWN_MODEL)
+        str,
+        option("Range of the pixels that it expects: 0,1 or 0,255 or -1,1. Default: 0,1.", rich_help_panel=OWN_MODEL),
     ] = "",
     mean: Annotated[
         str,
-        option("Subtracted after that: one number, or one per channel. Default: nothing.", rich_help_panel=OWN_MODEL),
+        option(
+            "Mean to subtract after rescaling to --input-range: one number, or one per channel. Default: 0.",
+            rich_help_panel=OWN_MODEL,
+        ),
     ] = "",
     std: Annotated[
-        str, option("Divided by after that: one number, or one per channel. Default: 1.", rich_help_panel=OWN_MODEL)
+        str,
+        option(
+            "Standard deviation to divide by after subtracting --mean: one number, or one per channel. Default: 1.",
+            rich_help_panel=OWN_MODEL,
+        ),
     ] = "",
     loss: Annotated[
         str,
         option(
-            "The loss it was trained with; attacks also maximise its score. Default: sce.", rich_help_panel=OWN_MODEL
+            "The loss it was trained with. It decides which score the attacks maximise. Default: sce.",
+            rich_help_panel=OWN_MODEL,
         ),
     ] = "",
     quiet: o.Quiet = False,
@@ -83,6 +96,9 @@ def evaluate(
 
     build() takes no arguments and returns a module from images to logits; your code is executed. Images are in [0, 1]:
     --input-range, --mean and --std say what your model expects instead.
+
+    PGD-50 is the accuracy as usually reported, and robust is an upper bound. Each has a verdict; see `holdfast compare
+    --help`.
 
     An interrupted command resumes when it is rerun. Under torchrun (`torchrun --nproc-per-node 2 -m holdfast evaluate
     ...`) the processes share the samples and give the same answer as one.

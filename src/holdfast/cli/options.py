@@ -20,17 +20,26 @@ THREAT = "Threat model norm:eps; norm is linf, l2 or l1, eps for pixels in [0, 1
 
 Data = Annotated[
     str,
-    option("Data set: digits, moons, mnist, cifar10, a hub name, a parquet file or folder, or an image folder."),
+    option(
+        "Data set: digits, moons, mnist, cifar10, a Hugging Face name, a parquet file or folder, or an image folder."
+    ),
 ]
 Losses = Annotated[
     str | None,
-    option("Loss specs, comma-separated: sce,isce:s=10,mmc,cosface:m=0.2,scale=15. Default: seven losses."),
+    option(
+        "Loss specs, comma-separated: sce,isce:s=10,mmc,cosface:m=0.2,scale=15. A part with = continues the spec "
+        "before it. Default: seven losses."
+    ),
 ]
 OneLoss = Annotated[str, option("Loss spec: isce:s=10; with another head after @: isce:s=2@cosine.")]
 OneThreat = Annotated[str, option(THREAT + "Examples: linf:0.1, linf:8/255, l2:1.5.")]
 Threats = Annotated[str, option(THREAT + "Comma-separated for several: linf:0.1,l2:1.5.")]
 Suite = Annotated[
-    str, option("Attack suite, by strength: quick, standard, paranoid; also standard+loss, per-attack, explain.")
+    str,
+    option(
+        "Attack suite, by strength: quick, standard, paranoid. Also standard+loss (attacks the training loss too), "
+        "per-attack (each attack on all images), explain (one change at a time)."
+    ),
 ]
 Objective = Annotated[
     str,
@@ -47,16 +56,28 @@ Information = Annotated[
         "--s",
     ),
 ]
-Seeds = Annotated[int, option("Networks per loss. With more than one, the interval is over seeds.")]
+Seeds = Annotated[int, option("Networks per loss. With more than one, the interval is a t interval over seeds.")]
 FirstSeed = Annotated[int, option("First seed. Tune on some seeds, report results on fresh ones.")]
 EvalSplit = Annotated[str, option("Evaluation split: val for model selection, test for final numbers.", "--split")]
 Checkpoint = Annotated[
-    str | None, option("Which weights to keep: last, or best by validation (robust) accuracy. Default: last.")
+    str | None,
+    option(
+        "Which weights to keep: last, or best: the epoch with the highest validation accuracy, robust if training "
+        "attacks. Default: last."
+    ),
 ]
 Epochs = Annotated[int | None, option("Training epochs. Default: 30 for digits and CIFAR, 10 for other data.")]
-Limit = Annotated[int, option("Maximum number of test images; 0: all. Cross-validated data is always used whole.")]
+Limit = Annotated[
+    int,
+    option(
+        "Maximum number of test images, a fixed random subset balanced over classes; 0: all. Ignored under "
+        "cross-validation, which tests on every image once."
+    ),
+]
 LimitTrain = Annotated[int, option("Maximum number of training images; 0: all.")]
-Folds = Annotated[int, option("Cross-validation folds. 0: 5 for digits, none for other data.")]
+Folds = Annotated[
+    int, option("Cross-validation folds. 0: the default of the data, 5 for digits and a single test set for others.")
+]
 Network = Annotated[str, option("A model of `holdfast list`, or mymodel.py:backbone. Default: by image size.")]
 BatchSize = Annotated[int | None, option("Training batch size. Default: by data set.")]
 Optimizer = Annotated[str | None, option("adam or sgd. Default: by data set.")]

@@ -181,8 +181,8 @@ def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor) -> dic
     return {
         "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, left),
         "pgd50_verdict": judge(Claim(PGD50, pgd50.tolist()), robust.tolist(), findings, left),
-        "checks": [finding.to_dict() for finding in findings],
-        "remaining": left.to_dict(),
+        "checks": tuple(finding.result() for finding in findings),
+        "remaining": left,
         "measures": {key: _mean([audit.measures.get(key) for audit in audits]) for key in audits[0].measures},
     }
 

@@ -53,7 +53,7 @@ def save_result(path: Path, key: str, audit: Audit, region: dict[str, Any], proj
             "spot_check": None if spot_check is None else asdict(spot_check),
         },
         "audit": {
-            "findings": [finding.to_dict() for finding in audit.findings],
+            "findings": [asdict(finding) for finding in audit.findings],
             "remaining": asdict(audit.remaining),
             "measures": audit.measures,
             "cost": asdict(audit.cost),

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ..errors import UserError
 from ..io import write_atomic
 from ..results import (
+    CheckResult,
     Results,
     Row,
     Run,
@@ -244,15 +245,19 @@ def _examples(results: Results, shown: Sequence[Row]) -> dict[str, Any]:
     return {"groups": groups, "skipped": skipped}
 
 
-def _check(check: Any) -> dict[str, str]:
-    """A check's line, with whatever is known of it."""
-    known = check if isinstance(check, dict) else {"name": check}
-    line = {key: str(known.get(key) or "") for key in ("name", "status", "why", "source", "track_record")}
-    line["claims"] = ", ".join(heading(str(claim)) for claim in known.get("claims") or [])
-    ran = known.get("value") is not None
-    line["share"] = f"{100 * known['value']:.1f}%" if ran else "–"
-    line["threshold"] = f"{100 * known['threshold']:.0f}%" if ran else "–"
-    return line
+def _check(check: CheckResult) -> dict[str, str]:
+    """A check's line."""
+    ran = check.value is not None
+    return {
+        "name": check.name,
+        "status": check.status,
+        "why": check.why,
+        "source": check.source,
+        "track_record": check.track_record,
+        "claims": ", ".join(heading(claim) for claim in check.claims) or "none",
+        "share": f"{100 * check.k / check.n:.1f}%" if ran else "–",
+        "threshold": f"{100 * check.threshold:.0f}%" if ran else "–",
+    }
 
 
 def _source(r: Results) -> dict[str, Any]:

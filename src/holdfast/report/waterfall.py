@@ -14,18 +14,18 @@ from ..results import Run, heading, percent, proportion
 from .figures import CLEAN, INK, LOST, MUTED, PAPER, PGD50, ROBUST, axes, percent_axis, style, write_figure
 
 # What each stage of the suite "explain" changes. Every stage attacks the survivors of those before it; the one on the
-# trained loss attacks all correct samples, so that the accuracy under it alone is known too.
+# training loss attacks all correct samples, so that the accuracy under it alone is known too.
 CHANGES = {
     "clean": "no attack",
     "pgd50": "F.cross_entropy in float32, 50 PGD steps of eps/4, one start, last iterate",
-    "stable arithmetic": "the same steps on the log odds, which do not saturate in float32",
+    "stable arithmetic": "the same steps on u, the loss without its softplus; its gradient does not vanish in float32",
     "best iterate": "the most adversarial iterate, not the last one",
     "more steps": "200 steps of eps/10 instead of 50 of eps/4",
     "restarts": "5 random starts instead of 1",
     "targets": "targeted at each of the 9 most likely wrong classes",
     "other scores": "APGD on DLR, 100 steps",
     "black box": "Square, 1,000 queries, no gradients",
-    "pgd50-train-loss": "the PGD-50 steps on the loss it was trained with",
+    "pgd50-train-loss": "the PGD-50 steps on the training loss",
     "audit": "whatever the trust checks broke",
     "region": "the smallest perturbation, FMN",
 }
@@ -126,7 +126,7 @@ def sentence(run: Run) -> str:
     robust = proportion(last.correct, last.n)
     interval = f"95% interval {percent(robust.low)} to {percent(robust.high)}"
     trained = run.attacks.get("pgd50-train-loss")
-    alone = "" if trained is None else f" PGD-50 on the trained loss alone leaves {percent(trained.value)}%."
+    alone = "" if trained is None else f" On its own, PGD-50 on the training loss leaves {percent(trained.value)}%."
     if pgd50.correct == last.correct:
         return (
             f"No change lowers the PGD-50 accuracy of {percent(pgd50.accuracy)}%, an upper bound ({interval}).{alone}"

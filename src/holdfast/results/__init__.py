@@ -5,10 +5,12 @@ from __future__ import annotations
 from .export import csv, latex, markdown
 from .json import FILE, load, save, to_json
 from .notebook import notebook, notebook_counts
+from .remaining import Remaining, RemainingVulnerable, SpotCheck, remaining_vulnerable
 from .rows import Row, rows
 from .schema import (
     CLOPPER_PEARSON,
     SCHEMA,
+    CheckResult,
     Example,
     Interval,
     Results,
@@ -20,15 +22,11 @@ from .schema import (
 )
 from .statistics import (
     Paired,
-    Remaining,
-    RemainingVulnerable,
-    SpotCheck,
     holm,
     mcnemar,
     over_seeds,
     paired_t,
     proportion,
-    remaining_vulnerable,
 )
 from .terminal import table
 from .text import any_certified, caption, cells, doubts, heading, other_attacks, percent, remaining_text, robust_text
@@ -39,6 +37,7 @@ __all__ = [
     "CLOPPER_PEARSON",
     "FILE",
     "SCHEMA",
+    "CheckResult",
     "Example",
     "Interval",
     "Paired",

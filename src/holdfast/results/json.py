@@ -135,7 +135,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return kind(**{k: _decode(hints[k], v, f"{where}.{k}") for k, v in value.items()})  # type: ignore[operator]
     origin: Any = get_origin(kind) or kind
     accepted: Any = {float: (int, float), tuple: list}.get(origin, origin)
-    if not isinstance(value, accepted) or isinstance(value, bool):
+    if not isinstance(value, accepted) or (isinstance(value, bool) and origin is not bool):
         raise UserError(f"{where} should be {origin.__name__}, got {type(value).__name__} ({str(value)[:40]}).")
     if origin is dict:
         return {k: _decode(get_args(kind)[1], v, f"{where}.{k}") for k, v in value.items()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
+from .remaining import Remaining
 
 SCHEMA = 4
 CLOPPER_PEARSON = "95% Clopper-Pearson interval over samples"
@@ -48,6 +49,39 @@ class Verdict:
 
     status: str
     why: str = ""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The outcome of a trust check.
+
+    Attributes:
+        name: a sentence that is true of a sound evaluation.
+        status: "holds", "fires" or "not run".
+        k: number of samples that violate it.
+        n: number of samples examined.
+        threshold: the check fires if the share of violations is significantly above it (99% confidence).
+        why: the observation, or what the check lacked.
+        void: whether the evaluation is invalid if the check fires.
+        claims: the figures that it applies to: "pgd50", "robust".
+        source: who proposed the check.
+        value: k / n; None if the check did not run.
+        low: 99% lower confidence bound of the share; None if the check did not run.
+        track_record: how the check did on networks of known quality, in one sentence.
+    """
+
+    name: str
+    status: str
+    k: int
+    n: int
+    threshold: float
+    why: str
+    void: bool
+    claims: tuple[str, ...]
+    source: str = ""
+    value: float | None = None
+    low: float | None = None
+    track_record: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,9 +199,9 @@ class Run:
         certified: share proved correct on the whole threat, a lower bound. None where no bound is known, and when void.
         verdict: verdict on ``robust``; None without an audit.
         pgd50_verdict: verdict on the PGD-50 accuracy; None without an audit.
-        checks: one dict per trust check: name, status ("holds", "fires" or "not run"), why, ...
-        remaining: :class:`~holdfast.results.Remaining` as a dict; empty without an audit.
-        measures: input_margin, zero_gradient, zero_gradient_own.
+        checks: the trust checks; empty without an audit.
+        remaining: how many survivors may still be breakable; None without an audit.
+        measures: input_margin, zero_gradient, zero_gradient_training_loss.
         cost: forwards and backwards (summed over samples), seconds.
         stages: the attack cascade in order.
         samples: per-sample columns.
@@ -192,8 +226,8 @@ class Run:
     certified: Interval | None = None
     verdict: Verdict | None = None
     pgd50_verdict: Verdict | None = None
-    checks: list[Any] = field(default_factory=list)
-    remaining: dict[str, Any] = field(default_factory=dict)
+    checks: tuple[CheckResult, ...] = ()
+    remaining: Remaining | None = None
     measures: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
@@ -205,6 +239,7 @@ class Run:
     projection: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "checks", tuple(self.checks))
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "examples", tuple(self.examples))
         if "pgd50" not in self.attacks:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from .rows import Row, rows
 from .schema import Interval, Results, Run
-from .statistics import Remaining
 
 TRAIN_LOSS = "pgd50-train-loss"
 _HEADINGS = {"pgd50": "PGD-50", TRAIN_LOSS: "PGD-50, train loss"}
@@ -45,7 +44,7 @@ def any_certified(shown: Sequence[Row]) -> bool:
 
 
 def other_attacks(shown: Sequence[Row]) -> list[str]:
-    """Names of the attacks other than PGD-50, in order of first appearance; PGD-50 on the trained loss last."""
+    """Names of the attacks other than PGD-50, in order of first appearance; PGD-50 on the training loss last."""
     names = dict.fromkeys(name for row in shown for name in row.attacks)
     return sorted(names.keys() - {"pgd50"}, key=lambda name: (name == TRAIN_LOSS, list(names).index(name)))
 
@@ -115,18 +114,18 @@ def doubts(results: Results) -> list[str]:
         if run.robust is not None and (missed := run.region.get("missed"))
     ]
     return lines + [
-        f"{run.name}: the budget ran out before the suite was complete; an estimated {run.remaining['expected']:.1f} "
-        f"more of {run.n:,} are still breakable, at most {run.remaining['high']:.0f}"
+        f"{run.name}: the budget ran out before the suite was complete; an estimated {run.remaining.expected:.1f} "
+        f"more of {run.n:,} are still breakable, at most {run.remaining.high:.0f}"
         for run in results.runs
-        if run.remaining.get("unfinished")
+        if run.remaining is not None and run.remaining.unfinished
     ]
 
 
 def remaining_text(run: Run) -> str:
     """How many survivors may still be breakable, in sentences; "" without an audit."""
-    if not run.remaining:
+    left = run.remaining
+    if left is None:
         return ""
-    left = Remaining.from_dict(run.remaining)
     near, far, rest, near_broken, far_broken, high = (
         sum(getattr(one, name) for one in left.spot_checks)
         for name in ("near", "far", "rest", "near_broken", "far_broken", "high")

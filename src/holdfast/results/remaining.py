@@ -1,0 +1,166 @@
+"""How many survivors may still be breakable: capture-recapture, and the spot check of a suite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special, stats
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class RemainingVulnerable:
+    """Capture-recapture estimate of the number of survivors that are still breakable.
+
+    Attributes:
+        expected: posterior mean, in samples.
+        low: lower end of the central 95% interval, in samples.
+        high: upper end of the central 95% interval, in samples.
+        survivors: number of survivors before the two runs.
+        tested: number of these that both runs attacked.
+        first: number of tested samples that the first run broke.
+        second: number of tested samples that the second run broke.
+        both: number of tested samples that both runs broke.
+    """
+
+    expected: float
+    low: float
+    high: float
+    survivors: int
+    tested: int
+    first: int
+    second: int
+    both: int
+
+
+def remaining_vulnerable(first: int, second: int, both: int, tested: int, survivors: int) -> RemainingVulnerable:
+    """Estimate how many survivors two independent attack runs both missed (capture-recapture).
+
+    Of the survivors M are breakable; a random subset of them was tested. Each run breaks a breakable one with its own
+    unknown probability, uniform on [0, 1]; M has the prior 1 / (M + 1). With a, b, c broken by the first alone, the
+    second alone and both, and k breakable among the tested,
+
+        P(a, b, c | k) = k! / (a! b! c! (k-a-b-c)!) B(a+c+1, k-a-c+1) B(b+c+1, k-b-c+1)
+
+    and k given M is hypergeometric. The estimate is the mean and central 95% of M minus the number found. Finding none
+    means little unless many were tested: 0 of 5 leaves more open than 0 of 500. Some samples are harder to break than
+    others, so every capture-recapture estimate is too low; by how much is measured on networks whose exact robustness
+    is known (benchmarks/bench_exact.py).
+
+    Args:
+        first: number that the first run broke.
+        second: number that the second run broke.
+        both: number that both broke, <= first, second.
+        tested: number of survivors that both runs attacked.
+        survivors: number of survivors before the two runs, >= tested.
+
+    Returns:
+        The estimate, with its 95% interval and the counts.
+
+    Raises:
+        UserError: the counts contradict each other.
+
+    Source: Seber 1982 (the model); Bayesian form as in Castledine 1981.
+
+    >>> r = remaining_vulnerable(0, 0, 0, tested=100, survivors=100)     # P(M) ~ 1 / (M + 1)^3
+    >>> round(r.expected, 1), r.low, r.high
+    (0.4, 0.0, 3.0)
+    >>> r = remaining_vulnerable(10, 10, 5, tested=100, survivors=100)   # Lincoln-Petersen: 10 * 10 / 5 = 20, 15 found
+    >>> round(r.expected), r.low, r.high
+    (6, 0.0, 19.0)
+    """
+    first, second, both, tested, survivors = int(first), int(second), int(both), int(tested), int(survivors)
+    if not 0 <= both <= min(first, second) or first + second - both > tested or tested > survivors:
+        raise UserError(
+            f"remaining_vulnerable expects both <= first, second, and their union <= tested <= survivors; got "
+            f"first={first}, second={second}, both={both}, tested={tested}, survivors={survivors}."
+        )
+    broken = first + second - both
+    if survivors == 0:
+        return RemainingVulnerable(0.0, 0.0, 0.0, 0, tested, first, second, both)
+    k = np.arange(broken, tested + 1)  # breakable among the tested
+    evidence = special.gammaln(k + 1) - special.gammaln(k - broken + 1)
+    evidence = evidence + special.betaln(first + 1, k - first + 1) + special.betaln(second + 1, k - second + 1)
+    m = np.arange(broken, survivors + 1)  # breakable among all survivors
+    if tested == survivors:
+        weight = evidence
+    else:
+        chance = stats.hypergeom.logpmf(k[:, None], survivors, m[None, :], tested)
+        weight = special.logsumexp(chance + evidence[:, None], axis=0)
+    weight = weight - np.log(m + 1.0)
+    p = np.exp(weight - special.logsumexp(weight))
+    total, missed = np.cumsum(p), m - broken
+    low, high = (float(missed[min(int(np.searchsorted(total, q)), len(missed) - 1)]) for q in (0.025, 0.975))
+    return RemainingVulnerable(float((p * missed).sum()), low, high, survivors, tested, first, second, both)
+
+
+@dataclass(frozen=True)
+class SpotCheck:
+    """Outcome of full-length attacks on a few survivors.
+
+    Attributes:
+        near: number attacked among those with the smallest margins (all of these).
+        near_broken: number of them broken.
+        far: number sampled at random from the rest and attacked.
+        far_broken: number of them broken.
+        rest: size of the rest.
+
+    >>> SpotCheck(near=32, near_broken=1, far=32, far_broken=0, rest=320).high  # 1 - 0.05^(1/32) = 8.9% of 320
+    28.6
+    """
+
+    near: int
+    near_broken: int
+    far: int
+    far_broken: int
+    rest: int
+
+    @property
+    def expected(self) -> float:
+        """How many of the rest that were not attacked these attacks would break: (rest - far) * far_broken / far."""
+        return round(self.far_broken / self.far * (self.rest - self.far), 1) if self.far else 0.0
+
+    @property
+    def high(self) -> float:
+        """Its upper bound: the one-sided 95% Clopper-Pearson bound of the share, times the rest, less those broken."""
+        if self.far in (0, self.rest):
+            return 0.0
+        share = (
+            1.0
+            if self.far_broken == self.far
+            else float(stats.beta.ppf(0.95, self.far_broken + 1, self.far - self.far_broken))
+        )
+        return round(min(share * self.rest - self.far_broken, self.rest - self.far), 1)
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What may still be breakable of a row's samples, in samples: the estimate, and what limits the evaluation.
+
+    Attributes:
+        expected: expected number of survivors still breakable: the larger of capture-recapture and spot check.
+        low: lower end of the 95% interval.
+        high: upper end of the 95% interval.
+        survivors: number of survivors before the two runs.
+        tested: number of these that both runs attacked.
+        first: number of tested samples that the first run broke.
+        second: number of tested samples that the second run broke.
+        both: number of tested samples that both runs broke.
+        spot_checks: full-length attacks on a sample of the survivors, one per network; empty where there are none.
+        unfinished: a budget ended the attacks before the suite did.
+        votes: number of predictions per image whose majority counts; 1 for a deterministic model.
+    """
+
+    expected: float
+    low: float
+    high: float
+    survivors: int
+    tested: int
+    first: int
+    second: int
+    both: int
+    spot_checks: tuple[SpotCheck, ...] = ()
+    unfinished: bool = False
+    votes: int = 1
