@@ -14,7 +14,7 @@ from . import options as o
 from .app import app, exits
 from .common import run_evaluation, say_files, show
 from .display import errors
-from .options import OWN_MODEL, option
+from .options import option
 
 
 @app.command(rich_help_panel="Step by step", epilog=exits())
@@ -49,42 +49,12 @@ def evaluate(
             "-o",
         ),
     ] = None,
-    data: Annotated[
-        str,
-        option(
-            "Its data set: a name, a parquet file or folder, or an image folder. Without a test split, all of it is "
-            "evaluated.",
-            rich_help_panel=OWN_MODEL,
-        ),
-    ] = "",
-    weights: Annotated[
-        str, option("A .safetensors file, or a .pt file (only its tensors are read).", rich_help_panel=OWN_MODEL)
-    ] = "",
-    input_range: Annotated[
-        str,
-        option("Range of the pixels that it expects: 0,1 or 0,255 or -1,1. Default: 0,1.", rich_help_panel=OWN_MODEL),
-    ] = "",
-    mean: Annotated[
-        str,
-        option(
-            "Mean to subtract after rescaling to --input-range: one number, or one per channel. Default: 0.",
-            rich_help_panel=OWN_MODEL,
-        ),
-    ] = "",
-    std: Annotated[
-        str,
-        option(
-            "Standard deviation to divide by after subtracting --mean: one number, or one per channel. Default: 1.",
-            rich_help_panel=OWN_MODEL,
-        ),
-    ] = "",
-    loss: Annotated[
-        str,
-        option(
-            "The loss it was trained with. It decides which score the attacks maximise. Default: sce.",
-            rich_help_panel=OWN_MODEL,
-        ),
-    ] = "",
+    data: o.OwnData = "",
+    weights: o.Weights = "",
+    input_range: o.InputRange = "",
+    mean: o.Mean = "",
+    std: o.Std = "",
+    loss: o.TrainedWith = "",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:

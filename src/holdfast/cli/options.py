@@ -103,3 +103,40 @@ Page = Annotated[
 Figures = Annotated[
     Path | None, option("Folder for every figure as SVG and PNG, and the tables as CSV, LaTeX and Markdown.")
 ]
+# Of `holdfast evaluate` for a network of the user's own.
+OwnData = Annotated[
+    str,
+    option(
+        "Its data set: a name, a parquet file or folder, or an image folder. Without a test split, all of it is "
+        "evaluated.",
+        rich_help_panel=OWN_MODEL,
+    ),
+]
+Weights = Annotated[
+    str, option("A .safetensors file, or a .pt file (only its tensors are read).", rich_help_panel=OWN_MODEL)
+]
+InputRange = Annotated[
+    str,
+    option("Range of the pixels that it expects: 0,1 or 0,255 or -1,1. Default: 0,1.", rich_help_panel=OWN_MODEL),
+]
+Mean = Annotated[
+    str,
+    option(
+        "Mean to subtract after rescaling to --input-range: one number, or one per channel. Default: 0.",
+        rich_help_panel=OWN_MODEL,
+    ),
+]
+Std = Annotated[
+    str,
+    option(
+        "Standard deviation to divide by after subtracting --mean: one number, or one per channel. Default: 1.",
+        rich_help_panel=OWN_MODEL,
+    ),
+]
+TrainedWith = Annotated[
+    str,
+    option(
+        "The loss it was trained with. It decides which score the attacks maximise. Default: sce.",
+        rich_help_panel=OWN_MODEL,
+    ),
+]
