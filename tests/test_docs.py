@@ -11,7 +11,10 @@ one that exists.
 
 from __future__ import annotations
 
+import functools
 import html
+import importlib
+import inspect
 import os
 import re
 import runpy
@@ -294,3 +297,14 @@ def test_the_citation_names_this_version_and_the_papers():
     assert cited["version"] == holdfast.__version__
     assert {"message", "authors", "type", "license"} <= cited.keys()
     assert any(paper.get("doi") == "10.3390/math10193716" for paper in cited["references"])
+
+
+def test_every_function_on_the_path_of_the_data_is_where_the_page_says():
+    page, package = (DOCS / "path.md").read_text(), Path(holdfast.__file__).parent
+    steps = re.findall(r"^\| *(\d+) \| `([\w/]+\.py):([\w.]+)` \|", page, re.M)
+    assert [int(number) for number, _, _ in steps] == [*range(1, 11), *range(1, 11)]
+    for _, file, name in steps:
+        name_of_module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        module = importlib.import_module(f"holdfast.{name_of_module}")
+        found = functools.reduce(getattr, name.split("."), module)
+        assert Path(inspect.getsourcefile(inspect.unwrap(found))) == package / file

@@ -1,6 +1,6 @@
 """Silent weaknesses of respected attack libraries, one a test: the weak variant goes wrong beside ours, which does not.
 
-What evaluation, checks, training and losses can get wrong in silence is in test_silent_weaknesses_bench.py.
+What evaluation, checks, training and losses can get wrong in silence is in test_weaknesses_of_suites.py.
 """
 
 from __future__ import annotations

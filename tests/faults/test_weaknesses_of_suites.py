@@ -1,6 +1,6 @@
 """Silent weaknesses of respected suites, trainers and losses: the weak variant goes wrong beside ours, which does not.
 
-What attacks by themselves can get wrong in silence is in test_silent_weaknesses.py.
+What attacks by themselves can get wrong in silence is in test_weaknesses_of_attacks.py.
 """
 
 from __future__ import annotations

@@ -239,6 +239,10 @@ def _data_hash(data: Data) -> str:
     return mark.hexdigest()
 
 
+def _tensor_hash(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor.detach().cpu().contiguous().numpy().data).hexdigest()
+
+
 def _in_process_group() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
@@ -279,7 +283,7 @@ def cached_audit(
         "key": key,
         "stages": [asdict(cost) for cost in evaluation.stages],
         "checks": [name_of(check) for check in CHECKS],
-        "transfer": None if transfer_source is None else hashlib.blake2b(transfer_source.numpy().tobytes()).hexdigest(),
+        "transfer": None if transfer_source is None else _tensor_hash(transfer_source),
         "seed": seed,
     }
     mark = _hash(identity)
