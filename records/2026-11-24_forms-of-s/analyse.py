@@ -65,7 +65,7 @@ def at_equal_clean(found: dict, threat: str, form: str, column: str) -> tuple[li
 
 def show(found: dict) -> None:
     """A stage's means as a table."""
-    print("| threat | row | clean | published | robust | certified | verdicts of robust |")
+    print("| threat | row | clean | PGD-50 | robust | certified | verdicts of robust |")
     print("|---|---|---:|---:|---:|---:|---|")
     for (threat, row), seeds in found.items():
         means = []

@@ -10,6 +10,6 @@ def percent(interval):
     return "    -" if interval is None else f"{100 * interval.value:5.1f}"
 
 
-print("clean publ. rob.  cert.")
+print("clean PGD50 rob.  cert.")
 for row in rows(load(Path(sys.argv[1]))):
     print(*map(percent, (row.clean, row.pgd50, row.robust, row.certified)), row.label)

@@ -7,7 +7,7 @@ export OMP_NUM_THREADS=1
 data=${MNIST:-mnist}
 
 run() { holdfast compare --data "$data" --out "$out/$stage" --quiet "$@"; }
-choose() { run --on val --seeds 3 --suite quick --limit 0 "$@"; }
+choose() { run --split val --seeds 3 --suite quick --limit 0 "$@"; }
 confirm() { run --first-seed 10 --seeds 8 --suite standard --limit 500 "$@"; }
 rows() { local IFS=,; echo "$*"; }
 

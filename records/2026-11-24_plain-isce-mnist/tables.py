@@ -65,7 +65,7 @@ def table(runs, tested, results) -> None:
     for threat in dict.fromkeys(threat for threat, _ in runs):
         lines += [
             f"## {threat}", "",
-            "| loss | train | clean | published | own loss | robust, 95% t | minus SCE | p, Holm | zero gradient "
+            "| loss | train | clean | PGD-50 | own loss | robust, 95% t | minus SCE | p, Holm | zero gradient "
             "(own) | input margin | published is | robust is |",
             "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|",
         ]  # fmt: skip
