@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from holdfast.bounds import CannotBound, certify, logit_difference_bounds
 from holdfast.bounds.chain import chain_of
 from holdfast.bounds.layers import LAYERS, Normalisation, gamma, largest_singular_value, layer_of
+from holdfast.errors import UserError
 from holdfast.models import build
 from holdfast.models.convnets import Step
 from holdfast.models.orthogonal import MaxMin, OrthogonalConv, OrthogonalLinear
@@ -149,6 +151,17 @@ class Renamed(nn.Linear):
     """A subclass that computes what its parent does."""
 
 
+class Reversed(nn.Sequential):
+    def __iter__(self):
+        return iter(list(self._modules.values())[::-1])
+
+
+class WithWeightOfItsOwn(nn.Linear):
+    def __getattr__(self, name):
+        found = super().__getattr__(name)
+        return 2 * found if name == "weight" else found
+
+
 def network(*layers):
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), *layers)
@@ -175,12 +188,82 @@ def patched(net):
         (patched(network(nn.Linear(4, 4), nn.Linear(4, 3))), False),
         (with_hook(network(nn.Linear(4, 3))), False),
         (with_hook(network(nn.Linear(4, 3)), "register_forward_pre_hook"), False),
+        (network(nn.Linear(4, 4), Reversed(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 3)), False),
+        (network(WithWeightOfItsOwn(4, 4), nn.Linear(4, 3)), False),
+        (network(spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 3)), True),
     ],
-    ids=["renamed", "residual", "doubled", "doubled last", "residual network", "patched", "hook", "pre-hook"],
-)
+    ids=[
+        "renamed", "residual", "doubled", "doubled last", "residual network", "patched", "hook", "pre-hook",
+        "iterates otherwise", "weight is a property", "parametrised",
+    ],
+)  # fmt: skip
 def test_what_computes_something_else_than_its_class_says_is_not_bounded(net, known):
     x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2])
     assert (certify(net, x, y, Threat("linf", 1e-3)) is not None) == known
+
+
+def test_a_hook_on_every_module_is_a_hook_on_these():
+    x, y, net = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2]), network(nn.Linear(4, 3))
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert certify(net, x, y, Threat("linf", 1e-3)) is None
+    finally:
+        handle.remove()
+    assert certify(net, x, y, Threat("linf", 1e-3)) is not None
+
+
+def test_where_the_network_answers_otherwise_than_its_layers_nothing_is_proved(monkeypatch):
+    """Whatever the reading of a network overlooks shows in its answer at x."""
+    net = network(nn.Linear(4, 3))
+    x, threat = torch.rand(8, 1, 2, 2), Threat("linf", 1e-4)
+    y = net(x).argmax(1)
+    assert certify(net, x, y, threat).all()
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x.flip(1) @ self.weight.T + self.bias)
+    assert not certify(net, x, net(x).argmax(1), threat).any()
+
+
+@pytest.mark.parametrize("weight", [1e-23, 1e-30, 1e-38])
+def test_products_that_vanish_in_float32_prove_nothing(weight):
+    """In exact arithmetic logit 1 is above logit 0; in float32 both are zero, and the prediction is class 0."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 2, bias=False))
+    with torch.no_grad():
+        net[1].weight.fill_(weight)
+        net[3].weight.copy_(torch.tensor([[0.0], [weight]]))
+    x, y = torch.full((1, 1, 1, 1), 0.5), torch.tensor([1])
+    assert net(x).argmax(1) == 0
+    assert not certify(net, x, y, Threat("linf", 0.1)).any()
+
+
+def test_numbers_that_overflow_in_float32_prove_nothing():
+    """Exactly, logit 1 is far above logit 0; in float32 it is infinity - infinity."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        net[1].weight.fill_(1e30)
+        net[3].weight.copy_(torch.tensor([[0.0, 0.0], [1e30, -0.9e30]]))
+    x = torch.full((1, 1, 1, 1), 0.5)
+    assert net(x).isnan().any()
+    assert not certify(net, x, torch.tensor([1]), Threat("linf", 0.01)).any()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randint(2, 256, (3, 1, 2, 2)).float(), "must lie in the threat's box"),
+        (torch.rand(3, 1, 2, 2) - 0.5, "must lie in the threat's box"),
+        (torch.full((3, 1, 2, 2), torch.nan), "must lie in the threat's box"),
+        (torch.randint(0, 256, (3, 1, 2, 2), dtype=torch.uint8), "expects float images"),
+    ],
+    ids=["0..255", "shifted", "nan", "uint8"],
+)
+def test_images_outside_the_box_are_refused_not_certified(x, message):
+    with pytest.raises(UserError, match=message):
+        certify(network(nn.Linear(4, 3)), x, torch.tensor([0, 1, 2]), Threat("linf", 0.1))
+
+
+def test_another_precision_has_no_certificate():
+    x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2])
+    for dtype in (torch.float64, torch.bfloat16):
+        assert certify(network(nn.Linear(4, 3)).to(dtype), x.to(dtype), y, Threat("linf", 1e-3)) is None
 
 
 def test_a_module_that_is_applied_twice_is_bounded_twice():

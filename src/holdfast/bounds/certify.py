@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..outputs import Model, frozen_eval
 from ..threat import Threat
-from .chain import ROWS, chain_of, in_float64
+from .chain import ROWS, agrees, chain_of, in_float64
 from .interval import worst_logit_difference
-from .layers import CannotBound, gamma
+from .layers import HUGE, CannotBound, gamma, underflow
 from .lipschitz import l2_radius, layer_constants
 
 
@@ -30,7 +31,11 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None
         threat: Of any norm.
 
     Returns:
-        (N,) bool, True where it is proved; None if no bound is known for the model.
+        (N,) bool, True where it is proved; None if no bound is known for the model. Where the network's own answer at
+        x is not what its layers compute, nothing is proved.
+
+    Raises:
+        UserError: Images outside the threat's box, or not float.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # right while x > 0
@@ -38,13 +43,19 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None
     >>> certify(net, x, y, Threat("linf", 0.1, -1, 1))
     tensor([False,  True])
     """
+    threat.check_images(x)
     if not isinstance(model, nn.Module):
         return None
+    if not x.is_floating_point():
+        raise UserError(f"certify expects float images in the threat's box, got {x.dtype}. Divide by 255 first.")
+    if x.dtype != torch.float32 or any(p.dtype != torch.float32 for p in model.parameters()):
+        return None  # the rounding of another precision is not bounded
     with frozen_eval(model), torch.no_grad():
         network, images, labels = in_float64(model, x, y)
         try:
             proved = worst_logit_difference(network, images, labels, threat) < 0
-            return (proved | _proved_by_lipschitz(network, images, labels, threat)).to(x.device)
+            proved = proved | _proved_by_lipschitz(network, images, labels, threat)
+            return (proved & agrees(network, images)).to(x.device)
         except CannotBound:
             return None
 
@@ -56,6 +67,8 @@ def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat)
     farther from h than ``radius``; no float32 output is farther from the exact one than ``rounding_error``, where
 
         rounding_error' = L rounding_error + gamma (||  |W| |h| + |b|  || + || |W| || (radius + rounding_error))
+
+    and what underflow may lose is added to it. A sample that may overflow is not proved.
     """
     dim = math.prod(x.shape[1:])
     layers, last = chain_of(model)
@@ -71,14 +84,19 @@ def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat)
         for layer, constant in zip(layers, constants, strict=True):
             before, rounding_error = rounding_error, rounding_error * constant
             if layer.n_terms:
-                size = layer.magnitude(h).flatten(1).norm(dim=1)
-                rounding_error = rounding_error + gamma(layer.n_terms) * (
-                    size + layer.magnitude_norm(h) * (radius + before)
-                )
+                terms = layer.magnitude(h).flatten(1)
+                size = terms.norm(dim=1) + layer.magnitude_norm(h) * (radius + before)
+                largest = h.abs().flatten(1).amax(1) + radius + before
+                lost = underflow(layer.n_terms, largest, layer.largest_weight()) * math.sqrt(terms.shape[1])
+                rounding_error = rounding_error + gamma(layer.n_terms) * size + lost
+                rounding_error = rounding_error.masked_fill(~(size < HUGE), math.inf)
             h, radius = layer.apply(h), constant * radius
         logits = h @ weight.T + bias
         size = h.abs() @ weight.abs().T + bias.abs() + lengths * (radius + rounding_error)[:, None]
-        slack = gamma(weight.shape[1]) * (size + size.gather(1, labels[:, None]))
+        largest = h.abs().amax(1) + radius + rounding_error
+        lost = underflow(weight.shape[1], largest, float(weight.abs().amax()))
+        slack = gamma(weight.shape[1]) * (size + size.gather(1, labels[:, None])) + 2 * lost[:, None]
+        slack = slack.masked_fill(~(size.amax(1, keepdim=True) < HUGE), math.inf)
         rise = distances[labels] * (radius + rounding_error)[:, None]
         differences = logits - logits.gather(1, labels[:, None]) + rise + slack
         proved.append((differences.scatter(1, labels[:, None], -math.inf) < 0).all(1))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..threat import Threat
 from .chain import ROWS, chain_of, in_float64
-from .layers import CannotBound, gamma
+from .layers import HUGE, CannotBound, gamma, underflow
 
 
 def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, *, slack: bool = False) -> Tensor:
@@ -28,8 +28,9 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
         hi: (N, C, H, W), the upper corner.
         y: (N,) int64 labels.
         slack: Also cover the rounding of float32 evaluation: each layer's radius grows by its worst case,
-            (n + 2) 2^-24 (|W| |h| + |b|) for n terms. The bounds then hold for the numbers that a computer gets, if
-            it sums the terms at float32 precision, in any order (no TF32).
+            (n + 2) 2^-24 (|W| |h| + |b|) for n terms, and by what underflow may lose. A sample that may overflow has
+            no bound (infinity). The bounds then hold for the numbers that a computer gets, if it sums the terms at
+            float32 precision, in any order (no TF32).
 
     Returns:
         (N, K) upper bounds, 0 at y.
@@ -56,8 +57,11 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
     spread = torch.einsum("nd,nkd->nk", radius, difference.abs()[y])
     bounds = logits - logits.gather(1, y[:, None]) + spread
     if slack:
-        size = (center.abs() + radius) @ weight.abs().T + bias.abs()
-        bounds = bounds + gamma(weight.shape[1]) * (size + size.gather(1, y[:, None]))
+        largest = center.abs() + radius
+        size = largest @ weight.abs().T + bias.abs()
+        lost = underflow(weight.shape[1], largest.amax(1), float(weight.detach().abs().amax()))
+        bounds = bounds + gamma(weight.shape[1]) * (size + size.gather(1, y[:, None])) + 2 * lost[:, None]
+        bounds = bounds.masked_fill(~(size.amax(1, keepdim=True) < HUGE), math.inf)
     return bounds.scatter(1, y[:, None], 0.0)
 
 

@@ -13,17 +13,37 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _global_hooks
+from torch.nn.utils import parametrize
 
 from ..errors import UserError
 from ..models import convnets, orthogonal
+from ..threat import column
 
 M = TypeVar("M", bound=nn.Module)
+# What a subclass may define without computing something else.
+_HARMLESS = {"__init__", "__module__", "__doc__", "__annotations__", "__static_attributes__", "__firstlineno__"}
 UNIT = 2.0**-24  # the unit roundoff of float32, in which networks are evaluated
+TINY = 2.0**-126  # the smallest normal float32: a kernel may flush anything smaller to zero
+HUGE = 2.0**100  # sums of absolute terms beyond this may overflow float32 on the way (its largest is 2^128)
 SMALL = 4096  # a convolution's singular values are computed if neither its input nor its output has more values
 
 
 class CannotBound(UserError):
     """A network with a layer that no bound is known for."""
+
+
+def underflow(terms: int, largest: Tensor, largest_weight: float) -> Tensor:
+    """At most how much a sum of ``terms`` products loses where float32 flushes anything below TINY to zero, (N,).
+
+    A flushed input or weight loses at most TINY times the other factor, and a flushed product or sum TINY.
+
+    Args:
+        terms: number of products.
+        largest: (N,), no input is larger in absolute value.
+        largest_weight: no factor of an input is larger in absolute value.
+    """
+    return 4 * TINY * (terms + 2) * (1 + largest + largest_weight)
 
 
 def gamma(terms: int) -> float:
@@ -38,7 +58,10 @@ def gamma(terms: int) -> float:
 
 
 def computes_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Whether a module computes what ``kind`` computes. A subclass with its own forward, or a hook, may do anything.
+    """Whether a module computes what ``kind`` computes.
+
+    It does if it is of that class itself, or of a subclass that adds a constructor and nothing else, and if neither a
+    hook nor an attribute of its own stands in for a method. Anything else may compute anything.
 
     >>> class Residual(nn.Sequential):
     ...     def forward(self, x):
@@ -46,13 +69,15 @@ def computes_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     >>> computes_as(nn.Sequential(nn.ReLU()), nn.Sequential), computes_as(Residual(nn.ReLU()), nn.Sequential)
     (True, False)
     """
-    methods = ("__call__", "forward", "_conv_forward")
+    if not isinstance(module, kind):
+        return False
+    own_class = parametrize.type_before_parametrizations(module)
+    added = own_class.__mro__[: own_class.__mro__.index(kind)]
     return (
-        isinstance(module, kind)
-        and all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
-        and not any(name in vars(module) for name in methods)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+        all(set(vars(each)) <= _HARMLESS for each in added)
+        and not any(callable(getattr(kind, name, None)) for name in vars(module))
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (_global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks)
     )
 
 
@@ -79,7 +104,11 @@ class Layer(ABC):
         """The box of ``interval``; with slack, it also holds the outputs as float32 computes them."""
         center_out, radius_out = self.interval(center, radius)
         if slack and self.n_terms:
-            radius_out = radius_out + gamma(self.n_terms) * self.magnitude(center.abs() + radius)
+            largest = center.abs() + radius
+            size = self.magnitude(largest)
+            lost = underflow(self.n_terms, largest.flatten(1).amax(1), self.largest_weight())
+            radius_out = radius_out + gamma(self.n_terms) * size + column(lost, size)
+            radius_out = radius_out.masked_fill(~(size < HUGE), math.inf)
         return center_out, radius_out
 
     @property
@@ -90,6 +119,10 @@ class Layer(ABC):
     @abstractmethod
     def magnitude(self, h: Tensor) -> Tensor:
         """|W| |h| + |b|: the sum of the absolute terms of each output."""
+
+    def largest_weight(self) -> float:
+        """No factor that multiplies an input is larger in absolute value."""
+        return 1.0
 
     @abstractmethod
     def magnitude_norm(self, h: Tensor) -> Tensor:
@@ -176,6 +209,9 @@ class Step(Layer):
     def interval(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         return _monotone(self, center, radius)
 
+    def largest_weight(self) -> float:
+        return float(self.module.steepest)
+
     @property
     def n_terms(self) -> int:
         return 8  # x, 1/2, the clamp's two terms and leak x, and the constants slope, leak and 1 - leak, round
@@ -197,6 +233,14 @@ class ChannelAffine(Layer):
     @abstractmethod
     def factor_and_offset(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Both as (C, 1, 1), in h's dtype."""
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, ...]:
+        """All numbers that float32 may multiply with each other on the way."""
+
+    def largest_weight(self) -> float:
+        largest = max(1.0, *(float(factor.abs().amax()) for factor in self.factors()))
+        return largest**2  # a product of two that is flushed may be multiplied with a third
 
     def apply(self, h: Tensor) -> Tensor:
         factor, offset = self.factor_and_offset(h)
@@ -229,6 +273,11 @@ class BatchNorm(ChannelAffine):
         if module.running_mean is None:
             raise CannotBound("a batch norm without running statistics depends on its batch: it cannot be bounded.")
 
+    def factors(self) -> tuple[Tensor, ...]:
+        norm = self.module
+        scales = (norm.running_mean, (norm.running_var.double() + norm.eps).rsqrt(), norm.weight, norm.bias)
+        return tuple(scale for scale in scales if scale is not None)
+
     def factor_and_offset(self, h: Tensor) -> tuple[Tensor, Tensor]:
         norm = self.module
         factor = (norm.running_var.to(h.dtype) + norm.eps).rsqrt()
@@ -240,6 +289,9 @@ class BatchNorm(ChannelAffine):
 
 class Normalisation(ChannelAffine):
     """(x - mean) / std, layer 0 of a ``Classifier``, which is its module."""
+
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.module.mean, 1 / self.module.std.double()
 
     def factor_and_offset(self, h: Tensor) -> tuple[Tensor, Tensor]:
         std, mean = self.module.std.to(h.dtype), self.module.mean.to(h.dtype)
@@ -268,6 +320,9 @@ class Affine(Layer):
     def interval(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.module.weight.to(radius.dtype)
         return self.apply(center), self.linear_map(radius, weight.abs(), None)
+
+    def largest_weight(self) -> float:
+        return float(self.module.weight.detach().abs().amax())
 
     @property
     def n_terms(self) -> int:

@@ -10,12 +10,11 @@ from torch import Tensor
 from ..attacks.base import all_rows
 from ..attacks.minimal_norm import scores_and_grads
 from ..bounds import certify
-from ..data import Data, pixels
+from ..data import pixels
 from ..errors import UserError
 from ..losses import negative_margin
 from ..outputs import Model
 from ..queries import VOTES, logits_differ, majority_vote, prefers_channels_last
-from ..threat import Threat
 from .costs import add_cost
 from .evaluation import MISCLASSIFIED, UNBROKEN, StageCost
 from .state import Columns, State, Task, attack_model
@@ -25,17 +24,6 @@ RANDOM_TARGET = 30_000  # noise stream of random targets
 LINEAR_FROM = 10  # with more classes than this, targets are ranked by linearised distance, not by logit
 MAX_LINEARISED = 20  # number of classes with the largest logits whose distance is computed
 MAX_RANKED = 9  # number of target classes kept per sample
-
-
-def check_pixels(data: Data, threat: Threat) -> None:
-    """Raise UserError for images outside the threat's box, up to rounding."""
-    lowest, highest = float(data.x.min()), float(data.x.max())
-    scale = 255.0 if data.x.dtype == torch.uint8 else 1.0
-    if not (threat.lo <= lowest / scale + 1e-6 and highest / scale - 1e-6 <= threat.hi):
-        raise UserError(
-            f"images must lie in the threat's box [{threat.lo}, {threat.hi}], got values from "
-            f"{lowest / scale:.4g} to {highest / scale:.4g}. Normalisation belongs inside the model."
-        )
 
 
 def clean_pass(task: Task) -> State:
