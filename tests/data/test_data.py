@@ -552,7 +552,7 @@ def test_decoded_data_is_cached_and_rebuilt(tmp_path, cache, monkeypatch):
     (kept,) = cache.iterdir()  # one file, and no temporary one
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(data.readers, "_decode", None)  # a second decode would fail
+        patch.setattr(data.readers, "decode", None)  # a second decode would fail
         for name in (root, "set"):
             second = data.load(name)
             assert all(same(getattr(first, p), getattr(second, p)) for p in ("train", "val", "test"))
@@ -562,7 +562,7 @@ def test_decoded_data_is_cached_and_rebuilt(tmp_path, cache, monkeypatch):
         kept.write_bytes(damage)
         assert same(data.load(root).train, first.train)
         with monkeypatch.context() as patch:
-            patch.setattr(data.readers, "_decode", None)
+            patch.setattr(data.readers, "decode", None)
             assert same(data.load(root).train, first.train)
     file = tmp_path / "set" / "test.parquet"
     pq.write_table(table([2, 1, 0] * 4, names=ODD), file)
