@@ -23,6 +23,10 @@ from holdfast.models import default_model
 ODD = ['Katze, 猫 & "co"', "l'été <b>", "a b\tc"]
 
 
+# Several of these data sets repeat images or are dark on purpose; test_reading.py is about what is said of that.
+pytestmark = pytest.mark.filterwarnings("ignore::holdfast.data.DataWarning")
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
@@ -450,7 +454,6 @@ def only(column: str) -> pa.Table:
         (table([0, 1, 7] * 4), r"label 7 in row 2 of .* is out of range: with 3 classes"),
         (table([0, 1, None] * 4), r"column label of .* has 4 empty entries"),
         (table([0, 1, 2] * 4, names=["0", "1", "two"]), r"differ in their classes \('2', 'two'\)"),
-        (table([0, 1, 2] * 4, names=["1", "0", "2"]), r"differ in their classes \(their order\)"),
         (table([0, 1, 2] * 4, images=[*IMAGES[:-1], b"no image"]), r"row 11 of .*set \(train\) cannot .* \(unknown"),
         (table([0, 1, 2] * 4, images=[*IMAGES[:-1], b""]), r"image in row 11 of .*train.* cannot be decoded"),
         (table([0, 1, 2] * 4, images=[*IMAGES[:-1], IMAGES[0][:-30]]), r"image in row 11 .* cannot be decoded"),
@@ -459,7 +462,7 @@ def only(column: str) -> pa.Table:
             r"the image in row 5 of .* is 6x4 L, but the image in row 0 of .* is 4x4 L: resize or convert all",
         ),
         (table([0, 1, 2] * 4, images=[*IMAGES[:-1], png(picture(5, mode="RGB"))]), r"row 11 .* 4x4 RGB, but .* 4x4 L"),
-        (table([0, 1, 2] * 4, images=[png(picture(k).convert("RGBA")) for k in range(12)]), r"has mode RGBA: expected"),
+        (table([0, 1] * 6, images=[png(picture(k, mode="RGB")) for k in range(12)]), r"but \(1, 4, 4\) .*--convert rgb"),
         (only("image"), r"1 image and 0 label columns in image \(Image\)"),
         (only("label"), r"0 image and 1 label columns in label \(ClassLabel\)"),
         (pa.table({"text": ["a"]}), r"0 image and 0 label columns in text \(string\)"),
@@ -494,8 +497,10 @@ def test_truncated_parquet(tmp_path, keep):
 
 
 def test_splits_must_be_clear(tmp_path):
-    root = write(tmp_path / "set", train=GOOD, validation=GOOD)
-    with pytest.raises(UserError, match=r"has the splits train, validation: expected train and test, or a single one"):
+    root = write(tmp_path / "set", test=GOOD, validation=GOOD)
+    with pytest.raises(
+        UserError, match=r"has the splits test, val: expected train and test, train and val, or a single"
+    ):
         data.load(root)
 
 
@@ -533,9 +538,6 @@ def test_image_folder_errors(tmp_path):
         data.load(root)
     (tmp_path / "set" / "b" / "001.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"b/001.png' cannot be decoded \(unknown format\): replace or remove it"):
-        data.load(root)
-    (tmp_path / "set" / "c").mkdir()
-    with pytest.raises(UserError, match=r"class folder '.*c' holds no images"):
         data.load(root)
     write_folder(tmp_path / "two" / "train", {"a": 3, "b": 3})
     write_folder(tmp_path / "two" / "test", {"a": 3, "c": 3})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -13,6 +14,7 @@ from .. import __version__
 from ..errors import UserError
 from .display import coloured, errors, screen
 
+_show_warning: Any = warnings.showwarning
 ABOUT = (
     "Train image classifiers with robust losses, attack them, and report how far each robustness figure can be trusted."
 )
@@ -74,11 +76,20 @@ def main() -> None:
     rich_utils.COLOR_SYSTEM = "auto" if coloured(os.environ, True) else None
     if coloured(os.environ, False):
         rich_utils.COLOR_SYSTEM = "standard"
+    setattr(warnings, "showwarning", _show_note)  # noqa: B010  (typed for one signature)
     try:
         app()
     except UserError as error:
         errors.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(2)
+
+
+def _show_note(message: Any, category: Any, *where: Any) -> None:
+    """Print a warning of ours as a note, without the line of code that it comes from; others as Python does."""
+    if not category.__module__.startswith("holdfast"):
+        _show_warning(message, category, *where)
+        return
+    errors.print(Text.assemble(("note:", "bold yellow"), f" {message}"), soft_wrap=True)
 
 
 def _version(show: bool) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from ..errors import UserError, unknown
 from .arrays import check_arrays, check_source
-from .dataset import Data, Source, Split, augment, pixels, standardisation
+from .dataset import Data, DataWarning, Source, Split, augment, pixels, standardisation
 from .folders import IMAGE_SUFFIXES, SPLITS, find
 from .images import Reading
 from .readers import digits, hub, image_folder, moons, parquet
@@ -32,10 +32,6 @@ __all__ = [
     "Split", "augment", "check_arrays", "default_folds", "from_arrays", "load", "local_path", "pixels",
     "standardisation",
 ]  # fmt: skip
-
-
-class DataWarning(UserWarning):
-    """What was assumed, skipped or converted while data was read; ``Split.notes`` holds the same sentences."""
 
 
 def local_path(name: str) -> Path | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .dataset import Data, Source
-from .labels import check_names
+from .labels import check_names, count
 
 ROUNDING = 1e-6  # how far float pixels may lie outside [0, 1], as after an undone normalisation; they are clipped
 DARK = 0.1  # images whose largest pixel is below this share of the range are probably in another range
@@ -123,7 +123,8 @@ def check_source(
     test_data = None if test is None else check_arrays(*test, classes=classes, what=f"{what} (test)")
     if test_data and (test_data.x.shape[1:], test_data.x.dtype) != (data.x.shape[1:], data.x.dtype):
         a, b = (f"{tuple(d.x.shape[1:])} {d.x.dtype}" for d in (data, test_data))
-        raise UserError(f"samples of {what} are {a} in train but {b} in test: resize or convert one of the two.")
+        fix = " For files: --resize N, --convert rgb or --convert grey." if data.x.dtype == test_data.x.dtype else ""
+        raise UserError(f"samples of {what} are {a} in train but {b} in test: resize or convert one of the two.{fix}")
     assumed = assumptions(data.x, what) or (assumptions(test_data.x, f"{what} (test)") if test_data else [])
     return Source(data, test_data, tuple(classes), (*notes, *assumed, *duplicates(data, test_data, what)))
 
@@ -177,16 +178,17 @@ def duplicates(train: Data, test: Data | None, what: str) -> list[str]:
     first: dict[bytes, int] = {}
     again = [(i, first[key]) for i, key in enumerate(_hashes(train.x)) if first.setdefault(key, i) != i]
     shared = [(i, first[key]) for i, key in enumerate(_hashes(test.x)) if key in first] if test else []
+    lost, close = "The test set is not independent.", "Folds, training and validation images may share them."
     notes = []
     for pairs, y, said, so in (
-        (shared, test.y if test else train.y, "test images are in train too", "The test set is not independent."),
-        (again, train.y, "images repeat an earlier one", "Folds, training and validation images may share them."),
+        (shared, test.y if test else train.y, ("test image is in train too", "test images are in train too"), lost),
+        (again, train.y, ("image repeats an earlier one", "images repeat earlier ones"), close),
     ):
         if pairs:
             i, j = pairs[0]
             other = sum(int(y[a]) != int(train.y[b]) for a, b in pairs)
             labels = f", {other:,} of them under another label" if other else ""
-            notes.append(f"{what}: {len(pairs):,} {said}, pixel for pixel (number {i} is {j}){labels}. {so}")
+            notes.append(f"{what}: {count(len(pairs), *said)}, pixel for pixel (number {i} is {j}){labels}. {so}")
     return notes
 
 

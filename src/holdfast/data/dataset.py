@@ -12,6 +12,10 @@ from torch import Tensor
 from ..errors import UserError
 
 
+class DataWarning(UserWarning):
+    """What was assumed, skipped or converted while data was read; ``Split.notes`` holds the same sentences."""
+
+
 @dataclass(frozen=True)
 class Data:
     """Samples on one device.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import UserError
-from .labels import some
+from .labels import count, some
 
 T = TypeVar("T")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
@@ -140,15 +140,19 @@ def notes_on(parts: Sequence[ClassFolders], around: ClassFolders | None, what: s
         The sentences.
     """
     every = [*parts, *([around] if around else [])]
-    notes = skipped(sum((part.hidden for part in every), Counter[str]()), what, "images")
+    notes = skipped(sum((part.hidden for part in every), Counter[str]()), what, "image")
     loose = sum(part.loose for part in every)
     if loose:
-        notes.append(f"{what}: skipped {loose:,} images that lie outside the class folders.")
+        notes.append(f"{what}: skipped {count(loose, 'image')} outside the class folders.")
     others = sum((part.others for part in parts), Counter[str]())
     if others:
         listed = some([suffix for suffix, _ in others.most_common()])
-        notes.append(f"{what}: skipped {others.total():,} files that are not images: {listed}.")
-    beside = [f"'{name}' ({len(files):,} images)" for name, files in around.classes.items() if files] if around else []
+        notes.append(f"{what}: skipped {count(others.total(), 'file')} of other kinds: {listed}.")
+    beside = (
+        [f"'{name}' ({count(len(files), 'image')})" for name, files in around.classes.items() if files]
+        if around
+        else []
+    )
     if beside:
         notes.append(f"{what}: skipped folders that are no split: {some(beside)}.")
     empty = {name for part in parts for name, files in part.classes.items() if not files}
@@ -160,7 +164,7 @@ def notes_on(parts: Sequence[ClassFolders], around: ClassFolders | None, what: s
 
 def skipped(hidden: Counter[str], what: str, kind: str) -> list[str]:
     """A sentence about hidden files that were not read, if there are any."""
-    return [f"{what}: skipped {hidden.total():,} hidden {kind}: {some(sorted(hidden))}."] if hidden else []
+    return [f"{what}: skipped {count(hidden.total(), f'hidden {kind}')}: {some(sorted(hidden))}."] if hidden else []
 
 
 def by_split(parts: Iterable[tuple[str, T]], what: str) -> dict[str, T]:

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import UserError
+from .labels import count
 
 MAX_PIXELS = 89_478_485  # of one image; Pillow's own limit against files that claim more than they hold
 MAX_SIDE = 4096  # of --resize
@@ -264,7 +265,9 @@ def _refusal(bad: dict[int, _Bad], name: Callable[[int], str], reading: Reading)
     first = name(rows[0])
     more = f", and {len(rows) - 1:,} more: {', '.join(map(name, rows[1:3]))}" if len(rows) > 1 else ""
     if cause == "file":
-        return UserError(f"{first} cannot be decoded ({bad[rows[0]].reason}){more}: replace or remove them.")
+        return UserError(
+            f"{first} cannot be decoded ({bad[rows[0]].reason}){more}: replace or remove {'them' if more else 'it'}."
+        )
     fix = "--convert rgb or --convert grey (in Python convert='rgb')"
     if cause == "alpha":
         return UserError(f"{first} is transparent in part{more}: {fix} drops the transparency.")
@@ -308,20 +311,22 @@ def _notes(parts: Sequence[Counter[str]], mode: str, what: str, reading: Reading
     notes = []
     if seen["grey16"]:
         few = f" The largest value is {largest}: if they hold fewer bits, scale them first." if largest < 2**15 else ""
-        notes.append(f"{what}: {seen['grey16']:,} 16-bit grey images were scaled to 8 bits, value / 257.{few}")
+        notes.append(f"{what}: {count(seen['grey16'], '16-bit grey image')} scaled to 8 bits, value / 257.{few}")
     if seen["colour16"]:
-        notes.append(f"{what}: {seen['colour16']:,} 16-bit images were read as 8 bits, value / 256 rounded down.")
+        notes.append(
+            f"{what}: {count(seen['colour16'], '16-bit colour image')} read as 8 bits, value / 256 rounded down."
+        )
     if seen["frames"]:
-        notes.append(f"{what}: {seen['frames']:,} images have several frames; the first is used.")
+        notes.append(f"{what}: {count(seen['frames'], 'image')} of several frames: the first is used.")
     changed = {key[5:]: count for key, count in seen.items() if key.startswith("from ")}
     if changed:
         listed = ", ".join(f"{count:,} of mode {key}" for key, count in sorted(changed.items()))
         notes.append(f"{what}: images were converted to {SAID[mode]}: {listed}.")
     if seen["alpha"]:
-        notes.append(f"{what}: the transparency of {seen['alpha']:,} images was dropped.")
+        notes.append(f"{what}: the transparency of {count(seen['alpha'], 'image')} was dropped.")
     if seen["resized"]:
         side = f"{reading.resize}x{reading.resize}"
-        notes.append(f"{what}: {seen['resized']:,} images were resized to {side}, bilinear; proportions may change.")
+        notes.append(f"{what}: {count(seen['resized'], 'image')} resized to {side}, bilinear; proportions may change.")
     return notes
 
 

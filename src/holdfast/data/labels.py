@@ -23,6 +23,15 @@ def some(names: Sequence[object], most: int = 3) -> str:
     return listed if len(names) <= most else f"{listed}, ... ({len(names):,} in all)"
 
 
+def count(n: int, one: str, many: str = "") -> str:
+    """A number with its noun.
+
+    >>> count(1, "image"), count(2000, "image"), count(2, "image is", "images are")
+    ('1 image', '2,000 images', '2 images are')
+    """
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def encode(
     train: np.ndarray, test: np.ndarray | None, what: str, column: str = "the labels"
 ) -> tuple[list[np.ndarray], tuple[str, ...] | None, list[str]]:

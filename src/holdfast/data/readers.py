@@ -20,7 +20,7 @@ import torch
 
 from ..errors import UserError
 from .arrays import check_source
-from .dataset import Data, Source
+from .dataset import Data, DataWarning, Source
 from .folders import SPLIT_NAMES, by_class, by_split, find, notes_on, skipped, subfolders, train_and_test
 from .images import AS_IS, Encoded, Reading, arrange, decode, refit
 from .labels import encode, same_names
@@ -102,7 +102,9 @@ def _cached(
             os.replace(Path(scratch) / path.name, path)  # atomic: nobody reads half a file
     except (OSError, safetensors.SafetensorError) as error:
         hint = "set HOLDFAST_CACHE to a writable folder."
-        warnings.warn(f"decoded data is not cached: '{path}' cannot be written ({error}); {hint}", stacklevel=2)
+        warnings.warn(
+            f"decoded data is not cached: '{path}' cannot be written ({error}); {hint}", DataWarning, stacklevel=2
+        )
     return source
 
 
@@ -204,7 +206,7 @@ def parquet(root: Path, reading: Reading = AS_IS) -> Source:
         return from_parquet(files, what, reading)
 
     source = _cached(root, files, reading, lambda: _assemble(shards, read, str(root), reading))
-    return source._replace(notes=(*(skipped(found.hidden, str(root), "parquet files") if found else ()), *source.notes))
+    return source._replace(notes=(*(skipped(found.hidden, str(root), "parquet file") if found else ()), *source.notes))
 
 
 def image_folder(root: Path, reading: Reading = AS_IS) -> Source:
@@ -232,7 +234,7 @@ def image_folder(root: Path, reading: Reading = AS_IS) -> Source:
     def read(split: str, what: str) -> Encoded:
         files = {name: inside for name, inside in parts[split].classes.items() if inside}
         if not files:
-            alone = f" ({parts[split].loose:,} images lie in it directly)" if parts[split].loose else ""
+            alone = f" (images that lie in it directly: {parts[split].loose:,})" if parts[split].loose else ""
             hint = "holds no parquet file and no folder of images per class"
             raise UserError(f"'{splits[split]}' {hint}{alone}: check the path.")
         y = np.repeat(np.arange(len(files)), [len(inside) for inside in files.values()])
