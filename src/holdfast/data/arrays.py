@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .dataset import Data, Source
-from .labels import check_names, count
+from .labels import MAX_CLASSES, check_names, count
 
 ROUNDING = 1e-6  # how far float pixels may lie outside [0, 1], as after an undone normalisation; they are clipped
 DARK = 0.1  # images whose largest pixel is below this share of the range are probably in another range
@@ -64,8 +64,27 @@ def check_arrays(x: Any, y: Any, *, classes: Sequence[str] | None = None, what: 
         x = x.clamp(0, 1)
     elif x.dtype != torch.uint8:
         raise UserError(f"x of {what} is {x.dtype}: expected uint8 in 0..255 or float in [0, 1]. Convert it first.")
-    if y.shape != x.shape[:1]:
-        raise UserError(f"y of {what} has shape {tuple(y.shape)}: expected ({len(x)},), one label for each of x.")
+    y = check_labels(y, len(x), classes, what)
+    return Data(x.contiguous(), y, torch.arange(len(y)))
+
+
+def check_labels(y: Tensor, n: int, classes: Sequence[str] | None, what: str) -> Tensor:
+    """Check labels, which is cheap, before images are decoded.
+
+    Args:
+        y: (n,) integers in 0..K-1.
+        n: number of samples.
+        classes: K names, if they are known.
+        what: name of the data, for errors.
+
+    Returns:
+        The labels as int64.
+
+    Raises:
+        UserError: another shape or dtype, or a label out of range.
+    """
+    if y.shape != (n,):
+        raise UserError(f"y of {what} has shape {tuple(y.shape)}: expected ({n},), one label for each of x.")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise UserError(f"y of {what} is {y.dtype}: labels must be integers. Use y.astype('int64').")
     if y.dtype == torch.uint64 and y.numpy().max() > torch.iinfo(torch.int64).max:
@@ -78,7 +97,44 @@ def check_arrays(x: Any, y: Any, *, classes: Sequence[str] | None = None, what: 
     if classes is not None and high >= len(classes):
         hint = f"with {len(classes)} classes labels are 0..{len(classes) - 1}. Relabel, or name more classes."
         raise UserError(f"label {high} in row {int(y.argmax())} of {what} is out of range: {hint}")
-    return Data(x.contiguous(), y, torch.arange(len(y)))
+    return y
+
+
+def given_names(classes: Sequence[str] | None, what: str) -> Sequence[str] | None:
+    """Class names as text, checked; None without any. Raises UserError as ``check_names`` does."""
+    if isinstance(classes, str):
+        raise UserError(f"classes of {what} is the text '{classes[:40]}': expected a list of K names.")
+    if classes is not None:
+        classes = classes if len(classes) > MAX_CLASSES else [str(name) for name in classes]
+        check_names(classes, what)
+    return classes
+
+
+def class_names(y: Tensor, classes: Sequence[str] | None, what: str) -> Sequence[str]:
+    """The names of the classes of training labels; "0".."K-1" where none are given.
+
+    Args:
+        y: (N,) int64 labels of train, >= 0.
+        classes: K names, or None: then labels must be 0..K-1 with none missing.
+        what: name of the data, for errors.
+
+    Returns:
+        K names.
+
+    Raises:
+        UserError: a label is missing, there is only one class, or there are too many.
+    """
+    present = y.unique().tolist()
+    if classes is None:  # a missing label is more likely a mistake (labels from 1) than an empty class
+        missing = next((k for k, label in enumerate(present) if label != k), None)
+        if missing is not None:
+            hint = "without class names, labels must be 0..K-1 with none missing. Relabel, or name the classes."
+            raise UserError(f"label {missing} never occurs in {what}, though {present[-1]} does: {hint}")
+        classes = [str(k) for k in present]
+        check_names(classes, what)
+    if len(present) < 2:
+        raise UserError(f"{what} has one class only ('{classes[present[0]]}'): a classifier needs at least two.")
+    return classes
 
 
 def check_source(
@@ -104,22 +160,9 @@ def check_source(
         UserError: as for ``check_arrays``; or a label is missing, there is only one class, class names repeat, or
             train and test differ in shape or dtype.
     """
-    if classes is not None:
-        if isinstance(classes, str):
-            raise UserError(f"classes of {what} is the text '{classes[:40]}': expected a list of K names.")
-        classes = [str(name) for name in classes]
-        check_names(classes, what)
+    classes = given_names(classes, what)
     data = check_arrays(*train, classes=classes, what=f"{what} (train)" if test else what)
-    present = data.y.unique().tolist()
-    if classes is None:  # a missing label is more likely a mistake (labels from 1) than an empty class
-        missing = next((k for k, label in enumerate(present) if label != k), None)
-        if missing is not None:
-            hint = "without class names, labels must be 0..K-1 with none missing. Relabel, or name the classes."
-            raise UserError(f"label {missing} never occurs in {what}, though {present[-1]} does: {hint}")
-        classes = [str(k) for k in present]
-        check_names(classes, what)
-    if len(present) < 2:
-        raise UserError(f"{what} has one class only ('{classes[present[0]]}'): a classifier needs at least two.")
+    classes = class_names(data.y, classes, what)
     test_data = None if test is None else check_arrays(*test, classes=classes, what=f"{what} (test)")
     if test_data and (test_data.x.shape[1:], test_data.x.dtype) != (data.x.shape[1:], data.x.dtype):
         a, b = (f"{tuple(d.x.shape[1:])} {d.x.dtype}" for d in (data, test_data))
@@ -180,15 +223,24 @@ def duplicates(train: Data, test: Data | None, what: str) -> list[str]:
     shared = [(i, first[key]) for i, key in enumerate(_hashes(test.x)) if key in first] if test else []
     lost, close = "The test set is not independent.", "Folds, training and validation images may share them."
     notes = []
-    for pairs, y, said, so in (
-        (shared, test.y if test else train.y, ("test image is in train too", "test images are in train too"), lost),
-        (again, train.y, ("image repeats an earlier one", "images repeat earlier ones"), close),
+    for pairs, y, said, so, source in (
+        (
+            shared,
+            test.y if test else train.y,
+            ("test image is in train too", "test images are in train too"),
+            lost,
+            "train",
+        ),
+        (again, train.y, ("image repeats an earlier one", "images repeat earlier ones"), close, "image"),
     ):
         if pairs:
             i, j = pairs[0]
+            name = "test" if source == "train" else "image"
             other = sum(int(y[a]) != int(train.y[b]) for a, b in pairs)
             labels = f", {other:,} of them under another label" if other else ""
-            notes.append(f"{what}: {count(len(pairs), *said)}, pixel for pixel (number {i} is {j}){labels}. {so}")
+            notes.append(
+                f"{what}: {count(len(pairs), *said)}, pixel for pixel ({name} {i} is {source} {j}){labels}. {so}"
+            )
     return notes
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from ..errors import UserError, unknown
-from .images import Encoded, Reading
+from .images import Encoded, Reading, is_encoded
 from .labels import some
 
 IMAGE_NAMES = ("image", "img", "images", "picture", "photo", "pixels", "x")
@@ -119,29 +119,33 @@ def extract(table: pa.Table, columns: Columns, folders: Sequence[Path], what: st
     Raises:
         UserError: an entry is empty, rows differ in shape, a label is not whole, or a file lies elsewhere.
     """
-    where = shard or what
-    first, column = table.column(columns.images[0]), table.column(columns.labels)
-    kind = _kind(first.type, {})
-    images: list[bytes | Path] | np.ndarray
-    if len(columns.images) > 1 or kind in ("whole", "number", "flag"):
-        pixels = [_numbers(table.column(name), name, where) for name in columns.images]
-        images = np.stack(pixels, axis=1)
-        images = images.reshape(-1, *columns.grid) if columns.grid else images
-    elif kind == "numbers":
-        images = _numbers(first, columns.images[0], where)
-    elif kind == "image":
-        cells = [cell or {} for cell in _storage(first).to_pylist()]
-        images = [
-            cell.get("bytes") or (_beside(cell["path"], folders, i, where) if cell.get("path") else b"")
-            for i, cell in enumerate(cells)
-        ]
-    else:
-        images = [
-            _beside(cell, folders, i, where) if isinstance(cell, str) else cell or b""
-            for i, cell in enumerate(_storage(first).to_pylist())
-        ]
+    where, folders = shard or what, [folder.resolve() for folder in folders]
+    images, column = _images(table, columns, folders, where), table.column(columns.labels)
     y, classes = _labels(column, columns, where), _class_names(table.schema, columns.labels)
     return Encoded(images, y, classes, f"column {columns.labels}", columns.notes)
+
+
+def _images(table: pa.Table, columns: Columns, folders: Sequence[Path], what: str) -> list[bytes | Path] | np.ndarray:
+    """Encoded images, files, or numbers."""
+    first = table.column(columns.images[0])
+    kind = _kind(first.type, {})
+    if len(columns.images) > 1 or kind in ("whole", "number", "flag"):
+        values = np.stack([_numbers(table.column(name), name, what) for name in columns.images], axis=1)
+        return values.reshape(-1, *columns.grid) if columns.grid else values
+    if kind == "numbers":
+        return _numbers(first, columns.images[0], what)
+    rows = _storage(first).to_pylist()
+    if kind == "bytes":
+        content: list[bytes] = [row or b"" for row in rows]
+        lengths = {len(one) for one in content}
+        if len(lengths) == 1 and min(lengths) >= 16 and not any(is_encoded(one) for one in content[:9]):  # pixels
+            return np.frombuffer(b"".join(content), dtype=np.uint8).reshape(len(content), -1).copy()
+        return [*content]
+    cells = [row if isinstance(row, dict) else {"path": row} for row in rows]
+    return [
+        cell.get("bytes") or (_beside(cell["path"], folders, i, what) if cell.get("path") else b"")
+        for i, cell in enumerate(cells)
+    ]
 
 
 def _labels(column: pa.ChunkedArray, columns: Columns, what: str) -> np.ndarray:
@@ -157,7 +161,7 @@ def _labels(column: pa.ChunkedArray, columns: Columns, what: str) -> np.ndarray:
     empty = sum(1 for value in values if not value) if text else column.null_count
     if empty:
         raise UserError(f"column {name} of {what} has {empty} empty entries: fill or drop them.")
-    y = np.array(values, dtype=object) if text else column.to_numpy()
+    y = np.array(values, dtype=object) if text else np.array(column.to_numpy())  # a copy that may be written
     different = len(set(values)) if text else len(np.unique(y))
     if not columns.named and len(y) >= 8 and different > len(y) / 2:
         why = f"holds {different:,} different values in {len(y):,} rows, so it names no classes"
@@ -284,7 +288,7 @@ def _beside(path: str, folders: Sequence[Path], row: int, what: str) -> Path:
     said = f"row {row} of {what} names the file '{path[:200]}'"
     try:
         file = (folders[0] / path).resolve()
-        inside, there = any(file.is_relative_to(folder.resolve()) for folder in folders), file.is_file()
+        inside, there = any(file.is_relative_to(folder) for folder in folders), file.is_file()
     except (OSError, ValueError, RuntimeError, IndexError):
         inside, there = True, False
     if not inside:

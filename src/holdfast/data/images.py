@@ -168,6 +168,19 @@ def _values(opened: Image.Image, mode: str, reading: Reading, seen: Counter[str]
     return np.asarray(image)
 
 
+def is_encoded(content: bytes) -> bool:
+    """Whether bytes begin like an image in one of ``FORMATS``; its size may be too large."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            Image.open(BytesIO(content), formats=FORMATS).close()
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # Pillow raises errors of many kinds
+        return False
+    return True
+
+
 def decode(images: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tensor, list[str]]:
     """Decode images to one tensor.
 
@@ -295,12 +308,13 @@ def _same_kind(
         mode, (width, height) = kinds[i] or ("", (0, 0))
         return f"{name(i)} is {width}x{height} {mode}"
 
-    fixes = {0: "--convert rgb or grey", 1: "--resize N"}
+    fixes = {1: ("--resize N", "resize=N"), 0: ("--convert rgb or grey", "convert='rgb'")}
     differ = [fix for part, fix in fixes.items() if any((plain[i] or common)[part] != common[part] for i in rows)]
+    command, python = " and ".join(fix for fix, _ in differ), ", ".join(fix for _, fix in differ)
     more = f" (and {len(rows) - 3:,} more)" if len(rows) > 3 else ""
     raise UserError(
         f"{', '.join(map(say, rows[:3]))}{more}, but {say(plain.index(common))}: resize or convert all to one size and "
-        f"mode, with {' and '.join(reversed(differ))} (in Python resize=N, convert='rgb')."
+        f"mode, with {command} (in Python {python})."
     )
 
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from ..errors import UserError
-from .arrays import check_source
+from .arrays import check_labels, check_source, class_names, given_names
 from .dataset import Data, DataWarning, Source
 from .folders import SPLIT_NAMES, by_class, by_split, find, notes_on, skipped, subfolders, train_and_test
 from .images import AS_IS, Encoded, Reading, arrange, decode, refit
@@ -49,6 +49,12 @@ def _assemble(
     elif test is not None and test.classes is not None:
         labels[1], more = same_names(classes, test.classes, labels[1], what)
         notes += more
+    # labels first: they are cheap to refuse, and decoding may take minutes
+    names = given_names(classes, what)
+    for y, part, (name, _) in zip(labels, parts, chosen, strict=True):
+        if len(y):
+            checked = check_labels(torch.from_numpy(y), len(part.images), names, name)
+            names = class_names(checked, names, what) if part is train else names
     images: list[torch.Tensor] = []
     for part, (name, _) in zip(parts, chosen, strict=True):
         if isinstance(part.images, np.ndarray):
@@ -227,6 +233,9 @@ def image_folder(root: Path, reading: Reading = AS_IS) -> Source:
     named = [(d.name, d) for d in subfolders(root) if d.name.lower() in SPLIT_NAMES and subfolders(d)]
     rest = [d for d in subfolders(root) if d.name not in dict(named)]  # a class may be called "train"
     nested = any(SPLIT_NAMES[name.lower()] != "val" for name, _ in named) or (named and not rest)
+    if not named and len(rest) == 1 and len(subfolders(rest[0])) > 1:
+        hint = f"a class needs a folder of its own. If the classes are in '{rest[0]}', name that."
+        raise UserError(f"'{root}' holds a single folder, '{rest[0].name}', with others in it: {hint}")
     splits = by_split(named, f"'{root}'") if nested else {"all": root}
     parts = {split: by_class(folder) for split, folder in splits.items()}
     around = by_class(root, leave_out=splits.values()) if nested else None
