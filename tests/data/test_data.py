@@ -462,7 +462,7 @@ def only(column: str) -> pa.Table:
             r"the image in row 5 of .* is 6x4 L, but the image in row 0 of .* is 4x4 L: resize or convert all",
         ),
         (table([0, 1, 2] * 4, images=[*IMAGES[:-1], png(picture(5, mode="RGB"))]), r"row 11 .* 4x4 RGB, but .* 4x4 L"),
-        (table([0, 1] * 6, images=[png(picture(k, mode="RGB")) for k in range(12)]), r"but \(1, 4, 4\) .*--convert rgb"),
+        (table([0, 1] * 6, images=[png(picture(k, mode="RGB")) for k in range(12)]), r"\(1, 4, 4\) .*--convert rgb"),
         (only("image"), r"1 image and 0 label columns in image \(Image\)"),
         (only("label"), r"0 image and 1 label columns in label \(ClassLabel\)"),
         (pa.table({"text": ["a"]}), r"0 image and 0 label columns in text \(string\)"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +16,6 @@ from .. import __version__
 from ..errors import UserError
 from .display import coloured, errors, screen
 
-_show_warning: Any = warnings.showwarning
 ABOUT = (
     "Train image classifiers with robust losses, attack them, and report how far each robustness figure can be trusted."
 )
@@ -76,18 +77,19 @@ def main() -> None:
     rich_utils.COLOR_SYSTEM = "auto" if coloured(os.environ, True) else None
     if coloured(os.environ, False):
         rich_utils.COLOR_SYSTEM = "standard"
-    setattr(warnings, "showwarning", _show_note)  # noqa: B010  (typed for one signature)
-    try:
-        app()
-    except UserError as error:
-        errors.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
-        sys.exit(2)
+    with warnings.catch_warnings():
+        setattr(warnings, "showwarning", partial(_show_note, warnings.showwarning))  # noqa: B010  (typed more narrowly)
+        try:
+            app()
+        except UserError as error:
+            errors.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+            sys.exit(2)
 
 
-def _show_note(message: Any, category: Any, *where: Any) -> None:
+def _show_note(show: Callable[..., None], message: Any, category: Any, *where: Any, **stream: Any) -> None:
     """Print a warning of ours as a note, without the line of code that it comes from; others as Python does."""
     if not category.__module__.startswith("holdfast"):
-        _show_warning(message, category, *where)
+        show(message, category, *where, **stream)
         return
     errors.print(Text.assemble(("note:", "bold yellow"), f" {message}"), soft_wrap=True)
 

@@ -32,15 +32,15 @@ class Columns:
     """The columns that are read.
 
     Args:
-        images: one column, or the pixel columns in row-major order.
-        labels: the label column.
+        x: the column of images, or those of the pixels in row-major order.
+        y: the label column.
         grid: (rows, columns) that the names of pixel columns give, such as 1x1..28x28.
         named: whether the label column has a name or type that says so; otherwise it is the only one possible.
         notes: what was assumed.
     """
 
-    images: tuple[str, ...]
-    labels: str
+    x: tuple[str, ...]
+    y: str
     grid: tuple[int, int] | None = None
     named: bool = True
     notes: tuple[str, ...] = ()
@@ -67,7 +67,8 @@ def choose(schema: pa.Schema, reading: Reading, what: str) -> Columns:
             raise unknown(f"column of {what}", name, schema.names[:40])
     features = _features(schema)
     kinds = {name: _kind(schema.field(name).type, features.get(name, {})) for name in schema.names}
-    rest = [name for name in schema.names if name != reading.label_column]
+    every = [name for name in schema.names if not name.startswith("__index_level_")]  # row numbers that pandas adds
+    rest = [name for name in every if name != reading.label_column]
     pixels, grid = _pixel_columns([name for name in rest if kinds[name] in ("whole", "number")])
     images: list[str] = [reading.image_column] if reading.image_column else []
     for kind in ("image", "bytes", "numbers"):
@@ -76,7 +77,7 @@ def choose(schema: pa.Schema, reading: Reading, what: str) -> Columns:
     pictures = _preferred(images, IMAGE_NAMES)
     if not images and pixels:
         pictures = [pixels[0]]  # one set of columns
-    free = [name for name in schema.names if name not in (*images, *(() if images else pixels))]
+    free = [name for name in every if name not in (*images, *(() if images else pixels))]
     classes = [name for name in free if kinds[name] == "class"]
     plain = [name for name in free if kinds[name] in ("whole", "number", "text", "flag")]
     known = [name for name in plain if name.lower() in LABEL_NAMES]
@@ -120,20 +121,20 @@ def extract(table: pa.Table, columns: Columns, folders: Sequence[Path], what: st
         UserError: an entry is empty, rows differ in shape, a label is not whole, or a file lies elsewhere.
     """
     where, folders = shard or what, [folder.resolve() for folder in folders]
-    images, column = _images(table, columns, folders, where), table.column(columns.labels)
-    y, classes = _labels(column, columns, where), _class_names(table.schema, columns.labels)
-    return Encoded(images, y, classes, f"column {columns.labels}", columns.notes)
+    images, column = _images(table, columns, folders, where), table.column(columns.y)
+    y, classes = _labels(column, columns, where), _class_names(table.schema, columns.y)
+    return Encoded(images, y, classes, f"column {columns.y}", columns.notes)
 
 
 def _images(table: pa.Table, columns: Columns, folders: Sequence[Path], what: str) -> list[bytes | Path] | np.ndarray:
     """Encoded images, files, or numbers."""
-    first = table.column(columns.images[0])
+    first = table.column(columns.x[0])
     kind = _kind(first.type, {})
-    if len(columns.images) > 1 or kind in ("whole", "number", "flag"):
-        values = np.stack([_numbers(table.column(name), name, what) for name in columns.images], axis=1)
+    if len(columns.x) > 1 or kind in ("whole", "number", "flag"):
+        values = np.stack([_numbers(table.column(name), name, what) for name in columns.x], axis=1)
         return values.reshape(-1, *columns.grid) if columns.grid else values
     if kind == "numbers":
-        return _numbers(first, columns.images[0], what)
+        return _numbers(first, columns.x[0], what)
     rows = _storage(first).to_pylist()
     if kind == "bytes":
         content: list[bytes] = [row or b"" for row in rows]
@@ -150,7 +151,7 @@ def _images(table: pa.Table, columns: Columns, folders: Sequence[Path], what: st
 
 def _labels(column: pa.ChunkedArray, columns: Columns, what: str) -> np.ndarray:
     """(N,) labels as they are stored."""
-    name = columns.labels
+    name = columns.y
     if pa.types.is_dictionary(column.type):
         column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
     text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)

@@ -128,18 +128,18 @@ def by_class(folder: Path, leave_out: Iterable[Path] = ()) -> ClassFolders:
     return found
 
 
-def notes_on(parts: Sequence[ClassFolders], around: ClassFolders | None, what: str) -> list[str]:
+def notes_on(parts: Sequence[ClassFolders], rest: ClassFolders | None, what: str) -> list[str]:
     """What was skipped in image folders, a sentence each.
 
     Args:
         parts: each split.
-        around: what lies beside the split folders, if there are any.
+        rest: what lies beside the split folders, if there are any.
         what: name of the data.
 
     Returns:
         The sentences.
     """
-    every = [*parts, *([around] if around else [])]
+    every = [*parts, *([rest] if rest else [])]
     notes = skipped(sum((part.hidden for part in every), Counter[str]()), what, "image")
     loose = sum(part.loose for part in every)
     if loose:
@@ -149,9 +149,7 @@ def notes_on(parts: Sequence[ClassFolders], around: ClassFolders | None, what: s
         listed = some([suffix for suffix, _ in others.most_common()])
         notes.append(f"{what}: skipped {count(others.total(), 'file')} of other kinds: {listed}.")
     beside = (
-        [f"'{name}' ({count(len(files), 'image')})" for name, files in around.classes.items() if files]
-        if around
-        else []
+        [f"'{name}' ({count(len(files), 'image')})" for name, files in rest.classes.items() if files] if rest else []
     )
     if beside:
         notes.append(f"{what}: skipped folders that are no split: {some(beside)}.")

@@ -72,15 +72,15 @@ class Encoded:
     """One split before its images are decoded.
 
     Args:
-        images: encoded images, or their files; or (N, ...) numbers that ``images.arrange`` takes.
-        labels: (N,) numbers of ``classes``; without class names, labels as they are stored.
+        x: encoded images, or their files; or (N, ...) numbers that ``images.arrange`` takes.
+        y: (N,) numbers of ``classes``; without class names, labels as they are stored.
         classes: class names, if the source has any.
         column: where the labels are from, for errors.
         notes: what was assumed.
     """
 
-    images: Sequence[bytes | Path] | np.ndarray
-    labels: np.ndarray
+    x: Sequence[bytes | Path] | np.ndarray
+    y: np.ndarray
     classes: tuple[str, ...] | None
     column: str = "the labels"
     notes: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class Encoded:
     @property
     def refers(self) -> bool:
         """Whether images are files of their own, which may change while the table does not."""
-        return not isinstance(self.images, np.ndarray) and any(isinstance(image, Path) for image in self.images)
+        return not isinstance(self.x, np.ndarray) and any(isinstance(image, Path) for image in self.x)
 
 
 def memory_limit() -> int:
@@ -181,14 +181,14 @@ def is_encoded(content: bytes) -> bool:
     return True
 
 
-def decode(images: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tensor, list[str]]:
+def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tensor, list[str]]:
     """Decode images to one tensor.
 
     Read as they are: grey, RGB, and what is one of them in another form (black and white, palette, opaque alpha).
     16-bit grey is scaled to 8 bits by value / 257. Everything else is refused until ``reading`` says how.
 
     Args:
-        images: encoded images, or their files.
+        x: encoded images, or their files.
         what: name of the data, for errors and notes.
         reading: how to convert and resize.
 
@@ -200,17 +200,17 @@ def decode(images: Sequence[bytes | Path], what: str, reading: Reading) -> tuple
     """
 
     def name(i: int) -> str:
-        image = images[i]
+        image = x[i]
         return f"image '{image}'" if isinstance(image, Path) else f"the image in row {i} of {what}"
 
-    kinds: list[tuple[str, tuple[int, int]] | None] = [None] * len(images)  # mode and size as they are
+    kinds: list[tuple[str, tuple[int, int]] | None] = [None] * len(x)  # mode and size as they are
     bad: dict[int, _Bad] = {}
     out = np.empty(0, dtype=np.uint8)
     wanted: tuple[str, tuple[int, int]] | None = None
 
     def read(i: int, seen: Counter[str], take: Callable[[str, tuple[int, int], Image.Image], None]) -> None:
         """Open image i, and hand it on once its header says that it can be used."""
-        image = images[i]
+        image = x[i]
         try:
             with Image.open(BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
                 size, mode = opened.size, _target(opened, reading)
@@ -245,11 +245,11 @@ def decode(images: Sequence[bytes | Path], what: str, reading: Reading) -> tuple
             read(i, seen, put)
         return seen
 
-    if not len(images):
+    if not len(x):
         raise UserError(f"{what} is empty: expected at least one image.")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for i in range(len(images)):
+        for i in range(len(x)):
             read(i, Counter(), choose)
             if wanted:
                 break
@@ -257,18 +257,20 @@ def decode(images: Sequence[bytes | Path], what: str, reading: Reading) -> tuple
             raise _refusal(bad, name, reading)
         mode, (width, height) = wanted
         channels = {"L": (), "RGB": (3,)}[mode]
-        size = len(images) * height * width * (len(channels) * 2 + 1)
+        size = len(x) * height * width * (len(channels) * 2 + 1)
         hint = "use --resize N (in Python resize=N), or fewer images."
-        check_memory(size, f"the {len(images):,} images of {what}, if all are {width}x{height} like {name(i)},", hint)
-        out = np.empty((len(images), height, width, *channels), dtype=np.uint8)
+        check_memory(size, f"the {len(x):,} images of {what}, if all are {width}x{height} like {name(i)},", hint)
+        out = np.empty((len(x), height, width, *channels), dtype=np.uint8)
         # small images decode faster than threads can hand over the interpreter lock; a pool pays from about 64x64
         with ThreadPoolExecutor(1 if out[0].size < 64 * 64 and not reading.resize else os.cpu_count()) as pool:
             parts = list(pool.map(fill, (range(i, min(i + 256, len(out))) for i in range(0, len(out), 256))))
     if bad:
         raise _refusal(bad, name, reading)
     _same_kind(kinds, wanted, name, reading)
-    x = torch.from_numpy(out)
-    return (x[:, None] if mode == "L" else x.permute(0, 3, 1, 2).contiguous()), _notes(parts, mode, what, reading)
+    pixels = torch.from_numpy(out)
+    return (pixels[:, None] if mode == "L" else pixels.permute(0, 3, 1, 2).contiguous()), _notes(
+        parts, mode, what, reading
+    )
 
 
 def _refusal(bad: dict[int, _Bad], name: Callable[[int], str], reading: Reading) -> UserError:

@@ -40,7 +40,7 @@ def _assemble(
     train, test = parts[0], parts[1] if len(parts) == 2 else None
     for part in parts:
         notes += part.notes
-    labels, classes = [part.labels for part in parts], train.classes
+    labels, classes = [part.y for part in parts], train.classes
     if test is not None and (train.classes is None) != (test.classes is None):
         raise UserError(f"only one of train and test of {what} has class names: give them to both, or to none.")
     if classes is None:
@@ -53,14 +53,14 @@ def _assemble(
     names = given_names(classes, what)
     for y, part, (name, _) in zip(labels, parts, chosen, strict=True):
         if len(y):
-            checked = check_labels(torch.from_numpy(y), len(part.images), names, name)
+            checked = check_labels(torch.from_numpy(y), len(part.x), names, name)
             names = class_names(checked, names, what) if part is train else names
     images: list[torch.Tensor] = []
     for part, (name, _) in zip(parts, chosen, strict=True):
-        if isinstance(part.images, np.ndarray):
-            x, more = arrange(part.images, name, reading)
+        if isinstance(part.x, np.ndarray):
+            x, more = arrange(part.x, name, reading)
         else:
-            x, more = decode(part.images, name, reading)
+            x, more = decode(part.x, name, reading)
         images.append(x)
         notes += more
     pairs: list[tuple[Any, Any]] = list(zip(images, labels, strict=True))

@@ -38,7 +38,7 @@ def from_parquet(files: Sequence[Path], what: str, reading: Reading) -> Encoded:
         for shard in files:
             with pq.ParquetFile(shard) as file:
                 columns = columns or choose(file.schema_arrow, reading, what)
-                names = [*columns.images, columns.labels]
+                names = [*columns.x, columns.y]
                 missing = [name for name in names if name not in file.schema_arrow.names]
                 if missing:
                     raise UserError(f"'{shard}' has no column {some(missing)}, but '{files[0]}' has: make them alike.")
@@ -75,7 +75,7 @@ def from_hub(split: Any, what: str, reading: Reading, folders: Sequence[Path]) -
     schema = split.features.arrow_schema
     columns: Columns = choose(schema, reading, what)
     # encoded images, not decoded row by row
-    table = split.select_columns([*columns.images, columns.labels]).with_format("arrow")[:]
+    table = split.select_columns([*columns.x, columns.y]).with_format("arrow")[:]
     return extract(table.replace_schema_metadata(schema.metadata), columns, folders, what)
 
 
@@ -86,13 +86,13 @@ def _joined(parts: Sequence[Encoded], what: str) -> Encoded:
         return first
     if len({part.classes for part in parts}) > 1:
         raise UserError(f"the files of {what} differ in their class names: name the same ones, in the same order.")
-    kinds = {part.labels.dtype.kind.replace("u", "i") for part in parts if len(part.labels)}
-    shapes = {part.images.shape[1:] for part in parts if isinstance(part.images, np.ndarray) and len(part.images)}
-    if len(kinds) > 1 or len(shapes) > 1 or len({isinstance(part.images, np.ndarray) for part in parts}) > 1:
+    kinds = {part.y.dtype.kind.replace("u", "i") for part in parts if len(part.y)}
+    shapes = {part.x.shape[1:] for part in parts if isinstance(part.x, np.ndarray) and len(part.x)}
+    if len(kinds) > 1 or len(shapes) > 1 or len({isinstance(part.x, np.ndarray) for part in parts}) > 1:
         raise UserError(f"the files of {what} differ in the type of their labels or images: write them alike.")
-    labels = np.concatenate([part.labels for part in parts if len(part.labels)] or [first.labels])
-    if isinstance(first.images, np.ndarray):
-        arrays = [np.asarray(part.images) for part in parts if len(part.images)]
-        return Encoded(np.concatenate(arrays or [first.images]), labels, first.classes, first.column, first.notes)
-    images = [image for part in parts for image in part.images]
+    labels = np.concatenate([part.y for part in parts if len(part.y)] or [first.y])
+    if isinstance(first.x, np.ndarray):
+        arrays = [np.asarray(part.x) for part in parts if len(part.x)]
+        return Encoded(np.concatenate(arrays or [first.x]), labels, first.classes, first.column, first.notes)
+    images = [image for part in parts for image in part.x]
     return Encoded(images, labels, first.classes, first.column, first.notes)
