@@ -15,13 +15,14 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tests.helpers import write_parquet
 from typer.models import OptionInfo
 
 import holdfast
 from holdfast import cli, results
 from holdfast.attacks import ATTACKS
-from holdfast.data import DATASETS
+from holdfast.data import DATASETS, load
 from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments.config import Comparison
 from holdfast.experiments.recipes import RECIPES, Recipe
@@ -409,6 +410,38 @@ def test_a_replay_that_fails_says_so_and_returns_1(compared, holdfast_):
     status, out, _ = holdfast_("replay", "out", "--json")
     assert status == 1
     assert [proof["holds"] for proof in json.loads(out)] == [False, True]
+
+
+@pytest.mark.filterwarnings("default::holdfast.data.DataWarning")
+def test_data_is_read_as_it_is_told_and_what_was_assumed_is_said_once(holdfast_, tmp_path):
+    """Pictures of two sizes and a hidden folder: refused in one line, then read, trained on, attacked and replayed."""
+    digits = load("digits")
+    for image, label, number in zip(digits.train.x, digits.train.y.tolist(), range(120), strict=False):
+        for name in (f"class-{label % 2}", *([".ipynb_checkpoints"] if number < 3 else [])):
+            (tmp_path / "set" / name).mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(image[0].numpy())
+            picture.resize((9, 9) if number == 5 else (8, 8)).save(tmp_path / "set" / name / f"{number:03}.png")
+    words = ("train", "--out", "run", "--data", "set", "--epochs", "2", "--batch-size", "32", "--device", "cpu")
+    status, _, err = holdfast_(*words)
+    assert status == 2
+    assert "with --resize N" in one_line(err)
+    assert not (tmp_path / "run").exists()
+    status, _, err = holdfast_(*words, "--resize", "8")
+    assert status == 0
+    assert re.findall("^note: .*", err, re.MULTILINE) == [
+        "note: set: skipped 3 hidden images: .ipynb_checkpoints.",
+        "note: set: 1 image resized to 8x8, bilinear; proportions may change.",
+    ]
+    assert holdfast_("evaluate", "run", "--suite", "tiny", "--device", "cpu", "-q")[0] == 0
+    assert holdfast_("replay", "run/evaluation-linf0.1-tiny", "--device", "cpu")[0] == 0
+    status, _, err = holdfast_("evaluate", "run", "--resize", "8")
+    assert status == 2
+    assert "--resize is for your own model" in one_line(err)
+    out = ("compare", "--data", "set", "--losses", "sce,mmc", *SMALL, "--jobs", "1", "--resize", "8", "--out", "out")
+    status, _, err = holdfast_(*out)
+    assert status == 0
+    assert len(re.findall("^note: ", err, re.MULTILINE)) == 2
+    assert results.load(tmp_path / "out").settings["resize"] == 8
 
 
 def test_train_goes_on_where_it_was(parquet, holdfast_, tmp_path):

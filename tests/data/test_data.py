@@ -23,6 +23,10 @@ from holdfast.models import default_model
 ODD = ['Katze, 猫 & "co"', "l'été <b>", "a b\tc"]
 
 
+# Several of these data sets repeat images or are dark on purpose; test_reading.py is about what is said of that.
+pytestmark = pytest.mark.filterwarnings("ignore::holdfast.data.DataWarning")
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
@@ -450,7 +454,6 @@ def only(column: str) -> pa.Table:
         (table([0, 1, 7] * 4), r"label 7 in row 2 of .* is out of range: with 3 classes"),
         (table([0, 1, None] * 4), r"column label of .* has 4 empty entries"),
         (table([0, 1, 2] * 4, names=["0", "1", "two"]), r"differ in their classes \('2', 'two'\)"),
-        (table([0, 1, 2] * 4, names=["1", "0", "2"]), r"differ in their classes \(their order\)"),
         (table([0, 1, 2] * 4, images=[*IMAGES[:-1], b"no image"]), r"row 11 of .*set \(train\) cannot .* \(unknown"),
         (table([0, 1, 2] * 4, images=[*IMAGES[:-1], b""]), r"image in row 11 of .*train.* cannot be decoded"),
         (table([0, 1, 2] * 4, images=[*IMAGES[:-1], IMAGES[0][:-30]]), r"image in row 11 .* cannot be decoded"),
@@ -459,7 +462,7 @@ def only(column: str) -> pa.Table:
             r"the image in row 5 of .* is 6x4 L, but the image in row 0 of .* is 4x4 L: resize or convert all",
         ),
         (table([0, 1, 2] * 4, images=[*IMAGES[:-1], png(picture(5, mode="RGB"))]), r"row 11 .* 4x4 RGB, but .* 4x4 L"),
-        (table([0, 1, 2] * 4, images=[png(picture(k).convert("RGBA")) for k in range(12)]), r"has mode RGBA: expected"),
+        (table([0, 1] * 6, images=[png(picture(k, mode="RGB")) for k in range(12)]), r"\(1, 4, 4\) .*--convert rgb"),
         (only("image"), r"1 image and 0 label columns in image \(Image\)"),
         (only("label"), r"0 image and 1 label columns in label \(ClassLabel\)"),
         (pa.table({"text": ["a"]}), r"0 image and 0 label columns in text \(string\)"),
@@ -494,8 +497,10 @@ def test_truncated_parquet(tmp_path, keep):
 
 
 def test_splits_must_be_clear(tmp_path):
-    root = write(tmp_path / "set", train=GOOD, validation=GOOD)
-    with pytest.raises(UserError, match=r"has the splits train, validation: expected train and test, or a single one"):
+    root = write(tmp_path / "set", test=GOOD, validation=GOOD)
+    with pytest.raises(
+        UserError, match=r"has the splits test, val: expected train and test, train and val, or a single"
+    ):
         data.load(root)
 
 
@@ -534,9 +539,6 @@ def test_image_folder_errors(tmp_path):
     (tmp_path / "set" / "b" / "001.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"b/001.png' cannot be decoded \(unknown format\): replace or remove it"):
         data.load(root)
-    (tmp_path / "set" / "c").mkdir()
-    with pytest.raises(UserError, match=r"class folder '.*c' holds no images"):
-        data.load(root)
     write_folder(tmp_path / "two" / "train", {"a": 3, "b": 3})
     write_folder(tmp_path / "two" / "test", {"a": 3, "c": 3})
     with pytest.raises(UserError, match=r"differ in their classes \('b', 'c'\)"):
@@ -552,7 +554,7 @@ def test_decoded_data_is_cached_and_rebuilt(tmp_path, cache, monkeypatch):
     (kept,) = cache.iterdir()  # one file, and no temporary one
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(data.readers, "_decode", None)  # a second decode would fail
+        patch.setattr(data.readers, "decode", None)  # a second decode would fail
         for name in (root, "set"):
             second = data.load(name)
             assert all(same(getattr(first, p), getattr(second, p)) for p in ("train", "val", "test"))
@@ -562,7 +564,7 @@ def test_decoded_data_is_cached_and_rebuilt(tmp_path, cache, monkeypatch):
         kept.write_bytes(damage)
         assert same(data.load(root).train, first.train)
         with monkeypatch.context() as patch:
-            patch.setattr(data.readers, "_decode", None)
+            patch.setattr(data.readers, "decode", None)
             assert same(data.load(root).train, first.train)
     file = tmp_path / "set" / "test.parquet"
     pq.write_table(table([2, 1, 0] * 4, names=ODD), file)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -74,11 +77,21 @@ def main() -> None:
     rich_utils.COLOR_SYSTEM = "auto" if coloured(os.environ, True) else None
     if coloured(os.environ, False):
         rich_utils.COLOR_SYSTEM = "standard"
-    try:
-        app()
-    except UserError as error:
-        errors.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
-        sys.exit(2)
+    with warnings.catch_warnings():
+        setattr(warnings, "showwarning", partial(_show_note, warnings.showwarning))  # noqa: B010  (typed more narrowly)
+        try:
+            app()
+        except UserError as error:
+            errors.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+            sys.exit(2)
+
+
+def _show_note(show: Callable[..., None], message: Any, category: Any, *where: Any, **stream: Any) -> None:
+    """Print a warning of ours as a note, without the line of code that it comes from; others as Python does."""
+    if not category.__module__.startswith("holdfast"):
+        show(message, category, *where, **stream)
+        return
+    errors.print(Text.assemble(("note:", "bold yellow"), f" {message}"), soft_wrap=True)
 
 
 def _version(show: bool) -> None:

@@ -55,6 +55,10 @@ def evaluate(
     mean: o.Mean = "",
     std: o.Std = "",
     loss: o.TrainedWith = "",
+    image_column: o.ImageColumn = "",
+    label_column: o.LabelColumn = "",
+    convert: o.Convert = "",
+    resize: o.Resize = 0,
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -76,14 +80,16 @@ def evaluate(
     from ..importers.model_file import is_model_file
 
     own = {"data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std, "loss": loss}
+    reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
+    reading = {key: value for key, value in reading.items() if value}
     if is_model_file(model):
         folder = out or Path("out") / f"{Path(model).stem}-{threat_file_name(threat)}-{suite}"
-        subject = _own_model(model, own, limit=limit, seed=seed)
+        subject = _own_model(model, own, reading, limit=limit, seed=seed)
         if not quiet:
             errors.print(f"opening {model}: code in it is executed.", soft_wrap=True)
     else:
         folder = out or Path(model) / f"evaluation-{threat_file_name(threat)}-{suite}"
-        subject = _run_folder(model, own, limit=limit)
+        subject = _run_folder(model, own | {key.replace("_", "-"): str(v) for key, v in reading.items()}, limit=limit)
     answer = run_evaluation(
         subject, threat, suite, folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, batch_size=batch_size,
@@ -95,7 +101,7 @@ def evaluate(
     say_files([folder / "results.json", page], quiet, as_json)
 
 
-def _own_model(model: str, own: dict[str, str], *, limit: int, seed: int) -> Any:
+def _own_model(model: str, own: dict[str, str], reading: dict[str, Any], *, limit: int, seed: int) -> Any:
     """What opens the user's own model with these options, given a device."""
     from ..experiments.evaluate_model import from_file
     from ..importers.model_file import ModelSource
@@ -106,7 +112,7 @@ def _own_model(model: str, own: dict[str, str], *, limit: int, seed: int) -> Any
         numbers(name, own[name] or default) for name, default in (("input-range", "0,1"), ("mean", ""), ("std", ""))
     ]
     source = ModelSource(model, own["weights"], *ranges)
-    return partial(from_file, source, own["data"], loss=own["loss"] or "sce", limit=limit, seed=seed)
+    return partial(from_file, source, own["data"], loss=own["loss"] or "sce", limit=limit, seed=seed, reading=reading)
 
 
 def _run_folder(run: str, own: dict[str, str], *, limit: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 OWN_MODEL = "Your own model"
+OWN_DATA = "Your own data"
 RUN = "A run folder: the --out of `holdfast train`, or a folder in DIR/runs of `holdfast compare`."
 
 
@@ -102,6 +103,25 @@ Page = Annotated[
 ]
 Figures = Annotated[
     Path | None, option("Folder for every figure as SVG and PNG, and the tables as CSV, LaTeX and Markdown.")
+]
+ImageColumn = Annotated[
+    str, option("Of a table, the column with the images. Default: found by type and name.", rich_help_panel=OWN_DATA)
+]
+LabelColumn = Annotated[
+    str, option("Of a table, the column with the labels. Default: found by type and name.", rich_help_panel=OWN_DATA)
+]
+Convert = Annotated[
+    str,
+    option(
+        "rgb or grey: convert all images to it. Default: images of several modes are refused.", rich_help_panel=OWN_DATA
+    ),
+]
+Resize = Annotated[
+    int,
+    option(
+        "N: resize all images to N x N, whatever their proportions. Default: images of several sizes are refused.",
+        rich_help_panel=OWN_DATA,
+    ),
 ]
 # Of `holdfast evaluate` for a network of the user's own.
 OwnData = Annotated[

@@ -26,6 +26,10 @@ def train(
     fold: o.Fold = 0,
     epochs: o.Epochs = None,
     limit_train: o.LimitTrain = 0,
+    image_column: o.ImageColumn = "",
+    label_column: o.LabelColumn = "",
+    convert: o.Convert = "",
+    resize: o.Resize = 0,
     model: o.Network = "",
     batch_size: o.BatchSize = None,
     optimizer: o.Optimizer = None,
@@ -51,8 +55,9 @@ def train(
         loss = f"isce:s={s}"
     fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint)
     comparison = Comparison(
-        data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit
-    ).checked()
+        data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit,
+        image_column=image_column, label_column=label_column, convert=convert, resize=resize,
+    ).checked()  # fmt: skip
     writable(out, "--out")
     job = Job(comparison, comparison.loss_specs[0], seed, fold, out, best_device(device))
     with aside(as_json), Display(quiet) as display:

@@ -7,8 +7,10 @@ depends on a hash of its number and the seed, so splits are the same on every ma
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,30 +20,61 @@ from typing import Any
 import torch
 
 from ..errors import UserError, unknown
-from .dataset import Data, Source, Split, augment, check_arrays, check_source, pixels, standardisation
-from .readers import IMAGE_SUFFIXES, SPLITS, digits, hub, image_folder, moons, parquet
+from .arrays import check_arrays, check_source
+from .dataset import Data, DataWarning, Source, Split, augment, pixels, standardisation
+from .folders import IMAGE_SUFFIXES, SPLITS, find
+from .images import Reading
+from .readers import digits, hub, image_folder, moons, parquet
 from .splits import FOLD_SEED, LIMIT_SEED, split_source
 
 __all__ = [
-    "DATASETS", "FOLD_SEED", "IMAGE_SUFFIXES", "LIMIT_SEED", "SPLITS", "Data", "DatasetEntry", "Split", "augment",
-    "check_arrays", "default_folds", "from_arrays", "load", "pixels", "standardisation",
+    "DATASETS", "FOLD_SEED", "IMAGE_SUFFIXES", "LIMIT_SEED", "SPLITS", "Data", "DataWarning", "DatasetEntry",
+    "Split", "augment", "check_arrays", "default_folds", "from_arrays", "load", "local_path", "pixels",
+    "standardisation",
 ]  # fmt: skip
 
 
-def _find(name: str) -> Source:
+def local_path(name: str) -> Path | None:
+    """The file or folder of this name, if there is one.
+
+    Args:
+        name: a path, relative to the working directory; ~ is the home folder.
+
+    Returns:
+        The absolute path, or None.
+    """
+    try:
+        path = Path(name).expanduser()
+        return Path(os.path.abspath(path)) if name and path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL character, an unknown user
+        return None
+
+
+def _find(name: str, reading: Reading) -> Source:
     """Read a key of DATASETS, else a path that exists, else a hub name."""
     if name in DATASETS:
-        return DATASETS[name].read()
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix != ".parquet":
-        raise UserError(f"'{name}' is a file of another kind: expected a .parquet file or a folder.")
-    if path.exists():
-        return parquet(path) if path.is_file() or any(path.rglob("*.parquet")) else image_folder(path)
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and path.suffix != ".parquet":
-        return hub(name)
-    if re.search(r"[/\\]", name) or name.startswith(("~", ".")) or path.suffix:
-        raise UserError(f"there is no such path: '{name}'. Expected a folder or a .parquet file.")
+        return DATASETS[name].read(reading)
+    shown = name if len(name) <= 200 else name[:200] + "..."
+    path = Path(os.path.expanduser(name)) if local_path(name) else None
+    if path is not None and path.is_dir():
+        return (parquet if find(path, [".parquet"]).files else image_folder)(path, reading)
+    if path is not None and path.is_file() and path.suffix.lower() == ".parquet":
+        return parquet(path, reading)
+    if path is not None:
+        raise UserError(f"'{shown}' is a file of another kind: expected a .parquet file or a folder.")
+    if re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name) and not name.lower().endswith(".parquet"):
+        return hub(name, reading)
+    if re.search(r"[/\\\0]", name) or name.startswith(("~", ".")) or Path(shown).suffix or shown != name or not name:
+        raise UserError(f"there is no such path: '{shown}'. Expected a folder or a .parquet file.")
     raise unknown("data set", name, DATASETS)
+
+
+def _warn(split: Split) -> Split:
+    """Warn of what was assumed; worker processes are silent, as the one that started them has said it."""
+    if multiprocessing.parent_process() is None:
+        for note in split.notes:
+            warnings.warn(note, DataWarning, stacklevel=3)
+    return split
 
 
 @dataclass(frozen=True)
@@ -49,14 +82,14 @@ class DatasetEntry:
     """A data set that has a name.
 
     Args:
-        read: reads it.
+        read: reads it; converts and resizes as it is told.
         about: one line that describes it.
         pad: suitable augmentation: pixels of padding before a random crop.
         flip: suitable augmentation: mirror images.
         folds: number of folds that test every sample once; 1 with an official test split.
     """
 
-    read: Callable[[], Source]
+    read: Callable[[Reading], Source]
     about: str
     pad: int
     flip: bool
@@ -71,9 +104,11 @@ DATASETS: dict[str, DatasetEntry] = {
         moons, "3,000 points of two half circles, as images of 1x2 pixels, for plots; no download", 0, False
     ),
     "mnist": DatasetEntry(
-        partial(hub, "ylecun/mnist"), "70,000 handwritten digits, 28x28 grey, from the hub", 2, False
+        lambda reading: hub("ylecun/mnist", reading), "70,000 handwritten digits, 28x28 grey, from the hub", 2, False
     ),
-    "cifar10": DatasetEntry(partial(hub, "uoft-cs/cifar10"), "60,000 photographs, 32x32 RGB, from the hub", 4, True),
+    "cifar10": DatasetEntry(
+        lambda reading: hub("uoft-cs/cifar10", reading), "60,000 photographs, 32x32 RGB, from the hub", 4, True
+    ),
 }
 
 
@@ -100,12 +135,19 @@ def load(
     limit_train: int | None = None,
     whole: bool = False,
     eval_split: str = "test",
+    image_column: str = "",
+    label_column: str = "",
+    convert: str = "",
+    resize: int = 0,
 ) -> Split:
     """Read, check and split a data set.
+
+    What is unambiguous is read; what was assumed, skipped or converted is in ``notes`` of the result, and in warnings.
 
     Args:
         name: a key of DATASETS; else the path of a .parquet file, of a folder of them in hub layout, or of an image
             folder (root/train/<class>/* and root/test/<class>/*, or root/<class>/*); else a hub name, "owner/name".
+            Without a test split a validation split is the test set.
         device: where the tensors go.
         fold: (k, n): the k-th of n stratified folds, k = 0..n-1, is the test set; default (0, 5). Only for data
             without a test split. The n test folds together hold every sample once, and do not depend on ``seed``.
@@ -117,6 +159,10 @@ def load(
         whole: nothing is to be trained: train and val are empty, and without a test split all samples are test.
         eval_split: "test", or "val" to evaluate on the validation images: they become ``test`` of the result, and the
             test images stay untouched. Use it for model selection.
+        image_column: of a table, the column with the images; "" to find it by type and name.
+        label_column: of a table, the column with the labels; "" to find it by type and name.
+        convert: "rgb" or "grey" to convert all images; "" refuses images of several modes.
+        resize: N to resize all images to N x N, whatever their proportions; 0 refuses images of several sizes.
 
     Returns:
         Tensors on ``device``, each part in source order.
@@ -129,10 +175,16 @@ def load(
     ((1, 8, 8), 1294, 144, 359)
     """
     name = os.fspath(name)
-    return split_source(
-        name, partial(_find, name), device=device, fold=fold, val=val, seed=seed, limit=limit, limit_train=limit_train,
-        whole=whole, eval_split=eval_split,
+    word = (convert or "").lower()
+    reading = Reading(
+        image_column or "", label_column or "", {"gray": "grey", "l": "grey"}.get(word, word), resize or 0
+    )
+    source = partial(_find, name, reading)
+    split = split_source(
+        name, source, device=device, fold=fold, val=val, seed=seed, limit=limit, limit_train=limit_train, whole=whole,
+        eval_split=eval_split,
     )  # fmt: skip
+    return _warn(split)
 
 
 def from_arrays(
@@ -164,4 +216,4 @@ def from_arrays(
     >>> len(split.train), len(split.val), len(split.test), split.classes
     (14, 2, 4, ('cat', 'dog'))
     """
-    return split_source(name, lambda: check_source((x, y), test, classes, name), **cut)
+    return _warn(split_source(name, lambda: check_source((x, y), test, classes, name), **cut))

@@ -1,19 +1,19 @@
-"""Data and Split, the checks on a user's arrays, and what a batch goes through: pixels, augmentation."""
+"""Data and Split, and what a batch goes through: pixels, augmentation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
 
-ROUNDING = 1e-6  # how far float pixels may lie outside [0, 1], as after an undone normalisation; they are clipped
+
+class DataWarning(UserWarning):
+    """What was assumed, skipped or converted while data was read; ``Split.notes`` holds the same sentences."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Split:
         classes: names of the labels 0..K-1.
         fingerprint: a hash of test x and y (after ``limit``), so that stored adversarial examples can be checked
             against the data they were made from.
+        notes: what was assumed, skipped or converted while the data was read, a sentence each.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Split:
     test: Data
     classes: tuple[str, ...]
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -83,6 +85,7 @@ class Source(NamedTuple):
     train: Data
     test: Data | None
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -167,97 +170,3 @@ def augment(x: Tensor, rng: torch.Generator, *, pad: int, flip: bool) -> Tensor:
     sample = torch.arange(n, device=x.device)[:, None, None, None]
     channel = torch.arange(c, device=x.device)[:, None, None]
     return F.pad(x, (pad, pad, pad, pad))[sample, channel, rows[:, None, :, None], cols[:, None, None, :]]
-
-
-def check_arrays(x: Any, y: Any, *, classes: Sequence[str] | None = None, what: str = "the data") -> Data:
-    """Check a user's own arrays and convert them.
-
-    Args:
-        x: (N, C, H, W), uint8, or float in [0, 1].
-        y: (N,) integers in 0..K-1.
-        classes: K names, if they are known.
-        what: name of the data, for errors.
-
-    Returns:
-        The samples on the CPU.
-
-    Raises:
-        UserError: no samples, wrong dimensions or dtypes, NaN, infinity, or values out of range.
-
-    >>> check_arrays(np.full((2, 1, 4, 4), 9.0), [0, 1])
-    Traceback (most recent call last):
-    holdfast.errors.UserError: x of the data runs from 9 to 9: float must lie in [0, 1]. Divide by 255, or pass uint8.
-    """
-    try:  # numpy is copied: torch warns about arrays it may not write
-        x, y = (v.detach().cpu() if isinstance(v, Tensor) else torch.from_numpy(np.array(v)) for v in (x, y))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{what} must be arrays of numbers ({error}): pass numpy arrays or tensors x and y.") from error
-    shape = tuple(x.shape)
-    if x.ndim != 4:
-        hint = " Add the channel with x[:, None]." if x.ndim == 3 else ""
-        raise UserError(f"x of {what} has shape {shape}: expected (N, C, H, W).{hint}")
-    if not x.numel():
-        raise UserError(f"{what} is empty (x has shape {shape}): expected at least one sample.")
-    if shape[1] > 4 and shape[3] <= 4:
-        hint = "use x.transpose(0, 3, 1, 2) in numpy, x.permute(0, 3, 1, 2) in torch."
-        raise UserError(f"x of {what} has shape {shape}, channels last: expected (N, C, H, W); {hint}")
-    if x.is_floating_point():
-        x = x.to(torch.float32)
-        if not x.isfinite().all():
-            raise UserError(f"x of {what} holds NaN or infinity: float must lie in [0, 1]. Clean the array first.")
-        if x.min() < -ROUNDING or x.max() > 1 + ROUNDING:
-            span = f"{float(x.min()):g} to {float(x.max()):g}"
-            raise UserError(f"x of {what} runs from {span}: float must lie in [0, 1]. Divide by 255, or pass uint8.")
-        x = x.clamp(0, 1)
-    elif x.dtype != torch.uint8:
-        raise UserError(f"x of {what} is {x.dtype}: expected uint8 in 0..255 or float in [0, 1]. Convert it first.")
-    if y.shape != x.shape[:1]:
-        raise UserError(f"y of {what} has shape {tuple(y.shape)}: expected ({len(x)},), one label for each of x.")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise UserError(f"y of {what} is {y.dtype}: labels must be integers. Use y.astype('int64').")
-    y = y.to(torch.int64)
-    low, high = int(y.min()), int(y.max())
-    if low < 0:
-        hint = "-1 often marks a test split with hidden labels: use another split."
-        raise UserError(f"label {low} in row {int(y.argmin())} of {what} is negative: labels start at 0. {hint}")
-    if classes is not None and high >= len(classes):
-        hint = f"with {len(classes)} classes labels are 0..{len(classes) - 1}. Relabel, or name more classes."
-        raise UserError(f"label {high} in row {int(y.argmax())} of {what} is out of range: {hint}")
-    return Data(x.contiguous(), y, torch.arange(len(y)))
-
-
-def check_source(
-    train: tuple[Any, Any], test: tuple[Any, Any] | None, classes: Sequence[str] | None, what: str
-) -> Source:
-    """Check train and test, each by itself and against each other.
-
-    Args:
-        train: (x, y).
-        test: (x, y), or None without an official test split.
-        classes: K names, or None: then labels must be 0..K-1 with none missing.
-        what: name of the data, for errors.
-
-    Returns:
-        The source.
-
-    Raises:
-        UserError: as for ``check_arrays``; or a label is missing, there is only one class, class names repeat, or
-            train and test differ in shape or dtype.
-    """
-    data = check_arrays(*train, classes=classes, what=f"{what} (train)" if test else what)
-    present = data.y.unique().tolist()
-    if classes is None:  # a missing label is more likely a mistake (labels from 1) than an empty class
-        missing = sorted(set(range(present[-1])) - set(present))
-        if missing:
-            hint = "without class names, labels must be 0..K-1 with none missing. Relabel, or name the classes."
-            raise UserError(f"label {missing[0]} never occurs in {what}, though {present[-1]} does: {hint}")
-        classes = [str(k) for k in present]
-    if len(present) < 2:
-        raise UserError(f"{what} has one class only ('{classes[present[0]]}'): a classifier needs at least two.")
-    if len(set(classes)) < len(classes):
-        raise UserError(f"{what} has a class name twice among {', '.join(sorted(classes))}: make them distinct.")
-    test_data = None if test is None else check_arrays(*test, classes=classes, what=f"{what} (test)")
-    if test_data and (test_data.x.shape[1:], test_data.x.dtype) != (data.x.shape[1:], data.x.dtype):
-        a, b = (f"{tuple(d.x.shape[1:])} {d.x.dtype}" for d in (data, test_data))
-        raise UserError(f"samples of {what} are {a} in train but {b} in test: resize or convert one of the two.")
-    return Source(data, test_data, tuple(classes))

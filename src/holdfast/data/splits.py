@@ -91,7 +91,7 @@ def split_source(
     if eval_split == "val" and (whole or not val):
         raise UserError("eval_split is 'val', but nothing is held out for validation: use val > 0 and not whole.")
 
-    train, test, classes = source()
+    train, test, classes, notes = source()
     if test is not None and fold is not None:
         raise UserError(f"fold is {fold}, but {name} has an official test split: leave fold out.")
     present = set(train.y.tolist())
@@ -119,4 +119,5 @@ def split_source(
     digest = hashlib.sha256(f"{tuple(test.x.shape)} {test.x.dtype}".encode())
     digest.update(test.x.numpy().data)
     digest.update(test.y.numpy().data)
-    return Split(name, train.to(device), validation.to(device), test.to(device), classes, digest.hexdigest()[:16])
+    parts = (train.to(device), validation.to(device), test.to(device))
+    return Split(name, *parts, classes, digest.hexdigest()[:16], notes)

@@ -5,9 +5,7 @@ Every network has a run folder of its own. What was finished when a command was 
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -63,7 +61,7 @@ def compare(
     """
     comparison = comparison.checked()
     _try_out(comparison, device)
-    run_folder.reserve(out, json.loads(json.dumps(asdict(comparison))))
+    run_folder.reserve(out, comparison.to_json())
 
     data = _Splits(comparison.data)
     jobs = comparison.jobs(out, device)
@@ -79,7 +77,7 @@ def compare(
     # The networks whose adversarial examples others wait for come first.
     remaining.sort(key=lambda job: job.loss.text != TRANSFER_LOSS)
     process_pool.run(run_job, remaining, workers=workers, progress=progress, on_done=on_done)
-    return collect(_rows(comparison, jobs, data), out, _title(comparison), asdict(comparison), command)
+    return collect(_rows(comparison, jobs, data), out, _title(comparison), comparison.to_json(), command)
 
 
 def _try_out(comparison: Comparison, device: str) -> None:

@@ -33,6 +33,10 @@ class DataCut:
         limit_train: at most so many training images; None for all.
         whole: no training: all samples are test samples where the data has no test split.
         eval_split: "test", or "val" to evaluate on the validation images.
+        image_column: of a table; "" to find it.
+        label_column: of a table; "" to find it.
+        convert: "rgb" or "grey", or "" for images as they are.
+        resize: N for images of N x N, or 0 for images as they are.
     """
 
     fold: tuple[int, int] | None = None
@@ -40,6 +44,10 @@ class DataCut:
     limit_train: int | None = None
     whole: bool = False
     eval_split: str = "test"
+    image_column: str = ""
+    label_column: str = ""
+    convert: str = ""
+    resize: int = 0
 
     def load(self, name: str) -> data.Split:
         """The data set of this name, cut. Raises UserError as ``data.load`` does."""
@@ -78,6 +86,10 @@ class Comparison:
         limit: at most so many test images, >= 0; 0 for all.
         limit_train: at most so many training images, >= 0; 0 for all.
         eval_split: "test", or "val" to evaluate on the validation images, for model selection.
+        image_column: of a table of images; "" to find it. This and the next three as for ``data.load``.
+        label_column: of a table of images; "" to find it.
+        convert: "rgb" or "grey", or "" for images as they are.
+        resize: N for images of N x N, or 0 for images as they are.
         fit: how each network is trained.
     """
 
@@ -93,6 +105,10 @@ class Comparison:
     limit: int = 1000
     limit_train: int = 0
     eval_split: str = "test"
+    image_column: str = ""
+    label_column: str = ""
+    convert: str = ""
+    resize: int = 0
     fit: FitConfig = field(default_factory=FitConfig)
 
     @cached_property
@@ -145,7 +161,21 @@ class Comparison:
         """How the data of a fold is cut. Cross-validated data is evaluated whole: each sample is once a test sample."""
         folds = (fold, self.folds) if self.folds > 1 else None
         limit = None if folds else self.limit or None
-        return DataCut(folds, limit, self.limit_train or None, eval_split=self.eval_split)
+        return DataCut(folds, limit, self.limit_train or None, eval_split=self.eval_split, **self.reading)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How files are read where they leave a choice: those settings of ``DataCut`` that are not the default."""
+        named = ("image_column", "label_column", "convert", "resize")
+        return {name: getattr(self, name) for name in named if getattr(self, name)}
+
+    def to_json(self) -> dict[str, Any]:
+        """What identifies the comparison, as its folder keeps it; without settings of reading that are the default."""
+        return {
+            key: value
+            for key, value in json.loads(json.dumps(asdict(self))).items()
+            if key in self.reading or key not in ("image_column", "label_column", "convert", "resize")
+        }
 
     def jobs(self, out: Path, device: str = "cpu") -> list[Job]:
         """One job per loss, seed and fold, in that order from the inside out."""
@@ -273,7 +303,7 @@ def fit_config(comparison: Comparison, row: LossSpec, seed: int = 0) -> FitConfi
 
 def default_out(comparison: Comparison) -> Path:
     """out/DATA-THREAT-HASH, with a hash of the whole comparison: the same command finds its own work again."""
-    whole = json.dumps(asdict(comparison.checked()), sort_keys=True)
+    whole = json.dumps(comparison.checked().to_json(), sort_keys=True)
     mark = hashlib.blake2b(whole.encode(), digest_size=3).hexdigest()
     name = Path(comparison.data).name or "data"
     return Path("out") / f"{name}-{spec.threat_file_name(comparison.threat)}-{mark}"

@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 
 from .. import run_folder
-from ..data import Split, pixels
+from ..data import Split, local_path, pixels
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
 from ..evaluation.suites import SUITES
@@ -120,7 +120,14 @@ def from_run(run: Path, *, limit: int = 1000, device: str = "cpu") -> ModelUnder
 
 
 def from_file(
-    source: ModelSource, data: str, *, loss: str = "sce", limit: int = 1000, seed: int = 0, device: str = "cpu"
+    source: ModelSource,
+    data: str,
+    *,
+    loss: str = "sce",
+    limit: int = 1000,
+    seed: int = 0,
+    device: str = "cpu",
+    reading: dict[str, Any] | None = None,
 ) -> ModelUnderTest:
     """A user's own model on their own data; all of it where it has no test split, since nothing is trained here.
 
@@ -131,6 +138,7 @@ def from_file(
         limit: at most so many test images, >= 0; 0 for all.
         seed: of the evaluation.
         device: where the model goes.
+        reading: image_column, label_column, convert and resize, as for ``data.load``.
 
     Returns:
         The model and its data.
@@ -144,9 +152,9 @@ def from_file(
     source = replace(source, path=os.path.abspath(source.path))
     source = replace(source, weights=os.path.abspath(source.weights) if source.weights else "")
     model = open_model(source, device)
-    cut = DataCut(limit=limit or None, whole=True)
-    local = Path(data).expanduser()
-    data = str(local.resolve()) if local.exists() else data
+    cut = DataCut(limit=limit or None, whole=True, **(reading or {}))
+    local = local_path(data)
+    data = str(local.resolve()) if local else data
     return ModelUnderTest(
         name=Path(source.path).name,
         model=model,

@@ -1,0 +1,417 @@
+"""From encoded images, or numbers in columns, to one uint8 tensor: sizes are read before pixels, and limits named."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import UserError
+from .labels import count
+
+MAX_PIXELS = 89_478_485  # of one image; Pillow's own limit against files that claim more than they hold
+MAX_SIDE = 4096  # of --resize
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # no format whose reader starts another program
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's convert("L")
+PLAIN = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "PA": "RGB", "RGB": "RGB", "RGBA": "RGB", "RGBX": "RGB"}
+SAID = {"L": "grey", "RGB": "RGB"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read where they leave a choice. All are strings or numbers, for JSON and the command line.
+
+    Args:
+        image_column: the column of a table that holds the images; "" to find it.
+        label_column: the column that holds the labels; "" to find it.
+        convert: "rgb" or "grey": convert all images to it; "" refuses images that differ.
+        resize: N: resize all images to N x N, bilinear, whatever their proportions; 0 refuses images that differ.
+
+    Raises:
+        UserError: convert or resize has another value.
+    """
+
+    image_column: str = ""
+    label_column: str = ""
+    convert: str = ""
+    resize: int = 0
+
+    def __post_init__(self) -> None:
+        if self.convert not in ("", "rgb", "grey"):
+            raise UserError(f"convert must be 'rgb' or 'grey', got '{self.convert}'.")
+        if isinstance(self.resize, bool) or not isinstance(self.resize, int) or not 0 <= self.resize <= MAX_SIDE:
+            raise UserError(f"resize must be the side in pixels, 1..{MAX_SIDE} (0: as they are), got {self.resize!r}.")
+
+    def check_no_columns(self, what: str) -> None:
+        """Raise UserError if columns are named for data that has none."""
+        if self.image_column or self.label_column:
+            raise UserError(f"{what} is not a table: image_column and label_column are for parquet and hub data.")
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name of ``convert``; "" without one."""
+        return {"": "", "rgb": "RGB", "grey": "L"}[self.convert]
+
+
+AS_IS = Reading()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One split before its images are decoded.
+
+    Args:
+        x: encoded images, or their files; or (N, ...) numbers that ``images.arrange`` takes.
+        y: (N,) numbers of ``classes``; without class names, labels as they are stored.
+        classes: class names, if the source has any.
+        column: where the labels are from, for errors.
+        notes: what was assumed.
+    """
+
+    x: Sequence[bytes | Path] | np.ndarray
+    y: np.ndarray
+    classes: tuple[str, ...] | None
+    column: str = "the labels"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def refers(self) -> bool:
+        """Whether images are files of their own, which may change while the table does not."""
+        return not isinstance(self.x, np.ndarray) and any(isinstance(image, Path) for image in self.x)
+
+
+def memory_limit() -> int:
+    """How many bytes one data set may take: half of this machine's memory; 16 GiB where that is not known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):
+        return 16 * 2**30
+
+
+def check_memory(size: int, what: str, hint: str) -> None:
+    """Refuse what does not fit before it is allocated.
+
+    Args:
+        size: bytes.
+        what: what takes them, for the error.
+        hint: what to do.
+
+    Raises:
+        UserError: it is more than ``memory_limit``.
+    """
+    limit = memory_limit()
+    if size > limit:
+        need, have = size / 2**30, limit / 2**30
+        raise UserError(f"{what} need {need:,.1f} GiB; the limit is half of this machine's memory, {have:.1f}: {hint}")
+
+
+@dataclass(frozen=True)
+class _Bad:
+    """An image that cannot be used, and why; ``cause``: "file", "mode" or "alpha"."""
+
+    cause: str
+    reason: str
+
+
+def _target(opened: Image.Image, reading: Reading) -> str:
+    """The mode that an opened image is converted to; "" where only the user can say."""
+    if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM")):
+        return reading.mode or "L"
+    if opened.mode in ("I", "F"):  # no range of values that is known
+        return ""
+    return reading.mode or PLAIN.get(opened.mode, "")
+
+
+def _is_transparent(opened: Image.Image) -> bool:
+    """Whether any pixel lets something through; an alpha channel alone says nothing."""
+    if not (opened.mode.endswith("A") or "transparency" in opened.info):
+        return False
+    return bool(opened.convert("RGBA").getchannel("A").getextrema() != (255, 255))
+
+
+def _values(opened: Image.Image, mode: str, reading: Reading, seen: Counter[str]) -> np.ndarray | _Bad:
+    """The pixels of an opened image in ``mode``; counts what was assumed in ``seen``."""
+    image = opened
+    wide = opened.mode.startswith("I")
+    if "16" in str([tile[3] for tile in getattr(opened, "tile", ())[:1]]) and not wide:
+        seen["colour16"] += 1
+    if getattr(opened, "is_animated", False):
+        seen["frames"] += 1
+    if wide:
+        values = np.asarray(opened).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            return _Bad("file", "pixels outside 0..65535")
+        seen["grey16"] += 1
+        seen["largest16"] = max(seen["largest16"], int(values.max()))
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    elif _is_transparent(opened):
+        if not reading.mode:
+            return _Bad("alpha", "transparent")
+        seen["alpha"] += 1
+    if image.mode != mode:
+        seen[f"from {opened.mode}"] += 1
+        image = image.convert(mode)
+    if reading.resize and image.size != (reading.resize, reading.resize):
+        seen["resized"] += 1
+        image = image.resize((reading.resize, reading.resize), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def is_encoded(content: bytes) -> bool:
+    """Whether bytes begin like an image in one of ``FORMATS``; its size may be too large."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            Image.open(BytesIO(content), formats=FORMATS).close()
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # Pillow raises errors of many kinds
+        return False
+    return True
+
+
+def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tensor, list[str]]:
+    """Decode images to one tensor.
+
+    Read as they are: grey, RGB, and what is one of them in another form (black and white, palette, opaque alpha).
+    16-bit grey is scaled to 8 bits by value / 257. Everything else is refused until ``reading`` says how.
+
+    Args:
+        x: encoded images, or their files.
+        what: name of the data, for errors and notes.
+        reading: how to convert and resize.
+
+    Returns:
+        ((N, C, H, W) uint8, notes on what was assumed).
+
+    Raises:
+        UserError: there is no image, one cannot be decoded, they differ in size or mode, or they need too much memory.
+    """
+
+    def name(i: int) -> str:
+        image = x[i]
+        return f"image '{image}'" if isinstance(image, Path) else f"the image in row {i} of {what}"
+
+    kinds: list[tuple[str, tuple[int, int]] | None] = [None] * len(x)  # mode and size as they are
+    bad: dict[int, _Bad] = {}
+    out = np.empty(0, dtype=np.uint8)
+    wanted: tuple[str, tuple[int, int]] | None = None
+
+    def read(i: int, seen: Counter[str], take: Callable[[str, tuple[int, int], Image.Image], None]) -> None:
+        """Open image i, and hand it on once its header says that it can be used."""
+        image = x[i]
+        try:
+            with Image.open(BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
+                size, mode = opened.size, _target(opened, reading)
+                kinds[i] = (mode or opened.mode, size)
+                if size[0] * size[1] > MAX_PIXELS:
+                    bad[i] = _Bad("file", f"it claims {size[0]}x{size[1]} pixels, the limit is {MAX_PIXELS:,}")
+                elif not mode:
+                    bad[i] = _Bad("mode", opened.mode)
+                else:
+                    take(mode, (reading.resize, reading.resize) if reading.resize else size, opened)
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            bad[i] = _Bad("file", f"it claims more pixels than the limit of {MAX_PIXELS:,}")
+        except Exception as error:  # Pillow raises errors of many kinds on damaged files
+            bad[i] = _Bad("file", "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)[:200])
+
+    def choose(mode: str, size: tuple[int, int], opened: Image.Image) -> None:
+        nonlocal wanted
+        wanted = (mode, size)
+
+    def fill(rows: range) -> Counter[str]:
+        seen: Counter[str] = Counter()
+        for i in rows:
+
+            def put(mode: str, size: tuple[int, int], opened: Image.Image, i: int = i) -> None:
+                if (mode, size) == wanted:
+                    values = _values(opened, mode, reading, seen)
+                    if isinstance(values, _Bad):
+                        bad[i] = values
+                    else:
+                        out[i] = values
+
+            read(i, seen, put)
+        return seen
+
+    if not len(x):
+        raise UserError(f"{what} is empty: expected at least one image.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for i in range(len(x)):
+            read(i, Counter(), choose)
+            if wanted:
+                break
+        if wanted is None:
+            raise _refusal(bad, name, reading)
+        mode, (width, height) = wanted
+        channels = {"L": (), "RGB": (3,)}[mode]
+        size = len(x) * height * width * (len(channels) * 2 + 1)
+        hint = "use --resize N (in Python resize=N), or fewer images."
+        check_memory(size, f"the {len(x):,} images of {what}, if all are {width}x{height} like {name(i)},", hint)
+        out = np.empty((len(x), height, width, *channels), dtype=np.uint8)
+        # small images decode faster than threads can hand over the interpreter lock; a pool pays from about 64x64
+        with ThreadPoolExecutor(1 if out[0].size < 64 * 64 and not reading.resize else os.cpu_count()) as pool:
+            parts = list(pool.map(fill, (range(i, min(i + 256, len(out))) for i in range(0, len(out), 256))))
+    if bad:
+        raise _refusal(bad, name, reading)
+    _same_kind(kinds, wanted, name, reading)
+    pixels = torch.from_numpy(out)
+    return (pixels[:, None] if mode == "L" else pixels.permute(0, 3, 1, 2).contiguous()), _notes(
+        parts, mode, what, reading
+    )
+
+
+def _refusal(bad: dict[int, _Bad], name: Callable[[int], str], reading: Reading) -> UserError:
+    """One sentence about the images that cannot be used, with the first three names."""
+    cause = next(cause for cause in ("file", "mode", "alpha") if any(one.cause == cause for one in bad.values()))
+    rows = sorted(i for i, one in bad.items() if one.cause == cause)
+    first = name(rows[0])
+    more = f", and {len(rows) - 1:,} more: {', '.join(map(name, rows[1:3]))}" if len(rows) > 1 else ""
+    if cause == "file":
+        return UserError(
+            f"{first} cannot be decoded ({bad[rows[0]].reason}){more}: replace or remove {'them' if more else 'it'}."
+        )
+    fix = "--convert rgb or --convert grey (in Python convert='rgb')"
+    if cause == "alpha":
+        return UserError(f"{first} is transparent in part{more}: {fix} drops the transparency.")
+    mode = bad[rows[0]].reason
+    if mode in ("I", "F"):
+        return UserError(f"{first} has 32-bit pixels (mode {mode}){more}: their range is not known. Save 8 or 16 bits.")
+    return UserError(f"{first} has mode {mode}{more}: expected grey (L) or RGB. Use {fix}.")
+
+
+def _same_kind(
+    kinds: Sequence[tuple[str, tuple[int, int]] | None],
+    wanted: tuple[str, tuple[int, int]],
+    name: Callable[[int], str],
+    reading: Reading,
+) -> None:
+    """Refuse images of several sizes or modes; those that are fewest are named, whichever came first."""
+    # what is converted or resized anyway does not count
+    plain = [k and (wanted[0] if reading.mode else k[0], wanted[1] if reading.resize else k[1]) for k in kinds]
+    common = Counter(plain).most_common(1)[0][0]
+    rows = [i for i, kind in enumerate(plain) if kind != common]
+    if not rows or common is None:
+        return
+
+    def say(i: int) -> str:
+        mode, (width, height) = kinds[i] or ("", (0, 0))
+        return f"{name(i)} is {width}x{height} {mode}"
+
+    fixes = {1: ("--resize N", "resize=N"), 0: ("--convert rgb or grey", "convert='rgb'")}
+    differ = [fix for part, fix in fixes.items() if any((plain[i] or common)[part] != common[part] for i in rows)]
+    command, python = " and ".join(fix for fix, _ in differ), ", ".join(fix for _, fix in differ)
+    more = f" (and {len(rows) - 3:,} more)" if len(rows) > 3 else ""
+    raise UserError(
+        f"{', '.join(map(say, rows[:3]))}{more}, but {say(plain.index(common))}: resize or convert all to one size and "
+        f"mode, with {command} (in Python {python})."
+    )
+
+
+def _notes(parts: Sequence[Counter[str]], mode: str, what: str, reading: Reading) -> list[str]:
+    """What was assumed or changed while decoding, a sentence each."""
+    seen: Counter[str] = sum(parts, Counter())
+    largest = max(part["largest16"] for part in parts)
+    notes = []
+    if seen["grey16"]:
+        few = f" The largest value is {largest}: if they hold fewer bits, scale them first." if largest < 2**15 else ""
+        notes.append(f"{what}: {count(seen['grey16'], '16-bit grey image')} scaled to 8 bits, value / 257.{few}")
+    if seen["colour16"]:
+        notes.append(
+            f"{what}: {count(seen['colour16'], '16-bit colour image')} read as 8 bits, value / 256 rounded down."
+        )
+    if seen["frames"]:
+        notes.append(f"{what}: {count(seen['frames'], 'image')} of several frames: the first is used.")
+    changed = {key[5:]: count for key, count in seen.items() if key.startswith("from ")}
+    if changed:
+        listed = ", ".join(f"{count:,} of mode {key}" for key, count in sorted(changed.items()))
+        notes.append(f"{what}: images were converted to {SAID[mode]}: {listed}.")
+    if seen["alpha"]:
+        notes.append(f"{what}: the transparency of {count(seen['alpha'], 'image')} was dropped.")
+    if seen["resized"]:
+        side = f"{reading.resize}x{reading.resize}"
+        notes.append(f"{what}: {count(seen['resized'], 'image')} resized to {side}, bilinear; proportions may change.")
+    return notes
+
+
+def arrange(values: np.ndarray, what: str, reading: Reading) -> tuple[Tensor, list[str]]:
+    """Numbers from columns as images (N, C, H, W), uint8 or float.
+
+    Args:
+        values: (N, D) flat, (N, H, W), (N, H, W, C) or (N, C, H, W) numbers.
+        what: name of the data, for errors and notes.
+        reading: how to convert and resize.
+
+    Returns:
+        (the images, notes on what was assumed).
+
+    Raises:
+        UserError: the shape leaves a choice, or the values are neither 0..255 nor [0, 1].
+
+    >>> arrange(np.zeros((5, 784), np.int64), "flat", Reading())[0].shape
+    torch.Size([5, 1, 28, 28])
+    """
+    notes = []
+    shape = values.shape
+    if values.ndim == 2:
+        side = round(shape[1] ** 0.5)
+        if side * side != shape[1]:
+            hint = "only squares of grey pixels are unambiguous. Use nested lists, or data.from_arrays."
+            raise UserError(f"{what} has {shape[1]} pixels a row without a shape: {hint}")
+        values = values.reshape(len(values), 1, side, side)
+        notes.append(f"{what}: rows of {shape[1]} pixels were read as {side}x{side} grey images, row by row.")
+    elif values.ndim == 3:
+        values = values[:, None]
+    elif values.ndim == 4 and (shape[1] in (1, 3)) != (shape[3] in (1, 3)):
+        values = values if shape[1] in (1, 3) else values.transpose(0, 3, 1, 2)
+    else:
+        hint = "expected H x W, H x W x C or C x H x W with 1 or 3 channels. Use data.from_arrays with (N, C, H, W)."
+        raise UserError(f"an image of {what} has the shape {' x '.join(map(str, shape[1:]))}: {hint}")
+    if values.dtype == bool:
+        values = values.astype(np.uint8) * 255
+        notes.append(f"{what}: the pixels are booleans, read as black and white.")
+    elif values.dtype.kind in "iu" or (values.dtype.kind == "f" and values.max(initial=0) > 1):
+        whole = values.dtype.kind in "iu" or bool((values == np.round(values)).all())
+        low, high = values.min(initial=0), values.max(initial=0)
+        if not whole or not (low >= 0 and high <= 255):
+            hint = "expected whole numbers in 0..255 or floats in [0, 1]. Scale them first."
+            raise UserError(f"the pixels of {what} run from {low:g} to {high:g}: {hint}")
+        if values.dtype.kind == "f":
+            notes.append(f"{what}: the pixels are whole floats up to {high:g}, read as 0..255.")
+        values = values.astype(np.uint8)
+    return refit(torch.from_numpy(np.ascontiguousarray(values)), reading), notes
+
+
+def refit(x: Tensor, reading: Reading) -> Tensor:
+    """Convert and resize images that are numbers already, as ``decode`` does encoded ones.
+
+    Args:
+        x: (N, C, H, W), uint8 or float.
+        reading: how.
+
+    Returns:
+        (N, C', H', W') of x's dtype; x itself where nothing changes.
+    """
+    if reading.mode == "RGB" and x.shape[1] == 1:
+        x = x.repeat(1, 3, 1, 1)
+    elif reading.mode == "L" and x.shape[1] == 3:
+        grey = torch.einsum("nchw,c->nhw", x.float(), torch.tensor(LUMA))[:, None]
+        x = grey if x.is_floating_point() else grey.round().to(x.dtype)
+    side = reading.resize
+    if side and tuple(x.shape[2:]) != (side, side):
+        check_memory(len(x) * x.shape[1] * side * side * 4, "the resized images", "use a smaller --resize.")
+        resized = F.interpolate(x.float(), (side, side), mode="bilinear", antialias=True)
+        x = resized if x.is_floating_point() else resized.round().clamp(0, 255).to(x.dtype)
+    return x
