@@ -251,7 +251,7 @@ def save_tensors(
         version: format version of this kind.
         tensors: by name, on any device; views and graphs are written as plain values.
         metadata: anything JSON can hold.
-        packed: names of tensors to compress, without loss: the first bytes of all values, then the second, ..., in zlib.
+        packed: names of tensors to compress, without loss: first bytes first, in zlib.
 
     Raises:
         UserError: the file could not be written. An older file at ``path`` is unchanged.
@@ -346,7 +346,7 @@ def load_tensors(path: Path, kind: str, version: int, about: Any = dict[str, Any
         layout = decode(dict[str, list[Any]], json.loads(header.get("packed", "{}")), "packed")
         for name, (dtype, shape) in layout.items():
             tensors[name] = _unpack(tensors[name], decode(str, dtype, name), decode(list[int], shape, name))
-        metadata = decode(about, parse_json(header["about"]), "about")
+        metadata = decode(about, json.loads(header["about"]), "about")
     except (LookupError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}). It is damaged. {RESTORE}") from None
     if "checksum" not in header:
