@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import TypedDict
 
 import pytest
 import safetensors.torch
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import UserError
-from holdfast.io import load_tensors, save_tensors
+from holdfast.io import decode, inside, load_tensors, read_json, save_tensors
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 TENSORS = {"a.b": torch.arange(6.0).view(2, 3), "mask": torch.tensor([True, False])}
@@ -218,3 +219,94 @@ def test_the_header_says_what_it_is(tmp_path):
     with safetensors.safe_open(tmp_path / "f", framework="pt") as file:
         header = file.metadata()
     assert (header["holdfast"], header["version"], json.loads(header["about"])) == ("witnesses", "7", ABOUT)
+
+
+# The checksum: what is read is what was written.
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    """A stored weight, name, length or word of the header: every bit of the file counts."""
+    path = tmp_path / "f"
+    save_tensors(path, "thing", 1, TENSORS, ABOUT, packed=["a.b"])
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 3):  # every byte, two or three of its bits
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(UserError):
+            load_tensors(path, "thing", 1)
+
+
+def test_a_file_without_a_checksum_is_read_with_a_note(tmp_path):
+    header = {"holdfast": "thing", "version": "1", "about": json.dumps(ABOUT)}
+    safetensors.torch.save_file(TENSORS, tmp_path / "f", header)
+    with pytest.warns(UserWarning, match="has no checksum"):
+        assert load_tensors(tmp_path / "f", "thing", 1)[1] == ABOUT
+
+
+def test_the_checksum_is_not_taken_from_the_metadata(tmp_path):
+    save_tensors(tmp_path / "f", "thing", 1, {"checksum": torch.ones(2)}, {"checksum": "0" * 32, '"checksum":"': "x"})
+    assert load_tensors(tmp_path / "f", "thing", 1)[1]["checksum"] == "0" * 32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3), (1, 5)])
+def test_packed_tensors_come_back_bit_for_bit(dtype, shape, tmp_path):
+    x = (torch.randn(shape) * 100).to(dtype)
+    save_tensors(tmp_path / "f", "thing", 1, {"x": x, "y": x}, {}, packed=["x"])
+    back = load_tensors(tmp_path / "f", "thing", 1)[0]
+    for name in "xy":
+        assert back[name].dtype == dtype
+        assert back[name].shape == x.shape
+        assert torch.equal(back[name], x)
+
+
+def test_adversarial_images_are_packed_into_half(tmp_path):
+    x = (torch.arange(32) * torch.arange(1, 41)[:, None, None, None]).expand(40, 3, 32, 32) % 256 / 255
+    x_adv = (x + 8 / 255 * torch.randn(x.shape).sign()).clamp(0, 1)
+    for name, packed in (("plain", []), ("packed", ["x_adv"])):
+        save_tensors(tmp_path / name, "thing", 1, {"x_adv": x_adv}, {}, packed=packed)
+    assert (tmp_path / "packed").stat().st_size < 0.5 * (tmp_path / "plain").stat().st_size
+
+
+# One reader: what a file holds is checked where it is read.
+
+
+class Point(TypedDict):
+    x: float
+    names: list[str]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "should be an object, got list"), ({"x": 1.0}, "it.names is missing"),
+        ({"x": None, "names": []}, "it.x should be float"), ({"x": True, "names": []}, "should be float, got bool"),
+        ({"x": 1, "names": [3]}, r"it.names\[0\] should be str"), ({"x": 1, "names": {}}, "it.names should be list"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_shape_is_named(value, message):
+    with pytest.raises(UserError, match=message):
+        decode(Point, value, "it")
+
+
+def test_a_value_of_the_right_shape_passes_with_what_else_it_holds():
+    assert decode(Point, {"x": 1, "names": ["a"], "more": None}, "it") == {"x": 1, "names": ["a"], "more": None}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, NaN]", "1e999", "[" * 10_000, "9" * 5000, '{"a": Infinity}', "\xff"])
+def test_what_is_no_json_is_one_sentence(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.json cannot be read as JSON") as error:
+        read_json(tmp_path / "config.json")
+    assert len(str(error.value)) < 500
+    assert "elete" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/../../x", "link"])
+def test_a_path_may_not_leave_its_folder(name, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="may not leave it"):
+        inside(tmp_path / "in", name, "witnesses.safetensors")
+    assert inside(tmp_path / "in", "a/b", "it") == tmp_path / "in" / "a" / "b"

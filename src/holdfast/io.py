@@ -1,17 +1,30 @@
-"""Atomic file writes, and tensors in safetensors files with a typed, versioned header."""
+"""Files: atomic writes, JSON read as the type it should have, and tensors with a typed, versioned, checksummed header.
+
+What a file holds is checked where it is read, by ``decode``: a harmed file is one sentence, not a traceback.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import math
 import os
-from contextlib import suppress
+import warnings
+import zlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+RESTORE = "Restore it from a copy, or rerun the command that wrote it with another folder."
+MOST_DIGITS = 300  # of a whole number in a file: a float can hold it
 
 
 def write_atomic(path: Path, content: str | bytes) -> Path:
@@ -61,8 +74,176 @@ def existing_file(path: str | Path) -> Path:
     return Path(path).resolve()
 
 
-def save_tensors(path: Path, kind: str, version: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write tensors and metadata to one safetensors file, atomically.
+def read_json(path: Path, kind: Any = dict[str, Any], *, what: str = "a file of this holdfast") -> Any:
+    """Read a JSON file as a type.
+
+    Args:
+        path: the file.
+        kind: the type of its content, as ``decode`` takes it.
+        what: what the file should be, for the error.
+
+    Returns:
+        The content.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON, or holds something else; the message names file and field.
+    """
+    try:
+        raw = parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}). {RESTORE}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}). {RESTORE}") from None
+    try:
+        return decode(kind, raw, path.stem)
+    except UserError as error:
+        raise UserError(f"{path} is not {what}: {error} {RESTORE}") from None
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON as it is defined: no NaN, no infinity, and no number that a float cannot hold.
+
+    Args:
+        text: the JSON text.
+
+    Returns:
+        What it stands for.
+
+    Raises:
+        ValueError: it is not such a text.
+        RecursionError: it is nested too deeply.
+
+    >>> parse_json('{"n": 3}')
+    {'n': 3}
+    >>> parse_json("[1e999]")
+    Traceback (most recent call last):
+    ValueError: the number 1e999 is too large
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"it holds {name}, which JSON does not allow")
+
+    def integer(digits: str) -> int:
+        if len(digits.lstrip("-")) > MOST_DIGITS:
+            raise ValueError(f"the number {digits[:20]}... is too large")
+        return int(digits)
+
+    def real(digits: str) -> float:
+        if math.isinf(value := float(digits)):
+            raise ValueError(f"the number {digits[:20]} is too large")
+        return value
+
+    return json.loads(text, parse_constant=refuse, parse_int=integer, parse_float=real)
+
+
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """A value that JSON can hold as a type, checked at every level.
+
+    Args:
+        kind: a dataclass (all of its fields, and no other), a TypedDict (its fields; others pass), ``dict[str, T]``,
+            ``list[T]``, ``tuple[T, ...]``, a plain type, ``T | None`` or Any.
+        value: as ``json.loads`` returned it.
+        where: the name of the value, for the error.
+
+    Returns:
+        The value; lists become tuples where a tuple is expected, objects become dataclasses.
+
+    Raises:
+        UserError: a field is missing, unknown or of another type; the message names it.
+
+    >>> decode(dict[str, int], {"n": "three"}, "it")
+    Traceback (most recent call last):
+    holdfast.errors.UserError: it.n should be int, got str (three).
+    """
+    if kind is Any:
+        return value
+    if get_origin(kind) in (Union, UnionType):
+        return None if value is None else decode(get_args(kind)[0], value, where)
+    if dataclasses.is_dataclass(kind) or is_typeddict(kind):
+        return _decode_fields(kind, value, where)
+    origin: Any = get_origin(kind) or kind
+    accepted: Any = {float: (int, float), tuple: list}.get(origin, origin)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and origin is not bool):
+        raise UserError(f"{where} should be {origin.__name__}, got {type(value).__name__} ({str(value)[:40]}).")
+    if origin is dict and get_args(kind):
+        return {k: decode(get_args(kind)[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin in (tuple, list):
+        item = get_args(kind)[0]
+        plain: set[Any] = {int} if item is int else {int, float, type(None)} if item == float | None else set()
+        if value and set(map(type, value)) <= plain:  # a long column at once
+            return origin(value)
+        return origin(decode(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    return value
+
+
+def _decode_fields(kind: Any, value: Any, where: str) -> Any:
+    """An object as a dataclass or a TypedDict."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where} should be an object, got {type(value).__name__}.")
+    hints = get_type_hints(kind)
+    if is_typeddict(kind):
+        required = kind.__required_keys__
+        known = {key: decode(hints[key], value[key], f"{where}.{key}") for key in hints if key in value}
+        made: Any = {**value, **known}
+    else:
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        if unknown := sorted(set(value) - set(fields)):
+            raise UserError(f"{where} has the field '{unknown[0][:60]}', which this holdfast does not know.")
+        required = {k for k, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+        made = None
+    if missing := sorted(required - set(value)):
+        raise UserError(f"{where}.{missing[0]} is missing.")
+    return made if made is not None else kind(**{k: decode(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """While a file's content is put to use: what does not fit together becomes a UserError that names the file.
+
+    Args:
+        path: the file that the content came from.
+
+    Raises:
+        UserError: the content is not what this holdfast writes.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise UserError(f"{path} holds something that this holdfast did not write ({reason}). {RESTORE}") from error
+
+
+def inside(folder: Path, name: str, what: str) -> Path:
+    """The path that a file in a folder names, which may not lead out of the folder.
+
+    Args:
+        folder: the folder.
+        name: a relative path, as the file holds it.
+        what: the file and the field, for the error.
+
+    Returns:
+        ``folder / name``.
+
+    Raises:
+        UserError: the path is absolute, or leads out of the folder, by .. or by a link.
+    """
+    if not (folder / name).resolve().is_relative_to(folder.resolve()) or os.path.isabs(name):
+        raise UserError(f"{what} names {name[:80]!r}, outside of {folder}: a path in a folder may not leave it.")
+    return folder / name
+
+
+def save_tensors(
+    path: Path,
+    kind: str,
+    version: int,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+    *,
+    packed: Collection[str] = (),
+) -> None:
+    """Write tensors and metadata to one safetensors file, atomically, with a checksum of the whole file.
 
     Args:
         path: file to write.
@@ -70,30 +251,75 @@ def save_tensors(path: Path, kind: str, version: int, tensors: dict[str, Tensor]
         version: format version of this kind.
         tensors: by name, on any device; views and graphs are written as plain values.
         metadata: anything JSON can hold.
+        packed: names of tensors to compress, without loss, by zlib.
 
     Raises:
         UserError: the file could not be written. An older file at ``path`` is unchanged.
     """
     import safetensors.torch  # imported here so that results and the report load without torch
 
-    header = {"holdfast": kind, "version": str(version), "about": json.dumps(metadata)}
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomic(path, safetensors.torch.save(plain, header))
+    layout = {name: [str(plain[name].dtype).removeprefix("torch."), list(plain[name].shape)] for name in packed}
+    header = {"holdfast": kind, "version": str(version), "about": json.dumps(metadata)}
+    if layout:
+        header["packed"] = json.dumps(layout)
+    stored = {name: _pack(tensor) if name in layout else tensor for name, tensor in plain.items()}
+    content = bytearray(safetensors.torch.save(stored, {**header, "checksum": _NO_CHECKSUM}))
+    at = content.index(_CHECKSUM) + len(_CHECKSUM)
+    content[at : at + len(_NO_CHECKSUM)] = hashlib.blake2b(content, digest_size=16).hexdigest().encode()
+    write_atomic(path, bytes(content))
 
 
-def load_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+_CHECKSUM = b'"checksum":"'  # in the file's header; a quote inside another value has a backslash before it
+_NO_CHECKSUM = "0" * 32  # in its place while the checksum is computed
+_HEADER = {"holdfast", "version", "about", "packed", "checksum", "format"}
+
+
+def _pack(tensor: Tensor) -> Tensor:
+    """A tensor's bytes, compressed: (M,) uint8. Adversarial images repeat few values: they shrink to a third."""
+    import numpy as np
+    import torch
+
+    content = tensor.reshape(-1, 1).view(torch.uint8).numpy().tobytes()
+    return torch.from_numpy(np.frombuffer(zlib.compress(content, 1), np.uint8).copy())
+
+
+def _unpack(stored: Tensor, dtype: str, shape: list[int]) -> Tensor:
+    """The tensor that ``_pack`` was given. Raises ValueError where it is another one."""
+    import numpy as np
+    import torch
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or min(shape, default=0) < 0:
+        raise ValueError(f"a packed tensor of {dtype[:20]} {shape}")
+    expected = math.prod(shape) * kind.itemsize
+    unpacking = zlib.decompressobj()
+    try:
+        content = unpacking.decompress(stored.numpy().tobytes(), expected + 1)  # never more than its shape says
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if len(content) != expected:
+        raise ValueError(f"a packed tensor of {len(content)} bytes, expected {expected}")
+    return torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(-1, kind.itemsize).view(kind).view(shape)
+
+
+def load_tensors(path: Path, kind: str, version: int, about: Any = dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
     """Read a file that ``save_tensors`` wrote.
 
     Args:
         path: file to read.
         kind: the kind that it must have.
         version: the format version that it must have.
+        about: the type that its metadata must have, as ``decode`` takes it.
 
     Returns:
         (tensors by name, metadata). The tensors do not refer to the file and may be changed.
 
     Raises:
-        UserError: the file is missing, truncated, or of another kind or version.
+        UserError: the file is missing, truncated, of another kind or version, or not what its checksum says.
+
+    Warns:
+        UserWarning: an earlier holdfast wrote the file, without a checksum: damage would not be noticed.
     """
     import safetensors.torch
 
@@ -105,9 +331,7 @@ def load_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
         header_size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + header_size]).get("__metadata__", {})
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}). It is cut short or damaged: delete it to start over."
-        ) from None
+        raise UserError(f"{path} cannot be read ({error}). It is cut short or damaged. {RESTORE}") from None
     if header.get("holdfast") != kind:
         raise UserError(f"{path} is not a holdfast {kind} (its header says {header.get('holdfast')!r}).")
     if header.get("version") != str(version):
@@ -115,7 +339,29 @@ def load_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
             f"{path} is a {kind} of version {header.get('version')}; this holdfast reads version {version}. "
             "Use the holdfast that wrote it, or start over in a new folder."
         )
+    _check_sum(path, content, header)
     try:
-        return tensors, json.loads(header["about"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}). It is damaged: delete it to start over.") from None
+        layout = decode(dict[str, list[Any]], json.loads(header.get("packed", "{}")), "packed")
+        for name, (dtype, shape) in layout.items():
+            tensors[name] = _unpack(tensors[name], decode(str, dtype, name), decode(list[int], shape, name))
+        metadata = decode(about, json.loads(header["about"]), "about")
+    except (LookupError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}). It is damaged. {RESTORE}") from None
+    if "checksum" not in header:
+        warnings.warn(
+            f"{path} has no checksum, since an earlier holdfast wrote it: damage would not be noticed.", stacklevel=2
+        )
+    return tensors, metadata
+
+
+def _check_sum(path: Path, content: bytes, header: dict[str, str]) -> None:
+    """Raise UserError unless a tensor file is what its checksum says; one without has to have an earlier header."""
+    if "checksum" in header:
+        at = content.find(_CHECKSUM) + len(_CHECKSUM)
+        digest = hashlib.blake2b(content[:at], digest_size=16)
+        digest.update(_NO_CHECKSUM.encode())
+        digest.update(memoryview(content)[at + len(_NO_CHECKSUM) :])
+        if digest.hexdigest() != header["checksum"]:
+            raise UserError(f"{path} is damaged: its checksum does not fit its content. {RESTORE}")
+    elif not header.keys() <= _HEADER or "packed" in header:
+        raise UserError(f"{path} is damaged: its header is not one that holdfast writes. {RESTORE}")

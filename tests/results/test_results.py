@@ -266,7 +266,7 @@ def _with(value, *keys):
         (_with([], "runs", 0, "clean"), "should be an object"),
         (_with(7, "runs"), "should be tuple"),
         (_with(1.5, "runs", 0, "clean", "value"), "low <= value"),
-        (_with(1, "runs", 0, "novelty"), "'novelty', which schema 4 does not know"),
+        (_with(1, "runs", 0, "novelty"), "'novelty', which this holdfast does not know"),
     ],
 )
 def test_load_says_what_is_wrong(tmp_path, edit, says):

@@ -219,7 +219,6 @@ def test_a_kill_at_any_write_leaves_a_folder_that_resumes_whole(moment, split, t
     one = fit_digits(split, whole, objective=objective, config=config, out=tmp_path / "whole")
     real, names = os.replace, sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == [
-        "best.safetensors",
         "checkpoint.safetensors",
         "config.json",
         "env.json",
@@ -665,7 +664,9 @@ ACCURACIES = (0.2, 0.5, 0.5, 0.4)  # the second epoch is the best, the earliest 
 
 
 @pytest.mark.parametrize("checkpoint", ["best", "last"])
-def test_the_chosen_weights_are_the_models_and_the_others_lie_beside(checkpoint, split, tmp_path, monkeypatch):
+def test_the_chosen_weights_are_the_models_and_the_checkpoint_keeps_the_others(
+    checkpoint, split, tmp_path, monkeypatch
+):
     fix_validation(monkeypatch, ACCURACIES)
     model, seen = network(split), {}
     done = fit_digits(
@@ -678,13 +679,19 @@ def test_the_chosen_weights_are_the_models_and_the_others_lie_beside(checkpoint,
     assert [line["best_epoch"] for line in done.history] == [1, 2, 2, 2]
     assert (done.best_epoch, done.kept_epoch) == (2, 2 if checkpoint == "best" else 4)
     assert not same(seen[2], seen[4])
-    other, kept, beside = ("last", 2, 4) if checkpoint == "best" else ("best", 4, 2)
-    for name, epoch in (("model", kept), (other, beside)):
-        tensors, about = io.load_tensors(tmp_path / f"{name}.safetensors", "model", 1)
-        assert same(tensors, seen[epoch])
-        assert about["epoch"] == epoch
+    kept = 2 if checkpoint == "best" else 4
+    tensors, about = io.load_tensors(tmp_path / "model.safetensors", "model", 1)
+    assert same(tensors, seen[kept])
+    assert about["epoch"] == kept
     assert same(weights(model), seen[kept])
-    assert not (tmp_path / f"{checkpoint}.safetensors").exists()
+    kept_by = io.load_tensors(tmp_path / "checkpoint.safetensors", "checkpoint", 2)[0]
+    for prefix, epoch in (("model.", 4), ("best.", 2)):
+        part = {name.removeprefix(prefix): t for name, t in kept_by.items() if name.startswith(prefix)}
+        assert same(part, seen[epoch])
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        "checkpoint.safetensors",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.8])
@@ -692,7 +699,12 @@ def test_resumed_at_any_epoch_the_best_weights_are_the_same_bit_for_bit(ema, spl
     config = dataclasses.replace(TINY, checkpoint="best", ema=ema)
 
     def ends(folder):
-        return [io.load_tensors(folder / f"{name}.safetensors", "model", 1)[0] for name in ("model", "last")]
+        prefix = "ema." if ema else "model."
+        last = io.load_tensors(folder / "checkpoint.safetensors", "checkpoint", 2)[0]
+        return [
+            io.load_tensors(folder / "model.safetensors", "model", 1)[0],
+            {name.removeprefix(prefix): t for name, t in last.items() if name.startswith(prefix)},
+        ]
 
     def go(folder, seed=0, progress=silent):
         return fit_digits(split, network(split, seed=seed), config=config, out=tmp_path / folder, progress=progress)

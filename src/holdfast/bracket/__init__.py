@@ -32,6 +32,7 @@ def bracket_run(
     limit: int = 100,
     seed: int = 0,
     device: str = "cpu",
+    run_code: bool = False,
     progress: Progress = silent,
 ) -> tuple[Bracket, list[Path]]:
     """Bracket a run folder's network on its test images; write bracket.json, .svg and .png.
@@ -46,6 +47,7 @@ def bracket_run(
         limit: The maximum number of images, also of cross-validated data; 0 for all.
         seed: Seed of the attacks' random starts.
         device: "cpu", "cuda", ...
+        run_code: As for ``from_run``.
         progress: Called with (what is being done, samples done, samples).
 
     Returns:
@@ -56,10 +58,11 @@ def bracket_run(
     """
     parsed = Threat.parse(threat)  # before anything is written
     at_least("seconds", seconds)
-    subject = from_run(run, limit=limit, device=device)
+    subject = from_run(run, limit=limit, device=device, run_code=run_code)
     out = out or run / f"bracket-{threat_file_name(threat)}"
     settings = {**subject.about, "threat": threat, "seconds": seconds, "seed": seed, "limit": limit}
     run_folder.reserve(out, settings)
+    network = f"{run_folder.weights_hash(subject.model)} {subject.code}".strip()
     result = bracket(
         subject.model,
         subject.split.test.take(slice(0, limit or None)),
@@ -68,7 +71,7 @@ def bracket_run(
         seed=seed,
         trained_s=subject.loss.s,
         checkpoint=out / "bracket.safetensors",
-        key=f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {threat} {seconds} {seed}",
+        key=f"{subject.split.fingerprint} {network} {threat} {seconds} {seed}",
         progress=progress,
     )
     return result, save(result, out, subject.name)

@@ -13,7 +13,7 @@ from ..attacks import pgd
 from ..bounds import CannotBound, worst_logit_difference
 from ..data import Data, pixels
 from ..errors import UserError, at_least
-from ..io import load_tensors, save_tensors
+from ..io import load_tensors, save_tensors, understood
 from ..losses import negative_margin
 from ..milp import layers_of, maximize
 from ..noise import Noise
@@ -212,10 +212,11 @@ def _exact(
     solved, done = torch.zeros(len(x), dtype=torch.bool), 0
     if checkpoint is not None and checkpoint.exists():
         kept, about = load_tensors(checkpoint, CHECKPOINT, CHECKPOINT_VERSION)
-        if about["key"] != key or len(kept["low"]) > len(x):
-            raise UserError(f"{checkpoint} belongs to another bracket: name another folder, or delete it.")
-        done = len(kept["low"])
-        low[:done], high[:done], solved[:done] = kept["low"], kept["high"], kept["solved"]
+        with understood(checkpoint):
+            done = len(kept["low"])
+            if about["key"] != key or done > len(x):
+                raise UserError("it belongs to another bracket. Name another folder.")
+            low[:done], high[:done], solved[:done] = kept["low"], kept["high"], kept["solved"]
     for i in range(done, len(x)):
         progress("exact answers", i, len(x))
         one = slice(i, i + 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..evaluation import Evaluation, StageCost, add_witnesses
-from ..io import load_tensors, save_tensors
+from ..io import load_tensors, save_tensors, understood
 from ..results import RemainingVulnerable
 from ..witnesses import Witnesses
 from . import Audit
@@ -55,13 +55,14 @@ def load_audit(path: Path, key: str, evaluation: Evaluation) -> Audit | None:
     if not path.exists():
         return None
     tensors, about = load_tensors(path, NAME, VERSION)
-    if about["key"] != key:
+    if about.get("key") != key:
         return None
-    cost = StageCost(**about["cost"])
-    return Audit(
-        add_witnesses(evaluation, [Witnesses(**tensors)], cost),
-        tuple(Finding.from_dict(finding) for finding in about["findings"]),
-        RemainingVulnerable(**about["remaining"]),
-        about["measures"],
-        cost,
-    )
+    with understood(path):
+        cost = StageCost(**about["cost"])
+        return Audit(
+            add_witnesses(evaluation, [Witnesses(**tensors)], cost),
+            tuple(Finding.from_dict(finding) for finding in about["findings"]),
+            RemainingVulnerable(**about["remaining"]),
+            about["measures"],
+            cost,
+        )

@@ -28,6 +28,7 @@ def bracket(
     out: Annotated[
         Path | None, option("Output folder. Default: bracket-THREAT in the run folder.", "--out", "-o")
     ] = None,
+    run_code: o.RunCode = False,
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -42,7 +43,7 @@ def bracket(
     writable(out or run / f"bracket-{threat_file_name(threat)}", "--out")
     with aside(as_json), Display(quiet) as display:
         answer, files = bracket_run(
-            run, threat, out, seconds=seconds, limit=limit, seed=seed, device=best_device(device),
+            run, threat, out, seconds=seconds, limit=limit, seed=seed, device=best_device(device), run_code=run_code,
             progress=partial(display.progress, run.name),
         )  # fmt: skip
     if as_json:

@@ -59,6 +59,7 @@ def evaluate(
     label_column: o.LabelColumn = "",
     convert: o.Convert = "",
     resize: o.Resize = 0,
+    run_code: o.RunCode = False,
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -89,7 +90,8 @@ def evaluate(
             errors.print(f"opening {model}: code in it is executed.", soft_wrap=True)
     else:
         folder = out or Path(model) / f"evaluation-{threat_file_name(threat)}-{suite}"
-        subject = _run_folder(model, own | {key.replace("_", "-"): str(v) for key, v in reading.items()}, limit=limit)
+        asked = own | {key.replace("_", "-"): str(value) for key, value in reading.items()}
+        subject = _run_folder(model, asked, limit=limit, run_code=run_code)
     answer = run_evaluation(
         subject, threat, suite, folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, batch_size=batch_size,
@@ -115,11 +117,11 @@ def _own_model(model: str, own: dict[str, str], reading: dict[str, Any], *, limi
     return partial(from_file, source, own["data"], loss=own["loss"] or "sce", limit=limit, seed=seed, reading=reading)
 
 
-def _run_folder(run: str, own: dict[str, str], *, limit: int) -> Any:
+def _run_folder(run: str, own: dict[str, str], *, limit: int, run_code: bool) -> Any:
     """What opens the network of a run folder, given a device; the options of one's own model are refused."""
     from ..experiments.evaluate_model import from_run
 
     for name, value in own.items():
         if value:
             raise UserError(f"--{name} is for your own model; {run} is a run folder, which has its own settings.")
-    return partial(from_run, Path(run), limit=limit)
+    return partial(from_run, Path(run), limit=limit, run_code=run_code)

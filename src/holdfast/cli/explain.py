@@ -28,6 +28,7 @@ def explain(
     out: Annotated[
         Path | None, option("Output folder. Default: explain-THREAT in the run folder.", "--out", "-o")
     ] = None,
+    run_code: o.RunCode = False,
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -42,7 +43,7 @@ def explain(
 
     folder = out or run / f"explain-{threat_file_name(threat)}"
     answer = run_evaluation(
-        partial(from_run, run, limit=limit), threat, "explain", folder,
+        partial(from_run, run, limit=limit, run_code=run_code), threat, "explain", folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json,
     )  # fmt: skip
     if answer is None:

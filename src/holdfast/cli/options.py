@@ -88,6 +88,9 @@ Augment = Annotated[str | None, option("none, crop:PAD or crop:PAD+flip. Default
 Jobs = Annotated[int, option("Networks trained in parallel; 0: one per CPU core, or one on a GPU.")]
 Quiet = Annotated[bool, option("Print the result only, no progress.", "--quiet", "-q")]
 AsJson = Annotated[bool, option("Print one JSON document on stdout; progress goes to stderr.", "--json")]
+RunCode = Annotated[
+    bool, option("Execute the Python file that the folder names, such as mymodel.py. Read it first.", "--run-code")
+]
 Device = Annotated[str, option("cpu, cuda, cuda:1 or mps. auto: cuda if available, else cpu.")]
 Out = Annotated[
     Path | None,

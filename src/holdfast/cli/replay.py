@@ -18,26 +18,32 @@ from .display import aside, screen, working
 def replay(
     folder: Annotated[Path, typer.Argument(help="An output folder of compare, recipe, evaluate or explain.")],
     device: o.Device = "auto",
+    run_code: o.RunCode = False,
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Re-check the upper bounds on robust accuracy: run the stored adversarial examples through the stored networks.
+    """Recount what results.json shows, from the stored networks and adversarial examples, without attack code.
 
-    One forward pass, no attack code. A bound holds if every stored adversarial example lies within the threat and is
-    misclassified, and their number gives the robust accuracy in results.json.
+    Clean accuracy, robust accuracy and certificates are computed again, PGD-50 as far as its adversarial examples are
+    stored. A run holds if every figure is what results.json says, and every stored adversarial example lies within the
+    threat and is misclassified. What cannot be recounted is named.
     """
     from .. import replay as replaying
 
     with aside(as_json), working("replaying adversarial examples", quiet):
-        checked = replaying.replay(folder, device=best_device(device))
+        checked = replaying.replay(folder, device=best_device(device), run_code=run_code)
     if as_json:
         print_json([{**asdict(one), "bound": one.bound, "holds": one.holds} for one in checked])
     else:
         for one in checked:
-            word = "holds" if one.holds else f"FAILS ({one.failed} of them failed; reported: {one.reported:.1%})"
+            word = "holds" if one.holds else f"FAILS ({'; '.join(one.problems)})"
             counts = f"{one.misclassified} misclassified, {one.broken} broken by stored adversarial examples"
-            screen.print(f"{one.run}: at most {one.bound:.1%} of {one.n} are robust ({counts}): {word}", soft_wrap=True)
+            proved = "" if one.certified is None else f"; {one.certified} proved robust"
+            limit = "void" if one.reported is None else f"at most {one.bound:.1%} of {one.n} are robust"
+            screen.print(f"{one.run}: {limit} ({counts}{proved}): {word}", soft_wrap=True)
+        for line in dict.fromkeys(f"not re-checked: {', '.join(one.not_rechecked)}" for one in checked if one.holds):
+            screen.print(line, soft_wrap=True)
         if not checked:
-            screen.print("Every run is void, so results.json reports no bound: there is nothing to replay.")
-    if not all(one.holds for one in checked):
+            screen.print("FAILS: results.json holds no runs, so there is nothing that could hold.")
+    if not checked or not all(one.holds for one in checked):
         raise typer.Exit(1)

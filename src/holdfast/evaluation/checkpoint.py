@@ -6,12 +6,13 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
 from ..errors import UserError
-from ..io import load_tensors, save_tensors
+from ..io import load_tensors, save_tensors, understood
+from ..queries import VOTES
 from .costs import add_extra_stages
 from .evaluation import StageCost
 from .state import Columns, State, Task
@@ -51,15 +52,16 @@ class Checkpoint:
         """
         if self.path is None or not self.path.exists():
             return None
-        tensors, about = load_tensors(self.path, NAME, VERSION)
+        tensors, about = load_tensors(self.path, NAME, VERSION, _About)
         if about["identity"] != self.identity:
-            raise UserError(f"{self.path} belongs to another evaluation. Name another folder, or delete the file.")
+            raise UserError(f"{self.path} belongs to another evaluation. Name another folder.")
         saved: dict[str, Any] = about["state"]
         device = task.data.y.device
-        columns = Columns.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
-        costs = [StageCost(**cost) for cost in saved.pop("costs")]
-        state = State(columns, costs, list(task.suite), **saved)
-        add_extra_stages(task, state, len(costs) - 1)
+        with understood(self.path):
+            columns = Columns.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
+            costs = [StageCost(**cost) for cost in saved.pop("costs")]
+            state = State(columns, costs, list(task.suite), **saved)
+            add_extra_stages(task, state, len(costs) - 1)
         return state
 
     def save(self, state: State, *, force: bool = False) -> None:
@@ -75,9 +77,40 @@ class Checkpoint:
             "n_rest": state.n_rest,
         }
         about = {"identity": self.identity, "state": saved}
-        save_tensors(self.path, NAME, VERSION, state.columns.to_tensors(), about)
+        save_tensors(self.path, NAME, VERSION, state.columns.to_tensors(), about, packed=["x_adv"])
         ended = time.perf_counter()
         self.next_save = ended + max(INTERVAL, SHARE * (ended - began))
+
+
+class _About(TypedDict):
+    """What the file holds beside tensors."""
+
+    identity: dict[str, Any]
+    state: dict[str, Any]
+
+
+class CleanAnswers(NamedTuple):
+    """What a model answered on the clean images: the margin of each sample, and the number of votes."""
+
+    margin: Tensor
+    votes: int
+
+
+def load_clean_answers(checkpoint: Path) -> CleanAnswers:
+    """What a checkpoint says of the clean images.
+
+    Args:
+        checkpoint: file written by ``evaluate``.
+
+    Returns:
+        Margins, and the number of outputs that each prediction is the majority of.
+
+    Raises:
+        UserError: if there is no such file, or it is damaged or of another version.
+    """
+    tensors, about = load_tensors(checkpoint, NAME, VERSION, _About)
+    with understood(checkpoint):
+        return CleanAnswers(tensors["margin"], VOTES if about["state"]["randomised"] else 1)
 
 
 def load_x_adv(checkpoint: Path) -> Tensor:
@@ -92,4 +125,6 @@ def load_x_adv(checkpoint: Path) -> Tensor:
     Raises:
         UserError: if there is no such file, or it is damaged or of another version.
     """
-    return load_tensors(checkpoint, NAME, VERSION)[0]["x_adv"]
+    tensors, _ = load_tensors(checkpoint, NAME, VERSION, _About)
+    with understood(checkpoint):
+        return tensors["x_adv"]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import __version__, region
+from .. import __version__, region, run_folder
 from ..checks import PGD50, ROBUST, Claim, judge, merge, remaining
 from ..data import Split, pixels
 from ..environment import environment
@@ -29,6 +29,8 @@ from .config import DataCut
 from .loss_spec import LossSpec
 from .pipeline import NetworkResult
 from .training import TrainSummary
+
+ENVIRONMENT = ("holdfast", "torch", "python", "gpu", "processor")  # where one of these differs, it is another one
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def collect(
         },
         command=command,
         settings=json.loads(json.dumps(settings)),
-        environment=environment(),
+        environment=_environment(networks, out),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         holdfast=__version__,
     )
@@ -114,12 +116,22 @@ def _save_witnesses(networks: Sequence[TrainedNetwork], out: Path) -> None:
             {
                 "run": network.row_name,
                 "threat": evaluation.threat.describe(),
-                "folder": os.path.relpath(network.folder, out),
+                "folder": os.path.relpath(network.folder.resolve(), out.resolve()),
                 "cut": network.cut.to_json(),
                 "fingerprint": network.split.fingerprint,
             }
         )
-    save_tensors(out / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION, witnesses, {"networks": about})
+    packed = [name for name in witnesses if name.endswith("/x_adv")]
+    path = out / "witnesses.safetensors"
+    save_tensors(path, WITNESSES, WITNESSES_VERSION, witnesses, {"networks": about}, packed=packed)
+
+
+def _environment(networks: Sequence[TrainedNetwork], out: Path) -> dict[str, Any]:
+    """This environment; and where work was done under others, in the folders' env.json, those too."""
+    now = environment()
+    known = [one for folder in {out, *(n.folder for n in networks)} for one in run_folder.environments(folder)]
+    others = {json.dumps(one, sort_keys=True) for one in known if any(one.get(k) != now[k] for k in ENVIRONMENT)}
+    return {**now, **({"earlier": [json.loads(one) for one in sorted(others)]} if others else {})}
 
 
 def _run(parts: list[TrainedNetwork]) -> Run:

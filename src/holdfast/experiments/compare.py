@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,12 +16,21 @@ from .. import models, process_pool, run_folder
 from ..data import Split
 from ..errors import UserError
 from ..evaluation import load_x_adv
+from ..io import read_json
 from ..progress import NETWORK_DONE, JobProgress, Progress, silent_job
 from ..results import Results
 from ..threat import Threat
 from .collect import TrainedNetwork, collect
-from .config import Comparison, DataCut, Job, default_out
-from .pipeline import EVALUATED_FILE, EVALUATION_FILE, RESULT_FILE, NetworkResult, evaluate_network, result_key
+from .config import Comparison, DataCut, Job, default_out, own_model_identity
+from .pipeline import (
+    EVALUATED_FILE,
+    EVALUATION_FILE,
+    RESULT_FILE,
+    NetworkResult,
+    check_answers,
+    evaluate_network,
+    result_key,
+)
 from .stored_result import load_result
 from .training import TrainSummary, is_trained, train_network
 
@@ -60,8 +70,8 @@ def compare(
         UserError: ``out`` belongs to another comparison, or as ``Comparison.checked`` does.
     """
     comparison = comparison.checked()
-    _try_out(comparison, device)
-    run_folder.reserve(out, comparison.to_json())
+    split = _try_out(comparison, device)
+    run_folder.reserve(out, _config(comparison, split))
 
     data = _Splits(comparison.data)
     jobs = comparison.jobs(out, device)
@@ -80,11 +90,23 @@ def compare(
     return collect(_rows(comparison, jobs, data), out, _title(comparison), comparison.to_json(), command)
 
 
-def _try_out(comparison: Comparison, device: str) -> None:
+def _try_out(comparison: Comparison, device: str) -> Split:
     """What cannot work must not leave a folder behind: try device, data and network before the folder is reserved."""
     run_folder.check_device(device)
     split = comparison.cut(0).load(comparison.data)
     models.build(comparison.model or models.default_model(split.shape), split.shape, len(split.classes))
+    return split
+
+
+def _config(comparison: Comparison, split: Split) -> dict[str, Any]:
+    """What the comparison is, for config.json: data and code of the user's own by their content."""
+    config: dict[str, Any] = comparison.to_json()
+    data, paths = run_folder.data_identity(comparison.data, split)
+    del config["data"]
+    if models.is_own(comparison.model):
+        config["model"], code, found = own_model_identity(comparison.model)
+        config, paths = config | code, paths | found
+    return {**config, **data, **({run_folder.PATHS: paths} if paths else {})}
 
 
 class _Splits(dict[DataCut, Split]):
@@ -141,16 +163,22 @@ def stored_results(job: Job, split: Split) -> list[NetworkResult] | None:
     for threat in job.comparison.threats:
         if not _is_evaluated(job, threat, split):
             return None
-        stored = load_result(cache_folder(job, threat) / RESULT_FILE, _result_key(job, threat, split))
+        folder = cache_folder(job, threat)
+        stored = load_result(folder / RESULT_FILE, folder / EVALUATION_FILE, _result_key(job, threat, split))
         if stored is None:
             return None
         results.append(NetworkResult(*stored))
+    if models.is_own(job.model_arguments(split)["name"]):  # weights alone do not say how the user's code answers
+        model, _ = run_folder.load(job.folder, device=job.device, run_code=True)
+        for result in results:
+            check_answers(model, split.test, result.evaluation, job.folder)
     return results
 
 
 def _key(job: Job, split: Split) -> str:
-    """What a job's evaluations belong to: its data and its weights."""
-    return f"{split.fingerprint} {run_folder.stored_weights_hash(job.folder)}"
+    """What a job's evaluations belong to: its data, its weights, and the user's code where the network has some."""
+    code = run_folder.own_code(run_folder.read_config(job.folder))
+    return f"{split.fingerprint} {run_folder.stored_weights_hash(job.folder)} {code}".strip()
 
 
 def _result_key(job: Job, threat: Threat, split: Split) -> str:
@@ -168,7 +196,7 @@ def _result_key(job: Job, threat: Threat, split: Split) -> str:
 def _is_evaluated(job: Job, threat: Threat, split: Split) -> bool:
     """Whether the attacks on a job's network have ended, its audit perhaps not yet."""
     path = cache_folder(job, threat) / EVALUATED_FILE
-    return path.exists() and run_folder.read_json(path).get("key") == _result_key(job, threat, split)
+    return path.exists() and read_json(path).get("key") == _result_key(job, threat, split)
 
 
 def _transfer_job(job: Job) -> Job | None:

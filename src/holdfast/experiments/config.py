@@ -15,7 +15,9 @@ from torch import Tensor
 from .. import data, models, run_folder, spec
 from ..errors import UserError, unknown
 from ..evaluation.suites import SUITES
+from ..importers.python_code import split_reference
 from ..information.sources import source
+from ..io import decode, existing_file
 from ..objectives import OBJECTIVES, Schedule
 from ..threat import Threat
 from ..train import FitConfig
@@ -64,9 +66,9 @@ class DataCut:
 
     @staticmethod
     def from_json(cut: dict[str, Any]) -> DataCut:
-        """The cut that ``to_json`` wrote."""
-        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in cut.items()}
-        return DataCut(**known)
+        """The cut that ``to_json`` wrote. Raises UserError for another object."""
+        decoded: DataCut = decode(DataCut, cut, "cut")
+        return decoded
 
 
 @dataclass(frozen=True)
@@ -240,16 +242,44 @@ class Job:
         }
 
     def about(self, split: data.Split) -> dict[str, Any]:
-        """What its config.json says beside the training configuration: enough to rebuild model and data."""
+        """What its config.json says beside the training configuration: enough to rebuild model and data.
+
+        Data and code of the user's own are named by their content, so that the folder and they can be moved.
+        """
+        model = self.model_arguments(split)
+        data, paths = run_folder.data_identity(self.comparison.data, split)
+        code: dict[str, str] = {}
+        if models.is_own(model["name"]):
+            model["name"], code, found = own_model_identity(model["name"])
+            paths = paths | found
         return {
-            "model": self.model_arguments(split),
+            "model": model,
             "loss": self.loss.text,
             "objective": self.loss.objective or self.comparison.objective,
-            "data": self.comparison.data,
+            **data,
+            **code,
             "cut": self.cut.to_json(),
             **({"threat": self.comparison.threat} if self.is_adversarial else {}),
             **({} if self.loss.logit_scale == 1 else {"logit_scale": self.loss.logit_scale}),
+            **({run_folder.PATHS: paths} if paths else {}),
         }
+
+
+def own_model_identity(reference: str) -> tuple[str, dict[str, str], dict[str, str]]:
+    """What identifies a user's own backbone in config.json. Its file is executed.
+
+    Args:
+        reference: path.py:name.
+
+    Returns:
+        (file.py:name, {"code": hash}, {"model": absolute path.py:name}).
+
+    Raises:
+        UserError: the file is missing, or raises.
+    """
+    file, name = split_reference(reference)
+    path = existing_file(file)
+    return f"{path.name}:{name}", {"code": models.own_code_hash(reference)}, {"model": f"{path}:{name}"}
 
 
 def schedule_of(comparison: Comparison, row: LossSpec, counts: Tensor | None = None) -> Schedule:

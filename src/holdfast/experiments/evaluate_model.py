@@ -14,11 +14,13 @@ import torch
 from torch import distributed, nn
 
 from .. import run_folder
-from ..data import Split, local_path, pixels
+from ..data import Split, pixels
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
 from ..evaluation.suites import SUITES
 from ..importers.model_file import ModelSource, code_hash, open_model
+from ..importers.python_code import split_reference
+from ..io import understood
 from ..outputs import frozen_eval
 from ..progress import Progress, silent
 from ..queries import CountingModel
@@ -45,7 +47,8 @@ class ModelUnderTest:
         cut: how ``data.load`` makes the split.
         split: the data.
         folder: the run folder that it can be opened again from; None for a user's own model.
-        about: what identifies it, for config.json.
+        about: what identifies network and data by their content, for config.json; with where they were found.
+        code: hash of the user's code in it; "" where there is none.
         trained: how training ended, where that is known.
     """
 
@@ -58,6 +61,7 @@ class ModelUnderTest:
     split: Split
     folder: Path | None
     about: dict[str, Any]
+    code: str = ""
     trained: TrainSummary = field(default_factory=TrainSummary)
 
 
@@ -84,39 +88,57 @@ def distributed_processes(device: str) -> Iterator[tuple[str, bool]]:
         distributed.destroy_process_group()
 
 
-def from_run(run: Path, *, limit: int = 1000, device: str = "cpu") -> ModelUnderTest:
+def from_run(run: Path, *, limit: int = 1000, device: str = "cpu", run_code: bool = False) -> ModelUnderTest:
     """The network in a run folder, and the test images of the data it was trained on.
 
     Args:
         run: a run folder that ``holdfast train`` or ``compare`` wrote.
         limit: at most so many test images, >= 0; 0 for all. A fold of cross-validated data is used whole.
         device: where the model goes.
+        run_code: as for ``run_folder.load``.
 
     Returns:
         The network and its data.
 
     Raises:
-        UserError: there is no such run, or it does not say which data and loss the network was trained with.
+        UserError: there is no such run, it names Python code and ``run_code`` is False, it does not say which data and
+            loss the network was trained with, or the data has changed.
     """
     _check_limit(limit)
-    model, config = run_folder.load(run, device=device)
-    if not {"data", "cut", "loss", "fit"} <= config.keys():
+    model, config = run_folder.load(run, device=device, run_code=run_code)
+    if not {"cut", "loss", "fit"} <= config.keys():
         raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
-    cut = replace(DataCut.from_json(config["cut"]), eval_split="test")  # chosen on val, evaluated on test
+    data = run_folder.data_of(run, config)
+    with understood(run / "config.json"):
+        cut = replace(DataCut.from_json(config["cut"]), eval_split="test")  # chosen on val, evaluated on test
+        loss = loss_spec.parse(config["loss"])
     if cut.fold is None:
         cut = replace(cut, limit=limit or None)
+    split = cut.load(data)
+    run_folder.check_data(run, config, split)
+    code = run_folder.own_code(config)
     return ModelUnderTest(
-        name=run.name,
+        name=run.resolve().name,
         model=model,
-        loss=loss_spec.parse(config["loss"]),
+        loss=loss,
         seed=config["fit"]["seed"],
-        data=config["data"],
+        data=data,
         cut=cut,
-        split=cut.load(config["data"]),
+        split=split,
         folder=run,
-        about={"run": str(run)},
+        about=_identity(model, split, code),
+        code=code,
         trained=TrainSummary.load(run),
     )
+
+
+def _identity(model: nn.Module, split: Split, code: str) -> dict[str, Any]:
+    """What identifies a network and its data, wherever they are."""
+    return {
+        "weights": run_folder.weights_hash(model),
+        **({"code": code} if code else {}),
+        "fingerprint": split.fingerprint,
+    }
 
 
 def from_file(
@@ -153,18 +175,29 @@ def from_file(
     source = replace(source, weights=os.path.abspath(source.weights) if source.weights else "")
     model = open_model(source, device)
     cut = DataCut(limit=limit or None, whole=True, **(reading or {}))
-    local = local_path(data)
-    data = str(local.resolve()) if local else data
+    split = cut.load(data)
+    identity, paths = run_folder.data_identity(data, split)
+    settings = {key: value for key, value in asdict(source).items() if key not in ("path", "weights")}
+    found = {"model": source.path, **({"weights": source.weights} if source.weights else {}), **paths}
+    code = code_hash(source)
+    settings["name"] = split_reference(source.path)[1]
     return ModelUnderTest(
         name=Path(source.path).name,
         model=model,
         loss=trained_with,
         seed=seed,
-        data=data,
+        data=paths.get("data", data),
         cut=cut,
-        split=cut.load(data),
+        split=split,
         folder=None,
-        about={run_folder.MODEL_FILE: asdict(source), "code": code_hash(source), "loss": loss, "data": data},
+        about={
+            run_folder.MODEL_FILE: settings,
+            **_identity(model, split, code),
+            **identity,
+            "loss": loss,
+            run_folder.PATHS: found,
+        },
+        code=code,
     )
 
 
@@ -215,7 +248,7 @@ def evaluate_model(
     first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
     with frozen_eval(subject.model), torch.no_grad():  # nor must a model that cannot answer
         CountingModel(subject.model)(pixels(subject.split.test.x[:2]))
-    key = f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)}"
+    key = f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {subject.code}".strip()
     arguments: Any = {
         "trained_with": subject.loss.loss, "seed": seed, "batch_size": batch_size, "budget": budget, "key": key,
     }  # fmt: skip
@@ -229,7 +262,7 @@ def evaluate_model(
     network = TrainedNetwork(
         subject.loss,
         subject.seed,
-        subject.folder or out,
+        _network_folder(subject, out),
         subject.trained,
         subject.split,
         subject.cut,
@@ -237,3 +270,13 @@ def evaluate_model(
         name=None if subject.folder else subject.name,
     )
     return collect([network], out, subject.data, settings, command)
+
+
+def _network_folder(subject: ModelUnderTest, out: Path) -> Path:
+    """Where ``replay`` finds the network: in ``out``, or in the run folder around it; else a copy goes to ``out``."""
+    if subject.folder is None:
+        return out
+    run = subject.folder.resolve()
+    if run == out.resolve().parent or run.is_relative_to(out.resolve()):
+        return subject.folder
+    return run_folder.copy_network(subject.folder, out / "network")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,14 +22,16 @@ from torch import Tensor, distributed, nn
 from .. import __version__, region, run_folder
 from ..checks import CHECKS, PGD50, ROBUST, Audit, audit, name_of
 from ..checks.cache import load_audit, save_audit
-from ..data import Data
+from ..data import Data, pixels
 from ..errors import UserError
 from ..evaluation import Budget, Evaluation, Stage, StageCost, add_witnesses, evaluate
+from ..evaluation.checkpoint import CleanAnswers, load_clean_answers
 from ..evaluation.suites import resolve
 from ..io import load_tensors, save_tensors, write_atomic
-from ..losses import Loss
-from ..outputs import out_of_memory
+from ..losses import Loss, negative_margin
+from ..outputs import frozen_eval, out_of_memory
 from ..progress import Progress, silent
+from ..queries import LOGIT_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32
 from ..results import Verdict, notebook_counts, percent, proportion
 from ..threat import Threat
 from ..witnesses import Witnesses
@@ -153,9 +156,12 @@ def evaluate_network(
         key = f"{_data_hash(data)} {run_folder.weights_hash(model)}"
     whole = result_key(threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget)
     if cache is not None and not _in_process_group():  # in a group, all processes must attack or none
-        finished = load_result(cache / RESULT_FILE, whole)
+        finished = load_result(cache / RESULT_FILE, cache / EVALUATION_FILE, whole)
         if finished is not None:
+            check_answers(model, data, finished[0], cache, batch_size)
             return NetworkResult(*finished)
+        if (cache / EVALUATION_FILE).exists():
+            check_answers(model, data, load_clean_answers(cache / EVALUATION_FILE), cache, batch_size)
     evaluation = evaluate(
         model,
         data,
@@ -184,8 +190,46 @@ def evaluate_network(
     )  # fmt: skip
     result = NetworkResult(final, replace(audited, evaluation=final), measured, projection)
     if cache is not None:
-        save_result(cache / RESULT_FILE, whole, result.audit, result.region, result.projection)
+        files = cache / RESULT_FILE, cache / EVALUATION_FILE
+        save_result(*files, whole, result.audit, result.region, result.projection)
     return result
+
+
+def check_answers(
+    model: nn.Module,
+    data: Data,
+    stored: Evaluation | CleanAnswers,
+    folder: Path,
+    batch_size: int | None = None,
+) -> None:
+    """Before a stored evaluation is believed, ask a batch of clean images again and compare the margins.
+
+    Args:
+        model: the network as it is now.
+        data: the samples of the evaluation.
+        stored: the evaluation, or a part of it.
+        folder: where it is stored, for the error.
+        batch_size: of the evaluation.
+
+    Raises:
+        UserError: the network answers otherwise than it did: the evaluation is not of this network.
+    """
+    if stored.votes > 1 or len(stored.margin) != len(data):  # answers vary anyway; or the key will not fit
+        return
+    # A batch as the evaluation had it, since the answers of some networks depend on it.
+    rows = torch.arange(min(batch_size or default_batch_size(data.x), len(data)))
+    some = data.take(rows).to(device_of(model, data))
+    with exact_float32(), frozen_eval(model), torch.no_grad():
+        logits = CountingModel(model)(pixels(some.x)).logits
+    margin, before = -negative_margin(logits, some.y).cpu(), stored.margin[rows].to(logits.dtype)
+    slack = LOGIT_TOLERANCE * (logits.amax(1) - logits.amin(1)).cpu() + torch.finfo(logits.dtype).tiny
+    for row, now, was, most in zip(rows.tolist(), margin.tolist(), before.tolist(), slack.tolist(), strict=True):
+        if not (abs(now - was) <= most or (math.isnan(now) and math.isnan(was)) or now == was):
+            raise UserError(
+                f"the network answers otherwise than when {folder} was written: the margin of sample "
+                f"{int(data.index[row])} was {was:.6g} and is {now:.6g}, with the same weights. Code that it calls has "
+                "changed, or its answers vary. Name another folder."
+            )
 
 
 def result_key(
@@ -361,7 +405,7 @@ def cached_region(
 def _read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, about) of a region cache; empty where it is missing or damaged: it is then measured again."""
     try:
-        return ({}, {}) if path is None else load_tensors(path, REGION, REGION_VERSION)
+        return ({}, {}) if path is None or not path.exists() else load_tensors(path, REGION, REGION_VERSION)
     except UserError:
         return {}, {}
 

@@ -1,29 +1,39 @@
-"""A finished NetworkResult on disk, in one file: reading it back needs no model and computes nothing."""
+"""A finished NetworkResult on disk: reading it back needs no model and computes nothing.
+
+Its adversarial images are those of the evaluation's checkpoint beside it. What came after, from the audit and the
+region, is in the file itself: no image is stored twice.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from ..checks import Audit, Finding
 from ..errors import UserError
-from ..evaluation import Evaluation, StageCost
-from ..io import load_tensors, save_tensors
+from ..evaluation import Evaluation, StageCost, load_x_adv
+from ..io import load_tensors, save_tensors, understood
 from ..results import RemainingVulnerable, SpotCheck
 from ..threat import Threat
 
-RESULT, RESULT_VERSION = "network result", 1
+RESULT, RESULT_VERSION = "network result", 2  # 2: the images that the checkpoint has are not repeated
+_ROWS, _IMAGES = "later/rows", "later/x_adv"
 
 
-def save_result(path: Path, key: str, audit: Audit, region: dict[str, Any], projection: dict[str, Any]) -> None:
+def save_result(
+    path: Path, checkpoint: Path, key: str, audit: Audit, region: dict[str, Any], projection: dict[str, Any]
+) -> None:
     """Write a result, whole or not at all.
 
     Args:
         path: the file.
+        checkpoint: the file of the evaluation.
         key: what the result belongs to, as ``pipeline.result_key`` returns it.
         audit: with the final evaluation.
         region: as ``region.measure`` returned it.
@@ -42,9 +52,13 @@ def save_result(path: Path, key: str, audit: Audit, region: dict[str, Any], proj
             columns_of[f.name] = list(value)
         elif value is not None:
             plain[f.name] = value
+    x_adv, before = tensors.pop("x_adv"), load_x_adv(checkpoint)
+    later = torch.nonzero((x_adv != before).flatten(1).any(1))[:, 0]
+    tensors |= {_ROWS: later, _IMAGES: x_adv[later]}
     spot_check = evaluation.spot_check
     about = {
         "key": key,
+        "x_adv": _hash(before),
         "columns_of": columns_of,
         "evaluation": {
             **plain,
@@ -61,14 +75,21 @@ def save_result(path: Path, key: str, audit: Audit, region: dict[str, Any], proj
         "region": region,
         "projection": projection,
     }
-    save_tensors(path, RESULT, RESULT_VERSION, tensors, about)
+    save_tensors(path, RESULT, RESULT_VERSION, tensors, about, packed=[_IMAGES])
 
 
-def load_result(path: Path, key: str) -> tuple[Evaluation, Audit, dict[str, Any], dict[str, Any]] | None:
+def _hash(x_adv: Tensor) -> str:
+    return hashlib.blake2b(x_adv.contiguous().numpy().data, digest_size=16).hexdigest()
+
+
+def load_result(
+    path: Path, checkpoint: Path, key: str
+) -> tuple[Evaluation, Audit, dict[str, Any], dict[str, Any]] | None:
     """Read a result back.
 
     Args:
         path: the file.
+        checkpoint: the file of the evaluation.
         key: what the result must belong to.
 
     Returns:
@@ -76,15 +97,29 @@ def load_result(path: Path, key: str) -> tuple[Evaluation, Audit, dict[str, Any]
         of another version, or belongs to something else.
     """
     with suppress(UserError):
-        tensors, about = load_tensors(path, RESULT, RESULT_VERSION)
+        tensors, about = load_tensors(path, RESULT, RESULT_VERSION, _About)
         if about["key"] == key:
-            return _read(tensors, about)
+            with understood(path):
+                x_adv = load_x_adv(checkpoint)
+                if _hash(x_adv) == about["x_adv"]:
+                    x_adv[tensors.pop(_ROWS)] = tensors.pop(_IMAGES)
+                    return _read({**tensors, "x_adv": x_adv}, about)
     return None
 
 
-def _read(
-    tensors: dict[str, Tensor], about: dict[str, Any]
-) -> tuple[Evaluation, Audit, dict[str, Any], dict[str, Any]]:
+class _About(TypedDict):
+    """What the file holds beside tensors."""
+
+    key: str
+    x_adv: str
+    columns_of: dict[str, list[str]]
+    evaluation: dict[str, Any]
+    audit: dict[str, Any]
+    region: dict[str, Any]
+    projection: dict[str, Any]
+
+
+def _read(tensors: dict[str, Tensor], about: _About) -> tuple[Evaluation, Audit, dict[str, Any], dict[str, Any]]:
     plain, audited = dict(about["evaluation"]), about["audit"]
     spot_check = plain.pop("spot_check")
     columns = {name: column for name, column in tensors.items() if "/" not in name}

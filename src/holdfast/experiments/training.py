@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import models, run_folder
 from ..data import Split, standardisation
-from ..io import write_atomic
+from ..io import read_json, write_atomic
 from ..progress import Progress, silent
 from ..train import accuracy, expected_config, fit
 from .config import Job, schedule_of
@@ -44,8 +44,10 @@ class TrainSummary:
     def load(folder: Path) -> TrainSummary:
         """The summary in a run folder, or an empty one. Raises UserError when the file is damaged."""
         path = folder / SUMMARY_FILE
-        raw = run_folder.read_json(path) if path.exists() else {}
-        return TrainSummary(**{f.name: raw[f.name] for f in fields(TrainSummary) if f.name in raw})
+        if not path.exists():
+            return TrainSummary()
+        summary: TrainSummary = read_json(path, TrainSummary, what="the summary of a training run")
+        return summary
 
     def save(self, folder: Path) -> None:
         """Write the summary: with it the network counts as trained."""
@@ -81,7 +83,10 @@ def train_network(
     run_folder.check_device(job.device)
     split = split or job.cut.load(job.comparison.data)
     if is_trained(job, split):
-        return run_folder.load(job.folder, device=job.device)[0], TrainSummary.load(job.folder), split
+        run_folder.note_paths(job.folder, _config(job, split).get(run_folder.PATHS, {}))
+        # The command that asks for this network named its code.
+        model, _ = run_folder.load(job.folder, device=job.device, run_code=True)
+        return model, TrainSummary.load(job.folder), split
     mean, std = standardisation(split.train)
     arguments = job.model_arguments(split)
     model = models.build(**arguments, mean=mean, std=std)

@@ -14,7 +14,7 @@ from ..io import existing_file
 from ..outputs import Model
 from .exported import load_exported
 from .onnx import load_onnx
-from .python_code import build_model, split_reference
+from .python_code import build_model, source_hash, split_reference
 from .weights import WEIGHT_SUFFIXES, load_weights
 from .wrapped import check_preprocessing, wrap
 
@@ -72,7 +72,7 @@ def is_model_file(text: str) -> bool:
 
 
 def code_hash(source: ModelSource) -> str:
-    """Hash the file that a network comes from: a changed forward pass does not show in the weights.
+    """Hash the file that a network comes from, with what it imports: a changed forward pass does not show in weights.
 
     Args:
         source: where the network comes from.
@@ -83,8 +83,8 @@ def code_hash(source: ModelSource) -> str:
     Raises:
         UserError: the file does not exist.
     """
-    path, _ = split_reference(source.path)
-    return hashlib.blake2b(existing_file(path).read_bytes(), digest_size=8).hexdigest()
+    path = existing_file(split_reference(source.path)[0])
+    return source_hash(path) if path.suffix == ".py" else hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def open_model(source: ModelSource, device: str | torch.device = "cpu") -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib.util
 import inspect
 import re
@@ -20,6 +22,8 @@ from ..errors import UserError, type_of, unknown
 from ..outputs import Model, out_of_memory
 
 _HERE, _TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+_OWNER = "__holdfast_folder__"  # set on a module: the user's folder that it was imported from
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 def split_reference(text: str) -> tuple[str, str]:
@@ -66,13 +70,13 @@ def importing_from(folder: Path) -> Iterator[None]:
     """Put a folder first on the import path, and keep its modules apart from another folder's of the same name.
 
     Args:
-        folder: the user's folder. Modules imported from it are marked as its own; modules that another folder left
-            under the name of one of its files are forgotten first.
+        folder: the user's folder. Modules imported from it are marked as its own. First they are forgotten, since their
+            files may have changed, and so are those that another folder left under the name of one of its files.
     """
     siblings = {entry.stem for entry in folder.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").exists()}
     for name, module in list(sys.modules.items()):
-        owner = getattr(module, "__holdfast_folder__", None)
-        if owner not in (None, str(folder)) and name.partition(".")[0] in siblings:
+        owner = vars(module).get(_OWNER) if isinstance(module, ModuleType) else None
+        if owner == str(folder) or (owner is not None and name.partition(".")[0] in siblings):
             del sys.modules[name]
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
@@ -82,8 +86,69 @@ def importing_from(folder: Path) -> Iterator[None]:
     finally:
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(f"{folder}/"):
-                sys.modules[name].__dict__["__holdfast_folder__"] = str(folder)
+            if _is_in(getattr(sys.modules[name], "__file__", None), folder):
+                sys.modules[name].__dict__[_OWNER] = str(folder)
+
+
+def _is_in(file: str | None, folder: Path) -> bool:
+    """Whether a module's file is the user's: in their folder, and not in an environment of packages there."""
+    return file is not None and Path(file).is_relative_to(folder) and not _INSTALLED & set(Path(file).parts)
+
+
+def source_hash(path: Path) -> str:
+    """Hash a Python file and every module of its folder that it imports: a changed network need not show in weights.
+
+    What counts are the files that the import statements lead to, from file to file, and what the file imported by other
+    means when it was executed. Modules outside of its folder do not count.
+
+    Args:
+        path: the file, absolute.
+
+    Returns:
+        16 hexadecimal digits; the same wherever the folder is.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    folder, files = path.parent, {path}
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and vars(module).get(_OWNER) == str(folder) and module.__file__:
+            files.add(Path(module.__file__))
+    todo = list(files)
+    while todo:
+        found = _imported_files(todo.pop(), folder) - files
+        files |= found
+        todo += found
+    mark = hashlib.blake2b(digest_size=8)
+    try:
+        for file in sorted(files):
+            content = file.read_bytes()
+            mark.update(f"{file.relative_to(folder)} {len(content)} ".encode() + content)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from None
+    return mark.hexdigest()
+
+
+def _imported_files(path: Path, folder: Path) -> set[Path]:
+    """The files of a folder that the import statements of a Python file name, wherever in it they stand."""
+    try:
+        tree = ast.parse(path.read_bytes()) if path.suffix == ".py" else ast.Module([], [])
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return set()  # importing it fails too, with a message
+    found: set[Path] = set()
+    for node in ast.walk(tree):
+        start, names = folder, []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = path.parents[node.level - 1] if 0 < node.level <= len(path.parents) else folder
+            base = f"{node.module}." if node.module else ""
+            names = [base + alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            stems = [start.joinpath(*parts[:k]) for k in range(1, len(parts) + 1)]
+            found |= {file for stem in stems for file in (stem.with_suffix(".py"), stem / "__init__.py")}
+    return {file for file in found if file.is_file() and _is_in(str(file), folder)}
 
 
 def load_name(path: Path, name: str) -> Any:

@@ -23,10 +23,10 @@ from .heads import HEADS
 from .inception import Inception
 from .lipschitz import LipConv, LipMlp
 from .resnets import PreActResNet8, PreActResNet18, ResNet, ResNet18
-from .user_backbone import is_own, own_backbone
+from .user_backbone import is_own, own_backbone, own_code_hash
 from .wideresnet import WideResNet
 
-__all__ = ["MODELS", "Classifier", "build", "check", "default_model"]
+__all__ = ["MODELS", "Classifier", "build", "check", "default_model", "is_own", "own_code_hash"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "linear": Linear,

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, type_of
-from ..importers.python_code import call_factory, importing_from, load_name, split_reference, user_code_errors
+from ..importers.python_code import (
+    call_factory,
+    importing_from,
+    load_name,
+    source_hash,
+    split_reference,
+    user_code_errors,
+)
 from ..io import existing_file
 from ..outputs import frozen_eval
 from .common import Shape
@@ -21,6 +28,25 @@ def is_own(text: str) -> bool:
     [True, True, False]
     """
     return re.search(r"\.py(:|$)", text) is not None
+
+
+def own_code_hash(text: str) -> str:
+    """``source_hash`` of the user's file that a model's name refers to. The file is executed.
+
+    Args:
+        text: path.py:name.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        UserError: the file is missing, or raises.
+    """
+    file, name = split_reference(text)
+    path = existing_file(file)
+    with importing_from(path.parent):
+        load_name(path, name)
+    return source_hash(path)
 
 
 def own_backbone(text: str, shape: Shape) -> tuple[nn.Module, int]:

@@ -6,11 +6,10 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from ..errors import UserError
-from ..io import write_atomic
+from ..io import decode, parse_json, write_atomic
 from .schema import SCHEMA, Results, Samples
 
 FILE = "results.json"
@@ -86,12 +85,8 @@ def load(path: str | Path) -> Results:
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"it holds {name}, which JSON does not allow")
-
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(
             f"could not read {path}: {e.strerror}. Give a results.json or the folder that holds one."
@@ -112,37 +107,6 @@ def load(path: str | Path) -> Results:
             f"rerun {again}"
         )
     try:
-        return _decode(Results, raw, "results")
+        return decode(Results, raw, "results")
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """A JSON value as ``kind``, checked; ``where`` names it in errors."""
-    if kind is Any:
-        return value
-    if get_origin(kind) in (Union, UnionType):
-        return None if value is None else _decode(get_args(kind)[0], value, where)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"{where} should be an object, got {type(value).__name__}.")
-        hints, known = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
-        if unknown := sorted(set(value) - set(known)):
-            raise UserError(f"{where} has the field '{unknown[0]}', which schema {SCHEMA} does not know.")
-        for name, f in known.items():
-            if name not in value and f.default is f.default_factory is dataclasses.MISSING:
-                raise UserError(f"{where}.{name} is missing.")
-        return kind(**{k: _decode(hints[k], v, f"{where}.{k}") for k, v in value.items()})  # type: ignore[operator]
-    origin: Any = get_origin(kind) or kind
-    accepted: Any = {float: (int, float), tuple: list}.get(origin, origin)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and origin is not bool):
-        raise UserError(f"{where} should be {origin.__name__}, got {type(value).__name__} ({str(value)[:40]}).")
-    if origin is dict:
-        return {k: _decode(get_args(kind)[1], v, f"{where}.{k}") for k, v in value.items()}
-    if origin is tuple:
-        item = get_args(kind)[0]
-        plain: set[Any] = {int} if item is int else {int, float, type(None)} if item == float | None else set()
-        if value and set(map(type, value)) <= plain:  # a long column at once
-            return tuple(value)
-        return tuple(_decode(item, v, f"{where}[{i}]") for i, v in enumerate(value))
-    return value

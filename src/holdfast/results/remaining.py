@@ -9,6 +9,8 @@ from scipy import special, stats
 
 from ..errors import UserError
 
+MOST_VOTES = 1000  # predictions per image; an evaluation takes 32
+
 
 @dataclass(frozen=True)
 class RemainingVulnerable:
@@ -150,7 +152,10 @@ class Remaining:
         both: number of tested samples that both runs broke.
         spot_checks: full-length attacks on a sample of the survivors, one per network; empty where there are none.
         unfinished: a budget ended the attacks before the suite did.
-        votes: number of predictions per image whose majority counts; 1 for a deterministic model.
+        votes: number of predictions per image whose majority counts, 1 to 1,000; 1 for a deterministic model.
+
+    Raises:
+        UserError: ``votes`` is outside of its range.
     """
 
     expected: float
@@ -164,3 +169,7 @@ class Remaining:
     spot_checks: tuple[SpotCheck, ...] = ()
     unfinished: bool = False
     votes: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.votes <= MOST_VOTES:
+            raise UserError(f"votes must be 1 to {MOST_VOTES} predictions per image, got {self.votes}.")

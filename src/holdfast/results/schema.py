@@ -212,7 +212,8 @@ class Run:
         projection: features in two dimensions, for the figure.
 
     Raises:
-        UserError: ``attacks`` lacks "pgd50", ``threat`` lacks a key, or ``samples`` has another length than ``n``.
+        UserError: ``n`` < 1, ``attacks`` lacks "pgd50", ``threat`` lacks a key or is none, or ``samples`` has another
+            length than ``n``.
     """
 
     name: str
@@ -247,6 +248,13 @@ class Run:
         for key in ("norm", "eps", "lo", "hi"):
             if key not in self.threat:
                 raise UserError(f"Run '{self.name}': threat needs norm, eps, lo and hi; '{key}' is missing.")
+        numbers = [self.threat[key] for key in ("lo", "hi", "eps")]
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in numbers):
+            raise UserError(f"Run '{self.name}': eps, lo and hi of the threat must be finite numbers, got {numbers}.")
+        if not isinstance(self.threat["norm"], str) or not numbers[0] < numbers[1] or not numbers[2] > 0:
+            raise UserError(f"Run '{self.name}': a threat is a norm, eps > 0 and lo < hi, got {self.threat}.")
+        if self.n < 1:
+            raise UserError(f"Run '{self.name}': n must be >= 1 samples, got {self.n}.")
         if self.samples is not None and len(self.samples) != self.n:
             raise UserError(f"Run '{self.name}': n is {self.n} but samples has {len(self.samples)} entries.")
 

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..io import load_tensors, save_tensors, write_atomic
+from ..io import load_tensors, save_tensors, understood, write_atomic
 
 CHECKPOINT, CHECKPOINT_VERSION = "checkpoint", 2  # 2: with the best epoch's weights
 CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
+
+
+class LogLine(TypedDict, total=False):
+    """A line of the log, as far as others read it."""
+
+    epoch: int
+    loss: Required[float]
+    val: Required[float | None]
+    val_robust: float | None
+
+
+class _Progress(TypedDict):
+    """What the checkpoint holds beside tensors."""
+
+    history: list[LogLine]
+    seconds: float
 
 
 def save_checkpoint(
@@ -73,7 +89,8 @@ def load_checkpoint(
     Raises:
         UserError: the checkpoint belongs to another network, or cannot be read.
     """
-    tensors, metadata = load_tensors(out / CHECKPOINT_FILE, CHECKPOINT, CHECKPOINT_VERSION)
+    path = out / CHECKPOINT_FILE
+    tensors, metadata = load_tensors(path, CHECKPOINT, CHECKPOINT_VERSION, _Progress)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -82,19 +99,20 @@ def load_checkpoint(
         model.load_state_dict(part("model."))
     except RuntimeError as error:
         raise UserError(f"the checkpoint in {out} belongs to another network: {error}") from None
-    for name, tensor in part("ema.").items():
-        ema[name].copy_(tensor)
-    weights = model.state_dict()
-    best.update({name: tensor.to(weights[name].device) for name, tensor in part("best.").items()})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in part("optimizer.").items():
-        number, _, key = name.partition(".")
-        p = parameters[int(number)]
-        if tensor.shape == p.shape:  # in the parameter's memory order, since fused optimizers walk both together
-            tensor = torch.empty_like(p, requires_grad=False).copy_(tensor)
-        state.setdefault(int(number), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    with understood(path):
+        for name, tensor in part("ema.").items():
+            ema[name].copy_(tensor)
+        weights = model.state_dict()
+        best.update({name: tensor.to(weights[name].device) for name, tensor in part("best.").items()})
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in part("optimizer.").items():
+            number, _, key = name.partition(".")
+            p = parameters[int(number)]
+            if tensor.shape == p.shape:  # in the parameter's memory order, since fused optimizers walk both together
+                tensor = torch.empty_like(p, requires_grad=False).copy_(tensor)
+            state.setdefault(int(number), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return metadata["history"], metadata["seconds"]
 
 
@@ -108,20 +126,13 @@ def checkpointed_epochs(out: Path | None) -> int:
         return 0
 
 
-def save_final(
-    out: Path, weights: dict[str, dict[str, Tensor]], epochs: dict[str, int], chosen: str, seconds: float
-) -> None:
-    """Write the chosen weights as model.safetensors, the others as last.safetensors or best.safetensors.
-
-    model.safetensors is written last: its existence means that the run is finished.
+def save_final(out: Path, weights: dict[str, Tensor], epoch: int, seconds: float) -> None:
+    """Write the chosen weights as model.safetensors: its existence means that the run is finished.
 
     Args:
         out: the run folder.
-        weights: by name: "last", and "best" where there is a best epoch.
-        epochs: the epoch of each.
-        chosen: "last" or "best".
+        weights: of the chosen epoch.
+        epoch: its number.
         seconds: training time.
     """
-    for name in sorted(weights, key=lambda name: name == chosen):
-        path = out / f"{'model' if name == chosen else name}.safetensors"
-        save_tensors(path, "model", 1, weights[name], {"seconds": seconds, "epoch": epochs[name]})
+    save_tensors(out / "model.safetensors", "model", 1, weights, {"seconds": seconds, "epoch": epoch})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from matplotlib.ticker import LogLocator
 
 from .. import report, run_folder
 from ..errors import UserError
+from ..io import decode, parse_json
 from ..results import percent
-from .checkpoint import LOG_FILE
+from .checkpoint import LOG_FILE, LogLine
 from .config import best_epoch
 
 
@@ -74,14 +74,13 @@ def read(run: Path) -> Curve:
     if not path.is_file():
         raise UserError(f"{run} has no {LOG_FILE}: give a run folder that `holdfast train` or `compare` wrote to.")
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except ValueError as error:
+        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [decode(LogLine, parse_json(text), f"line {i}") for i, text in enumerate(texts, 1)]
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): is it a log that holdfast wrote?") from None
-    if not all(isinstance(line, dict) and {"loss", "val"} <= line.keys() for line in lines):
-        raise UserError(f"{path} cannot be read: a line lacks loss or val. Is it a log that holdfast wrote?")
     if not lines:
         raise UserError(f"{path} is empty: no epoch has ended yet.")
-    config = run_folder.read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    config = run_folder.read_config(run) if (run / "config.json").is_file() else {}
     seed = config.get("fit", {}).get("seed")
     name = config.get("loss", run.name) + ("" if seed is None else f", seed {seed}")
     objective = config.get("objective", "standard")

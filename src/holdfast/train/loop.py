@@ -42,8 +42,8 @@ def fit(
     """Train a model in place, and resume where a run in ``out`` was stopped: bit for bit on a CPU.
 
     The run folder holds config.json, env.json, log.jsonl (one line per epoch), checkpoint.safetensors and, when
-    training is done, model.safetensors with the weights that ``config.checkpoint`` chose and the others beside it as
-    best.safetensors or last.safetensors.
+    training is done, model.safetensors with the weights that ``config.checkpoint`` chose. (The checkpoint keeps the
+    others.)
 
     Every module is trained in the mode it is in: a batch norm in eval mode stays frozen. (``run_folder.load`` returns a
     network in eval mode: call ``model.train()`` before training it further.) Torch's global random state is afterwards
@@ -122,7 +122,7 @@ def fit(
         state.model.load_state_dict(weights[config.checkpoint])
         state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as a loaded model is
         if out is not None and accelerator.is_main_process:
-            save_final(out, weights, epochs, config.checkpoint, seconds())
+            save_final(out, weights[config.checkpoint], epochs[config.checkpoint], seconds())
         accelerator.wait_for_everyone()
         return Fitted(out, tuple(history), seconds(), best, epochs[config.checkpoint])
 
