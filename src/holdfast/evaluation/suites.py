@@ -49,6 +49,7 @@ class Stage:
         subset: a key of SUBSETS: which samples are attacked.
         fraction: for "nearest" and "escalated", the fraction of survivors in (0, 1], those with the smallest margins.
         round: a stage of round r > 1 runs only if a stage of round r - 1 broke a sample.
+        on_grid: query the model at points rounded to the 8-bit grid; gradients pass through the rounding.
         target: "random" targets one random wrong class per sample, drawn from the sample's own noise, as papers with
             targeted attacks do. Any misclassification counts as a success. "" for no target.
 
@@ -68,6 +69,7 @@ class Stage:
     fraction: float = 1.0
     round: int = 0
     target: str = ""
+    on_grid: bool = False
 
     def __post_init__(self) -> None:
         if self.subset not in SUBSETS:
@@ -146,6 +148,16 @@ def with_pgd50(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     ['pgd50', 'pgd50-train-loss']
     """
     return (PGD50, *(stage for stage in stages if stage != PGD50))
+
+
+def on_grid_too(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The stages, then all but the individual ones again on the 8-bit grid: for models that answer otherwise there.
+
+    >>> [stage.name for stage in on_grid_too([PGD50, Stage("sweep", "apgd")])]
+    ['pgd50', 'sweep', 'grid: sweep']
+    """
+    again = (replace(stage, name=f"grid: {stage.name}", on_grid=True) for stage in stages if not stage.individual)
+    return (*stages, *again)
 
 
 def individual_names(stages: Sequence[Stage]) -> list[str]:
