@@ -134,9 +134,11 @@ def test_no_point_off_the_grid_is_judged_where_images_are_not_8_bit():
     honest = LinearModel()
     beside, on = honest.data(20), samples(honest, 20)
     for data, judgements in ((beside, 1), (on, 2)):
-        found = evaluate(honest, data, Threat("linf", 2.5e-5), (Stage("sweep", "apgd", settings={"steps": 3}),))
+        stages = (Stage("short", "apgd", settings={"steps": 3}), Stage("long", "apgd", settings={"steps": 20}))
+        found = evaluate(honest, data, Threat("linf", 2.5e-5), stages)
         assert found.robust.all()
-        assert found.stages[2].forwards == 20 * (4 + judgements)
+        assert found.stages[2].forwards == 20 * (4 + 1)  # a start, three steps, a judgement
+        assert found.stages[3].forwards == 20 * (21 + judgements)
 
 
 def test_individual_stages_run_once():

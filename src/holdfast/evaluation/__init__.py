@@ -62,10 +62,8 @@ def evaluate(
     attacks with an accuracy of their own. A candidate counts only after it was verified with a fresh query: inside the
     threat and misclassified.
 
-    Where the images are 8-bit (uint8, or multiples of 1/255) and the box is [0, 1], each candidate that does
-    not break its sample is also judged rounded to that grid, inside the threat: a sample counts as broken if either of
-    the two is misclassified. The accuracy of an individual attack counts its own candidates alone, as papers do. If the
-    model answers 8-bit images otherwise than images beside them, the stages run a second time on the grid.
+    Where images are 8-bit and the box is [0, 1], candidates are also judged rounded to multiples of 1/255, and a sample
+    counts as broken if either point is misclassified; see ``holdfast.evaluation.grid``.
 
     A model that answers the same image differently is randomised: attacks use the mean of 8 outputs per step, and
     a sample is correct or broken only by the majority of 32 fresh outputs. Where a bound of the network is known,

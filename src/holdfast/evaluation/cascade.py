@@ -20,7 +20,7 @@ from .clean_pass import clean_pass
 from .costs import add_cost, add_extra_stages, affordable, passes_spent, planned_passes
 from .distributed import Processes, exchange_results, synchronise, total_costs
 from .evaluation import UNBROKEN, Evaluation
-from .grid import to_grid, whole_levels
+from .grid import LONG, to_grid, whole_levels
 from .selection import choose, spot_check_result
 from .state import MAX_TARGETS, State, Task, attack_model
 
@@ -104,18 +104,18 @@ def attack_batch(task: Task, state: State, checkpoint: Checkpoint, number: int, 
 def verify_candidates(
     task: Task, state: State, number: int, rows: Tensor, x: Tensor, y: Tensor, x_adv: Tensor
 ) -> tuple[int, int]:
-    """Judge the candidates, and rounded to the 8-bit grid those that break no 8-bit image.
+    """Judge the candidates, and rounded to the 8-bit grid those that break nothing.
 
     The accuracy of an individual attack counts the candidates as the attack returned them.
 
     Returns:
         (number of samples newly broken, number of candidates outside the threat).
     """
-    name = state.stages[number].name if state.stages[number].individual else ""
+    stage = state.stages[number]
     broken, newly, outside = _judge(task, state, number, rows, x, y, x_adv)
-    if name:
-        state.columns.attack_correct[name][rows] &= ~broken
-    if task.grid:
+    if stage.individual:
+        state.columns.attack_correct[stage.name][rows] &= ~broken
+    if task.grid and stage.passes(state.n_classes) >= LONG * stage.n_targets(state.n_classes):
         rounded = to_grid(x_adv, x, task.threat)
         left = (state.columns.broken_by[rows] == UNBROKEN) & (rounded != x_adv).flatten(1).any(1)
         if bool(left.any()):

@@ -1,4 +1,10 @@
-"""The 8-bit grid: real images hold multiples of 1/255, so candidates are judged there too."""
+"""The 8-bit grid: real images hold multiples of 1/255, so candidates are judged there too.
+
+Where the images are 8-bit (uint8, or multiples of 1/255) and the box is [0, 1], the candidates of attacks of at least
+``LONG`` passes that break nothing are also judged rounded to the grid, inside the threat. A sample counts as broken if
+either of the two is misclassified. The accuracy of an individual attack counts its own candidates alone, as papers do.
+If the model answers 8-bit images otherwise than images beside them, the suite runs a second time on the grid.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +19,7 @@ from ..outputs import Model, Outputs, as_outputs
 from ..threat import TOLERANCE, Threat, column
 
 LEVELS = 255
+LONG = 40  # passes of an attack from which on one more for the rounded candidate costs little
 CHUNK = 4096  # images that are compared with the grid at a time
 CLOSE, FAR = 0.2, 0.45  # how far from the grid, in levels, the points lie that are compared with a point on it
 RATIO, SHARE = 5.0, 0.01  # see ``differs_off_grid``
