@@ -79,7 +79,7 @@ def planned_passes(state: State, number: int, waiting: int, target: int) -> int:
     planned = each * (waiting + int(state.due(number).sum()) * (stage.n_targets(classes) - target - 1))
     for later in state.stages[number + 1 :]:
         expected = {
-            "survivors": survivors,
+            "survivors": 0 if later.after else survivors,
             "nearest": 0 if later.round > 1 else min(survivors, max(N_NEAREST, math.ceil(later.fraction * survivors))),
             "sampled": min(survivors, N_NEAREST + N_RANDOM),
             "escalated": 0,
