@@ -152,6 +152,6 @@ def test_a_checkpoint_of_an_older_version_is_refused(mlp, some, tmp_path):
     tensors, about = load_tensors(path, checkpoint.NAME, checkpoint.VERSION)
     save_tensors(path, checkpoint.NAME, 3, tensors, about)
     with pytest.raises(
-        UserError, match=r"evaluation checkpoint of version 3; this holdfast reads version 4.*new folder"
+        UserError, match=r"evaluation checkpoint of version 3; this holdfast reads version 5.*new folder"
     ):
         evaluate(mlp, some, CLOSE, (), checkpoint=path, key="k")

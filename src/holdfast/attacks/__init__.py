@@ -28,6 +28,7 @@ from .margin_decomposition import md
 from .minimal_norm import distances
 from .pgd import bim, fgsm, least_likely, mim, pgd
 from .random_noise import random_noise
+from .rays import rays
 from .spsa import spsa
 from .square import square
 
@@ -57,6 +58,7 @@ __all__ = [
     "mim",
     "pgd",
     "random_noise",
+    "rays",
     "spsa",
     "square",
 ]  # fmt: skip
@@ -104,6 +106,9 @@ ATTACKS: dict[str, AttackEntry] = {
     ),
     "square": AttackEntry(
         square, "random squares, no gradients (Andriushchenko 2020)", ("linf", "l2"), gradients=False, per_step=1.0
+    ),
+    "rays": AttackEntry(
+        rays, "nearest mistake along rays, by labels alone (Chen 2020)", ("linf", "l2"), gradients=False, per_step=1.5
     ),
     "noise": AttackEntry(random_noise, "random points of the threat", gradients=False, per_step=1.0),
 }

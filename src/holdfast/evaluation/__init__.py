@@ -22,6 +22,7 @@ from .budget import Budget
 from .checkpoint import load_x_adv
 from .distributed import Processes
 from .evaluation import MISCLASSIFIED, UNBROKEN, Evaluation, StageCost, add_witnesses
+from .grid import differs_off_grid, is_8bit
 from .state import Task
 from .suites import SUITES, Stage, individual_names, resolve, stage_scores, with_pgd50
 
@@ -34,7 +35,9 @@ __all__ = [
     "Stage",
     "StageCost",
     "add_witnesses",
+    "differs_off_grid",
     "evaluate",
+    "is_8bit",
     "load_x_adv",
 ]
 
@@ -58,6 +61,9 @@ def evaluate(
     PGD-50 runs first, on all correctly classified samples; further stages attack survivors, unless they are individual
     attacks with an accuracy of their own. A candidate counts only after it was verified with a fresh query: inside the
     threat and misclassified.
+
+    Where images are 8-bit and the box is [0, 1], candidates are also judged rounded to multiples of 1/255, and a sample
+    counts as broken if either point is misclassified; see ``holdfast.evaluation.grid``.
 
     A model that answers the same image differently is randomised: attacks use the mean of 8 outputs per step, and
     a sample is correct or broken only by the majority of 32 fresh outputs. Where a bound of the network is known,
@@ -107,6 +113,7 @@ def evaluate(
         budget=budget,
         batch_size=size,
         batches=Batches(size),
+        grid=is_8bit(data, threat),
         progress=progress if Processes.current().rank == 0 else silent,
     )
     with exact_float32(), frozen_eval(model):

@@ -20,6 +20,7 @@ from .clean_pass import clean_pass
 from .costs import add_cost, add_extra_stages, affordable, passes_spent, planned_passes
 from .distributed import Processes, exchange_results, synchronise, total_costs
 from .evaluation import UNBROKEN, Evaluation
+from .grid import LONG, to_grid, whole_levels
 from .selection import choose, spot_check_result
 from .state import MAX_TARGETS, State, Task, attack_model
 
@@ -78,10 +79,10 @@ def attack_batch(task: Task, state: State, checkpoint: Checkpoint, number: int, 
     elif stage.targets:
         targets["target"] = columns.targets[rows, target]
     x_adv = ATTACKS[stage.attack].attack(
-        attack_model(task.model, state.channels_last, state.randomised),
+        attack_model(task.model, state.channels_last, state.randomised, stage.on_grid),
         x,
         y,
-        task.threat,
+        whole_levels(task.threat) if stage.on_grid else task.threat,
         score=task.scores[stage.score],
         noise=task.noise[rows].fold(number if stage.noise_stream is None else stage.noise_stream, target),
         **stage.keywords(task.threat.eps),
@@ -103,13 +104,35 @@ def attack_batch(task: Task, state: State, checkpoint: Checkpoint, number: int, 
 def verify_candidates(
     task: Task, state: State, number: int, rows: Tensor, x: Tensor, y: Tensor, x_adv: Tensor
 ) -> tuple[int, int]:
+    """Judge the candidates, and rounded to the 8-bit grid those that break nothing.
+
+    The accuracy of an individual attack counts the candidates as the attack returned them.
+
+    Returns:
+        (number of samples newly broken, number of candidates outside the threat).
+    """
+    stage = state.stages[number]
+    broken, newly, outside = _judge(task, state, number, rows, x, y, x_adv)
+    if stage.individual:
+        state.columns.attack_correct[stage.name][rows] &= ~broken
+    if task.grid and stage.passes(state.n_classes) >= LONG * stage.n_targets(state.n_classes):
+        rounded = to_grid(x_adv, x, task.threat)
+        left = (state.columns.broken_by[rows] == UNBROKEN) & (rounded != x_adv).flatten(1).any(1)
+        if bool(left.any()):
+            newly += _judge(task, state, number, rows[left], x[left], y[left], rounded[left])[1]
+    return newly, outside
+
+
+def _judge(
+    task: Task, state: State, number: int, rows: Tensor, x: Tensor, y: Tensor, x_adv: Tensor
+) -> tuple[Tensor, int, int]:
     """Query the model at the candidates and update the columns.
 
     A candidate breaks its sample if it lies in the threat and is misclassified: by one more output of the model, or by
     the majority of many outputs of a randomised one.
 
     Returns:
-        (number of samples newly broken, number of candidates outside the threat).
+        (which candidates break their sample, number of samples newly broken, number of candidates outside the threat).
     """
     columns = state.columns
     with torch.no_grad():
@@ -117,8 +140,6 @@ def verify_candidates(
     inside = task.threat.violation(x_adv, x) == 0
     broken = is_misclassified(votes, y, state.votes) & inside
     margin = -negative_margin(logits, y)
-    if state.stages[number].individual:
-        columns.attack_correct[state.stages[number].name][rows] &= ~broken
     unbroken = columns.broken_by[rows] == UNBROKEN
     newly = broken & unbroken
     better = inside & logits.isfinite().all(1) & (newly | (margin < columns.margin_adv[rows]))
@@ -128,7 +149,7 @@ def verify_candidates(
     columns.margin_adv[rows] = torch.where(better, margin, columns.margin_adv[rows])
     columns.prediction_adv[rows] = torch.where(better, votes.argmax(1), columns.prediction_adv[rows])
     columns.broken_by[rows] = torch.where(newly, number, columns.broken_by[rows])
-    return int(newly.sum()), int((~inside).sum())
+    return broken, int(newly.sum()), int((~inside).sum())
 
 
 def result(task: Task, state: State, processes: Processes) -> Evaluation:
@@ -150,6 +171,6 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
         stages=tuple(total_costs(state, processes)),
         spot_check=spot_check_result(state),
         votes=state.votes,
-        unfinished=state.ended < len(task.suite),
+        unfinished=state.ended < len(task.stages(state.differs_off_grid)),
         certified=None if columns.certified is None else columns.certified.cpu(),
     )

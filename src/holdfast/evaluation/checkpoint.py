@@ -17,7 +17,7 @@ from .costs import add_extra_stages
 from .evaluation import StageCost
 from .state import Columns, State, Task
 
-NAME, VERSION = "evaluation checkpoint", 4
+NAME, VERSION = "evaluation checkpoint", 5
 INTERVAL = 5.0  # seconds between two checkpoints, at least
 SHARE = 20  # and so many times the time it takes to write one: at most 5% of the time goes into writing
 
@@ -60,7 +60,7 @@ class Checkpoint:
         with understood(self.path):
             columns = Columns.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
             costs = [StageCost(**cost) for cost in saved.pop("costs")]
-            state = State(columns, costs, list(task.suite), **saved)
+            state = State(columns, costs, list(task.stages(saved["differs_off_grid"])), **saved)
             add_extra_stages(task, state, len(costs) - 1)
         return state
 
@@ -73,6 +73,7 @@ class Checkpoint:
             "costs": [asdict(cost) for cost in state.costs],
             "channels_last": state.channels_last,
             "randomised": state.randomised,
+            "differs_off_grid": state.differs_off_grid,
             "chosen_for": state.chosen_for,
             "n_rest": state.n_rest,
         }

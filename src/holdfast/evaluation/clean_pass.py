@@ -17,10 +17,12 @@ from ..outputs import Model
 from ..queries import VOTES, logits_differ, majority_vote, prefers_channels_last
 from .costs import add_cost
 from .evaluation import MISCLASSIFIED, UNBROKEN, StageCost
+from .grid import differs_off_grid
 from .state import Columns, State, Task, attack_model
 
 PREFLIGHT = 64  # samples that are queried twice before anything else
-RANDOM_TARGET = 30_000  # noise stream of random targets
+RANDOM_TARGET, GRID = 30_000, 31_000  # noise streams of random targets and of the points that are asked off the grid
+DIFFER = 0.05  # of these samples that answer otherwise off the grid, from which on attacks stay on it as well
 LINEAR_FROM = 10  # with more classes than this, targets are ranked by linearised distance, not by logit
 MAX_LINEARISED = 20  # number of classes with the largest logits whose distance is computed
 MAX_RANKED = 9  # number of target classes kept per sample
@@ -34,7 +36,8 @@ def clean_pass(task: Task) -> State:
     """
     x, y = task.data.x, task.data.y
     began = time.perf_counter()
-    channels_last, randomised = _preflight(task)
+    channels_last, randomised, differs = _preflight(task)
+    stages = task.stages(differs)
     votes_needed = VOTES if randomised else 1
     with torch.no_grad():
         outputs = task.batches.map(all_rows(y), lambda rows: majority_vote(task.model, pixels(x[rows]), votes_needed))
@@ -62,25 +65,30 @@ def clean_pass(task: Task) -> State:
         columns.random_target = drawn + (drawn >= y)
     proved = None if randomised else certify(task.model.model, pixels(x), y, task.threat)
     columns.certified = None if proved is None else proved & clean
-    costs = [StageCost("clean"), *(StageCost(stage.name) for stage in task.suite)]
-    state = State(columns, costs, list(task.suite), channels_last, randomised)
+    costs = [StageCost("clean"), *(StageCost(stage.name) for stage in stages)]
+    state = State(columns, costs, list(stages), channels_last, randomised, differs)
     add_cost(task, state, 0, began)
     return state
 
 
-def _preflight(task: Task) -> tuple[bool, bool]:
-    """Query a few images twice: (may attacks use channels_last order, is the model randomised)."""
+def _preflight(task: Task) -> tuple[bool, bool, bool]:
+    """Query a few images: may attacks use channels_last order, is the model randomised, does it differ off the grid."""
 
-    def query_twice(rows: Tensor) -> tuple[bool, bool]:
+    def query(rows: Tensor) -> tuple[bool, bool, Tensor]:
         x = pixels(task.data.x[rows])
         first, second = task.model(x).logits, task.model(x).logits
         finite = first.isfinite().all(1) & second.isfinite().all(1)
         randomised = bool((logits_differ(first, second) & finite).any())
-        return not randomised and prefers_channels_last(task.model, x, first), randomised
+        differs = torch.zeros_like(rows, dtype=torch.bool)
+        if task.grid and not randomised:
+            some = rows[: len(rows) // 2 or None]
+            differs = differs_off_grid(task.model, task.data.take(some), task.threat, task.noise[some].fold(GRID))
+        return not randomised and prefers_channels_last(task.model, x, first), randomised, differs
 
     with torch.no_grad():
-        answers = task.batches.map(all_rows(task.data.y)[:PREFLIGHT], query_twice)
-    return all(channels_last for channels_last, _ in answers), any(randomised for _, randomised in answers)
+        answers = task.batches.map(all_rows(task.data.y)[:PREFLIGHT], query)
+    channels_last, randomised, differs = zip(*answers, strict=True)
+    return all(channels_last), any(randomised), float(torch.cat(differs).double().mean()) > DIFFER
 
 
 def _check_logits(z: Tensor, y: Tensor) -> None:

@@ -58,7 +58,7 @@ def add_extra_stages(task: Task, state: State, count: int) -> None:
     """Extend ``state.stages`` to so many: further rounds, for a budget that is larger than the suite needs."""
     extra = [stage for stage in EXTRA_ROUND if task.threat.norm in ATTACKS[stage.attack].norms]
     while len(state.stages) < count:
-        turn, place = divmod(len(state.stages) - len(task.suite), len(extra))
+        turn, place = divmod(len(state.stages) - len(task.stages(state.differs_off_grid)), len(extra))
         state.stages.append(replace(extra[place], name=f"more {turn + 1}: {extra[place].name}"))
     while len(state.costs) < len(state.stages) + 1:
         state.costs.append(StageCost(state.stages[len(state.costs) - 1].name))
@@ -79,7 +79,7 @@ def planned_passes(state: State, number: int, waiting: int, target: int) -> int:
     planned = each * (waiting + int(state.due(number).sum()) * (stage.n_targets(classes) - target - 1))
     for later in state.stages[number + 1 :]:
         expected = {
-            "survivors": survivors,
+            "survivors": 0 if later.after else survivors,
             "nearest": 0 if later.round > 1 else min(survivors, max(N_NEAREST, math.ceil(later.fraction * survivors))),
             "sampled": min(survivors, N_NEAREST + N_RANDOM),
             "escalated": 0,

@@ -31,6 +31,10 @@ def _chosen(task: Task, state: State, number: int) -> Tensor:
         previous = [k for k, other in enumerate(state.stages) if other.round == stage.round - 1]
         if not bool(state.broken_by_stages(previous).any()):
             return nobody
+    if stage.after:
+        named = [k for k, other in enumerate(state.stages) if other.name == stage.after]
+        if not bool(state.broken_by_stages(named).any()):
+            return nobody
     if stage.subset == "nearest":
         return _nearest(state, stage.fraction)
     if stage.subset == "sampled":

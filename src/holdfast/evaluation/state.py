@@ -18,7 +18,8 @@ from ..threat import Threat
 from .batching import Batches
 from .budget import Budget
 from .evaluation import UNBROKEN, StageCost
-from .suites import Stage
+from .grid import OnGrid
+from .suites import Stage, on_grid_too
 
 MAX_TARGETS = 16  # more than any stage has: places reserved for a stage in ``Columns.done``
 
@@ -37,6 +38,7 @@ class Task:
         noise: one stream per sample.
         budget: None for no limit.
         batch_size: how samples are distributed over processes; never changes.
+        grid: whether the images are 8-bit: candidates are then judged on the 8-bit grid as well.
         batches: the batch size in use, which shrinks where memory runs out.
         progress: see ``evaluate``.
     """
@@ -52,6 +54,11 @@ class Task:
     batch_size: int
     batches: Batches
     progress: Progress
+    grid: bool = False
+
+    def stages(self, differs_off_grid: bool) -> tuple[Stage, ...]:
+        """The suite's stages, and those on the 8-bit grid for a model that answers otherwise there."""
+        return on_grid_too(self.suite) if differs_off_grid else self.suite
 
 
 @dataclass
@@ -112,6 +119,7 @@ class State:
         stages: the suite's, then those that a larger budget adds.
         channels_last: whether attacks query the model in that memory order.
         randomised: whether the model answers the same image differently.
+        differs_off_grid: whether the model answers 8-bit images otherwise than images beside them.
         chosen_for: number of the stage that ``columns.chosen`` belongs to; -1 before the first.
         ended: number of stages that are finished.
         n_rest: survivors outside the 32 nearest when the spot check was drawn.
@@ -123,6 +131,7 @@ class State:
     stages: list[Stage]
     channels_last: bool
     randomised: bool
+    differs_off_grid: bool = False
     chosen_for: int = -1
     ended: int = 0
     n_rest: int = 0
@@ -159,7 +168,8 @@ class State:
         return torch.isin(by, torch.tensor(numbers).to(by))
 
 
-def attack_model(model: CountingModel, channels_last: bool, randomised: bool) -> Model:
-    """The model as attacks query it: in its preferred memory order, and averaged over outputs if it is randomised."""
+def attack_model(model: CountingModel, channels_last: bool, randomised: bool, on_grid: bool = False) -> Model:
+    """The model as attacks query it: in its preferred memory order, averaged over outputs if it is randomised."""
     ordered = CountingModel(model.model, model, channels_last=True) if channels_last else model
-    return EOTModel(ordered, EOT_SAMPLES) if randomised else ordered
+    averaged = EOTModel(ordered, EOT_SAMPLES) if randomised else ordered
+    return OnGrid(averaged) if on_grid else averaged
