@@ -29,8 +29,9 @@ def fmn(
 ) -> Tensor:
     """Fast minimum norm (Pintor et al. 2021): ascent in a ball that shrinks around fooled points and grows otherwise.
 
-        no fooled point yet:  radius <- ||delta|| + |margin| / ||gradient||_dual
-        point fools:          radius <- min((1 - gamma) radius, max(||delta|| - |margin| / ||gradient||_dual, radius / 2))
+        t = |margin| / ||gradient||_dual
+        no fooled point yet:  radius <- ||delta|| + t
+        point fools:          radius <- min((1 - gamma) radius, max(||delta|| - t, radius / 2), smallest size found)
         otherwise:            radius <- (1 + gamma) radius
 
     gamma and the step size decay by a cosine. The paper's ball shrinks by gamma alone, so 50 steps end no nearer than
