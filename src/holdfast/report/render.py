@@ -45,6 +45,7 @@ from .panels import draw_confusion, draw_eps, draw_features
 from .summary import (
     class_name,
     compare_rows,
+    eps_curves,
     finding,
     frequent_confusions,
     missed,
@@ -163,6 +164,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "classes": lowest if len(classes) > CLASSES else classes,
         "class_count": len(classes),
         "eps": inline(draw_eps, results, prefix + "e"),
+        "eps_notes": [(curve.row.label, note) for curve in eps_curves(results) for note in curve.notes],
         "features": inline(draw_features, results, prefix + "f"),
         "exact": any(run.projection.get("exact") for run in results.runs),
         "region": region_table(results),
