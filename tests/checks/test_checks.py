@@ -87,7 +87,7 @@ def test_void_comes_before_refuted_and_refuted_before_loose():
 def test_a_check_speaks_of_its_own_claims_alone():
     doubt = finding(claims=(PGD50,))
     assert judge(Claim(ROBUST, [1]), [1], [doubt]).status == "tight"
-    assert judge(Claim(PGD50, [1] * 200), [1] * 199 + [0], [doubt]).status == "loose"
+    assert judge(Claim(PGD50, [1]), [1], [doubt]).status == "loose"
     assert judge(Claim(PGD50, [1]), [1], [finding(status="holds"), finding(status="not run")]).status == "tight"
 
 
@@ -106,13 +106,16 @@ def test_the_same_gap_is_refuted_on_many_samples_and_too_few_to_tell_on_few():
     assert "too few" not in one.why
 
 
-def test_the_same_samples_have_the_same_verdict():
-    """'86.0 loose' stood beside '86.0 tight': a check of PGD-50 says nothing of a figure that all attacks confirm."""
-    correct = [1] * 86 + [0] * 14
-    masked, weak = finding(claims=(PGD50,)), finding(claims=(PGD50, ROBUST))
-    assert judge(Claim(PGD50, correct), correct, [masked]) == judge(Claim(ROBUST, correct), correct, [masked])
-    assert judge(Claim(PGD50, correct), correct, [masked]).status == "tight"
-    assert judge(Claim(PGD50, correct), correct, [weak]).status == "loose"
+def test_a_loose_figure_says_how_far_off_it_is_first():
+    """'86.0 loose' stood beside '86.0 tight' for the same samples: the sentence says that they are the same."""
+    correct, doubt = [1] * 86 + [0] * 14, finding(claims=(PGD50,))
+    same = judge(Claim(PGD50, correct), correct, [doubt])
+    assert (same.status, same.why) == ("loose", "0.0 points too high on 100 samples, but 5 of 10")
+    off = judge(Claim(PGD50, correct), [1] * 85 + [0] * 15, [doubt])
+    assert off.why == (
+        "1.0 points too high (95% interval 0.0 to 5.4; other attacks broke 1 more of 100 samples), but 5 of 10"
+    )
+    assert judge(Claim(ROBUST, correct), correct, [doubt]).status == "tight"
 
 
 def test_what_is_expected_to_remain_makes_a_claim_loose():

@@ -20,7 +20,7 @@ from holdfast.errors import UserError
 class Page(HTMLParser):
     """Text, tags and attributes of a page; complains about tags that do not close."""
 
-    VOID = ("meta", "img", "br", "path", "use", "rect", "circle", "line")
+    VOID = ("meta", "img", "br", "path", "use", "rect", "circle", "line", "wbr")
 
     def __init__(self, path):
         super().__init__()
@@ -58,7 +58,8 @@ def test_the_numbers_are_the_datas(page):
         for i in (row.clean, row.pgd50, row.robust):
             assert f"{R.percent(i.low)} to {R.percent(i.high)}" in page.text
             assert R.percent(i.value) in page.text
-        assert row.verdict in page.text
+        status, _, why = row.verdict.partition(": ")
+        assert f"robust, {why}: {status}" in page.text  # what was observed first, the word second
     assert "≤ 41.0" in page.text
     assert "isce:s=100: PGD-50 reports 79.0%, but robust accuracy is at most 19.5%." in page.text
     assert "Most robust: isce:s=4.6, at most 41.0% (95% interval 34.1 to 48.2)." in page.text
@@ -224,6 +225,7 @@ def test_certified_and_robust_are_drawn_as_a_bracket(tmp_path):
     nothing = Page(report.render(make_results([proved(0.0, make_run(robust=0.41))]), tmp_path / "nothing.html"))
     assert 'data-name="certified"' not in nothing.source  # the run's own details still say 0.0
     assert "is certified" not in nothing.text
+    assert "certified no sample: the bounds that were computed prove none" in nothing.text
     assert not [v for _, k, v in nothing.attributes if k == "class" and v == "bracket"]
     report.figures(make_results(runs), tmp_path)
     assert "certified" in "".join(ET.parse(tmp_path / "accuracy.svg").getroot().itertext())

@@ -42,7 +42,6 @@ def judge(
 
     The words depend on the number of samples: the same gap may be tight on 360 and refuted on 1,797. So the reason
     states the gap in points, with its interval and the number of samples, and says where they are too few to tell.
-    A claim that counts the same samples as correct as all attacks together is judged by the checks of that figure.
 
     Args:
         claim: what is claimed.
@@ -68,12 +67,14 @@ whether it is more than 1 point'
     broken = sum(bool(claimed) and not survived for claimed, survived in zip(claim.correct, robust, strict=True))
     if lower_bound_99(broken, n) > TOLERANCE:
         return Verdict("refuted", _gap(broken, n))
-    # The same samples are one figure: it cannot be loose in one column and tight in the other.
-    name = ROBUST if [*map(bool, claim.correct)] == [*map(bool, robust)] else claim.name
-    firing = [finding for finding in findings if finding.fires and name in finding.claims]
+    firing = [finding for finding in findings if finding.fires and claim.name in finding.claims]
     if firing:
         others = f", and {len(firing) - 1} more checks fire" if len(firing) > 1 else ""
-        return Verdict("loose", firing[0].why + others)
+        why = firing[0].why + others
+        if claim.name == ROBUST:
+            return Verdict("loose", why)
+        # The figure of a weak attack may be right: say how far off it is before saying why it is no evidence.
+        return Verdict("loose", f"{_gap(broken, n) if broken else f'0.0 points too high on {n} samples'}, but {why}")
     agreement = f"attacks of different kinds agree on {n} samples"
     if broken:
         few = f", too few images to tell whether it is more than {100 * TOLERANCE:.0f} point"

@@ -106,16 +106,22 @@ def caption(results: Results, shown: Sequence[Row]) -> str:
         *(threats if len(threats) == 1 else []),
         "in percent",
     ]
-    notes = list(dict.fromkeys(row.interval for row in shown))
-    if any(row.pgd50_status and row.gap for row in shown):
-        notes.append("verdict on PGD-50: after the points that other attacks take off it")
-    mixed = next((row for row in shown for alike in (row.status_seeds, row.pgd50_status_seeds)
-                  if alike < len(row.runs)), None)  # fmt: skip
-    if mixed is not None:
-        notes.append(f"1/{len(mixed.runs)}: a row has the worst verdict of its seeds, here of 1 of {len(mixed.runs)}")
+    notes = [*dict.fromkeys(row.interval for row in shown), *caption_notes(shown)]
     if not any_certified(shown) and any(row.certified for row in shown):
         notes.append("no sample is certified")
     return f"{', '.join(filter(None, parts))}; {'; '.join(notes)}"
+
+
+def caption_notes(shown: Sequence[Row]) -> list[str]:
+    """How to read the verdicts of these rows: the number before that on PGD-50, and the share of seeds."""
+    notes = []
+    if any(row.pgd50_status and row.gap for row in shown):
+        notes.append("verdict on PGD-50: after the points that other attacks take off it")
+    of = [(alike, len(row.runs)) for row in shown for alike in (row.status_seeds, row.pgd50_status_seeds)]
+    if mixed := [(alike, runs) for alike, runs in of if alike < runs]:
+        alike, runs = mixed[0]
+        notes.append(f"{alike}/{runs}: a row has the worst verdict of its seeds, here of {alike} of {runs}")
+    return notes
 
 
 def doubts(results: Results) -> list[str]:
