@@ -48,7 +48,7 @@ def digits():
     return net, *right_ones(net, split, 40)
 
 
-TRAINED = {"sce": "sce", "isce": "isce:s=100"}
+TRAINED = {"sce": "sce", "isce": "isce:s=100", "cosface": "cosface:m=0.2,scale=15"}
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,8 @@ def test_a_claim_is_refuted_by_samples_that_surely_fell():
     assert judge(Claim(PGD50, stands), [1] * 983 + [0] * 17, []).status == "tight"  # 17 of 1,000: low 0.0087
     assert judge(Claim(PGD50, stands), [1] * 980 + [0] * 20, []).status == "refuted"  # 20 of 1,000: low 0.0108
     assert judge(Claim(PGD50, [0] * 1000), [0] * 1000, []).status == "tight"
-    assert "517 more of 1000 samples (51.7%)" in judge(Claim(PGD50, stands), [1] * 483 + [0] * 517, []).why
+    why = judge(Claim(PGD50, stands), [1] * 483 + [0] * 517, []).why
+    assert why == "51.7 points too high (95% interval 48.6 to 54.8; other attacks broke 517 more of 1000 samples)"
 
 
 def test_void_comes_before_refuted_and_refuted_before_loose():
@@ -88,6 +89,33 @@ def test_a_check_speaks_of_its_own_claims_alone():
     assert judge(Claim(ROBUST, [1]), [1], [doubt]).status == "tight"
     assert judge(Claim(PGD50, [1]), [1], [doubt]).status == "loose"
     assert judge(Claim(PGD50, [1]), [1], [finding(status="holds"), finding(status="not run")]).status == "tight"
+
+
+def test_the_same_gap_is_refuted_on_many_samples_and_too_few_to_tell_on_few():
+    """56.1 to 54.2 on 360 images, 56.2 to 53.9 on 1,797: the word depends on n, so the sentence says n."""
+    few = judge(Claim(PGD50, [1] * 202 + [0] * 158), [1] * 195 + [0] * 165, [])
+    assert few.status == "tight"
+    assert few.why == (
+        "1.9 points too high (95% interval 0.8 to 4.0; other attacks broke 7 more of 360 samples), too few images to "
+        "tell whether it is more than 1 point"
+    )
+    many = judge(Claim(PGD50, [1] * 1010 + [0] * 787), [1] * 969 + [0] * 828, [])
+    assert (many.status, "too few" in many.why) == ("refuted", False)
+    one = judge(Claim(PGD50, [1] * 200 + [0] * 160), [1] * 199 + [0] * 161, [])
+    assert "broke 1 more of 360 samples)" in one.why
+    assert "too few" not in one.why
+
+
+def test_a_loose_figure_says_how_far_off_it_is_first():
+    """'86.0 loose' stood beside '86.0 tight' for the same samples: the sentence says that they are the same."""
+    correct, doubt = [1] * 86 + [0] * 14, finding(claims=(PGD50,))
+    same = judge(Claim(PGD50, correct), correct, [doubt])
+    assert (same.status, same.why) == ("loose", "0.0 points too high on 100 samples, but 5 of 10")
+    off = judge(Claim(PGD50, correct), [1] * 85 + [0] * 15, [doubt])
+    assert off.why == (
+        "1.0 points too high (95% interval 0.0 to 5.4; other attacks broke 1 more of 100 samples), but 5 of 10"
+    )
+    assert judge(Claim(ROBUST, correct), correct, [doubt]).status == "tight"
 
 
 def test_what_is_expected_to_remain_makes_a_claim_loose():

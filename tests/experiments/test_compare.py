@@ -25,7 +25,7 @@ from holdfast.experiments.evaluate_model import evaluate_model, from_run
 from holdfast.experiments.training import train_network
 from holdfast.io import load_tensors, save_tensors
 from holdfast.progress import NETWORK_DONE
-from holdfast.region import measures
+from holdfast.region import distances, measures
 from holdfast.replay import WITNESSES, WITNESSES_VERSION, replay
 from holdfast.threat import Threat
 from holdfast.train import FitConfig
@@ -227,7 +227,7 @@ def test_a_damaged_cache_of_the_region_is_measured_again(original, copied):
 def test_what_the_minimal_attack_breaks_counts(copied, original, monkeypatch):
     lose_results(copied, "region.safetensors")
     with monkeypatch.context() as here:  # it "breaks" each sample at the image itself
-        here.setattr(measures, "smallest_perturbation", lambda model, x, y, threat, **_: (x, torch.zeros(len(y))))
+        here.setattr(distances, "smallest_perturbation", lambda model, x, y, threat, **_: (x, torch.zeros(len(y))))
         found = compare(TINY, copied).runs
     for was, run in zip(original[0].runs, found, strict=True):
         assert run.stages[-1].broken > 0

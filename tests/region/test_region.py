@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from scipy.stats import norm as gaussian
 from sklearn.covariance import ledoit_wolf
 from torch import nn
 
-from holdfast import data, models
+from holdfast import data, models, run_folder
 from holdfast.errors import UserError
+from holdfast.evaluation import evaluate
 from holdfast.models.heads import HEADS
 from holdfast.outputs import Outputs
 from holdfast.region import (
@@ -389,7 +391,10 @@ def test_measure_of_a_linear_network(linear):
     found = dict(zip(result["distances"]["index"], result["distances"]["distance"], strict=True))
     assert found == pytest.approx({i: float(margin[i]) / slope for i in range(120)}, rel=2e-3)
     assert result["movement"]["moved"]["q90"] == pytest.approx(0.02 * 6**0.5, rel=1e-4)  # features are the pixels
-    assert sum(result["passes"].values()) == 3 * 120 + 2 * (50 + 10) * 120
+    standing = [sum(d > eps for d in found.values()) for eps in (0.01, 0.02, 0.03, 0.04)]
+    assert [(c["n"], c["minimal_norm"], c["robust"]) for c in result["eps_checks"]] == [(120, k, k) for k in standing]
+    attacked = sum(standing) - standing[1]  # at eps itself the evaluation has attacked
+    assert sum(result["passes"].values()) == 3 * 120 + 2 * (50 + 10) * 120 + 26 * attacked
 
 
 def test_of_what_is_wrong_already_there_is_no_twin():
@@ -475,6 +480,52 @@ def test_what_the_evaluation_missed_is_counted(linear):
     torch.testing.assert_close(margin, own - other)
     # On a linear network the edge of the threat is farther behind the boundary than the nearest mistake.
     assert float((threat.size(points - x[rows]) / threat.eps).median()) > 0.99
+
+
+def curve_at(result, eps):
+    """The samples that stand at eps, read off the distances as the report does."""
+    return sum(d is None or d > eps for d in result["distances"]["distance"])
+
+
+def test_what_the_minimal_norm_attack_misses_an_attack_on_a_radius_finds():
+    """A score that is flat around x: FMN, which starts at x, does not move; an attack from a random start does."""
+
+    def model(x):  # the boundary is where the mean has moved by 0.051
+        moved = (x.flatten(1).mean(1) - 0.5).abs()
+        return torch.stack([1 - (moved - 0.001).clamp_min(0) / 0.05, torch.zeros_like(moved)], 1)
+
+    x, y, threat = torch.full((40, 1, 4, 4), 0.5), torch.zeros(40).long(), Threat("linf", 0.06)
+    assert smallest_perturbation(model, x, y, threat)[1].isinf().all()
+    kept = []
+    result = measure(model, x, y, x, threat, on_witnesses=kept.append)
+    assert [(c["minimal_norm"], c["robust"]) for c in result["eps_checks"]] == [(40, 40), (40, 0), (40, 0), (40, 0)]
+    assert all(0.05099 <= d <= 0.054 for d in result["distances"]["distance"])
+    assert result["missed"] == len(kept[0].rows) == 40  # moved back, they lie in the threat
+    assert (curve_at(result, 0.05), curve_at(result, 0.06)) == (40, 0)
+
+
+@pytest.mark.parametrize("eps", [4 / 255, 8 / 255, 0.1, 1 / 3])
+def test_what_the_evaluation_broke_at_eps_does_not_stand_at_eps(eps):
+    x, y = torch.full((12, 1, 2, 2), 0.3), torch.zeros(12).long()
+    x_adv = torch.where(torch.arange(12).view(-1, 1, 1, 1) < 8, x + eps, x)  # in float32: the edge, or a bit beyond
+    model = lambda x: torch.stack([0.29 + eps - x.mean((1, 2, 3)).detach(), 0 * x.sum((1, 2, 3))], 1)  # noqa: E731
+    result = measure(model, x, y, x_adv, Threat("linf", eps))
+    assert curve_at(result, eps) <= 4
+    assert result["eps_checks"][1]["robust"] == curve_at(result, eps)
+
+
+@pytest.mark.parametrize("threat", [Threat("linf", 0.1), Threat("l2", 0.5)], ids=str)
+def test_the_curve_of_cosine_logits_is_that_of_evaluations(trained_runs, threat):
+    """CosFace stood at 47% at linf 0.2, where an evaluation breaks everything: its gradient at x is saturated."""
+    model, split = run_folder.load(trained_runs("cosface"))[0], data.load("digits")
+    some = split.test.take(slice(0, 64))
+    x_adv = evaluate(model, some, threat, "quick").x_adv
+    result = measure(model, some.x, some.y, x_adv, threat)
+    for share, check in zip((0.5, 1.0, 1.5, 2.0), result["eps_checks"], strict=True):
+        eps = share * threat.eps
+        stands = int(evaluate(model, some, replace(threat, eps=eps), "quick").robust.sum())
+        assert check["robust"] == curve_at(result, check["eps"])
+        assert curve_at(result, eps) <= stands + 5
 
 
 def test_misalignment_is_seen_and_its_absence_too():

@@ -20,7 +20,7 @@ from holdfast.errors import UserError
 class Page(HTMLParser):
     """Text, tags and attributes of a page; complains about tags that do not close."""
 
-    VOID = ("meta", "img", "br", "path", "use", "rect", "circle", "line")
+    VOID = ("meta", "img", "br", "path", "use", "rect", "circle", "line", "wbr")
 
     def __init__(self, path):
         super().__init__()
@@ -58,7 +58,8 @@ def test_the_numbers_are_the_datas(page):
         for i in (row.clean, row.pgd50, row.robust):
             assert f"{R.percent(i.low)} to {R.percent(i.high)}" in page.text
             assert R.percent(i.value) in page.text
-        assert row.verdict in page.text
+        status, _, why = row.verdict.partition(": ")
+        assert f"robust, {why}: {status}" in page.text  # what was observed first, the word second
     assert "≤ 41.0" in page.text
     assert "isce:s=100: PGD-50 reports 79.0%, but robust accuracy is at most 19.5%." in page.text
     assert "Most robust: isce:s=4.6, at most 41.0% (95% interval 34.1 to 48.2)." in page.text
@@ -224,6 +225,7 @@ def test_certified_and_robust_are_drawn_as_a_bracket(tmp_path):
     nothing = Page(report.render(make_results([proved(0.0, make_run(robust=0.41))]), tmp_path / "nothing.html"))
     assert 'data-name="certified"' not in nothing.source  # the run's own details still say 0.0
     assert "is certified" not in nothing.text
+    assert "certified no sample: the bounds that were computed prove none" in nothing.text
     assert not [v for _, k, v in nothing.attributes if k == "class" and v == "bracket"]
     report.figures(make_results(runs), tmp_path)
     assert "certified" in "".join(ET.parse(tmp_path / "accuracy.svg").getroot().itertext())
@@ -337,7 +339,7 @@ def test_the_inference_region_is_shown(tmp_path):
         "MMD²": ["0.01", "0.01"],
     }
     assert "separability of clean and adversarial features, AUC 0.8 0.6" in page.text
-    assert "too high" not in page.text
+    assert "is too high" not in page.text
 
 
 def test_seeds_share_a_line_of_measures():
@@ -360,13 +362,75 @@ def test_accuracy_over_eps_is_the_share_that_lies_farther(tmp_path):
     assert dot.get_data()[1] == [50]
 
 
+def checked(*counts, eps=THREAT["eps"]):
+    """Entries of eps_checks: (minimal_norm, robust) of 256 samples at each radius."""
+    shares = (0.5, 1.0, 1.5, 2.0)
+    return [
+        {"eps": f * eps, "n": 256, "minimal_norm": a, "robust": b} for f, (a, b) in zip(shares, counts, strict=True)
+    ]
+
+
+def dashes(figure):
+    """(from, to, whether dashed) of each part of the first curve."""
+    return [(*line.get_xdata()[[0, -1]], line.get_linestyle() != "-") for line in figure.axes[0].lines[:-1]]
+
+
+def test_a_curve_that_other_attacks_confirm_is_solid(tmp_path):
+    run = surveyed(make_run("sce"), eps_checks=checked((220, 220), (130, 129), (40, 38), (0, 0)))
+    assert dashes(report.draw_eps(make_results([run]))) == [(0, 0.2, False)]
+    assert "did not converge" not in Page(report.render(make_results([run]), tmp_path / "r.html")).text
+
+
+def test_a_curve_is_dashed_where_the_minimal_norm_attack_did_not_converge(tmp_path):
+    checks = checked((220, 220), (130, 129), (120, 4), (2, 2))
+    run = surveyed(make_run("<cosface>"), eps_checks=checks, distance={"median": 0.12})
+    results = make_results([run])
+    assert dashes(report.draw_eps(results)) == [(0, 0.1, False), (0.1, 0.2, True)]
+    page = Page(report.render(results, tmp_path / "r.html"))
+    said = (
+        "<cosface>: the minimal-norm attack did not converge: at eps 0.15 it leaves 120 of 256 samples unbroken, "
+        "other attacks 4; from eps 0.1 to 0.2 the curve may be too high."
+    )
+    assert said in page.text
+    smallest = "smallest perturbation found, median (misclassified: 0)"
+    assert dict(report.region_table(results)[1])[smallest] == ["≤ 0.12"]
+    fine = dataclasses.replace(run, region={**run.region, "distance": {"median": 0.08}})
+    assert dict(report.region_table(make_results([fine]))[1])[smallest] == ["0.08"]
+
+
+@pytest.mark.parametrize(
+    ("status", "checks", "why"),
+    [
+        ("loose", checked(*[(9, 9)] * 4), "its robust accuracy is loose"),
+        ("tight", None, "no other attack was run at these eps"),
+    ],
+)
+def test_a_curve_is_dashed_throughout_where_its_dot_is_loose_or_nothing_was_checked(status, checks, why, tmp_path):
+    run = surveyed(make_run("sce", status=status), **({"eps_checks": checks} if checks else {}))
+    assert dashes(report.draw_eps(make_results([run]))) == [(0, 0.2, True)]
+    assert why in Page(report.render(make_results([run]), tmp_path / "r.html")).text
+
+
+def test_checks_of_several_seeds_are_counted_together_and_end_where_they_end():
+    few = checked((220, 220), (130, 127), (40, 40), (0, 0))  # 3 of 256 are more than 1%
+    none = checked(*[(9, 9)] * 4)
+    wide = surveyed(make_run("wide", threat={**THREAT, "eps": 0.2}), eps_checks=checked(*[(9, 9)] * 4, eps=0.2))
+    seeds = [surveyed(make_run("sce", seed=i), eps_checks=c) for i, c in enumerate((few, none))]
+    assert dashes(report.draw_eps(make_results(seeds))) == [(0, 0.2, False)]
+    assert dashes(report.draw_eps(make_results(seeds[:1]))) == [(0, 0.05, False), (0.05, pytest.approx(0.15), True), (
+        pytest.approx(0.15), 0.2, False
+    )]  # fmt: skip
+    curve = report.eps_curves(make_results([seeds[1], wide]))[0]
+    assert (curve.is_doubtful(0.15), curve.is_doubtful(0.3)) == (False, True)  # beyond its last radius
+
+
 def test_what_the_evaluation_missed_is_said(tmp_path):
     page = Page(report.render(make_results([surveyed(make_run("sce"), missed=3)]), tmp_path / "r.html"))
-    assert "sce: the minimal-norm attack of these measures broke 3 samples counted as robust above" in page.text
+    assert "sce: the attacks of these measures broke 3 samples counted as robust above" in page.text
     runs = [surveyed(make_run("one"), missed=1), surveyed(make_run("varied"), missed=None)]
     runs.append(surveyed(make_run("void", status="void"), missed=5))  # of no figure can be said that it is too high
     page = Page(report.render(make_results(runs), tmp_path / "r.html"))
-    assert "one: the minimal-norm attack of these measures broke 1 sample counted as robust above" in page.text
+    assert "one: the attacks of these measures broke 1 sample counted as robust above" in page.text
     assert page.text.count("is too high") == 1
 
 
@@ -374,7 +438,7 @@ def test_a_void_row_has_no_curve_and_what_was_wrong_already_no_step():
     runs = [surveyed(make_run("void", status="void")), surveyed(make_run("sce"), distances=(0.0, 0.0, 0.05, None))]
     figure = report.draw_eps(make_results(runs))
     curve, _ = figure.axes[0].lines
-    assert curve.get_label() == "sce"
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["sce, tight at 0.1"]
     assert curve.get_data()[1].tolist()[:2] == [50, 25]
     assert report.draw_eps(make_results(runs[:1])) is None
 

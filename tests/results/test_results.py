@@ -359,8 +359,8 @@ def test_what_the_minimal_attack_broke_is_in_doubt():
     run = dataclasses.replace(make_run("sce"), region={"missed": 2})
     void = dataclasses.replace(make_run("mmc", status="void"), region={"missed": 2})
     none = dataclasses.replace(make_run("center"), region={"missed": None})
-    lines = [line for line in R.doubts(make_results([run, void, none])) if "minimal-norm" in line]
-    assert lines == [f"{run.name}: the minimal-norm attack of the region measures broke 2 more: robust is too high"]
+    lines = [line for line in R.doubts(make_results([run, void, none])) if "region" in line]
+    assert lines == [f"{run.name}: the attacks of the region measures broke 2 more: robust is too high"]
 
 
 @pytest.mark.parametrize("command", ["holdfast compare --out out/digits", ""])
@@ -392,13 +392,19 @@ def test_certified_has_a_column_before_robust_where_a_run_has_it():
         assert "certified" not in text(make_results())
 
 
-def test_a_certificate_that_proves_nothing_has_no_column_but_stays_in_the_data():
+def test_a_certificate_that_proves_nothing_has_no_column_in_any_table():
     results = make_results([proved(0.0), make_run("mmc")])
-    for text in (R.markdown, R.latex, _printed):
+    for text in (R.markdown, R.latex, R.csv):
         assert "certified" not in text(results)
-    read = list(csv_module.DictReader(io.StringIO(R.csv(results))))
-    assert (float(read[0]["certified"]), read[1]["certified"]) == (0.0, "")
-    assert "certified" in R.markdown(make_results([proved(0.0), proved(0.01, make_run("mmc"))]))
+    for text in (_printed, R.notebook):  # not proved: said; without any bound there is nothing to say
+        assert "no sample is certified" in re.sub(r"\s+", " ", text(results))
+        assert "certified" not in text(make_results())
+    shown = make_results([proved(0.0), proved(0.01, make_run("mmc")), proved(None, make_run("center"))])
+    assert "certified" in R.markdown(shown)
+    assert "no sample is certified" not in R.notebook(shown)
+    read = list(csv_module.DictReader(io.StringIO(R.csv(shown))))
+    assert [line["certified"] for line in read] == ["0.0", "0.01", ""]  # proved none; one in a hundred; no bound
+    assert results.runs[0].certified.value == 0.0  # it stays in the data
 
 
 def test_certified_and_protocols_are_averaged_over_seeds():
@@ -444,7 +450,7 @@ def test_cells_show_a_column_only_where_a_row_has_a_value():
         "robust, 95%",
         "verdict",
     )
-    assert first == ("sce", "97.0", "40.0", "refuted", "41.0", "35.0", "10.0", "30.0 [23.7, 36.9]", "tight")
+    assert first == ("sce", "97.0", "40.0", "-10.0 refuted", "41.0", "35.0", "10.0", "30.0 [23.7, 36.9]", "tight")
     assert second[3:] == ("-", "-", "-", "-", "30.0 [23.7, 36.9]", "-")
     for text in (R.markdown, R.latex, R.notebook):
         assert "PGD-50, train loss" in text(make_results([full]))
@@ -478,9 +484,48 @@ def test_a_table_with_every_column_folds_its_verdicts():
         ["pgd10-", "pgd50-", "train", "certi-"],
         ["loss", "clean", "PGD-50", "pgd10", "targeted", "targeted", "cw", "loss", "fied", "robust,", "95%"],
     ]
-    first, second = next(pair for pair in itertools.pairwise(text.splitlines()) if pair[0].startswith("sce"))
+    lines = text.splitlines()
+    first, second, third = lines[(at := next(i for i, line in enumerate(lines) if line.startswith("sce"))) : at + 3]
     assert re.fullmatch(r"sce +97\.0 +40\.0 +55\.0 +80\.0 +75\.0 +41\.0 +35\.0 +5\.0 +<= 30\.0 loose *", first)
-    assert re.fullmatch(r" +refuted +\[23\.7, 36\.9\] *", second)
+    assert re.fullmatch(r" +-10\.0 +\[23\.7, 36\.9\] *", second)
+    assert third.split() == ["refuted"]
+
+
+def test_the_gap_stands_before_the_word_and_small_samples_are_said():
+    """The same gap is tight on few images and refuted on many: the table shows the gap, the line says why."""
+    word = {True: R.Verdict("refuted", "2.5 points too high (...)"), False: R.Verdict("tight", "2.5 points too high")}
+    shown = {
+        n: dataclasses.replace(make_run(n=n, pgd50=0.325, robust=0.3), pgd50_verdict=word[n > 1000])
+        for n in (200, 2000)
+    }
+    for n, run in shown.items():
+        (row,) = R.rows(make_results([run]))
+        assert row.gap == R.proportion(n // 40, n)
+        assert R.cells([row])[1][3] == f"-2.5 {word[n > 1000].status}"
+        (line,) = R.doubts(make_results([run]))
+        assert line == f"sce: PGD-50, {run.pgd50_verdict.why}: {run.pgd50_verdict.status}"
+        for text in (_printed, R.notebook):
+            assert "points that other attacks take off it" in re.sub(r"\s+", " ", text(make_results([run])))
+    level = dataclasses.replace(make_run(pgd50=0.3, robust=0.3), pgd50_verdict=R.Verdict("tight", "they agree"))
+    assert R.cells(R.rows(make_results([level])))[1][3] == "0.0 tight"
+    assert R.doubts(make_results([level])) == []
+
+
+def test_one_loose_seed_of_five_is_said_near_the_table():
+    runs = [make_run(seed=seed, status="loose" if seed == 2 else "tight") for seed in range(5)]
+    (row,) = R.rows(make_results(runs))
+    assert (row.status, row.status_seeds) == ("loose", 1)
+    assert row.gap == R.over_seeds([0.1] * 5)
+    assert R.cells([row])[1][-1] == "1/5 loose"
+    for text in (_printed, R.notebook):
+        assert "a row has the worst verdict of its seeds, here of 1 of 5" in re.sub(
+            r"\s+", " ", text(make_results(runs))
+        )
+    (line,) = R.doubts(make_results(runs))
+    assert line == "sce: robust, gradients vanish on 61% of samples (1 of 5 seeds): loose"
+    same = make_results([make_run(seed=seed, status="loose") for seed in range(5)])
+    assert R.cells(R.rows(same))[1][-1] == "loose"
+    assert "worst verdict" not in _printed(same)
 
 
 def test_remaining_text_says_what_was_tested_and_what_limits_it():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..results import Remaining, Verdict
+from ..results import Remaining, Verdict, percent, proportion
 from .findings import CONFIDENCE, Finding, lower_bound_99
 
 __all__ = ["CONFIDENCE", "PGD50", "ROBUST", "TOLERANCE", "Claim", "judge"]
@@ -40,6 +40,9 @@ def judge(
       be breakable still.
     * tight: none of these.
 
+    The words depend on the number of samples: the same gap may be tight on 360 and refuted on 1,797. So the reason
+    states the gap in points, with its interval and the number of samples, and says where they are too few to tell.
+
     Args:
         claim: what is claimed.
         robust: one entry per sample, in the same order: correct after all attacks.
@@ -52,9 +55,10 @@ def judge(
     >>> print(judge(Claim("pgd50", [1, 1, 1, 1, 0]), [0, 0, 0, 0, 0], []).status)
     refuted
     >>> judge(Claim("pgd50", [1, 1, 0]), [1, 0, 0], []).why
-    'other attacks broke 1 more of 3 samples, not significantly more than 1%'
+    '33.3 points too high (95% interval 0.8 to 90.6; other attacks broke 1 more of 3 samples), too few images to tell \
+whether it is more than 1 point'
     >>> judge(Claim("robust", [1, 0]), [1, 0], [])
-    Verdict(status='tight', why='attacks of different kinds agree')
+    Verdict(status='tight', why='attacks of different kinds agree on 2 samples')
     """
     invalid = [finding for finding in findings if finding.fires and finding.void]
     if invalid:
@@ -62,16 +66,19 @@ def judge(
     n = len(claim.correct)
     broken = sum(bool(claimed) and not survived for claimed, survived in zip(claim.correct, robust, strict=True))
     if lower_bound_99(broken, n) > TOLERANCE:
-        return Verdict("refuted", f"other attacks broke {broken} more of {n} samples ({broken / n:.1%})")
+        return Verdict("refuted", _gap(broken, n))
     firing = [finding for finding in findings if finding.fires and claim.name in finding.claims]
     if firing:
         others = f", and {len(firing) - 1} more checks fire" if len(firing) > 1 else ""
-        return Verdict("loose", firing[0].why + others)
-    agreement = (
-        f"other attacks broke {broken} more of {n} samples, not significantly more than {TOLERANCE:.0%}"
-        if broken
-        else "attacks of different kinds agree"
-    )
+        why = firing[0].why + others
+        if claim.name == ROBUST:
+            return Verdict("loose", why)
+        # The figure of a weak attack may be right: say how far off it is before saying why it is no evidence.
+        return Verdict("loose", f"{_gap(broken, n) if broken else f'0.0 points too high on {n} samples'}, but {why}")
+    agreement = f"attacks of different kinds agree on {n} samples"
+    if broken:
+        few = f", too few images to tell whether it is more than {100 * TOLERANCE:.0f} point"
+        agreement = _gap(broken, n) + few * (broken > TOLERANCE * n)
     if remaining is None:
         return Verdict("tight", agreement)
     estimate = (
@@ -80,3 +87,12 @@ def judge(
     if remaining.expected / n > TOLERANCE:
         return Verdict("loose", estimate)
     return Verdict("tight", f"{agreement}; {estimate}")
+
+
+def _gap(broken: int, n: int) -> str:
+    """How much too high a claim is, in points, with its interval."""
+    share = proportion(broken, n)
+    return (
+        f"{percent(share.value)} points too high (95% interval {percent(share.low)} to {percent(share.high)}; other "
+        f"attacks broke {broken} more of {n} samples)"
+    )

@@ -103,7 +103,7 @@ def _bound(correct: Tensor) -> str:
 
 
 def _words(verdict: Verdict) -> str:
-    return f"{verdict.status}: {verdict.why}" if verdict.why else verdict.status
+    return f"{verdict.why}: {verdict.status}" if verdict.why else verdict.status
 
 
 def evaluate_network(

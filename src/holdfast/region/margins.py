@@ -1,19 +1,16 @@
-"""The distance from a decision to a mistake: to first order, by the local Lipschitz constant, and by an attack."""
+"""The distance from a decision to a mistake, to first order; and the local Lipschitz constant."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..attacks import fmn
-from ..attacks.base import all_rows, predict, score_and_grad
+from ..attacks.base import score_and_grad
 from ..losses import negative_margin
-from ..noise import Noise
-from ..outputs import Model, fooled
-from ..threat import Threat, column
+from ..outputs import Model
+from ..threat import Threat
 
 
 def input_margin(margin: Tensor, grad: Tensor, threat: Threat) -> Tensor:
@@ -55,43 +52,6 @@ def fraction_within(margin: Tensor, s: float) -> float:
     0.5
     """
     return float(((margin > 0) & (margin <= s)).double().mean()) if len(margin) else 0.0
-
-
-def smallest_perturbation(
-    model: Model, x: Tensor, y: Tensor, threat: Threat, *, x_adv: Tensor | None = None, steps: int = 50
-) -> tuple[Tensor, Tensor]:
-    """The nearest point known to fool the model, and its distance, by FMN in the whole box.
-
-    Args:
-        model: in eval mode; images to logits or Outputs.
-        x: (N, ...) in the box.
-        y: (N,) labels.
-        threat: gives the norm and the box; its eps is not used.
-        x_adv: (N, ...), points that an evaluation has found already; the nearer of the two counts.
-        steps: of FMN, one gradient each.
-
-    Returns:
-        (points (N, ...), distances (N,) in the threat's norm). A distance is an upper bound of the true one: 0 where x
-        is misclassified already, and infinite (with the point x) where nothing was found.
-
-    Source: Pintor et al. 2021 (``attacks.fmn``).
-
-    >>> model = lambda x: torch.stack([x[:, 0], 1 - x[:, 0]], 1)                    # the boundary is x = 0.5
-    >>> _, size = smallest_perturbation(model, torch.tensor([[0.8]]), torch.tensor([0]), Threat("linf", 0.01))
-    >>> print(f"{float(size):.3f}")
-    0.300
-    """
-    whole_box = replace(threat, eps=float(threat.size(torch.full_like(x[:1], threat.hi - threat.lo))))
-    by_fmn = fmn(model, x, y, whole_box, score=negative_margin, noise=Noise(0, all_rows(y)), steps=steps)
-    nearest, size = x, torch.full(y.shape, math.inf, dtype=x.dtype, device=x.device)
-    # FMN may end exactly on the boundary, where the point does not fool; 0.1% further out it does.
-    beyond = (x + 1.001 * (by_fmn - x)).clamp(threat.lo, threat.hi)
-    for point in (by_fmn, beyond) if x_adv is None else (x_adv, by_fmn, beyond):
-        distance = threat.size(point - x)
-        better = fooled(predict(model, point).logits, y) & (distance < size)
-        nearest = torch.where(column(better, x), point, nearest)
-        size = torch.where(better, distance, size)
-    return nearest, size
 
 
 def local_lipschitz(model: Model, x: Tensor, y: Tensor, threat: Threat, *, points: int = 6) -> Tensor:

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ..attacks.base import predict, score_and_grad
 from ..losses import negative_margin
-from ..outputs import Model, fooled
+from ..outputs import Model
 from ..progress import Progress, silent
 from ..queries import CountingModel, default_batch_size
-from ..threat import Threat, column
+from ..threat import Threat
 from ..witnesses import Witnesses
 from .calibration import reliability
+from .distances import measure_distances
 from .feature_shift import Movement, movement, scatter_ratio
-from .margins import fraction_within, input_margin, local_lipschitz, smallest_perturbation
+from .margins import fraction_within, input_margin
 from .misalignment import auc, frechet, mmd2
 from .samples import Samples, choose_samples, counted, features_of, json_number, to_float64
 
@@ -46,7 +47,8 @@ def measure(
 ) -> dict[str, Any]:
     """The inference region of a network, and how its features are misaligned under attack, ready for JSON.
 
-    It costs 3 passes for each sample, and 2 (steps + 10) more for each of the first 256.
+    It costs 3 passes for each sample, 2 (steps + 10) more for each of the first 256, and for each of these at each
+    radius of ``eps_checks`` but eps 26 more where it stands there, and 6 more where it falls.
 
     Figures are floats, or None where there is none. A *spread* is a dict of q10, q25, median, q75, q90.
 
@@ -58,10 +60,14 @@ def measure(
     * margin, margin_adv: spreads of logit_y - largest other logit, clean and under attack.
     * inference_region, inference_region_adv: fractions with 0 < margin <= s, None without s.
     * input_margin: spread of the first-order distance to the boundary, over correct samples (``input_margin``).
-    * distance: spread of the smallest perturbation found (``smallest_perturbation``); 0 for misclassified samples.
+    * distance: spread of the smallest perturbation found by any attack (``measure_distances``); 0 for misclassified
+      samples. It is an upper bound.
     * distances: index and distance of each of these samples, None where nothing was found; they give robust
       accuracy over eps.
-    * missed: how many of these FMN breaks within the threat although x_adv does not fool. If it is not 0, the
+    * eps_checks: for eps / 2, eps, 3 eps / 2 and 2 eps: eps; n, the samples with a distance; minimal_norm, how many of
+      them are robust at this eps by FMN alone; robust, how many by every attack. Where minimal_norm is larger, FMN did
+      not converge, and between the neighbouring radii the distances may be too large.
+    * missed: how many of these samples are broken within the threat although x_adv does not fool. If it is not 0, the
       evaluation's robust accuracy is too high.
     * lipschitz: spread of a lower bound of the margin's local Lipschitz constant, over correct samples.
     * movement: spreads of the columns of ``Movement``, and the fractions strayed_before and strayed_after, over
@@ -87,9 +93,9 @@ def measure(
         limit: number of samples, with equal numbers of each class. Distances and Lipschitz constants are measured on
             the first 256 of them.
         steps: steps of FMN, which measures the distances.
-        seed: any integer.
+        seed: any integer; it chooses the samples, and gives the random starts of the attacks of ``eps_checks``.
         batch_size: samples at a time; default by the device and the image size.
-        on_witnesses: called once with the samples that FMN breaks within the threat although x_adv does not fool; they
+        on_witnesses: called once with the samples that are broken within the threat although x_adv does not fool; they
             may be none.
         progress: called after each batch.
 
@@ -103,14 +109,16 @@ def measure(
     batch_size = batch_size or default_batch_size(samples.x)
     with counted(model) as counting:
         columns, space = _outputs(counting, samples, threat, batch_size, progress)
-        distance, lipschitz, witnesses = _distances(
-            counting, samples.take(slice(N_DISTANCES)), threat, steps, batch_size, progress
-        )
+        found = measure_distances(
+            counting, samples.take(slice(N_DISTANCES)), threat,
+            steps=steps, seed=seed, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
     if on_witnesses is not None:
-        on_witnesses(witnesses)
+        on_witnesses(found.witnesses)
     return {
-        **_measures(samples, columns, space, distance, lipschitz, threat, s),
-        "missed": len(witnesses.rows),
+        **_measures(samples, columns, space, found.distance, found.lipschitz, threat, s),
+        "eps_checks": [check._asdict() for check in found.checks],
+        "missed": len(found.witnesses.rows),
         "passes": {"forwards": counting.forwards, "backwards": counting.backwards},
     }
 
@@ -124,7 +132,7 @@ def _measures(
     threat: Threat,
     s: float | None,
 ) -> dict[str, Any]:
-    """The measures as plain data, from the columns of ``_outputs`` and ``_distances``."""
+    """The measures as plain data, from the columns of ``_outputs`` and ``measure_distances``."""
     labels = samples.y.cpu()
     finite = torch.stack([columns[key].isfinite().all(1) for key in ("z", "z_adv", "h", "h_adv")]).all(0)
     right = finite & (columns["margin"] > 0)
@@ -150,7 +158,8 @@ def _measures(
         "distance": spread(distance),
         "distances": {
             "index": samples.indices[: len(distance)].tolist(),
-            "distance": [json_number(value) for value in distance],
+            # Unrounded: a distance of eps, rounded up, would be a sample that stands at eps.
+            "distance": [float(value) if value.isfinite() else None for value in distance],
         },
         "lipschitz": spread(lipschitz[right[: len(lipschitz)]]),
         "movement": _movement(h, h_adv, y_right),
@@ -190,44 +199,6 @@ def _outputs(
     y = samples.y.cpu()
     columns["margin"], columns["margin_adv"] = (-negative_margin(columns[key], y) for key in ("z", "z_adv"))
     return columns, space
-
-
-def _distances(
-    model: CountingModel, samples: Samples, threat: Threat, steps: int, batch_size: int, progress: Progress
-) -> tuple[Tensor, Tensor, Witnesses]:
-    """Each sample's smallest perturbation and local Lipschitz constant, and what the evaluation missed."""
-    none, total = samples.take(slice(0)), len(samples.y)
-    distances, lipschitz = [], []
-    found = [Witnesses(none.rows, none.x.cpu(), none.x.new_zeros(0).cpu(), none.y.cpu())]
-    for start in range(0, total, batch_size):
-        x, x_adv, y, _, rows = samples.take(slice(start, start + batch_size))
-        nearest, distance = smallest_perturbation(model, x, y, threat, x_adv=x_adv, steps=steps)
-        unbroken = ~fooled(predict(model, x_adv).logits, y)
-        missed = unbroken & distance.isfinite() & (threat.violation(nearest, x) == 0)
-        if missed.any():
-            points, margin, prediction = _clearest_point(model, x[missed], nearest[missed], y[missed], threat)
-            found.append(Witnesses(rows[missed.cpu()], points.cpu(), margin.cpu(), prediction.cpu()))
-        distances.append(to_float64(distance))
-        lipschitz.append(to_float64(local_lipschitz(model, x, y, threat)))
-        progress("measuring distances", min(start + batch_size, total), total)
-    witnesses = Witnesses(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    return torch.cat(distances), torch.cat(lipschitz), witnesses
-
-
-def _clearest_point(
-    model: CountingModel, x: Tensor, nearest: Tensor, y: Tensor, threat: Threat
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_adv, margin, prediction): the nearest mistake, or the point behind it at the threat's edge.
-
-    The edge is taken where it is misclassified by a larger margin, so that rounding cannot undo the mistake.
-    """
-    size = column(threat.size(nearest - x).clamp_min(1e-12), x)
-    edge = (x + (nearest - x) * (0.999 * threat.eps / size)).clamp(threat.lo, threat.hi)
-    logits, edge_logits = predict(model, nearest).logits, predict(model, edge).logits
-    clearer = negative_margin(edge_logits, y) > negative_margin(logits, y)
-    logits = torch.where(clearer[:, None], edge_logits, logits)
-    x_adv = torch.where(column(clearer, x), edge, nearest)
-    return x_adv, -negative_margin(logits, y), logits.argmax(1)
 
 
 def spread(values: Tensor) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +12,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from ..results import Results, Row, rows
+from ..results import Results, rows
 from .figures import INK, MUTED, PGD50, RULE, WIDTH, legend, short
-from .summary import confusion, runs_of
+from .summary import EpsCurve, confusion, eps_curves
 
 MOST_CLASSES, MOST_PANELS, MOST_POINTS, ACROSS = 20, 24, 120, 3
 # Okabe and Ito's eight, in an order that keeps neighbours apart.
 LINES = ("#0072b2", "#d98200", "#009e73", "#cc79a7", "#56b4e9", "#6b7684", "#d55e00", "#b8a400")
 CLASSES = (*LINES, "#4a3aa7", "#8c564b")
+DASHED = (0, (2.5, 1.6))  # where a curve is in doubt
 
 
 def panels(count: int, draw: Callable[[int, Axes], None], height: float, across: int = ACROSS) -> Figure:
@@ -89,31 +92,27 @@ def _fading(colour: str) -> Any:
 def draw_eps(results: Results) -> Figure | None:
     """Robust accuracy over eps, from the smallest perturbation found for each measured sample; a panel for each norm.
 
-    Dots: the robust accuracy at the threat itself, over all samples. A void row has neither. None without distances.
+    Dots: the robust accuracy at the threat itself, over all samples. Dashed: where the curve is in doubt
+    (``eps_curves``). A void row has neither. None without distances.
     """
-    norms: dict[str, list[tuple[Row, float, float, np.ndarray]]] = {}
-    for row in rows(results):
-        if row.robust is None:
-            continue
-        lists = [run.region["distances"]["distance"] for run in runs_of(results, row) if "distances" in run.region]
-        if known := [math.inf if d is None else float(d) for distances in lists for d in distances]:
-            threat = results.runs[row.runs[0]].threat
-            norms.setdefault(threat["norm"], []).append((row, float(threat["eps"]), row.robust.value, np.sort(known)))
+    norms: dict[str, list[EpsCurve]] = {}
+    for curve in eps_curves(results):
+        norms.setdefault(results.runs[curve.row.runs[0]].threat["norm"], []).append(curve)
     if not norms:
         return None
     lines = max(map(len, norms.values()))
-    columns = 1 if max(len(row.label) for curves in norms.values() for row, *_ in curves) > 34 else 2
+    columns = 1 if max(len(_with_verdict(curve)) for curves in norms.values() for curve in curves) > 34 else 2
     figure = Figure(figsize=(WIDTH, len(norms) * (2.5 + 0.17 * math.ceil(lines / columns))), layout="constrained")
     for ax, (norm, curves) in zip(figure.subplots(len(norms), 1, squeeze=False)[:, 0], norms.items(), strict=True):
-        most = 2 * max(eps for _, eps, *_ in curves)
-        for i, (row, eps, robust, distance) in enumerate(curves):
-            colour, dashes = LINES[i % len(LINES)], ("-", "--", ":")[i // len(LINES) % 3]
-            steps = distance[(distance > 0) & (distance < most)]
-            start = 100 * float(np.mean(distance > 0))
-            after = start - 100 * np.arange(1, len(steps) + 1) / len(distance)
-            ax.step([0, *steps, most], [start, *after, after[-1] if len(after) else start], where="post", color=colour,
-                    linestyle=dashes, linewidth=1.2, label=short(row.label))  # fmt: skip
-            ax.plot([eps], [100 * robust], "o", color=colour, markersize=4, zorder=3)
+        most = 2 * max(curve.eps for curve in curves)
+        handles = []
+        for curve, rgba in zip(curves, class_colours(len(curves)), strict=True):
+            colour = to_hex(rgba)
+            looks = [_draw_curve(ax, curve, *part, colour) for part in _parts_of(curve, most)]
+            handles.append(Line2D([], [], color=colour, label=_with_verdict(curve), linewidth=1.2,
+                                  linestyle="-" if "-" in looks else DASHED))  # fmt: skip
+            if curve.row.robust is not None:
+                ax.plot([curve.eps], [100 * curve.row.robust.value], "o", color=colour, markersize=4, zorder=3)
         ax.set_xlim(0, most)
         ax.set_ylim(0, 100)
         ax.set_xlabel(f"eps, {norm}")
@@ -121,8 +120,32 @@ def draw_eps(results: Results) -> Figure | None:
         ax.grid(color=RULE, linewidth=0.6)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-        legend(ax, ax.get_legend_handles_labels()[0], columns)
+        legend(ax, handles, columns)
     return figure
+
+
+def _with_verdict(curve: EpsCurve) -> str:
+    """A curve's name in the legend, with the verdict at its dot."""
+    status = curve.row.status
+    return short(curve.row.label) + (f", {status} at {curve.eps:.3g}" if status else "")
+
+
+def _parts_of(curve: EpsCurve, most: float) -> list[tuple[float, float]]:
+    """The eps axis cut where a curve begins or ceases to be in doubt."""
+    ends = sorted({0.0, most, *(end for part in curve.doubtful for end in part if end < most)})
+    out: list[tuple[float, float]] = []
+    for low, high in itertools.pairwise(ends):
+        alike = out and curve.is_doubtful((sum(out[-1])) / 2) == curve.is_doubtful((low + high) / 2)
+        out = [*out[:-1], (out[-1][0], high)] if alike else [*out, (low, high)]
+    return out
+
+
+def _draw_curve(ax: Axes, curve: EpsCurve, low: float, high: float, colour: str) -> str | tuple[int, tuple[float, ...]]:
+    """Draw one part of a curve, and return its line style."""
+    look = DASHED if curve.is_doubtful((low + high) / 2) else "-"
+    at = [low, *(d for d in curve.distances if low < d < high), high]
+    ax.step(at, [100 * curve.at(eps) for eps in at], where="post", color=colour, linestyle=look, linewidth=1.2)
+    return look
 
 
 def draw_features(results: Results) -> Figure | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from ..errors import UserError
@@ -19,6 +20,7 @@ from ..results import (
     Row,
     Run,
     any_certified,
+    caption_notes,
     cells,
     csv,
     heading,
@@ -27,8 +29,10 @@ from ..results import (
     markdown,
     other_attacks,
     percent,
+    pgd50_verdict_text,
     remaining_text,
     rows,
+    status_text,
 )
 from .figures import (
     DEAD_ALL,
@@ -45,6 +49,7 @@ from .panels import draw_confusion, draw_eps, draw_features
 from .summary import (
     class_name,
     compare_rows,
+    eps_curves,
     finding,
     frequent_confusions,
     missed,
@@ -55,6 +60,7 @@ from .summary import (
 )
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
+WHOLE, REGION_COLUMNS = 12, 5  # a name of that length stays on one line; columns of a table that a page has room for
 
 
 def render(results_list: Results | str | Path | Sequence[Results | str | Path], path: str | Path) -> Path:
@@ -83,7 +89,10 @@ def render(results_list: Results | str | Path | Sequence[Results | str | Path], 
     )
     page.filters |= {
         "percent": percent,
+        "pgd50_verdict": pgd50_verdict_text,
+        "verdict": lambda row: status_text(row.status, row.status_seeds, len(row.runs)),
         "p": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}",
+        "name": breakable,
         "points": lambda v: f"{100 * v:+.1f}".replace("-", "−"),
     }
     html = page.get_template("report.html.j2").render(
@@ -153,6 +162,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "facts": _facts(results, shown),
         "finding": finding(results),
         "rows": shown,
+        "notes": caption_notes(shown),
         "certified": any_certified(shown),
         "attacks": cells(shown) if other_attacks(shown) else [],
         "accuracy": inline(draw_accuracy, results, prefix + "a"),
@@ -163,9 +173,10 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "classes": lowest if len(classes) > CLASSES else classes,
         "class_count": len(classes),
         "eps": inline(draw_eps, results, prefix + "e"),
+        "eps_notes": [(curve.row.label, note) for curve in eps_curves(results) for note in curve.notes],
         "features": inline(draw_features, results, prefix + "f"),
         "exact": any(run.projection.get("exact") for run in results.runs),
-        "region": region_table(results),
+        "region": _columns(*region_table(results)),
         "missed": missed(results),
         "confusion": inline(draw_confusion, results, prefix + "w"),
         "frequent_confusions": frequent_confusions(results),
@@ -186,6 +197,26 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
     }
 
 
+def breakable(name: str) -> Markup:
+    """A name that a narrow column may break between its settings, never inside a number or a short word.
+
+    >>> breakable("isce:s=10+adversarial:steps=5"), breakable("isce:s=100")
+    (Markup('isce:<wbr>s=10+<wbr>adversarial:<wbr>steps=5'), Markup('<span class="whole">isce:s=100</span>'))
+    """
+    if len(name) <= WHOLE:
+        return Markup('<span class="whole">{}</span>').format(name)
+    parts = re.findall(r"[^-+@,:/ ]*[-+@,:/ ]*", name)
+    parts = [piece for part in parts for piece in re.findall(r"(?:\d+|\D){1,40}", part)]
+    return Markup("<wbr>").join(map(escape, parts))
+
+
+def _columns(labels: list[str], lines: list[tuple[str, list[str]]]) -> list[tuple[list[str], list[Any]]]:
+    """A wide table as several with at most REGION_COLUMNS columns, as many as a printed page has room for."""
+    starts = range(0, len(labels), REGION_COLUMNS)
+    cuts = [slice(start, start + REGION_COLUMNS) for start in starts]
+    return [(labels[cut], [(what, cells[cut]) for what, cells in lines]) for cut in cuts]
+
+
 def _facts(results: Results, shown: Sequence[Row]) -> list[tuple[str, str]]:
     """The lines below the title; those that are not recorded are left out."""
     shape, classes = results.data.get("shape"), results.data.get("classes")
@@ -197,10 +228,17 @@ def _facts(results: Results, shown: Sequence[Row]) -> list[tuple[str, str]]:
         ("threat", ", ".join(dict.fromkeys(r.threat_text for r in results.runs))),
         ("losses", ", ".join(dict.fromkeys(r.loss for r in results.runs))),
         ("seeds", ", ".join(dict.fromkeys(str(r.seed) for r in results.runs if r.seed is not None))),
+        ("certified", _certified(shown)),
         ("intervals", "; ".join(dict.fromkeys(r.interval for r in shown))),
         ("cost of the evaluation", _cost(results)),
     ]
     return [(k, v) for k, v in facts if v]
+
+
+def _certified(shown: Sequence[Row]) -> str:
+    """That bounds were computed and prove nothing, which needs no column; empty without bounds, and with a column."""
+    tried = any(row.certified for row in shown) and not any_certified(shown)
+    return "no sample: the bounds that were computed prove none" if tried else ""
 
 
 def _cost(results: Results) -> str:

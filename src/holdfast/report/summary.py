@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import math
 from typing import Any
 
 from ..results import Results, Row, Run, holm, mcnemar, paired_t, percent, rows
@@ -169,10 +171,86 @@ def frequent_confusions(results: Results, most: int = 5) -> list[tuple[str, str]
     return out
 
 
+_Part = tuple[float, float]  # of the eps axis
+UNCONVERGED = 0.01  # share of the samples that the minimal-norm attack may miss at one eps
+
+
+@dataclasses.dataclass(frozen=True)
+class EpsCurve:
+    """Robust accuracy over eps of one row: at eps, the share of samples whose distance is larger.
+
+    Attributes:
+        row: the row.
+        eps: the evaluated radius.
+        distances: smallest perturbation found for each measured sample, ascending; infinite where nothing was found.
+        doubtful: parts (from, to) of the eps axis where the curve may be too high; the last may be infinite.
+        notes: why, a sentence for each reason.
+    """
+
+    row: Row
+    eps: float
+    distances: tuple[float, ...]
+    doubtful: tuple[_Part, ...]
+    notes: tuple[str, ...]
+
+    def at(self, eps: float) -> float:
+        """The share of samples that no perturbation of size eps or less breaks, as far as is known."""
+        return 1 - bisect.bisect_right(self.distances, eps) / len(self.distances)
+
+    def is_doubtful(self, eps: float) -> bool:
+        """Whether the curve is in doubt at this eps."""
+        return any(low <= eps <= high for low, high in self.doubtful)
+
+
+def eps_curves(results: Results) -> list[EpsCurve]:
+    """The curves of accuracy over eps, of the rows that are not void and have distances.
+
+    A curve is held against attacks on a few fixed radii (``Run.region["eps_checks"]``; at eps that is the evaluation).
+    Where these break more than 1% of the samples that the minimal-norm attack counts as robust, it is in doubt between
+    the neighbouring radii. It is in doubt everywhere for a row whose robust accuracy is loose, and where no such checks
+    were recorded; and beyond the last radius.
+    """
+    out = []
+    for row in rows(results):
+        runs = [run for run in runs_of(results, row) if "distances" in run.region]
+        columns = [run.region["distances"]["distance"] for run in runs]
+        if row.robust is None or not any(columns):
+            continue
+        known = sorted(math.inf if d is None else float(d) for distances in columns for d in distances)
+        eps = float(runs[0].threat["eps"])
+        out.append(EpsCurve(row, eps, tuple(known), *_doubts_over_eps(row, [run.region for run in runs])))
+    return out
+
+
+def _doubts_over_eps(
+    row: Row, regions: list[dict[str, Any]]
+) -> tuple[tuple[tuple[float, float], ...], tuple[str, ...]]:
+    """The parts of a row's curve that are in doubt, and why."""
+    if row.status == "loose":
+        return ((0.0, math.inf),), ("its robust accuracy is loose, so the curve is no more than an upper bound",)
+    if not all(region.get("eps_checks") for region in regions):
+        return ((0.0, math.inf),), ("no other attack was run at these eps",)
+    checks = list(zip(*(region["eps_checks"] for region in regions), strict=True))
+    radii = [0.0, *(float(check[0]["eps"]) for check in checks), math.inf]
+    doubtful, notes = [], []
+    for i, check in enumerate(checks):
+        n, alone, robust = (sum(one[key] for one in check) for key in ("n", "minimal_norm", "robust"))
+        if alone - robust > UNCONVERGED * n:
+            high = radii[i + 2] if math.isfinite(radii[i + 2]) else radii[i + 1]
+            doubtful.append((radii[i], high))
+            notes.append(
+                f"the minimal-norm attack did not converge: at eps {radii[i + 1]:.3g} it leaves {alone:,} of {n:,} "
+                f"samples unbroken, other attacks {robust:,}; from eps {radii[i]:.3g} to {high:.3g} the curve may be "
+                "too high"
+            )
+    return (*doubtful, (radii[-2], math.inf)), tuple(notes)
+
+
+SMALLEST = "smallest perturbation found, median (misclassified: 0)"
 # The lines of the region table: heading, and the path in ``Run.region``, clean and where there is one adversarial.
 MEASURES = (
     ("distance to the decision boundary, first-order estimate, median", ("input_margin.median",)),
-    ("smallest perturbation found, median (misclassified: 0)", ("distance.median",)),
+    (SMALLEST, ("distance.median",)),
     ("share with 0 < margin ≤ s", ("inference_region", "inference_region_adv")),
     ("feature shift, relative to the distance between class centers, median", ("movement.relative.median",)),
     ("share nearer to another class's center", ("movement.strayed_before", "movement.strayed_after")),
@@ -194,16 +272,24 @@ def region_table(results: Results) -> tuple[list[str], list[tuple[str, list[str]
 
     Returns:
         The labels of the rows that have any, and (measure, one cell per such row): means over runs, "clean →
-        adversarial" where both are measured. A measure that no row has is left out.
+        adversarial" where both are measured. A measure that no row has is left out. "≤" stands before a smallest
+        perturbation where the curve over eps is in doubt.
     """
-    shown = []
+    shown, curves = [], {curve.row.label: curve for curve in eps_curves(results)}
     for row in rows(results):
         regions = [run.region for run in runs_of(results, row) if run.region and row.robust is not None]
         if regions:
             shown.append((row.label, regions))
     lines = [(what, [[_mean_at(regions, path) for path in paths] for _, regions in shown]) for what, paths in MEASURES]
-    return [label for label, _ in shown], [
-        (what, [" → ".join(map(_figure, cell)) if any(v is not None for v in cell) else "–" for cell in line])
+
+    def text(what: str, label: str, cell: list[float | None]) -> str:
+        curve = curves.get(label)
+        doubtful = what == SMALLEST and curve is not None and cell[0] is not None and curve.is_doubtful(cell[0])
+        return "≤ " * doubtful + " → ".join(map(_figure, cell)) if any(v is not None for v in cell) else "–"
+
+    labels = [label for label, _ in shown]
+    return labels, [
+        (what, [text(what, label, cell) for label, cell in zip(labels, line, strict=True)])
         for what, line in lines
         if any(value is not None for cell in line for value in cell)
     ]

@@ -29,7 +29,20 @@ from .statistics import (
     proportion,
 )
 from .terminal import table
-from .text import any_certified, caption, cells, doubts, heading, other_attacks, percent, remaining_text, robust_text
+from .text import (
+    any_certified,
+    caption,
+    caption_notes,
+    cells,
+    doubts,
+    heading,
+    other_attacks,
+    percent,
+    pgd50_verdict_text,
+    remaining_text,
+    robust_text,
+    status_text,
+)
 
 Results._repr_html_ = notebook  # type: ignore[attr-defined]
 
@@ -52,6 +65,7 @@ __all__ = [
     "Verdict",
     "any_certified",
     "caption",
+    "caption_notes",
     "cells",
     "csv",
     "doubts",
@@ -67,12 +81,14 @@ __all__ = [
     "over_seeds",
     "paired_t",
     "percent",
+    "pgd50_verdict_text",
     "proportion",
     "remaining_text",
     "remaining_vulnerable",
     "robust_text",
     "rows",
     "save",
+    "status_text",
     "table",
     "threat_text",
     "to_json",

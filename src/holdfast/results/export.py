@@ -9,7 +9,7 @@ from io import StringIO
 
 from .rows import rows
 from .schema import Results
-from .text import cells, other_attacks
+from .text import any_certified, cells, other_attacks
 
 
 def markdown(results: Results) -> str:
@@ -41,14 +41,14 @@ def csv(results: Results) -> str:
         results: the results.
 
     Returns:
-        The text. Columns: loss, threat; clean, pgd50, the other attacks, certified (where some row has it) and robust,
+        The text. Columns: loss, threat; clean, pgd50, the other attacks, certified (where a sample is) and robust,
         each with ``_low`` and ``_high``; pgd50_verdict, verdict, n, seeds, interval.
     """
     out = StringIO()
     write = csv_writer(out, lineterminator="\n").writerow
     shown = rows(results)
     names = ["pgd50", *other_attacks(shown)]
-    certified = ["certified"] if any(row.certified for row in shown) else []
+    certified = ["certified"] * any_certified(shown)  # the columns of every other table
     bounds = [f"{c}{suffix}" for c in ("clean", *names, *certified, "robust") for suffix in ("", "_low", "_high")]
     write(["loss", "threat", *bounds, "pgd50_verdict", "verdict", "n", "seeds", "interval"])
     for r in shown:

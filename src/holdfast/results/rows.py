@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .schema import Interval, Results, Run, Verdict
-from .statistics import over_seeds
+from .statistics import over_seeds, proportion
 
 _WORST_FIRST = ("void", "refuted", "loose", "tight")
 
@@ -34,6 +34,10 @@ class Row:
         certified: certified accuracy; None where unknown.
         pgd50_status: status of the verdict on the PGD-50 accuracy; "" without an audit.
         pgd50_verdict: that verdict in words.
+        gap: share of the samples that PGD-50 leaves correct and other attacks break, with its interval (over samples,
+            or over seeds); None where void, or without per-sample columns.
+        status_seeds: how many of the merged runs have ``status``, the worst of their verdicts.
+        pgd50_status_seeds: the same of ``pgd50_status``.
     """
 
     label: str
@@ -51,6 +55,9 @@ class Row:
     certified: Interval | None = None
     pgd50_status: str = ""
     pgd50_verdict: str = ""
+    gap: Interval | None = None
+    status_seeds: int = 1
+    pgd50_status_seeds: int = 1
 
     @property
     def pgd50(self) -> Interval:
@@ -91,8 +98,8 @@ def _merged(runs: Sequence[Run], members: Sequence[int]) -> Row:
         attacks = {name: mean for name, mean in means.items() if mean is not None}
         robust, certified = _mean([r.robust for r in group]), _mean([r.certified for r in group])
         interval = f"mean and 95% t interval over {len(group)} seeds"
-    status, verdict = _worst([r.verdict for r in group])
-    pgd50_status, pgd50_verdict = _worst([r.pgd50_verdict for r in group])
+    status, verdict, status_seeds = _worst([r.verdict for r in group])
+    pgd50_status, pgd50_verdict, pgd50_status_seeds = _worst([r.pgd50_verdict for r in group])
     return Row(
         label=first.loss,
         loss=first.loss,
@@ -109,7 +116,21 @@ def _merged(runs: Sequence[Run], members: Sequence[int]) -> Row:
         certified=certified,
         pgd50_status=pgd50_status,
         pgd50_verdict=pgd50_verdict,
+        gap=_gap(group),
+        status_seeds=status_seeds,
+        pgd50_status_seeds=pgd50_status_seeds,
     )
+
+
+def _gap(group: Sequence[Run]) -> Interval | None:
+    """What other attacks break of the samples that PGD-50 leaves correct, counted sample by sample."""
+    columns = [run.samples for run in group if run.samples is not None and run.robust is not None]
+    if len(columns) < len(group) or not all(map(len, columns)):
+        return None
+    broken = [sum(p and not r for p, r in zip(s.pgd50, s.robust, strict=True)) for s in columns]
+    if len(group) == 1:
+        return proportion(broken[0], len(columns[0]))
+    return over_seeds(k / len(s) for k, s in zip(broken, columns, strict=True))
 
 
 def _mean(figures: Sequence[Interval | None]) -> Interval | None:
@@ -131,13 +152,13 @@ def _groups(runs: Sequence[Run]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _worst(given: Sequence[Verdict | None]) -> tuple[str, str]:
-    """(status, verdict in words) of the worst of several verdicts."""
+def _worst(given: Sequence[Verdict | None]) -> tuple[str, str, int]:
+    """(status, verdict in words, how many have that status) of the worst of several verdicts."""
     verdicts = [v for v in given if v is not None]
     if not verdicts:
-        return "", ""
+        return "", "", len(given)
     order = {s: i for i, s in enumerate(_WORST_FIRST)}
     v = min(verdicts, key=lambda v: order.get(v.status, -1))
     alike = sum(w.status == v.status for w in verdicts)
     share = f" ({alike} of {len(given)} seeds)" if len(given) > 1 else ""
-    return v.status, f"{v.status}: {v.why}{share}" if v.why else v.status + share
+    return v.status, f"{v.status}: {v.why}{share}" if v.why else v.status + share, alike

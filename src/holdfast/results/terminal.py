@@ -107,7 +107,7 @@ def _folded(head: _Line, line: _Line) -> _Line:
             if interval:
                 out[-1] = f"{figure} {verdict}".strip() + f"\n{interval}"
             else:
-                out[-1] = f"{figure}\n{verdict}".strip()
+                out[-1] = "\n".join([figure, *verdict.split()])
         else:
             out.append(cell.replace(" [", "\n["))
     return tuple(out)

@@ -9,6 +9,7 @@ from .rows import Row, rows
 from .schema import Interval, Results, Run
 
 TRAIN_LOSS = "pgd50-train-loss"
+SMALL_GAP = 0.01  # between PGD-50 and robust accuracy: a tight verdict needs no line of its own
 _HEADINGS = {"pgd50": "PGD-50", TRAIN_LOSS: "PGD-50, train loss"}
 
 
@@ -36,6 +37,23 @@ def robust_text(row: Row) -> str:
         return "void"
     r, sign = row.robust, "<= " if row.status == "loose" else ""
     return f"{sign}{percent(r.value)} [{percent(r.low)}, {percent(r.high)}]"
+
+
+def status_text(status: str, alike: int, runs: int) -> str:
+    """A verdict's word, as a cell: 'loose', or '1/5 loose' where 1 of 5 seeds has the row's, the worst.
+
+    >>> status_text("loose", 1, 5), status_text("tight", 5, 5), status_text("", 1, 1)
+    ('1/5 loose', 'tight', '-')
+    """
+    return f"{alike}/{runs} {status}" if status and alike < runs else status or "-"
+
+
+def pgd50_verdict_text(row: Row) -> str:
+    """The verdict on PGD-50 as a cell: the points that other attacks take off it, then the word: '-32.5 refuted'."""
+    word = status_text(row.pgd50_status, row.pgd50_status_seeds, len(row.runs))
+    if row.gap is None or not row.pgd50_status:
+        return word
+    return f"{'-' * (row.gap.value > 0)}{percent(row.gap.value)} {word}"
 
 
 def any_certified(shown: Sequence[Row]) -> bool:
@@ -67,10 +85,11 @@ def cells(shown: Sequence[Row]) -> list[tuple[str, ...]]:
     lines = [(*head, *["certified"] * certified, "robust, 95%", *["verdict"] * verdict)]
     for row in shown:
         line = [re.sub(r"\s+", " ", row.label), _share(row.clean), _share(row.pgd50)]
-        line += [row.pgd50_status or "-"] * pgd50_verdict
+        line += [pgd50_verdict_text(row)] * pgd50_verdict
         line += [_share(row.attacks.get(name)) for name in names]
         line += [_share(row.certified)] * certified
-        lines.append((*line, robust_text(row), *[row.status or "-"] * verdict))
+        word = status_text(row.status, row.status_seeds, len(row.runs))
+        lines.append((*line, robust_text(row), *[word] * verdict))
     return lines
 
 
@@ -79,7 +98,7 @@ def _share(figure: Interval | None) -> str:
 
 
 def caption(results: Results, shown: Sequence[Row]) -> str:
-    """What the numbers of a table are: data set, number of samples, threat if there is only one, kind of interval."""
+    """What a table shows: data set, number of samples, threat if there is only one, intervals, how to read verdicts."""
     threats = list(dict.fromkeys(row.threat for row in shown))
     parts = [
         str(results.data.get("name", "")),
@@ -87,29 +106,49 @@ def caption(results: Results, shown: Sequence[Row]) -> str:
         *(threats if len(threats) == 1 else []),
         "in percent",
     ]
-    return f"{', '.join(filter(None, parts))}; {'; '.join(dict.fromkeys(row.interval for row in shown))}"
+    notes = [*dict.fromkeys(row.interval for row in shown), *caption_notes(shown)]
+    if not any_certified(shown) and any(row.certified for row in shown):
+        notes.append("no sample is certified")
+    return f"{', '.join(filter(None, parts))}; {'; '.join(notes)}"
+
+
+def caption_notes(shown: Sequence[Row]) -> list[str]:
+    """How to read the verdicts of these rows: the number before that on PGD-50, and the share of seeds."""
+    notes = []
+    if any(row.pgd50_status and row.gap for row in shown):
+        notes.append("verdict on PGD-50: after the points that other attacks take off it")
+    of = [(alike, len(row.runs)) for row in shown for alike in (row.status_seeds, row.pgd50_status_seeds)]
+    if mixed := [(alike, runs) for alike, runs in of if alike < runs]:
+        alike, runs = mixed[0]
+        notes.append(f"{alike}/{runs}: a row has the worst verdict of its seeds, here of {alike} of {runs}")
+    return notes
 
 
 def doubts(results: Results) -> list[str]:
-    """A line for each accuracy whose verdict is not tight, with the reason; and for each suite that a budget cut short.
+    """A line for each accuracy whose verdict is not tight, with the reason; for each gap that n is too small to judge;
+    and for each suite that a budget cut short.
 
     Args:
         results: the results.
 
     Returns:
-        The lines; none where every verdict is tight.
+        The lines, what was observed first and the verdict last; none where every verdict is tight and every gap small.
     """
     verdicts = [
-        (row.label, name, status, why)
+        (row.label, name, status, words, row.gap.value if row.gap and name != "robust" else 0.0)
         for row in rows(results)
-        for name, status, why in (
+        for name, status, words in (
             (heading("pgd50"), row.pgd50_status, row.pgd50_verdict),
             ("robust", row.status, row.verdict),
         )
     ]
-    lines = [f"{label}: {name} {why}" for label, name, status, why in verdicts if status not in ("", "tight")]
+    lines = [
+        f"{label}: {name}, {words.partition(': ')[2] or 'no reason recorded'}: {status}"
+        for label, name, status, words, gap in verdicts
+        if status not in ("", "tight") or (status and gap > SMALL_GAP)
+    ]
     lines += [
-        f"{run.name}: the minimal-norm attack of the region measures broke {missed:,} more: robust is too high"
+        f"{run.name}: the attacks of the region measures broke {missed:,} more: robust is too high"
         for run in results.runs
         if run.robust is not None and (missed := run.region.get("missed"))
     ]
