@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_atomic(path: Path, content: str | bytes) -> Path:
+def write_atomic(path: str | Path, content: str | bytes) -> Path:
     """Write a file completely or not at all: to a temporary file beside it, then by a rename.
 
     Args:
@@ -27,6 +27,7 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
     Raises:
         UserError: the file could not be written. An older file at ``path`` is unchanged.
     """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,9 @@ def existing_file(path: str | Path) -> Path:
     return Path(path).resolve()
 
 
-def save_tensors(path: Path, kind: str, version: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def save_tensors(
+    path: str | Path, kind: str, version: int, tensors: dict[str, Tensor], metadata: dict[str, Any]
+) -> None:
     """Write tensors and metadata to one safetensors file, atomically.
 
     Args:
@@ -81,7 +84,7 @@ def save_tensors(path: Path, kind: str, version: int, tensors: dict[str, Tensor]
     write_atomic(path, safetensors.torch.save(plain, header))
 
 
-def load_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: str | Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file that ``save_tensors`` wrote.
 
     Args:
@@ -97,6 +100,7 @@ def load_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
     """
     import safetensors.torch
 
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no {kind} at {path}.")
     try:

@@ -52,7 +52,7 @@ class Replay:
         return self.failed == 0 and abs(self.bound - self.reported) < 0.5 / self.n
 
 
-def replay(folder: Path, *, device: str = "cpu", batch_size: int = 1024) -> list[Replay]:
+def replay(folder: str | Path, *, device: str = "cpu", batch_size: int = 1024) -> list[Replay]:
     """Classify the clean images and every stored adversarial example again.
 
     Args:
@@ -66,6 +66,7 @@ def replay(folder: Path, *, device: str = "cpu", batch_size: int = 1024) -> list
     Raises:
         UserError: files are missing or damaged, or the data differ from those the witnesses were made from.
     """
+    folder = Path(folder)
     stored = results.load(folder)
     witnesses, header = load_tensors(folder / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION)
     replays = []

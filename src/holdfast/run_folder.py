@@ -39,7 +39,7 @@ def folder_name(loss: str, seed: int, fold: int) -> str:
     return f"{plain}-seed{seed}-fold{fold}"
 
 
-def reserve(out: Path, config: dict[str, Any], *, write: bool = True) -> None:
+def reserve(out: str | Path, config: dict[str, Any], *, write: bool = True) -> None:
     """Make ``out`` the folder of this configuration, or refuse it if it belongs to another one.
 
     Args:
@@ -50,6 +50,7 @@ def reserve(out: Path, config: dict[str, Any], *, write: bool = True) -> None:
     Raises:
         UserError: config.json is there and differs, or cannot be read or written.
     """
+    out = Path(out)
     path = out / "config.json"
     if path.exists():
         there = read_json(path)
@@ -65,7 +66,7 @@ def reserve(out: Path, config: dict[str, Any], *, write: bool = True) -> None:
         write_atomic(path, json.dumps(config, indent=1))
 
 
-def load(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+def load(folder: str | Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
     """The network in a run folder, and its configuration.
 
     The folder is one that ``fit`` wrote with ``about["model"]``, the arguments of ``models.build``; or one that an
@@ -82,6 +83,7 @@ def load(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str, Any
         UserError: the folder is missing, unfinished, or not a run folder; or the device cannot be used.
     """
     check_device(device)
+    folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.json.")
@@ -104,8 +106,9 @@ def load(folder: Path, *, device: str = "cpu") -> tuple[nn.Module, dict[str, Any
     return model.to(device).eval(), config
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file of a run folder. Raises UserError when it cannot be read."""
+    path = Path(path)
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -118,12 +121,13 @@ def weights_hash(model: nn.Module) -> str:
     return _hash(model.state_dict(), getattr(model, "logit_scale", 1.0))
 
 
-def stored_weights_hash(folder: Path) -> str:
+def stored_weights_hash(folder: str | Path) -> str:
     """``weights_hash`` of the network in a finished run folder, read from its files: no model is built.
 
     Raises:
         UserError: config.json or model.safetensors is missing or damaged.
     """
+    folder = Path(folder)
     tensors, _ = load_tensors(folder / "model.safetensors", "model", 1)
     return _hash(tensors, read_json(folder / "config.json").get("logit_scale", 1.0))
 

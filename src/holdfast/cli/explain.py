@@ -9,25 +9,37 @@ from typing import Annotated
 
 import typer
 
-from ..spec import threat_file_name
 from . import options as o
 from .app import app, exits
 from .common import print_json, run_evaluation, say_files
 from .display import screen
-from .options import RUN, option
+from .evaluate import default_folder, subject_of
+from .options import NETWORK, option
 from .output_files import write_files
 
 
 @app.command(rich_help_panel="Look", epilog=exits())
 def explain(
-    run: Annotated[Path, typer.Argument(help=RUN)],
+    run: Annotated[str, typer.Argument(help=NETWORK)],
     threat: o.OneThreat = "linf:0.1",
     limit: o.Limit = 500,
     seed: o.NoiseSeed = 0,
     device: o.Device = "auto",
     out: Annotated[
-        Path | None, option("Output folder. Default: explain-THREAT in the run folder.", "--out", "-o")
+        Path | None,
+        option(
+            "Output folder. Default: explain-THREAT in the run folder, or out/NAME-explain-THREAT for your own model.",
+            "--out",
+            "-o",
+        ),
     ] = None,
+    data: o.OwnData = "",
+    weights: o.Weights = "",
+    input_range: o.InputRange = "",
+    mean: o.Mean = "",
+    std: o.Std = "",
+    input_layout: o.InputLayout = "",
+    loss: o.TrainedWith = "",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -37,12 +49,15 @@ def explain(
     each attacks the samples that survived the previous ones. Prints what each step broke, and draws waterfall.svg and
     .png beside results.json and report.html.
     """
-    from ..experiments.evaluate_model import from_run
     from ..report import waterfall
 
-    folder = out or run / f"explain-{threat_file_name(threat)}"
+    own = {
+        "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
+        "input-layout": input_layout, "loss": loss,
+    }  # fmt: skip
+    folder = out or default_folder(run, "explain-THREAT", threat)
     answer = run_evaluation(
-        partial(from_run, run, limit=limit), threat, "explain", folder,
+        subject_of(run, own, limit=limit, seed=seed, quiet=quiet), threat, "explain", folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json,
     )  # fmt: skip
     if answer is None:

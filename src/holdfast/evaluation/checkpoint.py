@@ -80,7 +80,7 @@ class Checkpoint:
         self.next_save = ended + max(INTERVAL, SHARE * (ended - began))
 
 
-def load_x_adv(checkpoint: Path) -> Tensor:
+def load_x_adv(checkpoint: str | Path) -> Tensor:
     """The adversarial images in a checkpoint.
 
     Args:

@@ -34,7 +34,7 @@ POLL = 0.2  # seconds between looks for the SCE network's adversarial examples
 
 def compare(
     comparison: Comparison,
-    out: Path,
+    out: str | Path,
     *,
     command: str = "",
     device: str = "cpu",
@@ -61,7 +61,7 @@ def compare(
     Raises:
         UserError: ``out`` belongs to another comparison, or as ``Comparison.checked`` does.
     """
-    comparison = comparison.checked()
+    comparison, out = comparison.checked(), Path(out)
     _try_out(comparison, device)
     run_folder.reserve(out, json.loads(json.dumps(asdict(comparison))))
 

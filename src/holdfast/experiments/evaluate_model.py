@@ -84,7 +84,7 @@ def distributed_processes(device: str) -> Iterator[tuple[str, bool]]:
         distributed.destroy_process_group()
 
 
-def from_run(run: Path, *, limit: int = 1000, device: str = "cpu") -> ModelUnderTest:
+def from_run(run: str | Path, *, limit: int = 1000, device: str = "cpu") -> ModelUnderTest:
     """The network in a run folder, and the test images of the data it was trained on.
 
     Args:
@@ -99,6 +99,7 @@ def from_run(run: Path, *, limit: int = 1000, device: str = "cpu") -> ModelUnder
         UserError: there is no such run, or it does not say which data and loss the network was trained with.
     """
     _check_limit(limit)
+    run = Path(run)
     model, config = run_folder.load(run, device=device)
     if not {"data", "cut", "loss", "fit"} <= config.keys():
         raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
@@ -169,7 +170,7 @@ def evaluate_model(
     subject: ModelUnderTest,
     threat: str,
     suite: str,
-    out: Path,
+    out: str | Path,
     *,
     seed: int = 0,
     budget: Budget | None = None,
@@ -198,6 +199,7 @@ def evaluate_model(
     Raises:
         UserError: what cannot be read, or ``out`` belongs to another evaluation.
     """
+    out = Path(out)
     against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
     if suite not in SUITES:
         raise unknown("suite", suite, SUITES)
