@@ -13,7 +13,7 @@ from ..spec import numbers, threat_file_name
 from . import options as o
 from .app import app, exits
 from .common import run_evaluation, say_files, show
-from .display import errors
+from .display import errors, screen
 from .options import option
 
 
@@ -86,8 +86,10 @@ def evaluate(
     )  # fmt: skip
     if answer is None:
         return
-    results, page = answer
+    results, page, uncertified = answer
     show(results, as_json)
+    if uncertified and not as_json:
+        screen.print(uncertified, soft_wrap=True)
     say_files([folder / "results.json", page], quiet, as_json)
 
 

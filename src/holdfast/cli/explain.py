@@ -62,7 +62,7 @@ def explain(
     )  # fmt: skip
     if answer is None:
         return
-    results, page = answer
+    results, page, uncertified = answer
     explained = results.runs[0]
     figures = write_files(partial(waterfall.save, explained), folder)
     if as_json:
@@ -70,4 +70,6 @@ def explain(
     else:
         screen.print(waterfall.table(explained))
         screen.print(waterfall.sentence(explained), soft_wrap=True)
+        if uncertified:
+            screen.print(uncertified, soft_wrap=True)
     say_files([*figures, page], quiet, as_json)

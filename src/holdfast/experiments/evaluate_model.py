@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from .. import run_folder
+from .. import bounds, run_folder
 from ..data import Split, pixels
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
@@ -164,6 +164,25 @@ def from_file(
 def _check_limit(limit: int) -> None:
     if limit < 0:
         raise UserError(f"limit must be >= 0 (0: all), got {limit}.")
+
+
+def why_uncertified(subject: ModelUnderTest, results: Results) -> str:
+    """Why the table of an evaluation has no certified column, in one sentence; "" where it has one.
+
+    Args:
+        subject: what was evaluated.
+        results: its results.
+
+    Returns:
+        The sentence.
+    """
+    run = results.runs[0]
+    if run.samples is None or run.samples.certified is None:
+        reason = bounds.why_not(subject.model) or "the model's answers vary, or its images are not float32."
+        return f"certified: not measured, since {reason}"
+    if not any(run.samples.certified):
+        return f"certified: none of {run.n:,} samples could be proved, by interval and Lipschitz bounds."
+    return ""
 
 
 def evaluate_model(
