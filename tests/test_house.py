@@ -37,7 +37,7 @@ KNOWS = {
     "results": {"errors", "io"},
     "io": {"errors"},
     "attacks": {"losses", "threat", "noise", "outputs", "errors"},
-    "bounds": {"models", "threat", "outputs", "errors", "io"},
+    "bounds": {"models", "importers", "threat", "outputs", "errors", "io"},
 }
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FORBIDDEN = {

@@ -27,7 +27,7 @@ RESTORE = "Restore it from a copy, or rerun the command that wrote it with anoth
 MOST_DIGITS = 300  # of a whole number in a file: a float can hold it
 
 
-def write_atomic(path: Path, content: str | bytes) -> Path:
+def write_atomic(path: str | Path, content: str | bytes) -> Path:
     """Write a file completely or not at all: to a temporary file beside it, then by a rename.
 
     Args:
@@ -40,6 +40,7 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
     Raises:
         UserError: the file could not be written. An older file at ``path`` is unchanged.
     """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ def existing_file(path: str | Path) -> Path:
     return Path(path).resolve()
 
 
-def read_json(path: Path, kind: Any = dict[str, Any], *, what: str = "a file of this holdfast") -> Any:
+def read_json(path: str | Path, kind: Any = dict[str, Any], *, what: str = "a file of this holdfast") -> Any:
     """Read a JSON file as a type.
 
     Args:
@@ -88,6 +89,7 @@ def read_json(path: Path, kind: Any = dict[str, Any], *, what: str = "a file of 
     Raises:
         UserError: the file cannot be read, is no JSON, or holds something else; the message names file and field.
     """
+    path = Path(path)
     try:
         raw = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -235,7 +237,7 @@ def inside(folder: Path, name: str, what: str) -> Path:
 
 
 def save_tensors(
-    path: Path,
+    path: str | Path,
     kind: str,
     version: int,
     tensors: dict[str, Tensor],
@@ -303,7 +305,9 @@ def _unpack(stored: Tensor, dtype: str, shape: list[int]) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8).copy()).view(-1, kind.itemsize).view(kind).view(shape)
 
 
-def load_tensors(path: Path, kind: str, version: int, about: Any = dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+def load_tensors(
+    path: str | Path, kind: str, version: int, about: Any = dict[str, Any]
+) -> tuple[dict[str, Tensor], Any]:
     """Read a file that ``save_tensors`` wrote.
 
     Args:
@@ -323,6 +327,7 @@ def load_tensors(path: Path, kind: str, version: int, about: Any = dict[str, Any
     """
     import safetensors.torch
 
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no {kind} at {path}.")
     try:

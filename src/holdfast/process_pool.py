@@ -8,8 +8,9 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def _start_worker(reports: Any, parent: int, threads: int) -> None:
     """Run once in each worker: set its threads, ignore Ctrl-C (the parent handles it), keep the report queue."""
     global _reports
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)
     _reports = reports
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
@@ -54,7 +56,8 @@ def run(
     """Call ``function(job, progress)`` for every job, on several processes.
 
     Jobs start in the order they are given in, so a job may wait for a file that an earlier one writes.
-    The first error stops the other jobs and is raised. On Ctrl-C the workers are terminated.
+    The first error stops the other jobs and is raised. On Ctrl-C, SIGTERM and SIGHUP the workers are terminated and
+    waited for, and what they share with this process is released.
 
     Args:
         function: what does a job; a module-level function, since workers import it. Its return value is dropped.
@@ -65,6 +68,7 @@ def run(
 
     Raises:
         Exception: whatever the function raised first.
+        SystemExit: on SIGTERM and SIGHUP, with the usual exit status 128 + the signal's number.
     """
     jobs = list(jobs)
     if workers <= 1 or len(jobs) <= 1:
@@ -72,12 +76,23 @@ def run(
             function(job, progress)
             on_done(job)
         return
+    with _signals_raise():
+        _run_on_workers(function, jobs, workers, progress, on_done)
+
+
+def _run_on_workers(
+    function: Callable[[Any, JobProgress], Any],
+    jobs: list[Any],
+    workers: int,
+    progress: JobProgress,
+    on_done: Callable[[Any], None],
+) -> None:
     context = multiprocessing.get_context("spawn")
     reports: Any = context.Queue()
     threads = max(1, torch.get_num_threads() // workers)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (reports, os.getpid(), threads))
-    waiting: dict[Future[Any], Any] = {pool.submit(_work, function, job): job for job in jobs}
     try:
+        waiting: dict[Future[Any], Any] = {pool.submit(_work, function, job): job for job in jobs}
         while waiting:
             ended, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
             _forward(reports, progress)
@@ -88,9 +103,36 @@ def run(
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
         raise
+    finally:
+        reports.close()
     pool.shutdown()
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit here, where the default leaves workers and semaphores behind."""
+
+    def leave(number: int, frame: object) -> None:
+        for ending in handled:  # a second one, which service managers send, does not disturb the cleaning up
+            signal.signal(ending, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled = [
+        getattr(signal, name)
+        for name in names
+        if in_main_thread and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL
+    ]
+    for number in handled:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _forward(reports: Any, progress: JobProgress) -> None:

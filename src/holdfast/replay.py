@@ -90,7 +90,7 @@ class _Recount(NamedTuple):
     failed: int
 
 
-def replay(folder: Path, *, device: str = "cpu", batch_size: int = 1024, run_code: bool = False) -> list[Replay]:
+def replay(folder: str | Path, *, device: str = "cpu", batch_size: int = 1024, run_code: bool = False) -> list[Replay]:
     """Recount the runs of a results file: classify clean images and adversarial examples again, and certify again.
 
     Args:
@@ -106,6 +106,7 @@ def replay(folder: Path, *, device: str = "cpu", batch_size: int = 1024, run_cod
         UserError: files are missing or damaged, a network is outside of the folder, or consists of Python code and
             ``run_code`` is False; or the data differ from those the witnesses were made from.
     """
+    folder = Path(folder)
     stored, path = results.load(folder), folder / "witnesses.safetensors"
     witnesses, header = load_tensors(path, WITNESSES, WITNESSES_VERSION, _Header)
     with understood(path):

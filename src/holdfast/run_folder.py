@@ -47,7 +47,7 @@ def folder_name(loss: str, seed: int, fold: int) -> str:
     return f"{plain}-seed{seed}-fold{fold}"
 
 
-def reserve(out: Path, config: dict[str, Any], *, write: bool = True) -> None:
+def reserve(out: str | Path, config: dict[str, Any], *, write: bool = True) -> None:
     """Make ``out`` the folder of this configuration, or refuse it if it belongs to another one.
 
     A folder is what its configuration holds, which names data and code by their content. Only the key "paths", where
@@ -62,6 +62,7 @@ def reserve(out: Path, config: dict[str, Any], *, write: bool = True) -> None:
     Raises:
         UserError: config.json is there and differs, or cannot be read or written.
     """
+    out = Path(out)
     path, config = out / "config.json", json.loads(json.dumps(config))
     if not path.exists():
         if write:  # config.json last: with it the folder is reserved.
@@ -168,7 +169,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load(folder: Path, *, device: str = "cpu", run_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+def load(folder: str | Path, *, device: str = "cpu", run_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a run folder, and its configuration.
 
     The folder is one that ``fit`` wrote with ``about["model"]``, the arguments of ``models.build``; or one that an
@@ -187,6 +188,7 @@ def load(folder: Path, *, device: str = "cpu", run_code: bool = False) -> tuple[
             ``run_code`` is False; a file that it names has changed; or the device cannot be used.
     """
     check_device(device)
+    folder = Path(folder)
     config = read_config(folder)
     path = folder / "config.json"
     if MODEL_FILE in config:
@@ -351,12 +353,13 @@ def weights_hash(model: nn.Module) -> str:
     return _hash(model.state_dict(), getattr(model, "logit_scale", 1.0))
 
 
-def stored_weights_hash(folder: Path) -> str:
+def stored_weights_hash(folder: str | Path) -> str:
     """``weights_hash`` of the network in a finished run folder, read from its files: no model is built.
 
     Raises:
         UserError: config.json or model.safetensors is missing or damaged.
     """
+    folder = Path(folder)
     tensors, _ = load_tensors(folder / "model.safetensors", "model", 1)
     return _hash(tensors, read_config(folder).get("logit_scale", 1.0))
 

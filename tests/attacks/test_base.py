@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -9,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.attacks import MostAdversarial, fooled
+from holdfast.attacks import ATTACKS, MostAdversarial, fooled
+from holdfast.errors import UserError
+from holdfast.losses import dlr, negative_log_odds, negative_margin, targeted
+from holdfast.noise import Noise
+from holdfast.threat import Threat
+
+TAKE_TARGETS = sorted(name for name, entry in ATTACKS.items() if "target" in inspect.signature(entry.attack).parameters)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -38,3 +45,34 @@ def test_the_worst_point_is_a_maximum_over_all_that_was_seen(points, pick):
         hits = [number for f, number in seen[row] if f]
         assert not hits or float(worst.x[row]) in hits
         assert bool(worst.fooled[row]) == bool(hits)
+
+
+@pytest.mark.parametrize("name", TAKE_TARGETS)
+@pytest.mark.parametrize("score", [negative_margin, dlr, negative_log_odds])
+def test_a_targeted_score_may_be_given_with_its_targets(name, score):
+    """``target=`` makes a score targeted; one that is targeted already stays as it is."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 4, generator=generator)
+
+    def model(x):
+        return x.flatten(1) @ weight
+
+    x = torch.rand(5, 1, 4, 4, generator=generator)
+    y = model(x).argmax(1)
+    settings = {"noise": Noise(0, torch.arange(5)), "target": (y + 1) % 4, "steps": 3}
+    threat = Threat("linf", 0.2)
+    found = ATTACKS[name].attack(model, x, y, threat, score=targeted(score), **settings)
+    assert torch.equal(found, ATTACKS[name].attack(model, x, y, threat, score=score, **settings))
+
+
+@pytest.mark.parametrize("name", TAKE_TARGETS)
+def test_a_targeted_score_without_targets_is_an_error_that_says_so(name):
+    x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    arguments = {"noise": Noise(0, torch.arange(2)), "steps": 2}
+    for score in (targeted(negative_margin), targeted(dlr)):
+        with pytest.raises(UserError, match="target="):
+            ATTACKS[name].attack(lambda x: x.flatten(1), x, y, Threat("linf", 0.1), score=score, **arguments)
+    with pytest.raises(UserError, match="target="):
+        ATTACKS[name].attack(
+            lambda x: x.flatten(1), x, (y, 1 - y), Threat("linf", 0.1), score=targeted(negative_margin), **arguments
+        )

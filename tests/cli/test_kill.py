@@ -172,6 +172,34 @@ def test_an_idle_worker_does_not_outlive_its_parent(tmp_path):
     assert not left, f"{len(left)} processes waited for ever"
 
 
+@pytest.mark.parametrize(("number", "everyone"), [("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", False)])
+def test_a_polite_end_leaves_nothing_behind(number, everyone, tmp_path):
+    """No process, no warning of leaked semaphores, and the usual exit status; to the process alone, or to its group."""
+    script = tmp_path / "script.py"
+    script.write_text(ONE_IDLE)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], start_new_session=True, cwd=tmp_path, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    number = getattr(signal, number)
+    try:
+        until = time.monotonic() + 60
+        while not ((tmp_path / "ended").exists() and (tmp_path / "began1").exists()) and time.monotonic() < until:
+            time.sleep(0.05)
+        (os.killpg if everyone else os.kill)(process.pid, number)
+        _, err = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+        left = left_after(process.pid, 10)
+    assert not left
+    assert "semaphore" not in err
+    if not everyone:  # where the workers get it too, their end may be noticed first
+        assert process.returncode == 128 + number
+        assert err == ""
+
+
 class Killed(BaseException):
     """Stands for kill -9 in this process."""
 

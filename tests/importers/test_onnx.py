@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from holdfast.data import Data
 from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
+from holdfast.importers import ModelSource, open_model, wrap
 from holdfast.importers.onnx import OPERATORS, load_onnx
+from holdfast.importers.onnx.quantized import QUANTIZED
 from holdfast.run_folder import weights_hash
 from holdfast.threat import Threat
 
@@ -143,6 +145,7 @@ CASES = [
     case("Slice", at=9, starts=[1], ends=[-1], axes=[2]), case("Slice", ints(0, 1), ints(2, 3)),
     case("Gather", ints(2, 0, -1), axis=1), case("Gather", np.array(1), axis=2),
     case("Gather", np.array([[0, 1], [2, 3]]), axis=3),
+    case("GatherElements", np.tile(ints(1, -1), (2, 4, 9, 1)), axis=3),
     case("Squeeze", x=noise(2, 1, 5, 1)), case("Squeeze", ints(-1), x=noise(2, 1, 5, 1)),
     case("Squeeze", at=11, axes=[1], x=noise(2, 1, 5, 1)), case("Unsqueeze", ints(0, -1)),
     case("Unsqueeze", at=11, axes=[1, 3]), case("Unsqueeze", ints(2)),
@@ -266,10 +269,31 @@ def test_split(at, sizes, tmp_path):
     agrees(build(nodes, constants=held, opset=at), tmp_path)
 
 
-def test_arg_max(tmp_path):
-    nodes = [helper.make_node("ArgMax", ["x"], ["i"], axis=1), helper.make_node("Cast", ["i"], ["f"], to=1),
+@pytest.mark.parametrize("op", ["ArgMax", "ArgMin"])
+def test_arg_max(op, tmp_path):
+    nodes = [helper.make_node(op, ["x"], ["i"], axis=1), helper.make_node("Cast", ["i"], ["f"], to=1),
              helper.make_node("Add", ["x", "f"], ["y"])]  # fmt: skip
     agrees(build(nodes), tmp_path)
+
+
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+def test_one_hot_of_the_largest(axis, tmp_path):
+    """Not the gradient, but the answer: OneHot after ArgMax, with negative and too large numbers of classes."""
+    nodes = [
+        helper.make_node("ArgMax", ["x"], ["i"], axis=1, keepdims=0), helper.make_node("Sub", ["i", "two"], ["j"]),
+        helper.make_node("OneHot", ["j", "depth", "values"], ["h"], axis=axis),
+        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=1), helper.make_node("Mul", ["s", "h"], ["y"]),
+    ]  # fmt: skip
+    held = {"two": np.int64(5), "depth": np.int64(4), "values": np.float32([-1, 2])}
+    agrees(build(nodes, (7, 8), held), tmp_path, noise(7, 8))
+
+
+def test_the_largest_few(tmp_path):
+    nodes = [
+        helper.make_node("TopK", ["x", "k"], ["v", "i"], axis=1), helper.make_node("Cast", ["i"], ["f"], to=1),
+        helper.make_node("Concat", ["v", "f"], ["y"], axis=1),
+    ]  # fmt: skip
+    agrees(build(nodes, (5, 8), {"k": ints(3)}), tmp_path, noise(5, 8))
 
 
 pairs = st.tuples(st.integers(0, 2), st.integers(0, 2))
@@ -321,6 +345,71 @@ def test_any_batch_size(n, tmp_path):
         wanted = np.concatenate([truth(model, padded[k : k + step]) for k in range(0, len(padded), step)])[:count]
         np.testing.assert_allclose(net(torch.from_numpy(x)).numpy(), wanted, rtol=0, atol=2e-5)
     assert net(torch.zeros(0, 1, 8, 8)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (1, 6), ("n", 6)])
+@pytest.mark.parametrize("flat", [False, True])
+def test_tabular_networks(shape, flat, tmp_path):
+    """Six numbers, with an axis for the batch or without, or as a column; one that reckons with sizes as well."""
+    nodes = [
+        helper.make_node("Reshape", ["x", "row"], ["r"]), helper.make_node("Gemm", ["r", "w", "b"], ["h"]),
+        helper.make_node("Relu", ["h"], ["k"]), helper.make_node("MatMul", ["k", "v"], ["o"]),
+        helper.make_node("Reshape", ["o", "end"], ["y"]),
+    ]  # fmt: skip
+    held = {
+        "row": ints(-1, 6),
+        "w": noise(6, 8),
+        "b": noise(8),
+        "v": noise(8, 3),
+        "end": ints(3) if flat else ints(-1, 3),
+    }
+    if flat and "n" in shape:
+        pytest.skip("it could not answer a batch")
+    model = build(nodes, shape, held)
+    net = wrap(load_onnx(saved(model, tmp_path)))
+    x = noise(5, 1, 1, 6)
+    one = [s if isinstance(s, int) else 1 for s in shape]
+    wanted = np.concatenate([truth(model, image.reshape(one)).reshape(1, 3) for image in x])
+    leaf = torch.from_numpy(x).requires_grad_()
+    found = net(leaf)
+    np.testing.assert_allclose(found.detach().numpy(), wanted, atol=1e-5)
+    assert torch.autograd.grad(found.sum(), leaf)[0].abs().min() > 0
+    assert net(torch.from_numpy(x[:1])).shape == (1, 3)
+    data = Data(leaf.detach().clamp(0, 1), net(leaf.detach().clamp(0, 1)).argmax(1), torch.arange(5))
+    assert evaluate(net, data, Threat("linf", 0.5), suite="quick").backwards > 0
+
+
+def test_an_image_at_a_time_by_hand(tmp_path):
+    """A graph that vmap cannot run: its shapes depend on values."""
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["m"], keepdims=1), helper.make_node("Cast", ["m"], ["i"], to=7),
+        helper.make_node("Sub", ["i", "i"], ["zero"]), helper.make_node("Add", ["zero", "six"], ["shape"]),
+        helper.make_node("Reshape", ["x", "shape"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"]),
+    ]  # fmt: skip
+    model = build(nodes, (6,), {"six": ints(6), "w": noise(6, 3)})
+    net, x = load_onnx(saved(model, tmp_path)), noise(4, 6)
+    wanted = np.stack([truth(model, row) for row in x])
+    np.testing.assert_allclose(net(torch.from_numpy(x)).numpy(), wanted, atol=1e-6)
+    assert net.vectorised is False
+
+
+@pytest.mark.parametrize("shape", [("n", 8, 8, 1), (1, 64), (64,), (64, 1), (8, 8), (1, 8, 8), (1, 1, 64, 1), None])
+def test_the_files_shape_says_how_images_are_laid_out(shape, tmp_path):
+    flat = [helper.make_node("Reshape", ["x", "row"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])]
+    model = build(flat, shape, {"row": ints(-1, 64), "w": noise(64, 3)})
+    net, x = open_model(ModelSource(str(saved(model, tmp_path)))), noise(5, 1, 8, 8)
+    np.testing.assert_allclose(net(torch.from_numpy(x)).numpy(), x.reshape(5, 64) @ noise(64, 3), atol=1e-5)
+
+
+def test_colour_images_for_a_flat_network_are_asked_about(tmp_path):
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    path = saved(build(nodes, ("n", 48), {"w": noise(48, 3)}), tmp_path)
+    x, w = torch.from_numpy(noise(5, 3, 4, 4)), torch.from_numpy(noise(48, 3))
+    with pytest.raises(UserError, match="flat-nhwc"):
+        open_model(ModelSource(str(path)))(x)
+    torch.testing.assert_close(open_model(ModelSource(str(path), input_layout="flat"))(x), x.flatten(1) @ w)
+    last = x.permute(0, 2, 3, 1).flatten(1)
+    torch.testing.assert_close(open_model(ModelSource(str(path), input_layout="flat-nhwc"))(x), last @ w)
 
 
 def test_a_batch_that_cannot_be_rescaled_goes_in_pieces(tmp_path):
@@ -457,8 +546,9 @@ def test_graphs_that_are_no_classifiers(tmp_path):
     two = small()
     two.graph.input.append(helper.make_tensor_value_info("mask", onnx.TensorProto.FLOAT, (1,)))
     refused(two, tmp_path, "2 inputs (x, mask)")
-    codes = build([helper.make_node("Cast", ["x"], ["y"], to=1)], (1, 4), elem=onnx.TensorProto.UINT8, wanted=1)
-    refused(codes, tmp_path, "'x'", "no floats")
+    tokens = build([helper.make_node("Cast", ["x"], ["y"], to=1)], (1, 4), elem=onnx.TensorProto.INT64, wanted=1)
+    refused(tokens, tmp_path, "'x'", "neither floats nor integers of 8 or 16 bits")
+    refused(build([helper.make_node("Relu", ["x"], ["y"])], ()), tmp_path, "'x'", "a single number")
     alone = build([helper.make_node("Relu", ["c"], ["y"])], constants={"c": noise(2)})
     refused(alone, tmp_path, "does not depend")
     refused(build([helper.make_node("Add", ["x", "gone"], ["y"])]), tmp_path, "'gone'", "damaged")
@@ -495,9 +585,9 @@ def test_every_operator_is_tried_here():
     tried = {parameter.values[0] for parameter in CASES}
     elsewhere = {
         "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "And", "Or", "Xor", "Not", "Shape",
-        "Constant", "ConstantOfShape", "Range", "Split", "ArgMax", "Size",
+        "Constant", "ConstantOfShape", "Range", "Split", "ArgMax", "ArgMin", "Size", "OneHot", "TopK",
     }  # fmt: skip
-    assert set(OPERATORS) == tried | elsewhere
+    assert set(OPERATORS) == tried | elsewhere | set(QUANTIZED)
 
 
 # Real architectures: the files of the onnx package hold no weights, so they are given some

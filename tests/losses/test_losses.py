@@ -172,6 +172,34 @@ def test_gradients_of_both_orders_are_right(name, settings, k):
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch about itself
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_torch_func_differentiates_every_loss(name, settings):
+    """grad, jvp and hessian of torch.func, and vmap where a sample's loss is its own, as autograd has them."""
+    loss, out, y = made(name, settings, n=4, k=5, seed=2)
+
+    def total(z):
+        return loss(out._replace(logits=z), y).sum()
+
+    z = out.logits.clone().requires_grad_()
+    if "logits" not in used(loss, out, y):
+        return
+    (expected,) = torch.autograd.grad(total(z), z)
+    torch.testing.assert_close(torch.func.grad(total)(out.logits), expected)
+    direction = torch.randn(z.shape, generator=generator(1), dtype=z.dtype)
+    torch.testing.assert_close(torch.func.jvp(total, (out.logits,), (direction,))[1], (expected * direction).sum())
+    whole = torch.autograd.functional.hessian(total, out.logits)
+    torch.testing.assert_close(torch.func.hessian(total)(out.logits), whole)
+    if name in ("sce", "isce", "isce_b", "cosface", "arcface", "negative_margin", "dlr"):
+
+        def one(z, y, number):
+            mine = per_sample(loss, number[None], 4) if settings else loss
+            return mine(Outputs(z[None]), y[None])[0]
+
+        rows = torch.vmap(torch.func.grad(one))(out.logits, y, torch.arange(4))
+        torch.testing.assert_close(rows, expected)
+
+
 @pytest.mark.parametrize("shape", [(K,), (N, 1), (N, K)])
 def test_inference_information_may_be_differentiated_through(shape):
     _, out, y = made("isce", {})

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from holdfast.errors import UserError
-from holdfast.models import MODELS, Classifier, build, default_model
+from holdfast.models import MODELS, Classifier, build, default_model, logits_only
 from holdfast.models.heads import HEADS
 from holdfast.outputs import Outputs
 
@@ -311,3 +311,45 @@ def test_the_network_for_a_size_exists_and_takes_it():
         name = default_model(shape)
         assert name in MODELS
         assert SMALLEST[name] <= min(shape[1:])
+
+
+# Tools that know no Outputs
+
+
+@pytest.fixture
+def digits_net():
+    return build("smallconv", (1, 8, 8), 10, head="cosine", mean=torch.tensor([0.3]), std=torch.tensor([0.4])).eval()
+
+
+def test_logits_only_is_the_same_network(digits_net):
+    x = torch.rand(3, 1, 8, 8)
+    plain = logits_only(digits_net)
+    assert torch.equal(plain(x), digits_net(x).logits)
+    assert not plain.training
+    assert next(plain.parameters()) is next(digits_net.parameters())
+    assert logits_only(digits_net.train()).training
+    assert torch.equal(logits_only(nn.Flatten())(x), x.flatten(1))
+    with pytest.raises(UserError, match="torch module"):
+        logits_only(lambda x: x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch about itself
+def test_it_can_be_traced_exported_and_read_back(digits_net, tmp_path):
+    from holdfast.importers import ModelSource, open_model
+
+    x, plain = torch.rand(4, 1, 8, 8), logits_only(digits_net)
+    torch.testing.assert_close(torch.jit.trace(plain, x)(x), plain(x))
+    batch = torch.export.Dim("batch")
+    torch.export.save(torch.export.export(plain, (x,), dynamic_shapes=({0: batch},)), tmp_path / "net.pt2")
+    torch.testing.assert_close(open_model(ModelSource(str(tmp_path / "net.pt2")))(x), plain(x))
+    torch.testing.assert_close(torch.func.functional_call(plain, dict(plain.named_parameters()), (x,)), plain(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # what these packages warn of is theirs
+def test_foolbox_and_torchattacks_take_it(digits_net):
+    foolbox, torchattacks = pytest.importorskip("foolbox"), pytest.importorskip("torchattacks")
+    x, plain = torch.rand(4, 1, 8, 8), logits_only(digits_net)
+    y = plain(x).argmax(1)
+    assert torchattacks.PGD(plain, eps=0.3, alpha=0.1, steps=5)(x, y).shape == x.shape
+    model = foolbox.PyTorchModel(plain, bounds=(0, 1))
+    assert foolbox.attacks.LinfPGD(steps=5)(model, x, y, epsilons=0.3)[1].shape == x.shape

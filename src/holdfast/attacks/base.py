@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..losses import Loss, negative_margin, targeted
+from ..errors import UserError, type_of
+from ..losses import Loss, is_targeted, negative_margin, targeted
 from ..outputs import Model, Outputs, as_outputs, fooled, frozen_eval
 from ..threat import Threat, column
 
@@ -72,13 +72,21 @@ def attack(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         The same function under the contract.
 
     Raises:
-        UserError: in the returned function, for steps or restarts below 1, and inside ``torch.inference_mode``.
+        UserError: in the returned function, for steps or restarts below 1, for a targeted score without target classes,
+            and inside ``torch.inference_mode``.
     """
 
     @functools.wraps(function)
     def run(model: Model, x: Tensor, y: Tensor, threat: Threat, **settings: Any) -> Tensor:
         if settings.get("steps", 1) < 1 or settings.get("restarts", 1) < 1:
             raise UserError(f"{function.__name__} needs steps >= 1 and restarts >= 1, got {settings}.")
+        if not isinstance(y, Tensor):
+            raise UserError(f"y must be a tensor of (N,) labels, got {type_of(y)}; give target classes as target=.")
+        if settings.get("target") is None and is_targeted(settings.get("score", negative_margin)):
+            raise UserError(
+                f"{function.__name__} got a targeted score and no target classes: give target=, (N,) classes, or an "
+                "untargeted score."
+            )
         if torch.is_inference_mode_enabled():
             raise UserError(
                 "attacks need gradients, which inference mode forbids: call them outside it (no_grad is fine)."

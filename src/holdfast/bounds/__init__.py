@@ -7,7 +7,7 @@ competitor j. To bound another kind of layer, add a class and a line to ``LAYERS
 
 from __future__ import annotations
 
-from .certify import certify
+from .certify import certify, why_not
 from .interval import box_of, logit_difference_bounds, worst_logit_difference
 from .layers import CannotBound
 from .lipschitz import l2_radius, lipschitz_constant, lipschitz_s, s_lipschitz_pairwise
@@ -21,5 +21,6 @@ __all__ = [
     "lipschitz_s",
     "logit_difference_bounds",
     "s_lipschitz_pairwise",
+    "why_not",
     "worst_logit_difference",
 ]

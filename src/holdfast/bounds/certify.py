@@ -48,8 +48,8 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None
         return None
     if not x.is_floating_point():
         raise UserError(f"certify expects float images in the threat's box, got {x.dtype}. Divide by 255 first.")
-    if x.dtype != torch.float32 or any(p.dtype != torch.float32 for p in model.parameters()):
-        return None  # the rounding of another precision is not bounded
+    if x.dtype != torch.float32 or why_not(model):
+        return None
     with frozen_eval(model), torch.no_grad():
         network, images, labels = in_float64(model, x, y)
         try:
@@ -58,6 +58,31 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None
             return (proved & agrees(network, images)).to(x.device)
         except CannotBound:
             return None
+
+
+def why_not(model: Model) -> str:
+    """Why no bound is known for a model, in one sentence; "" where one is.
+
+    Args:
+        model: Images to logits or Outputs.
+
+    Returns:
+        The sentence, or "".
+
+    >>> why_not(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+    ''
+    >>> why_not(nn.Sequential(nn.Flatten(), nn.GELU(), nn.Linear(4, 2)))
+    'no bound is known for a layer of kind GELU.'
+    """
+    if not isinstance(model, nn.Module):
+        return "bounds need a torch module, and the model is a function."
+    if any(tensor.dtype != torch.float32 for tensor in model.parameters()):
+        return "bounds know the rounding of float32, and the model has weights of another precision."
+    try:
+        chain_of(model)
+    except CannotBound as error:
+        return str(error)
+    return ""
 
 
 def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import Classifier, convnets, heads, lipschitz, orthogonal
+from ..importers import OnnxNet, Wrapped
+from ..importers.layout import FileNetwork
+from ..models import Classifier, LogitsOnly, convnets, heads, lipschitz, orthogonal
 from ..outputs import as_outputs
-from .layers import CannotBound, Layer, Normalisation, computes_as, layer_of
+from .layers import Arrangement, CannotBound, Layer, Normalisation, Rescaling, computes_as, layer_of
 
 ROWS = 256  # samples that are bounded at a time
 # Backbones whose forward is their Sequential ``layers`` and nothing else.
@@ -42,6 +44,13 @@ class LogitLayer:
 
 def chain_of(model: nn.Module) -> tuple[list[Layer], LogitLayer]:
     """The layers in order, and the last one. Raises CannotBound for a network that is no chain of known layers."""
+    if computes_as(model, LogitsOnly):
+        return chain_of(model.inner)
+    if computes_as(model, Wrapped):
+        if not isinstance(model.inner, nn.Module):
+            raise CannotBound(f"no bound is known for {_kind(model.inner)}: give an nn.Sequential or a Classifier.")
+        inner, end = chain_of(model.inner)
+        return [*_preprocessing(model), *inner], end
     if computes_as(model, Classifier):
         backbone, head = model.backbone, model.head
         if not any(computes_as(backbone, kind) for kind in (*_CHAINS, convnets.Linear, nn.Sequential)):
@@ -53,7 +62,23 @@ def chain_of(model: nn.Module) -> tuple[list[Layer], LogitLayer]:
     if computes_as(model, nn.Sequential):
         *hidden, last = list(_leaves(model)) or [model]
         return [layer_of(module) for module in hidden], LogitLayer(_dense(last))
-    raise CannotBound(f"no bound is known for {type(model).__name__}: give an nn.Sequential or a Classifier.")
+    raise CannotBound(f"no bound is known for {_kind(model)}: give an nn.Sequential or a Classifier.")
+
+
+def _kind(model: object) -> str:
+    """What a network is, in a user's words."""
+    if isinstance(model, OnnxNet):
+        return "the graph of an ONNX file"
+    if isinstance(model, FileNetwork):
+        return "a torch.export program"
+    return type(model).__name__ if isinstance(model, nn.Module) else "a function"
+
+
+def _preprocessing(model: Wrapped) -> list[Layer]:
+    """What a wrapped network does to its images first."""
+    steps: list[Layer] = [] if model.input_range is None else [Rescaling(model)]
+    steps += [] if model.mean is None else [Normalisation(model)]
+    return [*steps, Arrangement(model)] if model.input_layout not in ("", "nchw") else steps
 
 
 def _dense(module: Any) -> nn.Module:

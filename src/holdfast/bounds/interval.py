@@ -23,7 +23,8 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
 
     Args:
         model: A Classifier with a chain for a backbone (linear, mlp, the convnets, the Lipschitz networks) and a linear
-            head, or an nn.Sequential of Linear, Conv2d, ReLU, MaxMin, pooling, Flatten, BatchNorm2d, Dropout.
+            head, or an nn.Sequential of Linear, Conv2d, ReLU, MaxMin, pooling, Flatten, BatchNorm2d, Dropout; also
+            inside ``importers.wrap`` or ``models.logits_only``.
         lo: (N, C, H, W), the lower corner of each sample's box.
         hi: (N, C, H, W), the upper corner.
         y: (N,) int64 labels.

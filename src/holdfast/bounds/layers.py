@@ -288,7 +288,7 @@ class BatchNorm(ChannelAffine):
 
 
 class Normalisation(ChannelAffine):
-    """(x - mean) / std, layer 0 of a ``Classifier``, which is its module."""
+    """(x - mean) / std, in a ``Classifier`` or a ``Wrapped`` network, which is its module."""
 
     def factors(self) -> tuple[Tensor, ...]:
         return self.module.mean, 1 / self.module.std.double()
@@ -296,6 +296,26 @@ class Normalisation(ChannelAffine):
     def factor_and_offset(self, h: Tensor) -> tuple[Tensor, Tensor]:
         std, mean = self.module.std.to(h.dtype), self.module.mean.to(h.dtype)
         return 1 / std, -mean / std
+
+
+class Rescaling(ChannelAffine):
+    """low + (high - low) x, the first step of a ``Wrapped`` network, which is its module."""
+
+    def factors(self) -> tuple[Tensor, ...]:
+        low, high = self.module.input_range.double()
+        return low, high - low
+
+    def factor_and_offset(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.module.input_range.to(h.dtype)
+        return high - low, low
+
+
+class Arrangement(Selection):
+    """The layout of a ``Wrapped`` network, which is its module: the pixels in another order."""
+
+    def apply(self, h: Tensor) -> Tensor:
+        arranged: Tensor = self.module.arrange(h)
+        return arranged
 
 
 class Affine(Layer):

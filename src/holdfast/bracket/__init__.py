@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import run_folder
 from ..errors import at_least
-from ..experiments.evaluate_model import from_run
+from ..experiments.evaluate_model import ModelUnderTest, from_run
 from ..progress import Progress, silent
 from ..spec import threat_file_name
 from ..threat import Threat
@@ -20,13 +20,13 @@ from .measure import bracket
 from .plot import figure, save, sentence
 from .result import STATUS, Bracket
 
-__all__ = ["STATUS", "Bracket", "bracket", "bracket_run", "figure", "save", "sentence"]
+__all__ = ["STATUS", "Bracket", "bracket", "bracket_run", "bracket_subject", "figure", "save", "sentence"]
 
 
 def bracket_run(
-    run: Path,
+    run: str | Path,
     threat: str,
-    out: Path | None = None,
+    out: str | Path | None = None,
     *,
     seconds: float = 10.0,
     limit: int = 100,
@@ -56,10 +56,41 @@ def bracket_run(
     Raises:
         UserError: As ``bracket`` and ``from_run`` do; ``out`` belongs to another bracket.
     """
-    parsed = Threat.parse(threat)  # before anything is written
-    at_least("seconds", seconds)
+    Threat.parse(threat)  # before anything is opened
     subject = from_run(run, limit=limit, device=device, run_code=run_code)
-    out = out or run / f"bracket-{threat_file_name(threat)}"
+    folder = Path(out) if out else Path(run) / f"bracket-{threat_file_name(threat)}"
+    return bracket_subject(subject, threat, folder, seconds=seconds, limit=limit, seed=seed, progress=progress)
+
+
+def bracket_subject(
+    subject: ModelUnderTest,
+    threat: str,
+    out: str | Path,
+    *,
+    seconds: float = 10.0,
+    limit: int = 100,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> tuple[Bracket, list[Path]]:
+    """Bracket any network on its test images: what ``from_run`` or ``from_file`` opened.
+
+    Args:
+        subject: The network and its data.
+        threat: "norm:eps".
+        out: The output folder.
+        seconds: As for ``bracket_run``.
+        limit: As for ``bracket_run``.
+        seed: As for ``bracket_run``.
+        progress: As for ``bracket_run``.
+
+    Returns:
+        (the Bracket, the files written).
+
+    Raises:
+        UserError: As ``bracket`` does; ``out`` belongs to another bracket.
+    """
+    parsed, out = Threat.parse(threat), Path(out)  # before anything is written
+    at_least("seconds", seconds)
     settings = {**subject.about, "threat": threat, "seconds": seconds, "seed": seed, "limit": limit}
     run_folder.reserve(out, settings)
     network = f"{run_folder.weights_hash(subject.model)} {subject.code}".strip()

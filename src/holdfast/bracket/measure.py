@@ -36,7 +36,7 @@ def bracket(
     seconds: float = 10.0,
     seed: int = 0,
     trained_s: float | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     key: str = "",
     progress: Progress = silent,
 ) -> Bracket:
@@ -83,6 +83,7 @@ def bracket(
     ('certified', 'attacked')
     """
     at_least("seconds", seconds)
+    checkpoint = None if checkpoint is None else Path(checkpoint)
     if not len(data):
         raise UserError("a bracket needs at least one sample.")
     data = data.to(device_of(model, data))

@@ -157,7 +157,7 @@ def _shares(ax: Axes, bracket: Bracket) -> None:
               handlelength=1.2, columnspacing=1.4, borderaxespad=0.3)  # fmt: skip
 
 
-def save(bracket: Bracket, folder: Path, name: str = "") -> list[Path]:
+def save(bracket: Bracket, folder: str | Path, name: str = "") -> list[Path]:
     """Write bracket.json, bracket.svg and bracket.png.
 
     Args:
@@ -170,7 +170,7 @@ def save(bracket: Bracket, folder: Path, name: str = "") -> list[Path]:
     """
     text = json.dumps(_without_nan({**bracket.describe(), "sentence": sentence(bracket)}))
     drawn = report.write_figure(figure(bracket, name), folder, "bracket")
-    return [write_atomic(folder / "bracket.json", text), *drawn]
+    return [write_atomic(Path(folder) / "bracket.json", text), *drawn]
 
 
 def _without_nan(value: Any) -> Any:

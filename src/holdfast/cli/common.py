@@ -106,7 +106,7 @@ def run_evaluation(
     as_json: bool,
     budget: str = "",
     batch_size: int | None = None,
-) -> tuple[Results, OutputFile] | None:
+) -> tuple[Results, OutputFile, str] | None:
     """Evaluate one network and show its progress.
 
     Args:
@@ -122,10 +122,10 @@ def run_evaluation(
         batch_size: of the attacks.
 
     Returns:
-        (results, its page); None in all but the first of several torchrun processes.
+        (results, its page, why nothing is certified or ""); None in all but the first of several torchrun processes.
     """
     from ..evaluation import Budget
-    from ..experiments.evaluate_model import distributed_processes, evaluate_model
+    from ..experiments.evaluate_model import distributed_processes, evaluate_model, why_uncertified
 
     limited = Budget.parse(budget) if budget else None
     writable(folder, "--out")
@@ -146,7 +146,7 @@ def run_evaluation(
             progress=partial(display.progress, subject.name),
             command=command_line(),
         )
-    return (results, page([results], folder / "report.html")) if results else None
+    return (results, page([results], folder / "report.html"), why_uncertified(subject, results)) if results else None
 
 
 def say_files(files: list[Path | OutputFile], quiet: bool, as_json: bool) -> None:

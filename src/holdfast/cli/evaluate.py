@@ -13,7 +13,7 @@ from ..spec import numbers, threat_file_name
 from . import options as o
 from .app import app, exits
 from .common import run_evaluation, say_files, show
-from .display import errors
+from .display import errors, screen
 from .options import option
 
 
@@ -54,6 +54,7 @@ def evaluate(
     input_range: o.InputRange = "",
     mean: o.Mean = "",
     std: o.Std = "",
+    input_layout: o.InputLayout = "",
     loss: o.TrainedWith = "",
     image_column: o.ImageColumn = "",
     label_column: o.LabelColumn = "",
@@ -70,7 +71,7 @@ def evaluate(
     **holdfast evaluate mymodel.py:build --weights w.safetensors --data FOLDER --threat linf:8/255 --out DIR**
 
     build() takes no arguments and returns a module from images to logits; your code is executed. Images are in [0, 1]:
-    --input-range, --mean and --std say what your model expects instead.
+    --input-range, --mean, --std and --input-layout say what your model expects instead.
 
     PGD-50 is the accuracy as usually reported, and robust is an upper bound. Each has a verdict; see `holdfast compare
     --help`.
@@ -78,50 +79,71 @@ def evaluate(
     An interrupted command resumes when it is rerun. Under torchrun (`torchrun --nproc-per-node 2 -m holdfast evaluate
     ...`) the processes share the samples and give the same answer as one.
     """  # fmt: skip
-    from ..importers.model_file import is_model_file
-
-    own = {"data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std, "loss": loss}
+    own = {
+        "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
+        "input-layout": input_layout, "loss": loss,
+    }  # fmt: skip
     reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
-    reading = {key: value for key, value in reading.items() if value}
-    if is_model_file(model):
-        folder = out or Path("out") / f"{Path(model).stem}-{threat_file_name(threat)}-{suite}"
-        subject = _own_model(model, own, reading, limit=limit, seed=seed)
-        if not quiet:
-            errors.print(f"opening {model}: code in it is executed.", soft_wrap=True)
-    else:
-        folder = out or Path(model) / f"evaluation-{threat_file_name(threat)}-{suite}"
-        asked = own | {key.replace("_", "-"): str(value) for key, value in reading.items()}
-        subject = _run_folder(model, asked, limit=limit, run_code=run_code)
+    subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
+    folder = out or default_folder(model, f"evaluation-THREAT-{suite}", threat)
     answer = run_evaluation(
         subject, threat, suite, folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, batch_size=batch_size,
     )  # fmt: skip
     if answer is None:
         return
-    results, page = answer
+    results, page, uncertified = answer
     show(results, as_json)
+    if uncertified and not as_json:
+        screen.print(uncertified, soft_wrap=True)
     say_files([folder / "results.json", page], quiet, as_json)
 
 
-def _own_model(model: str, own: dict[str, str], reading: dict[str, Any], *, limit: int, seed: int) -> Any:
-    """What opens the user's own model with these options, given a device."""
-    from ..experiments.evaluate_model import from_file
-    from ..importers.model_file import ModelSource
+def subject_of(
+    model: str,
+    options: dict[str, str],
+    reading: dict[str, Any] | None = None,
+    *,
+    limit: int,
+    seed: int,
+    quiet: bool,
+    run_code: bool,
+) -> Any:
+    """What opens a network, given a device: that of a run folder, or the user's own with its options.
 
-    if not own["data"]:
+    Raises:
+        UserError: a run folder with options for one's own model, or one's own model without data.
+    """
+    from ..experiments.evaluate_model import from_file, from_run
+    from ..importers.model_file import ModelSource, is_model_file
+
+    reading = {name: value for name, value in (reading or {}).items() if value}
+    if not is_model_file(model):
+        for name in (*options, *reading):
+            if {**options, **reading}[name]:
+                option_name = name.replace("_", "-")
+                raise UserError(
+                    f"--{option_name} is for your own model; {model} is a run folder with its own settings."
+                )
+        return partial(from_run, Path(model), limit=limit, run_code=run_code)
+    if not options["data"]:
         raise UserError("your own model needs --data: an image folder, a parquet file, or a hub name.")
     ranges = [
-        numbers(name, own[name] or default) for name, default in (("input-range", "0,1"), ("mean", ""), ("std", ""))
+        numbers(name, options[name] or default) for name, default in (("input-range", "0,1"), ("mean", ""), ("std", ""))
     ]
-    source = ModelSource(model, own["weights"], *ranges)
-    return partial(from_file, source, own["data"], loss=own["loss"] or "sce", limit=limit, seed=seed, reading=reading)
+    source = ModelSource(model, options["weights"], ranges[0], ranges[1], ranges[2], options["input-layout"])
+    if not quiet:
+        errors.print(f"opening {model}: code in it is executed.", soft_wrap=True)
+    return partial(
+        from_file, source, options["data"], loss=options["loss"] or "sce", limit=limit, seed=seed, reading=reading
+    )
 
 
-def _run_folder(run: str, own: dict[str, str], *, limit: int, run_code: bool) -> Any:
-    """What opens the network of a run folder, given a device; the options of one's own model are refused."""
-    from ..experiments.evaluate_model import from_run
+def default_folder(model: str, what: str, threat: str) -> Path:
+    """Where the answer goes without --out: into the run folder, or for one's own model to out/NAME-WHAT."""
+    from ..importers.model_file import is_model_file
 
-    for name, value in own.items():
-        if value:
-            raise UserError(f"--{name} is for your own model; {run} is a run folder, which has its own settings.")
-    return partial(from_run, Path(run), limit=limit, run_code=run_code)
+    name = threat_file_name(threat)
+    if is_model_file(model):
+        return Path("out") / f"{Path(model).stem}-{what.replace('THREAT', name).removeprefix('evaluation-')}"
+    return Path(model) / what.replace("THREAT", name)

@@ -9,25 +9,37 @@ from typing import Annotated
 
 import typer
 
-from ..spec import threat_file_name
 from . import options as o
 from .app import app, exits
 from .common import print_json, run_evaluation, say_files
 from .display import screen
-from .options import RUN, option
+from .evaluate import default_folder, subject_of
+from .options import NETWORK, option
 from .output_files import write_files
 
 
 @app.command(rich_help_panel="Look", epilog=exits())
 def explain(
-    run: Annotated[Path, typer.Argument(help=RUN)],
+    run: Annotated[str, typer.Argument(help=NETWORK)],
     threat: o.OneThreat = "linf:0.1",
     limit: o.Limit = 500,
     seed: o.NoiseSeed = 0,
     device: o.Device = "auto",
     out: Annotated[
-        Path | None, option("Output folder. Default: explain-THREAT in the run folder.", "--out", "-o")
+        Path | None,
+        option(
+            "Output folder. Default: explain-THREAT in the run folder, or out/NAME-explain-THREAT for your own model.",
+            "--out",
+            "-o",
+        ),
     ] = None,
+    data: o.OwnData = "",
+    weights: o.Weights = "",
+    input_range: o.InputRange = "",
+    mean: o.Mean = "",
+    std: o.Std = "",
+    input_layout: o.InputLayout = "",
+    loss: o.TrainedWith = "",
     run_code: o.RunCode = False,
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
@@ -38,17 +50,20 @@ def explain(
     each attacks the samples that survived the previous ones. Prints what each step broke, and draws waterfall.svg and
     .png beside results.json and report.html.
     """
-    from ..experiments.evaluate_model import from_run
     from ..report import waterfall
 
-    folder = out or run / f"explain-{threat_file_name(threat)}"
+    own = {
+        "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
+        "input-layout": input_layout, "loss": loss,
+    }  # fmt: skip
+    folder = out or default_folder(run, "explain-THREAT", threat)
     answer = run_evaluation(
-        partial(from_run, run, limit=limit, run_code=run_code), threat, "explain", folder,
+        subject_of(run, own, limit=limit, seed=seed, quiet=quiet, run_code=run_code), threat, "explain", folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json,
     )  # fmt: skip
     if answer is None:
         return
-    results, page = answer
+    results, page, uncertified = answer
     explained = results.runs[0]
     figures = write_files(partial(waterfall.save, explained), folder)
     if as_json:
@@ -56,4 +71,6 @@ def explain(
     else:
         screen.print(waterfall.table(explained))
         screen.print(waterfall.sentence(explained), soft_wrap=True)
+        if uncertified:
+            screen.print(uncertified, soft_wrap=True)
     say_files([*figures, page], quiet, as_json)

@@ -9,6 +9,9 @@ import typer
 
 OWN_MODEL = "Your own model"
 OWN_DATA = "Your own data"
+NETWORK = (
+    "A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2, with --data."
+)
 RUN = "A run folder: the --out of `holdfast train`, or a folder in DIR/runs of `holdfast compare`."
 
 
@@ -153,6 +156,14 @@ Std = Annotated[
     str,
     option(
         "Standard deviation to divide by after subtracting --mean: one number, or one per channel. Default: 1.",
+        rich_help_panel=OWN_MODEL,
+    ),
+]
+InputLayout = Annotated[
+    str,
+    option(
+        "Layout of its images: nchw, nhwc, flat (channel by channel) or flat-nhwc (pixel by pixel). Default: what the "
+        "input shape of a .onnx or .pt2 file leaves, else nchw.",
         rich_help_panel=OWN_MODEL,
     ),
 ]

@@ -52,7 +52,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int | None = None,
     budget: Budget | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     key: str = "",
     progress: Progress = silent,
 ) -> Evaluation:
@@ -117,4 +117,4 @@ def evaluate(
         progress=progress if Processes.current().rank == 0 else silent,
     )
     with exact_float32(), frozen_eval(model):
-        return cascade.run(task, checkpoint, key)
+        return cascade.run(task, None if checkpoint is None else Path(checkpoint), key)

@@ -110,11 +110,11 @@ def load_clean_answers(checkpoint: Path) -> CleanAnswers:
         UserError: if there is no such file, or it is damaged or of another version.
     """
     tensors, about = load_tensors(checkpoint, NAME, VERSION, _About)
-    with understood(checkpoint):
+    with understood(Path(checkpoint)):
         return CleanAnswers(tensors["margin"], VOTES if about["state"]["randomised"] else 1)
 
 
-def load_x_adv(checkpoint: Path) -> Tensor:
+def load_x_adv(checkpoint: str | Path) -> Tensor:
     """The adversarial images in a checkpoint.
 
     Args:
@@ -127,5 +127,5 @@ def load_x_adv(checkpoint: Path) -> Tensor:
         UserError: if there is no such file, or it is damaged or of another version.
     """
     tensors, _ = load_tensors(checkpoint, NAME, VERSION, _About)
-    with understood(checkpoint):
+    with understood(Path(checkpoint)):
         return tensors["x_adv"]

@@ -64,7 +64,7 @@ class TrainedNetwork:
 
 
 def collect(
-    networks: Sequence[TrainedNetwork], out: Path, data: str, settings: dict[str, Any], command: str
+    networks: Sequence[TrainedNetwork], out: str | Path, data: str, settings: dict[str, Any], command: str
 ) -> Results:
     """Write results.json and witnesses.safetensors: a run per loss, seed and threat, its folds put together.
 
@@ -78,6 +78,7 @@ def collect(
     Returns:
         The Results that were written.
     """
+    out = Path(out)
     groups: dict[tuple[LossSpec, int, Threat], list[TrainedNetwork]] = {}
     for network in networks:
         groups.setdefault((network.loss, network.seed, network.result.evaluation.threat), []).append(network)

@@ -42,7 +42,7 @@ POLL = 0.2  # seconds between looks for the SCE network's adversarial examples
 
 def compare(
     comparison: Comparison,
-    out: Path,
+    out: str | Path,
     *,
     command: str = "",
     device: str = "cpu",
@@ -69,7 +69,7 @@ def compare(
     Raises:
         UserError: ``out`` belongs to another comparison, or as ``Comparison.checked`` does.
     """
-    comparison = comparison.checked()
+    comparison, out = comparison.checked(), Path(out)
     split = _try_out(comparison, device)
     run_folder.reserve(out, _config(comparison, split))
 

@@ -179,10 +179,10 @@ class Comparison:
             if key in self.reading or key not in ("image_column", "label_column", "convert", "resize")
         }
 
-    def jobs(self, out: Path, device: str = "cpu") -> list[Job]:
+    def jobs(self, out: str | Path, device: str = "cpu") -> list[Job]:
         """One job per loss, seed and fold, in that order from the inside out."""
         return [
-            Job(self, row, seed, fold, out / "runs" / run_folder.folder_name(row.text, seed, fold), device)
+            Job(self, row, seed, fold, Path(out) / "runs" / run_folder.folder_name(row.text, seed, fold), device)
             for fold in range(self.folds)
             for seed in range(self.first_seed, self.first_seed + self.seeds)
             for row in self.loss_specs

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from .. import run_folder
+from .. import bounds, run_folder
 from ..data import Split, pixels
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
@@ -88,7 +88,7 @@ def distributed_processes(device: str) -> Iterator[tuple[str, bool]]:
         distributed.destroy_process_group()
 
 
-def from_run(run: Path, *, limit: int = 1000, device: str = "cpu", run_code: bool = False) -> ModelUnderTest:
+def from_run(run: str | Path, *, limit: int = 1000, device: str = "cpu", run_code: bool = False) -> ModelUnderTest:
     """The network in a run folder, and the test images of the data it was trained on.
 
     Args:
@@ -105,6 +105,7 @@ def from_run(run: Path, *, limit: int = 1000, device: str = "cpu", run_code: boo
             loss the network was trained with, or the data has changed.
     """
     _check_limit(limit)
+    run = Path(run)
     model, config = run_folder.load(run, device=device, run_code=run_code)
     if not {"cut", "loss", "fit"} <= config.keys():
         raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
@@ -206,11 +207,30 @@ def _check_limit(limit: int) -> None:
         raise UserError(f"limit must be >= 0 (0: all), got {limit}.")
 
 
+def why_uncertified(subject: ModelUnderTest, results: Results) -> str:
+    """Why the table of an evaluation has no certified column, in one sentence; "" where it has one.
+
+    Args:
+        subject: what was evaluated.
+        results: its results.
+
+    Returns:
+        The sentence.
+    """
+    run = results.runs[0]
+    if run.samples is None or run.samples.certified is None:
+        reason = bounds.why_not(subject.model) or "the model's answers vary, or its images are not float32."
+        return f"certified: not measured, since {reason}"
+    if not any(run.samples.certified):
+        return f"certified: none of {run.n:,} samples could be proved, by interval and Lipschitz bounds."
+    return ""
+
+
 def evaluate_model(
     subject: ModelUnderTest,
     threat: str,
     suite: str,
-    out: Path,
+    out: str | Path,
     *,
     seed: int = 0,
     budget: Budget | None = None,
@@ -239,6 +259,7 @@ def evaluate_model(
     Raises:
         UserError: what cannot be read, or ``out`` belongs to another evaluation.
     """
+    out = Path(out)
     against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
     if suite not in SUITES:
         raise unknown("suite", suite, SUITES)

@@ -117,7 +117,7 @@ def evaluate_network(
     seed: int = 0,
     batch_size: int | None = None,
     budget: Budget | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     key: str = "",
     transfer_source: Tensor | Callable[[], Tensor | None] | None = None,
     progress: Progress = silent,
@@ -152,6 +152,7 @@ def evaluate_network(
     Raises:
         UserError: as ``evaluate`` and ``audit`` do; and for a cache that belongs to other data or weights.
     """
+    cache = None if cache is None else Path(cache)
     if cache is not None and not key:
         key = f"{_data_hash(data)} {run_folder.weights_hash(model)}"
     whole = result_key(threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from .layout import LAYOUTS
 from .model_file import ModelSource, code_hash, is_model_file, open_model
 from .onnx import OPERATORS, OnnxNet, load_onnx
 from .wrapped import Wrapped, wrap
 
 __all__ = [
+    "LAYOUTS",
     "OPERATORS",
     "ModelSource",
     "OnnxNet",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,40 +12,53 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..io import existing_file
 from ..outputs import as_outputs
+from .layout import FileNetwork
 from .wrapped import Wrapped
 
 TRAINING_FLAG = {"aten.dropout.default": 2, "aten.batch_norm.default": 5}  # position of the argument, per operator
 
 
-class Chunked(nn.Module):
+class Exported(FileNetwork):
     """A program that takes ``low`` to ``high`` images per call, for any number of images.
 
-    Images go through in chunks; the last chunk is filled up with copies.
+    Images go through in chunks; the last chunk is filled up with copies. Images with one axis more than the program's
+    input go through one at a time.
 
     Args:
         inner: the program.
+        input_shape: of its input, None for an open size.
         low: fewest images per call.
         high: most images per call, None for no limit.
     """
 
-    def __init__(self, inner: nn.Module, low: int, high: int | None) -> None:
+    def __init__(self, inner: nn.Module, input_shape: tuple[int | None, ...], low: int, high: int | None) -> None:
         super().__init__()
-        self.inner, self.low, self.high = inner, low, high
+        self.inner, self.input_shape, self.low, self.high = inner, input_shape, low, high
         self.training = inner.training
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ...) -> (N, K) logits."""
+        if self.input_shape is not None and x.ndim > len(self.input_shape):
+            return torch.cat([_row(self.inner(image)) for image in x])
         logits = []
         for chunk in x.split(self.high or max(len(x), 1)):
             missing = max(0, self.low - len(chunk))
             full = torch.cat([chunk, chunk[-1:].expand(missing, *chunk.shape[1:])]) if missing else chunk
-            logits.append(as_outputs(self.inner(full)).logits[: len(chunk)])
+            answer = self.inner(full)
+            logits.append(_row(answer) if len(full) == 1 else as_outputs(answer).logits[: len(chunk)])
         return torch.cat(logits)
 
     train: Callable[..., Any] = Wrapped.train
 
 
-def load_exported(path: str, device: str | torch.device) -> nn.Module:
+def _row(answer: Any) -> Tensor:
+    """(1, K) logits of one image, which a program without an axis for the batch answers as (K,)."""
+    if isinstance(answer, Tensor) and answer.ndim == 1:
+        answer = answer[None]
+    return as_outputs(answer).logits
+
+
+def load_exported(path: str | Path, device: str | torch.device) -> Exported:
     """Load a torch.export program.
 
     Args:
@@ -55,8 +69,8 @@ def load_exported(path: str, device: str | torch.device) -> nn.Module:
         A module that takes any number of images.
 
     Raises:
-        UserError: the file is missing or damaged, takes other than one batch of images, or was exported in training
-            mode.
+        UserError: the file is missing or damaged, takes other than one batch of images, was exported in training mode,
+            or holds a program that this torch cannot run.
     """
     file = existing_file(path)
     try:
@@ -67,11 +81,25 @@ def load_exported(path: str, device: str | torch.device) -> nn.Module:
             "another version of torch, or compiled: write it with torch.export.save(torch.export.export(model, (x,)), "
             "path)."
         ) from None
+    try:
+        return _as_module(path, program, device)
+    except UserError:
+        raise
+    except Exception as error:  # a file of another torch, or one that was changed, fails anywhere from here
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path} was read, but its program cannot be run ({type(error).__name__}: {reason}). It is damaged or of "
+            "another version of torch: export it again with this one."
+        ) from None
+
+
+def _as_module(path: str | Path, program: Any, device: str | torch.device) -> Exported:
+    """The program on the device, ready for any number of images."""
     inputs = program.graph_signature.user_inputs
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     x = values.get(inputs[0]) if len(inputs) == 1 else None
-    if not isinstance(x, Tensor) or x.ndim < 2:
-        raise UserError(f"{path} has the inputs {', '.join(map(str, inputs))}: expected one, a batch of images.")
+    if not isinstance(x, Tensor) or not x.ndim or not x.is_floating_point():
+        raise UserError(f"{path} has the inputs {', '.join(map(str, inputs))}: expected one, a batch of float images.")
     for node in program.graph.nodes:
         position = TRAINING_FLAG.get(str(node.target))
         if position is not None and len(node.args) > position and node.args[position] is True:
@@ -83,9 +111,9 @@ def load_exported(path: str, device: str | torch.device) -> nn.Module:
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, device)
-    module = program.module()
     low, high = _batch_limits(x.shape[0], program)
-    return module if (low, high) == (1, None) else Chunked(module, low, high)
+    shape = tuple(size if isinstance(size, int) else None for size in x.shape)
+    return Exported(program.module(), shape, low, high)
 
 
 def _batch_limits(n: Any, program: Any) -> tuple[int, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ..errors import UserError
 from ..io import existing_file
 from ..outputs import Model
 from .exported import load_exported
+from .layout import check_layout
 from .onnx import load_onnx
 from .python_code import build_model, source_hash, split_reference
 from .weights import WEIGHT_SUFFIXES, load_weights
@@ -25,7 +27,7 @@ FORMS = "mymodel.py:build (a function without arguments), model.pt2 (torch.expor
 class ModelSource:
     """Which file a network comes from, and which input it expects; JSON can hold it (lists become tuples).
 
-    The network receives ``(low + (high - low) x - mean) / std`` for an image x in [0, 1].
+    The network receives ``(low + (high - low) x - mean) / std`` for an image x in [0, 1], in its own layout.
 
     Args:
         path: mymodel.py:build, model.pt2 or model.onnx.
@@ -34,9 +36,11 @@ class ModelSource:
         input_range: (low, high), the pixel range that the network expects before mean and std; low < high.
         mean: one number per channel, or one for all; empty for none.
         std: as many numbers as ``mean``, each > 0.
+        input_layout: as for ``wrap``.
 
     Raises:
-        UserError: a number is not finite, the range is empty, a std is not positive, or mean and std differ in length.
+        UserError: the layout is unknown, a number is not finite, the range is empty, a std is not positive, or mean and
+            std differ in length.
 
     >>> ModelSource("mymodel.py:build", input_range=(0.0, 255.0)).input_range
     (0.0, 255.0)
@@ -47,14 +51,18 @@ class ModelSource:
     input_range: tuple[float, ...] = (0.0, 1.0)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    input_layout: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("path", "weights"):
+            object.__setattr__(self, name, os.fspath(getattr(self, name)))
         input_range, mean, std = check_preprocessing(self.input_range, self.mean, self.std)
         for name, value in (("input_range", input_range), ("mean", mean), ("std", std)):
             object.__setattr__(self, name, value)
+        check_layout(self.input_layout)
 
 
-def is_model_file(text: str) -> bool:
+def is_model_file(text: str | Path) -> bool:
     """Whether a text names a model file, by its suffix, and not a run folder.
 
     Args:
@@ -66,7 +74,7 @@ def is_model_file(text: str) -> bool:
     >>> [is_model_file(text) for text in ("nets/mine.py:build", "a.onnx", "a.pt2", "a.pth", "out/sce-seed0-fold0")]
     [True, True, True, True, False]
     """
-    path, name = split_reference(text)
+    path, name = split_reference(str(text))
     known = (".py", ".onnx", ".pt2", *WEIGHT_SUFFIXES)
     return (bool(name) or Path(path).suffix.lower() in known) and not Path(text).is_dir()
 
@@ -122,7 +130,13 @@ def open_model(source: ModelSource, device: str | torch.device = "cpu") -> nn.Mo
         )
     else:
         raise UserError(f"'{source.path}' is not a network file: expected {FORMS}.")
-    wrapped = wrap(model, input_range=source.input_range, mean=source.mean, std=source.std)
+    wrapped = wrap(
+        model,
+        input_range=source.input_range,
+        mean=source.mean,
+        std=source.std,
+        input_layout=source.input_layout,
+    )
     wrapped.notes = tuple(notes)
     try:
         return wrapped.to(device).eval()

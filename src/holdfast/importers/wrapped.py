@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, type_of
 from ..outputs import Model
+from .layout import FileNetwork, arrange, check_layout
 from .python_code import user_code_errors
 
 
@@ -20,16 +21,20 @@ def wrap(
     input_range: Sequence[float] = (0.0, 1.0),
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    input_layout: str = "",
 ) -> Wrapped:
     """Wrap a network in memory as a module that takes images in [0, 1].
 
-    The network receives ``(low + (high - low) x - mean) / std``. It keeps its mode, training or eval.
+    The network receives ``(low + (high - low) x - mean) / std``, laid out as it expects. It keeps its mode, training or
+    eval. A file whose input are integers, such as uint8, gets their whole range where ``input_range`` is the default.
 
     Args:
         model: a torch module, or any function from images to logits.
         input_range: (low, high), the pixel range that the network expects before mean and std; low < high.
         mean: one number per channel, or one for all; empty for none.
         std: as many numbers as ``mean``, each > 0.
+        input_layout: nchw, nhwc, flat or flat-nhwc, see ``layout.arrange``; "" for what the shape of an ONNX or
+            torch.export file leaves, and nchw for other networks.
 
     Returns:
         The module.
@@ -43,7 +48,7 @@ def wrap(
     """
     if not callable(model):
         raise UserError(f"model must be a torch module or a function from images to logits, got {type_of(model)}.")
-    return Wrapped(model, *check_preprocessing(input_range, mean, std))
+    return Wrapped(model, *check_preprocessing(input_range, mean, std), check_layout(input_layout))
 
 
 class Wrapped(nn.Module):
@@ -57,6 +62,7 @@ class Wrapped(nn.Module):
         input_range: (low, high) of the pixels that ``inner`` expects.
         mean: numbers per channel, or empty.
         std: numbers per channel, or empty.
+        input_layout: a layout of ``layout.LAYOUTS``, or "".
     """
 
     input_range: Tensor | None
@@ -64,11 +70,18 @@ class Wrapped(nn.Module):
     std: Tensor | None
 
     def __init__(
-        self, inner: Model, input_range: tuple[float, float], mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        inner: Model,
+        input_range: tuple[float, float],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        input_layout: str = "",
     ) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.input_layout = inner, input_layout
         self.notes: tuple[str, ...] = ()
+        if isinstance(inner, FileNetwork) and inner.integer_range and input_range == (0.0, 1.0):
+            input_range = (float(inner.integer_range[0]), float(inner.integer_range[1]))
         self.register_buffer("input_range", None if input_range == (0.0, 1.0) else torch.tensor(input_range))
         self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1) if mean else None)
         self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1) if std else None)
@@ -85,8 +98,14 @@ class Wrapped(nn.Module):
                     f"{tuple(x.shape)}: give as many numbers as there are channels, or one for all."
                 )
             x = (x - self.mean) / self.std
+        x = self.arrange(x)
         with user_code_errors("the network"):
             return self.inner(x)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Lay the images out as the network expects them."""
+        known = self.inner.input_shape if isinstance(self.inner, FileNetwork) else None
+        return arrange(x, self.input_layout, known)
 
     def train(self, mode: bool = True) -> Wrapped:
         """Set the mode. An exported program refuses ``train``: of its modules only the flags are set."""

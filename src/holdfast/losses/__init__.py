@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from .embedding import center, contrastive, lgm, mmc, triplet
-from .scores import dlr, negative_margin, targeted, targeted_dlr
+from .scores import dlr, is_targeted, negative_margin, targeted, targeted_dlr
 from .softmax import arcface, cosface, isce, isce_b, negative_log_odds, scaled_log_odds, sce, softplus
 from .types import Loss
 
@@ -24,6 +24,7 @@ __all__ = [
     "contrastive",
     "cosface",
     "dlr",
+    "is_targeted",
     "isce",
     "isce_b",
     "lgm",

@@ -97,6 +97,8 @@ def targeted(score: Loss) -> Loss:
     ``dlr`` has a targeted form of its own. Any other score is evaluated at t and negated: it is higher the nearer a
     sample of class t is to a mistake, and so the farther the prediction is from t.
 
+    Attacks that take ``target=`` apply this themselves. The targeted form of a targeted score is that score.
+
     Args:
         score: a score (out, y) -> (N,).
 
@@ -109,7 +111,16 @@ def targeted(score: Loss) -> Loss:
     """
     if score is dlr:
         return targeted_dlr
-    return partial(_negated_at_target, score)
+    return score if is_targeted(score) else partial(_negated_at_target, score)
+
+
+def is_targeted(score: Loss) -> bool:
+    """Whether a score is a targeted one of this module, whose second argument is the pair (y, t).
+
+    >>> is_targeted(negative_margin), is_targeted(targeted(negative_margin))
+    (False, True)
+    """
+    return score is targeted_dlr or (isinstance(score, partial) and score.func is _negated_at_target)
 
 
 def _negated_at_target(score: Loss, out: Outputs | Tensor, target: tuple[Tensor, Tensor]) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..bounds.layers import computes_as
 from ..errors import UserError
-from ..models import Classifier
+from ..importers import Wrapped
+from ..models import Classifier, LogitsOnly
 from ..models.convnets import Linear as Pixels
 from ..models.convnets import Mlp
 from ..models.heads import Linear as LinearHead
@@ -19,17 +20,18 @@ from ..threat import Threat
 
 Array = NDArray[np.float64]
 Affine = tuple[Array, Array]  # weight (out, in), bias (out,)
+PLAIN = ("", "nchw", "flat")  # input layouts that leave the order of the pixels
 
 
 def layers_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Read a fully connected ReLU network as affine layers.
 
-    The mean, std and logit_scale of a Classifier become part of the weights. Linear layers without a ReLU between them
-    become one.
+    The mean, std and logit_scale of a Classifier, and the preprocessing of ``importers.wrap``, become part of the
+    weights. Linear layers without a ReLU between them become one.
 
     Args:
         model: An nn.Sequential of Flatten, Linear and ReLU (nested ones too), or a Classifier with such a backbone
-            ("mlp", "linear", an nn.Sequential) and a linear head.
+            ("mlp", "linear", an nn.Sequential) and a linear head; also in ``wrap`` or ``models.logits_only``.
 
     Returns:
         (weight (out, in), bias (out,)) of each layer, float64, for ``decide`` and ``maximize``.
@@ -41,6 +43,16 @@ def layers_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     >>> [tuple(weight.shape) for weight, bias in layers_of(model)]
     [(3, 4), (2, 3)]
     """
+    if computes_as(model, LogitsOnly):
+        return layers_of(model.inner)
+    if computes_as(model, Wrapped) and isinstance(model.inner, nn.Module) and model.input_layout in PLAIN:
+        first, *rest = layers_of(model.inner)
+        if model.mean is not None and model.std is not None:
+            first = _standardised(first, model.mean, model.std)
+        if model.input_range is not None:
+            low, high = model.input_range.detach().cpu().double()
+            first = _reading(first, high - low, low)
+        return [first, *rest]
     parts = [model.backbone, model.head] if computes_as(model, Classifier) else [model]
     layers: list[tuple[Tensor, Tensor]] = []
     separate = True  # whether a ReLU lies between the last layer and the next one
@@ -65,11 +77,21 @@ def layers_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     if computes_as(model, Classifier):
         weight, bias = layers[-1]
         layers[-1] = (weight * model.logit_scale, bias * model.logit_scale)
-        weight, bias = layers[0]
-        mean, std = (t.detach().cpu().double().flatten() for t in (model.mean, model.std))
-        mean, std = (t.repeat_interleave(weight.shape[1] // len(t)) for t in (mean, std))
-        layers[0] = (weight / std, bias - weight @ (mean / std))
+        layers[0] = _standardised(layers[0], model.mean, model.std)
     return layers
+
+
+def _standardised(layer: tuple[Tensor, Tensor], mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer that reads x where this one reads (x - mean) / std."""
+    mean, std = mean.detach().cpu().double(), std.detach().cpu().double()
+    return _reading(layer, 1 / std, -mean / std)
+
+
+def _reading(layer: tuple[Tensor, Tensor], factor: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer that reads x where this one reads factor x + offset; one number per channel, or one for all."""
+    weight, bias = layer
+    factor, offset = (t.flatten().repeat_interleave(weight.shape[1] // t.numel()) for t in (factor, offset))
+    return weight * factor, bias + weight @ offset
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -22,11 +22,14 @@ from .fractalnet import FractalNet
 from .heads import HEADS
 from .inception import Inception
 from .lipschitz import LipConv, LipMlp
+from .logits_only import LogitsOnly, logits_only
 from .resnets import PreActResNet8, PreActResNet18, ResNet, ResNet18
 from .user_backbone import is_own, own_backbone, own_code_hash
 from .wideresnet import WideResNet
 
-__all__ = ["MODELS", "Classifier", "build", "check", "default_model", "is_own", "own_code_hash"]
+__all__ = [
+    "MODELS", "Classifier", "LogitsOnly", "build", "check", "default_model", "is_own", "logits_only", "own_code_hash",
+]  # fmt: skip
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "linear": Linear,
@@ -51,6 +54,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 class Classifier(nn.Module):
     """head(backbone((x - mean) / std)): images (N, C, H, W) in [0, 1] -> Outputs. Normalisation is layer 0.
+
+    For tools that expect a tensor (foolbox, torchattacks, jit.trace, torch.export), see ``logits_only``.
 
     Args: backbone, head: modules; mean, std: (C,), of the training pixels.
     ``logit_scale`` multiplies the logits; set after training it changes no prediction, and many an attack.

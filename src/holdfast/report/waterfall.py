@@ -182,7 +182,7 @@ def figure(run: Run) -> Figure:
     return chart
 
 
-def save(run: Run, folder: Path) -> list[Path]:
+def save(run: Run, folder: str | Path) -> list[Path]:
     """Write waterfall.svg and waterfall.png.
 
     Args:

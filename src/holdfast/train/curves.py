@@ -58,7 +58,7 @@ class Curve:
         return None if not known or self.robust[-1] is None else max(known) - self.robust[-1]
 
 
-def read(run: Path) -> Curve:
+def read(run: str | Path) -> Curve:
     """Read the log of a run folder, finished or not.
 
     Args:
@@ -70,6 +70,7 @@ def read(run: Path) -> Curve:
     Raises:
         UserError: the folder has no log, or it cannot be read.
     """
+    run = Path(run)
     path = run / LOG_FILE
     if not path.is_file():
         raise UserError(f"{run} has no {LOG_FILE}: give a run folder that `holdfast train` or `compare` wrote to.")
@@ -89,7 +90,7 @@ def read(run: Path) -> Curve:
     return Curve(name, tuple(lines))
 
 
-def folders(path: Path) -> list[Path]:
+def folders(path: str | Path) -> list[Path]:
     """Find the run folders that a path stands for: itself, or those in the output folder of a comparison.
 
     Args:
@@ -101,6 +102,7 @@ def folders(path: Path) -> list[Path]:
     Raises:
         UserError: there is none.
     """
+    path = Path(path)
     if (path / LOG_FILE).is_file():
         return [path]
     runs = sorted(file.parent for file in (path / "runs").glob(f"*/{LOG_FILE}"))
@@ -160,7 +162,7 @@ def figure(curves: Sequence[Curve]) -> Figure:
     return chart
 
 
-def save(curves: Sequence[Curve], folder: Path) -> list[Path]:
+def save(curves: Sequence[Curve], folder: str | Path) -> list[Path]:
     """Write curves.svg and curves.png to a folder.
 
     Args:

@@ -34,7 +34,7 @@ def fit(
     config: FitConfig,
     *,
     val_threat: Threat | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     about: dict[str, Any] | None = None,
     progress: Progress = silent,
     device: str | None = None,
@@ -71,7 +71,7 @@ def fit(
             another version, a loss is not finite (the message names the samples, and the last good checkpoint stays),
             or another process of the group was lost.
     """
-    start_time = time.perf_counter()
+    start_time, out = time.perf_counter(), None if out is None else Path(out)
     check_task(model, train)
     if val_threat is not None or config.checkpoint == "best":
         check_validation(val)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .node import Context, Operator, axes_of, on_one_device
+from .node import Context, Operator, axes_of, on_one_device, rounded_through
 
 # Convolution and pooling
 
@@ -270,7 +270,7 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Relu": torch.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh, "Erf": torch.erf, "Softplus": F.softplus,
     "Softsign": F.softsign, "Mish": F.mish, "HardSwish": F.hardswish, "Sqrt": torch.sqrt, "Exp": torch.exp,
     "Log": torch.log, "Neg": torch.neg, "Abs": torch.abs, "Reciprocal": torch.reciprocal, "Floor": torch.floor,
-    "Ceil": torch.ceil, "Round": torch.round, "Sign": torch.sign, "Sin": torch.sin, "Cos": torch.cos,
+    "Ceil": torch.ceil, "Round": rounded_through, "Sign": torch.sign, "Sin": torch.sin, "Cos": torch.cos,
     "Not": torch.logical_not, "Identity": lambda x: x, "Size": lambda x: torch.tensor(x.numel()),
 }  # fmt: skip
 _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -323,4 +323,5 @@ ARITHMETIC: dict[str, Operator] = {
     "ReduceLogSumExp": _reduce(lambda x, dims, keep: x.logsumexp(dims, keepdim=keep)),
     "ReduceProd": _reduce(_product),
     "ArgMax": _arg_max,
+    "ArgMin": lambda ctx, x: _arg_max(ctx, -x),
 }  # fmt: skip

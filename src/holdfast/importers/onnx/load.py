@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...errors import UserError
 from .network import OPERATORS, OnnxNet, compute_node
-from .node import FLOATS, Node, PassSettings
+from .node import FLOATS, INTEGERS, Node, PassSettings
 
+INT4 = (21, 22)  # onnx's numbers for uint4 and int4
 SHAPE_OPERATORS = ("Identity", "Reshape", "Flatten", "Squeeze", "Cast")  # allowed between a last Softmax and the output
 
 
@@ -25,7 +26,8 @@ def load_onnx(path: str | Path, *, strip_softmax: bool = True) -> OnnxNet:
     through in chunks of the file's size. This is tried out here if the file says how large an image is.
 
     Args:
-        path: a file with one input of floats, whose first axis is the batch. Half and double precision become float32.
+        path: a file with one input of floats, or of 8-bit or 16-bit integers, whose first axis is the batch; or without
+            a batch axis. Half and double precision become float32.
         strip_softmax: leave out a Softmax that makes the output, so that the output is logits: argmax is the same, and
             gradients do not vanish where probabilities saturate.
 
@@ -70,11 +72,15 @@ def _convert(proto: Any, path: Path, strip_softmax: bool) -> OnnxNet:
         names = ", ".join(value.name for value in inputs) or "none"
         raise UserError(f"{path} has {len(inputs)} inputs ({names}): expected one, the images.")
     name, kind = inputs[0].name, inputs[0].type.tensor_type
-    if kind.elem_type not in FLOATS:
-        raise UserError(f"the input '{name}' of {path} holds no floats: export the network without image decoding.")
+    integers = INTEGERS.get(kind.elem_type)
+    if kind.elem_type not in FLOATS and integers is None:
+        raise UserError(
+            f"the input '{name}' of {path} holds neither floats nor integers of 8 or 16 bits: export the network "
+            "without image decoding or tokens."
+        )
     shape = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
-    if len(shape) < 2:
-        raise UserError(f"the input '{name}' of {path} must be a batch of images, its shape is {shape}.")
+    if kind.HasField("shape") and not shape:
+        raise UserError(f"the input '{name}' of {path} must hold images, it is a single number.")
     opset = max([entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")], default=1)
     output = graph.output[0].name
     nodes = _needed([_node(entry, opset) for entry in graph.node], output)
@@ -83,13 +89,14 @@ def _convert(proto: Any, path: Path, strip_softmax: bool) -> OnnxNet:
     nodes, constants = _fold_constants(nodes, constants, name)
     if output not in {out for node in nodes for out in node.output_names}:
         raise UserError(f"the output '{output}' of {path} does not depend on its input '{name}'.")
-    net = OnnxNet(nodes, constants, (name, output), shape)
+    limits = None if integers is None else (torch.iinfo(integers).min, torch.iinfo(integers).max)
+    net = OnnxNet(nodes, constants, (name, output), shape or None, limits)
     net.last_operator, net.softmax_removed = last_operator, removed
     return net
 
 
 def _tensor(proto: Any) -> Tensor:
-    """A tensor of the file as float32, int64 or bool."""
+    """A tensor of the file as float32, bool, an integer of 8 or 16 bits, or int64 for every other integer."""
     from onnx import numpy_helper
 
     try:
@@ -98,7 +105,9 @@ def _tensor(proto: Any) -> Tensor:
         raise UserError(f"the tensor '{proto.name}' cannot be read ({error}): the file is damaged.") from None
     if array.dtype.kind in "SOU":
         raise UserError(f"the tensor '{proto.name}' holds strings: export the network without pre- or post-processing.")
-    if array.dtype.kind in "iu":
+    if proto.data_type in INTEGERS:
+        return torch.from_numpy(array.copy())
+    if array.dtype.kind in "iu" or proto.data_type in INT4:
         return torch.from_numpy(array.astype("int64"))
     return torch.from_numpy(array.astype("bool" if array.dtype.kind == "b" else "float32"))
 
@@ -181,13 +190,21 @@ def _fold_constants(
 
 def _choose_batching(net: OnnxNet) -> None:
     """Set ``batching`` to the first way in which both batches at once agree with each of them; chunks always do."""
+    if net.input_shape is None:
+        return
     b, *sizes = net.input_shape
+    if not sizes:
+        return  # one image at a time: ``OnnxNet`` tries whether vmap answers the same
     if any(size is None for size in sizes):
-        net.batching = "as exported" if b is None else "chunks"
+        dynamic = any("Dynamic" in node.op for node in net.nodes)  # its scale may depend on the batch
+        net.batching = "as exported" if b is None and not dynamic else "chunks"
         return
     b = b or 1
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * b, *[size or 1 for size in sizes], generator=generator)
+    if net.integer_range is not None:
+        low, high = net.integer_range
+        x = low + (high - low) * torch.rand(x.shape, generator=generator)
     with torch.no_grad():
         separate = torch.cat([net(x[:b]), net(x[b:])])
         scale = float(separate.nan_to_num(0.0, 0.0, 0.0).abs().max()) if separate.numel() else 0.0

@@ -12,6 +12,8 @@ from torch import Tensor
 from ...errors import UserError
 
 FLOATS = (1, 10, 11, 16)  # onnx's numbers for float32, float16, float64 and bfloat16
+# Its numbers for the integers that quantisation uses: their type says where they saturate. All others are int64 here.
+INTEGERS = {2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16}
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,16 @@ class PassSettings(NamedTuple):
         dtype: dtype of the floats.
         device: where the images are.
         batch: (n, b) where n images came and the file's constants assume b; None where no constant is rescaled.
+        n: how many images came.
+        quantised: whether the graph holds quantised operators: sums of products are then computed in float64 and
+            rounded once, so that no activation near a rounding boundary depends on the batch.
     """
 
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     batch: tuple[int, int] | None = None
+    n: int = 1
+    quantised: bool = False
 
 
 class Context(NamedTuple):
@@ -95,3 +102,25 @@ def on_one_device(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Move tensors on the CPU to the device of the others."""
     device = next((x.device for x in tensors if x.device.type != "cpu"), None)
     return tensors if device is None else tuple(x.to(device) for x in tensors)
+
+
+class _RoundedThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def rounded_through(x: Tensor) -> Tensor:
+    """Round half to even; the gradient passes straight through."""
+    rounded: Tensor = _RoundedThrough.apply(x)
+    return rounded

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .node import FLOATS, Context, Operator, axes_of, integers, on_one_device
+from .node import FLOATS, INTEGERS, Context, Operator, axes_of, integers, on_one_device
 
 
 def _reshape(ctx: Context, x: Tensor, shape: Tensor | None = None) -> Tensor:
@@ -135,11 +135,16 @@ def _constant_of_shape(ctx: Context, shape: Tensor) -> Tensor:
 
 def _cast(ctx: Context, x: Tensor) -> Tensor:
     """A cast between floats does nothing: the whole network has one dtype, which its owner chooses."""
-    if ctx.get("to") in FLOATS:
-        return x if x.is_floating_point() else x.to(ctx.settings.dtype)
-    if ctx.get("to") == 8:
+    to = ctx.get("to")
+    if to in FLOATS:
+        return x.to(ctx.settings.dtype)
+    if to == 8:
         raise ctx.unsupported("strings")
-    return x.to(torch.bool if ctx.get("to") == 9 else torch.int64)
+    if to == 9:
+        return x.to(torch.bool)
+    if ctx.settings.quantised and x.is_floating_point():  # whole numbers stay floats: the gradient passes
+        return x.detach().double().trunc() + (x - x.detach()).double()
+    return x.to(INTEGERS.get(to, torch.int64))
 
 
 def _cast_like(ctx: Context, x: Tensor, like: Tensor) -> Tensor:
@@ -184,6 +189,27 @@ def _dropout(ctx: Context, x: Tensor, *rest: Tensor | None) -> tuple[Tensor, Ten
     return x, torch.ones_like(x, dtype=torch.bool)
 
 
+def _one_hot(ctx: Context, index: Tensor, depth: Tensor, values: Tensor) -> Tensor:
+    classes = torch.arange(int(depth.reshape(-1)[0]), device=index.device)
+    axis = ctx.get("axis", -1) % (index.ndim + 1)
+    index = torch.where(index < 0, index + len(classes), index).unsqueeze(axis)
+    hot = index == classes.reshape([-1 if dim == axis else 1 for dim in range(index.ndim)])
+    off, on = values.to(index.device)
+    return torch.where(hot, on, off)
+
+
+def _top_k(ctx: Context, x: Tensor, k: Tensor | None = None) -> tuple[Tensor, ...]:
+    count = integers([ctx.get("k")] if k is None else k)[0]
+    values, indices = x.topk(count, ctx.get("axis", -1), bool(ctx.get("largest", 1)), bool(ctx.get("sorted", 1)))
+    return values, indices
+
+
+def _gather_elements(ctx: Context, x: Tensor, index: Tensor) -> Tensor:
+    axis = ctx.get("axis", 0)
+    index = index.to(x.device, torch.int64)
+    return x.gather(axis, torch.where(index < 0, index + x.shape[axis], index))
+
+
 SHAPES: dict[str, Operator] = {
     "Reshape": _reshape,
     "Flatten": _flatten,
@@ -192,6 +218,9 @@ SHAPES: dict[str, Operator] = {
     "Split": _split,
     "Slice": _slice,
     "Gather": _gather,
+    "GatherElements": _gather_elements,
+    "OneHot": _one_hot,
+    "TopK": _top_k,
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
     "Pad": _pad,
