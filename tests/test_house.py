@@ -20,6 +20,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # From the ground up: a file imports from lower layers, or from its own, where that makes no circle.
 LAYERS = (
     ("", "errors", "noise", "outputs", "witnesses", "progress", "process_pool", "environment"),  # "": its version
+    ("user_input",),
     ("threat", "spec", "io", "importers", "losses", "data"),
     ("results", "attacks", "models", "queries"),
     ("report", "bounds", "milp", "region", "run_folder"),
@@ -35,7 +36,7 @@ LAYERS = (
 KNOWS = {
     "report": {"results", "errors", "io"},
     "results": {"errors", "io"},
-    "io": {"errors"},
+    "io": {"errors", "user_input"},
     "attacks": {"losses", "threat", "noise", "outputs", "errors"},
     "bounds": {"models", "threat", "outputs", "errors", "io"},
 }

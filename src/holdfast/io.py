@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .user_input import path as checked_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,11 +55,12 @@ def existing_file(path: str | Path) -> Path:
         The absolute path.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or the text is no path.
     """
-    if not Path(path).is_file():
+    found = checked_path("the file", path)
+    if not found.is_file():
         raise UserError(f"there is no file at {path}.")
-    return Path(path).resolve()
+    return found.resolve()
 
 
 def save_tensors(path: Path, kind: str, version: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ def test_nothing_to_evaluate():
 
 @pytest.mark.parametrize("values", [[0.5, 1.2], [-0.3, 0.5], [float("nan"), 0.5], [0.5, float("inf")]])
 def test_pixels_outside_the_box(values):
-    with pytest.raises(UserError, match=r"box \[0.0, 1.0\].*got values from.*inside the model"):
+    with pytest.raises(UserError, match=r"box \[0, 1\].*got values from.*inside the model"):
         evaluate(Threshold(), numbers(values), THREAT, FEW)
 
 
