@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import UserError, printable, unknown
+from .io import existing_file
 from .user_input import read_number
 from .user_input import text as checked_text
 
@@ -162,6 +163,38 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
     if None in values:
         raise UserError(f"cannot read --{name} '{text}': expected numbers with commas between, such as 0,255.")
     return tuple(float(value) for value in values if value is not None)
+
+
+def name_list(option: str, text: str) -> tuple[str, ...]:
+    """Read a list of names, such as a network's classes.
+
+    Args:
+        option: where it was given, for the error.
+        text: names with commas between, or the path of a text file with one name a line.
+
+    Returns:
+        The names, without spaces around them; none for an empty text.
+
+    Raises:
+        UserError: the file cannot be read as text, or a name is empty.
+
+    >>> name_list("--classes", "cat, dog")
+    ('cat', 'dog')
+    """
+    if not text:
+        return ()
+    if "," in text:
+        names = text.split(",")
+    else:
+        file = existing_file(text)
+        try:
+            names = file.read_text().splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{option} {text} cannot be read as text ({error}): write one name a line.") from None
+    names = [checked_text(option, name.strip()) for name in names]
+    if not all(names):
+        raise UserError(f"{option} has an empty name at place {names.index('')}, counted from 0: give every logit one.")
+    return tuple(names)
 
 
 def threat_file_name(threat: str) -> str:

@@ -32,7 +32,7 @@ def test_pixels_outside_the_box(values):
 def test_uint8_pixels_outside_a_smaller_box():
     x = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
     samples = Data(x, torch.zeros(2, dtype=torch.int64), torch.arange(2))
-    with pytest.raises(UserError, match=r"box \[0.0, 0.5\].*got values from 0 to 1\b"):
+    with pytest.raises(UserError, match=r"box \[0, 0.5\].*got values from 0 to 1\b"):
         evaluate(Threshold(), samples, Threat("linf", 0.1, 0.0, 0.5), FEW)
 
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..outputs import Model, frozen_eval
-from ..threat import Threat
+from ..threat import Threat, as_threat
 from .chain import ROWS, agrees, chain_of, in_float64
 from .interval import worst_logit_difference
 from .layers import HUGE, CannotBound, gamma, underflow
 from .lipschitz import l2_radius, layer_constants
 
 
-def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None:
+def certify(model: Model, x: Tensor, y: Tensor, threat: Threat | str) -> Tensor | None:
     """Prove of each sample that no x_adv of the threat has another argmax than y.
 
     By intervals and by Lipschitz constants; a sample counts if either proves it. The arithmetic is float64 on the
@@ -28,7 +28,7 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None
         model: Images to logits or Outputs. It is evaluated in eval mode.
         x: (N, C, H, W) float32 images.
         y: (N,) int64 labels.
-        threat: Of any norm.
+        threat: Of any norm, or its text, such as "linf:8/255".
 
     Returns:
         (N,) bool, True where it is proved; None if no bound is known for the model. Where the network's own answer at
@@ -43,6 +43,7 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None
     >>> certify(net, x, y, Threat("linf", 0.1, -1, 1))
     tensor([False,  True])
     """
+    threat = as_threat(threat)
     threat.check_images(x)
     if not isinstance(model, nn.Module):
         return None

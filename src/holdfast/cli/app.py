@@ -11,6 +11,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import UserError
+from .arguments import check_arguments
 from .display import coloured, errors, screen
 
 ABOUT = (
@@ -75,6 +76,8 @@ def main() -> None:
     if coloured(os.environ, False):
         rich_utils.COLOR_SYSTEM = "standard"
     try:
+        commands = {one.name or getattr(one.callback, "__name__", ""): one.callback for one in app.registered_commands}
+        check_arguments(sys.argv[1:], {name: function for name, function in commands.items() if function})
         app()
     except UserError as error:
         errors.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)

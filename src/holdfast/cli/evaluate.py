@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..spec import numbers, threat_file_name
+from ..spec import name_list, numbers, threat_file_name
 from . import options as o
 from .app import app, exits
 from .common import run_evaluation, say_files, show
@@ -55,6 +55,8 @@ def evaluate(
     mean: o.Mean = "",
     std: o.Std = "",
     loss: o.TrainedWith = "",
+    output: o.ModelOutput = "",
+    classes: o.ModelClasses = "",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -76,6 +78,7 @@ def evaluate(
     from ..importers.model_file import is_model_file
 
     own = {"data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std, "loss": loss}
+    own |= {"output": output, "classes": classes}
     if is_model_file(model):
         folder = out or Path("out") / f"{Path(model).stem}-{threat_file_name(threat)}-{suite}"
         subject = _own_model(model, own, limit=limit, seed=seed)
@@ -102,11 +105,12 @@ def _own_model(model: str, own: dict[str, str], *, limit: int, seed: int) -> Any
 
     if not own["data"]:
         raise UserError("your own model needs --data: an image folder, a parquet file, or a hub name.")
-    ranges = [
+    input_range, mean, std = (
         numbers(name, own[name] or default) for name, default in (("input-range", "0,1"), ("mean", ""), ("std", ""))
-    ]
-    source = ModelSource(model, own["weights"], *ranges)
-    return partial(from_file, source, own["data"], loss=own["loss"] or "sce", limit=limit, seed=seed)
+    )
+    source = ModelSource(model, own["weights"], input_range, mean, std, own["output"])
+    loss, classes = own["loss"] or "sce", name_list("--classes", own["classes"])
+    return partial(from_file, source, own["data"], loss=loss, limit=limit, seed=seed, classes=classes)
 
 
 def _run_folder(run: str, own: dict[str, str], *, limit: int) -> Any:

@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import user_input
 from ..errors import UserError, unknown
 from .dataset import Data, Source, Split, augment, check_arrays, check_source, pixels, standardisation
 from .readers import IMAGE_SUFFIXES, SPLITS, digits, hub, image_folder, moons, parquet
@@ -32,7 +32,7 @@ def _find(name: str) -> Source:
     """Read a key of DATASETS, else a path that exists, else a hub name."""
     if name in DATASETS:
         return DATASETS[name].read()
-    path = Path(name).expanduser()
+    path = user_input.path("the data set", name)
     if path.is_file() and path.suffix != ".parquet":
         raise UserError(f"'{name}' is a file of another kind: expected a .parquet file or a folder.")
     if path.exists():
@@ -128,7 +128,7 @@ def load(
     >>> digits.shape, len(digits.train), len(digits.val), len(digits.test)
     ((1, 8, 8), 1294, 144, 359)
     """
-    name = os.fspath(name)
+    name = user_input.text("the data set", os.fspath(name))
     return split_source(
         name, partial(_find, name), device=device, fold=fold, val=val, seed=seed, limit=limit, limit_train=limit_train,
         whole=whole, eval_split=eval_split,

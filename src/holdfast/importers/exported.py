@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,13 +62,10 @@ def load_exported(path: str, device: str | torch.device) -> nn.Module:
     """
     file = existing_file(path)
     try:
-        program = torch.export.load(file)
+        with _silent_log():  # torch logs the traceback of what is said here
+            program = torch.export.load(file)
     except Exception as error:
-        raise UserError(
-            f"{path} cannot be read as a torch.export program ({type(error).__name__}: {error}). It is damaged, of "
-            "another version of torch, or compiled: write it with torch.export.save(torch.export.export(model, (x,)), "
-            "path)."
-        ) from None
+        raise _unreadable(path, error) from None
     inputs = program.graph_signature.user_inputs
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     x = values.get(inputs[0]) if len(inputs) == 1 else None
@@ -79,13 +78,38 @@ def load_exported(path: str, device: str | torch.device) -> nn.Module:
                 f"{path} was exported in training mode ({node.target}), which cannot be undone: call model.eval() "
                 "before torch.export.export."
             )
-    if torch.device(device).type != "cpu":
-        from torch.export.passes import move_to_device_pass
+    try:
+        if torch.device(device).type != "cpu":
+            from torch.export.passes import move_to_device_pass
 
-        program = move_to_device_pass(program, device)
-    module = program.module()
+            program = move_to_device_pass(program, device)
+        with _silent_log():
+            module = program.module()
+    except Exception as error:
+        raise _unreadable(path, error) from None
     low, high = _batch_limits(x.shape[0], program)
     return module if (low, high) == (1, None) else Chunked(module, low, high)
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    """The error for a file that torch cannot turn into a program."""
+    reason = str(error).partition("\n")[0]
+    return UserError(
+        f"{path} cannot be read as a torch.export program ({type(error).__name__}: {reason}). "
+        "It is damaged, of another version of torch, or compiled: write it with "
+        "torch.export.save(torch.export.export(model, (x,)), path)."
+    )
+
+
+@contextmanager
+def _silent_log() -> Iterator[None]:
+    """Log records below this block go nowhere; the level before is restored."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _batch_limits(n: Any, program: Any) -> tuple[int, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from torch import nn
 from ..errors import UserError
 from ..io import existing_file
 from ..outputs import Model
+from ..user_input import text
 from .exported import load_exported
 from .onnx import load_onnx
 from .python_code import build_model, split_reference
 from .weights import WEIGHT_SUFFIXES, load_weights
-from .wrapped import check_preprocessing, wrap
+from .wrapped import check_order, check_preprocessing, wrap
 
 FORMS = "mymodel.py:build (a function without arguments), model.pt2 (torch.export) or model.onnx"
 
@@ -34,6 +36,8 @@ class ModelSource:
         input_range: (low, high), the pixel range that the network expects before mean and std; low < high.
         mean: one number per channel, or one for all; empty for none.
         std: as many numbers as ``mean``, each > 0.
+        output: which entry of the network's answer holds the logits, by name or number; "" where there is no choice.
+        class_order: the numbers of all logits in the order of the data's classes; empty where they agree.
 
     Raises:
         UserError: a number is not finite, the range is empty, a std is not positive, or mean and std differ in length.
@@ -47,11 +51,16 @@ class ModelSource:
     input_range: tuple[float, ...] = (0.0, 1.0)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    output: str = ""
+    class_order: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         input_range, mean, std = check_preprocessing(self.input_range, self.mean, self.std)
         for name, value in (("input_range", input_range), ("mean", mean), ("std", std)):
             object.__setattr__(self, name, value)
+        for name in ("path", "weights", "output"):
+            text(name, getattr(self, name))
+        object.__setattr__(self, "class_order", check_order(self.class_order))
 
 
 def is_model_file(text: str) -> bool:
@@ -69,6 +78,36 @@ def is_model_file(text: str) -> bool:
     path, name = split_reference(text)
     known = (".py", ".onnx", ".pt2", *WEIGHT_SUFFIXES)
     return (bool(name) or Path(path).suffix.lower() in known) and not Path(text).is_dir()
+
+
+def class_order(network: Sequence[str], data: Sequence[str]) -> tuple[int, ...]:
+    """Bring a network's logits into the order of the data's classes, by name.
+
+    Args:
+        network: the network's class names, in the order of its logits.
+        data: the data's class names, in the order of its labels.
+
+    Returns:
+        The number of each logit: those of the data's classes first, then the others; empty where nothing moves.
+
+    Raises:
+        UserError: a name is given twice, or a class of the data has no logit.
+
+    >>> class_order(["bird", "cat", "dog"], ["cat", "dog"]), class_order(["cat", "dog"], ["cat", "dog"])
+    ((1, 2, 0), ())
+    """
+    twice = sorted({name for name in network if network.count(name) > 1})
+    if twice:
+        raise UserError(f"the network's class '{twice[0]}' is named twice: give each logit a name of its own.")
+    missing = [name for name in data if name not in network]
+    if missing:
+        raise UserError(
+            f"the data's class '{missing[0]}' is not among the network's {len(network)} classes "
+            f"({', '.join(network[:20])}): name them as the data does."
+        )
+    order = [network.index(name) for name in data]
+    order += [place for place, name in enumerate(network) if name not in data]
+    return () if order == sorted(order) else tuple(order)
 
 
 def code_hash(source: ModelSource) -> str:
@@ -122,8 +161,15 @@ def open_model(source: ModelSource, device: str | torch.device = "cpu") -> nn.Mo
         )
     else:
         raise UserError(f"'{source.path}' is not a network file: expected {FORMS}.")
-    wrapped = wrap(model, input_range=source.input_range, mean=source.mean, std=source.std)
-    wrapped.notes = tuple(notes)
+    wrapped = wrap(
+        model,
+        input_range=source.input_range,
+        mean=source.mean,
+        std=source.std,
+        output=source.output,
+        class_order=source.class_order,
+    )
+    wrapped.notes = (*notes, *wrapped.notes)
     try:
         return wrapped.to(device).eval()
     except (RuntimeError, AssertionError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .. import spec
 from ..errors import UserError, unknown
@@ -28,6 +29,8 @@ from .wideresnet import WideResNet
 
 __all__ = ["MODELS", "Classifier", "build", "check", "default_model"]
 
+MOST_PARAMETERS = 10**9  # 4 GB of weights, and three times that to train them
+SMALLEST_COUNT = 10**5  # what each tensor counts at least: 10,000 tiny layers are too many too
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "linear": Linear,
     "mlp": Mlp,
@@ -104,6 +107,30 @@ def _chosen(text: str) -> Callable[..., nn.Module]:
     return partial(MODELS[name], **settings)
 
 
+def _check_size(text: str, shape: tuple[int, int, int]) -> None:
+    """Refuse a network that would not fit in memory: it is built without memory first, and counted while it grows."""
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: Tensor | None) -> None:
+        nonlocal total
+        total += SMALLEST_COUNT if parameter is None else max(parameter.numel(), SMALLEST_COUNT)
+        if total > MOST_PARAMETERS:
+            raise UserError(
+                f"the model '{text}' has more than {MOST_PARAMETERS:,} parameters, or too many layers: choose a "
+                "smaller one."
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            _chosen(text)(shape)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"the model '{text}' cannot be built for images of shape {shape}: {reason}") from None
+    finally:
+        hook.remove()
+
+
 def build(
     name: str,
     shape: Sequence[int],
@@ -144,6 +171,7 @@ def build(
         if is_own(name):
             backbone, features = own_backbone(name, (channels, height, width))
         else:
+            _check_size(name, (channels, height, width))
             backbone = _chosen(name)((channels, height, width))
             features = int(backbone.features)  # type: ignore[arg-type]
         try:

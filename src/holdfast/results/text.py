@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .rows import Row, rows
+from .rows import Row, name_text, rows
 from .schema import Interval, Results, Run
 
 TRAIN_LOSS = "pgd50-train-loss"
@@ -18,7 +18,7 @@ def heading(name: str) -> str:
     >>> heading("pgd50"), heading("cw")
     ('PGD-50', 'cw')
     """
-    return _HEADINGS.get(name, name)
+    return _HEADINGS.get(name, name_text(name))
 
 
 def percent(v: float) -> str:
@@ -66,7 +66,7 @@ def cells(shown: Sequence[Row]) -> list[tuple[str, ...]]:
     head = ["loss", "clean", heading("pgd50"), *["verdict"] * pgd50_verdict, *map(heading, names)]
     lines = [(*head, *["certified"] * certified, "robust, 95%", *["verdict"] * verdict)]
     for row in shown:
-        line = [re.sub(r"\s+", " ", row.label), _share(row.clean), _share(row.pgd50)]
+        line = [row.label, _share(row.clean), _share(row.pgd50)]
         line += [row.pgd50_status or "-"] * pgd50_verdict
         line += [_share(row.attacks.get(name)) for name in names]
         line += [_share(row.certified)] * certified
@@ -82,7 +82,7 @@ def caption(results: Results, shown: Sequence[Row]) -> str:
     """What the numbers of a table are: data set, number of samples, threat if there is only one, kind of interval."""
     threats = list(dict.fromkeys(row.threat for row in shown))
     parts = [
-        str(results.data.get("name", "")),
+        name_text(str(results.data.get("name", ""))),
         " or ".join(f"{n:,}" for n in dict.fromkeys(row.n for row in shown)) + " samples",
         *(threats if len(threats) == 1 else []),
         "in percent",
