@@ -66,7 +66,8 @@ def _declared(command: Callable[..., Any]) -> tuple[dict[str, set[Any]], list[st
             if Path in kinds or name == "model":
                 positions.append(name.upper())
             continue
-        written = getattr(more[0], "param_decls", None) if more else None
-        for option in written or (f"--{name.replace('_', '-')}",):
-            options[option] = kinds
+        info = more[0] if more else None  # typer keeps the first name of an Annotated option as its default
+        written = [getattr(info, "default", None), *(getattr(info, "param_decls", None) or ())]
+        names = [one for one in written if isinstance(one, str)] or [f"--{name.replace('_', '-')}"]
+        options |= dict.fromkeys(names, kinds)
     return options, positions
