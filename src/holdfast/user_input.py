@@ -189,7 +189,8 @@ def path(name: str, value: Any) -> Path:
         found = Path(written).expanduser()
     except RuntimeError:
         raise UserError(f"{name} '{written}' names a home folder that does not exist: write the path out.") from None
-    if found.absolute() == Path(found.absolute().anchor):
+    full = os.path.abspath(found)
+    if full == Path(full).anchor:
         raise UserError(f"{name} is the root of the file system: name a file or a folder in it.")
     try:
         mode = found.stat().st_mode

@@ -193,10 +193,14 @@ def check_classes(subject: ModelUnderTest) -> None:
     mapped = getattr(subject.model, "class_order", None) is not None
     if n_logits != len(names) and not (mapped and n_logits > len(names)):
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        what = f"the network returns {n_logits} logits, but {subject.data} has {len(names)} classes ({shown})"
+        if subject.folder is not None:
+            raise UserError(
+                f"{what}. It was trained on other classes: has the data changed? Train again, or bring it back."
+            )
         raise UserError(
-            f"the network returns {n_logits} logits, but {subject.data} has {len(names)} classes ({shown}). If "
-            "they are logits, give the network's class names in their order with --classes; if not, choose the logits "
-            "with --output."
+            f"{what}. If they are logits, name the network's classes in their order with --classes; if not, choose the "
+            "logits with --output."
         )
 
 

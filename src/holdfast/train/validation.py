@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from ..data import Data, pixels
 from ..errors import UserError, type_of
 from ..losses import negative_margin
 from ..noise import Noise
-from ..objectives import Objective, Schedule
+from ..objectives import Schedule
 from ..outputs import Model, as_outputs, fooled, frozen_eval
 from ..threat import Threat, as_threat, check_eps
 from ..user_input import path
@@ -140,11 +141,7 @@ def check_arguments(
     """
     if not isinstance(config, FitConfig):
         raise UserError(f"config must be a FitConfig, such as FitConfig(epochs=10), got {type_of(config)}.")
-    try:
-        first = objective(0.0)
-    except (TypeError, AttributeError):
-        first = None
-    if not isinstance(first, Objective):
+    if not _takes_progress(objective):
         raise UserError(
             "objective must be a schedule as holdfast.objectives makes it, such as standard(loss) or "
             f"adversarial(loss, threat), got {type_of(objective)}."
@@ -153,6 +150,15 @@ def check_arguments(
     if threat is not None:
         check_eps(threat)
     return threat, None if out is None else path("out", out)
+
+
+def _takes_progress(objective: Any) -> bool:
+    """Whether it can be called with one number, as a schedule is; a loss takes two arguments."""
+    try:
+        inspect.signature(objective).bind(0.0)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def check_task(model: nn.Module, train: Data) -> None:
