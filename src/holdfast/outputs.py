@@ -78,7 +78,7 @@ def _entry(answer: Any, output: str | int) -> Any:
         return list(entries.values())[int(output)]
     if isinstance(output, str) and isinstance(getattr(answer, output, None), Tensor):
         return getattr(answer, output)
-    known = ", ".join(f"{name} {_described(value)}" for name, value in entries.items()) or _described(answer)
+    known = ", ".join(f"{name}: {_described(value)}" for name, value in entries.items()) or _described(answer)
     raise UserError(f"the model's answer has no output '{output}': it returned {known}. Name one of these.")
 
 
@@ -97,7 +97,7 @@ def _logits(answer: Any) -> Any:
     if len(tensors) == 1:
         return next(iter(tensors.values()))
     if len(tensors) > 1:
-        shown = ", ".join(f"{name} {_described(value)}" for name, value in tensors.items())
+        shown = ", ".join(f"{name}: {_described(value)}" for name, value in tensors.items())
         raise UserError(
             f"the model returns {len(tensors)} tensors ({shown}), and which are the logits is not clear: "
             "choose with --output NAME on the command line, or wrap(model, output=NAME) in Python."
@@ -107,7 +107,7 @@ def _logits(answer: Any) -> Any:
 
 def _described(value: Any) -> str:
     """A value of an answer, in words: the shape of a tensor, else the type."""
-    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _fault(logits: Any) -> str:
@@ -149,7 +149,7 @@ def ask(model: Model, x: Tensor, dtype: torch.dtype | None = None, output: str |
     Raises:
         RuntimeError: the model's own, where no type helps.
     """
-    if dtype is None or dtype != own_dtype(model):
+    if dtype is None or dtype == x.dtype or dtype != own_dtype(model):
         try:
             answer = model(x)
             return answer if output == "" else as_outputs(answer, output), None
