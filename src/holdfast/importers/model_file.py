@@ -88,7 +88,7 @@ def class_order(network: Sequence[str], data: Sequence[str]) -> tuple[int, ...]:
         data: the data's class names, in the order of its labels.
 
     Returns:
-        The number of each logit: those of the data's classes first, then the others; empty where nothing moves.
+        The number of each logit: those of the data's classes first, then the others; empty where both name the same.
 
     Raises:
         UserError: a name is given twice, or a class of the data has no logit.
@@ -107,7 +107,7 @@ def class_order(network: Sequence[str], data: Sequence[str]) -> tuple[int, ...]:
         )
     order = [network.index(name) for name in data]
     order += [place for place, name in enumerate(network) if name not in data]
-    return () if order == sorted(order) else tuple(order)
+    return () if list(network) == list(data) else tuple(order)
 
 
 def code_hash(source: ModelSource) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,12 +61,12 @@ class Row:
 
 
 def name_text(name: str) -> str:
-    """A name as a table shows it: on one line, without control characters, its middle cut out if it is very long.
+    """A name as a table shows it: without control characters, its middle cut out if it is very long.
 
-    >>> name_text("sce\\x1b[2J\\n  again")
-    'sce again'
+    >>> name_text("sce\\x1b[2J")
+    'sce'
     """
-    return re.sub(r"\s+", " ", printable(name, LONGEST_NAME))
+    return printable(name, LONGEST_NAME)
 
 
 def rows(results: Results) -> list[Row]:

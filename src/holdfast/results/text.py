@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from .rows import Row, name_text, rows
@@ -65,7 +66,7 @@ def cells(shown: Sequence[Row]) -> list[tuple[str, ...]]:
     head = ["loss", "clean", heading("pgd50"), *["verdict"] * pgd50_verdict, *map(heading, names)]
     lines = [(*head, *["certified"] * certified, "robust, 95%", *["verdict"] * verdict)]
     for row in shown:
-        line = [row.label, _share(row.clean), _share(row.pgd50)]
+        line = [re.sub(r"\s+", " ", row.label), _share(row.clean), _share(row.pgd50)]
         line += [row.pgd50_status or "-"] * pgd50_verdict
         line += [_share(row.attacks.get(name)) for name in names]
         line += [_share(row.certified)] * certified
