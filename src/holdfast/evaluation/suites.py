@@ -85,7 +85,10 @@ class Stage:
                 f"settings of {what} must be a dict of the attack's arguments, got {type_of(self.settings)}."
             )
         if self.attack in ATTACKS:  # `resolve` names one that is not
-            accepts("attack", self.attack, ATTACKS[self.attack].attack, self.settings)
+            attack = ATTACKS[self.attack].attack
+            required = [name for name, p in inspect.signature(attack).parameters.items() if p.default is p.empty]
+            optional = {name: value for name, value in self.settings.items() if name not in required}
+            accepts("attack", self.attack, attack, optional)
             for key in ("steps", "restarts", "searches"):
                 whole(f"{key} of {what}", self.settings.get(key, 1), 1)
         if self.subset not in SUBSETS:
