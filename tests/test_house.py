@@ -35,7 +35,7 @@ LAYERS = (
 # What a room may know, where its layer alone would allow more.
 KNOWS = {
     "report": {"results", "errors", "io"},
-    "results": {"errors", "io"},
+    "results": {"errors", "io", "user_input"},
     "io": {"errors", "user_input"},
     "attacks": {"losses", "threat", "noise", "outputs", "errors"},
     "bounds": {"models", "threat", "outputs", "errors", "io"},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Data
-from .errors import UserError
+from .errors import UserError, type_of
 from .outputs import IN_OWN_DTYPE, Model, Outputs, as_outputs, ask, out_of_memory
 
 EOT_SAMPLES = 8  # outputs of a randomised model that an attack's step averages
@@ -35,7 +35,7 @@ class CountingModel:
         nonfinite: outputs with a NaN or infinite logit.
 
     Raises:
-        UserError: when it is called and the model fails, with the model's own message.
+        UserError: the model cannot be called; when it is called and fails, with the model's own message.
     """
 
     def __init__(
@@ -45,6 +45,10 @@ class CountingModel:
         channels_last: bool = False,
         occurring: Tensor | None = None,
     ) -> None:
+        if not callable(model) or isinstance(model, type):
+            raise UserError(
+                f"the model must be a torch module or a function from images to logits, got {type_of(model)}."
+            )
         self.model, self.counter, self.channels_last = model, counter or self, channels_last
         self.occurring: Tensor | None = occurring if counter is None else counter.occurring
         self.ruled_out: Tensor | None = None

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, type_of
 from ..outputs import Model, frozen_eval
 from ..threat import Threat, as_threat
 from .chain import ROWS, agrees, chain_of, in_float64
@@ -44,6 +44,11 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat | str) -> Tensor 
     tensor([False,  True])
     """
     threat = as_threat(threat)
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and y.shape == x.shape[:1]):
+        raise UserError(f"certify expects tensors of images and of one label each, got {type_of(x)} and {type_of(y)}.")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or (len(y) and int(y.min()) < 0):
+        raise UserError(f"labels must be integers >= 0, got {y.dtype}{f' from {y.min()}' if len(y) else ''}.")
+    y = y.long()
     threat.check_images(x)
     if not isinstance(model, nn.Module):
         return None

@@ -128,7 +128,7 @@ def load(
     >>> digits.shape, len(digits.train), len(digits.val), len(digits.test)
     ((1, 8, 8), 1294, 144, 359)
     """
-    name = user_input.text("the data set", os.fspath(name))
+    name = user_input.text("the data set", os.fspath(name) if isinstance(name, os.PathLike) else name)
     return split_source(
         name, partial(_find, name), device=device, fold=fold, val=val, seed=seed, limit=limit, limit_train=limit_train,
         whole=whole, eval_split=eval_split,

@@ -91,6 +91,8 @@ class Stage:
             accepts("attack", self.attack, attack, optional)
             for key in ("steps", "restarts", "searches"):
                 whole(f"{key} of {what}", self.settings.get(key, 1), 1)
+            if self.settings.get("step_size") is not None:
+                number(f"step_size of {what}", self.settings["step_size"], 0, above=True)
         if self.subset not in SUBSETS:
             raise unknown("subset of a stage", self.subset, SUBSETS)
         if self.target not in ("", "random"):

@@ -17,6 +17,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from .. import spec
 from ..errors import UserError, unknown
 from ..outputs import Outputs
+from ..user_input import MOST, whole
+from ..user_input import text as checked_text
 from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet, StepNet
 from .densenet import DenseNet
 from .fractalnet import FractalNet
@@ -95,7 +97,7 @@ def check(text: str) -> None:
     Traceback (most recent call last):
     holdfast.errors.UserError: unknown setting of model 'wideresnet' 'dept'. Did you mean 'depth'? Known: depth, width.
     """
-    if not is_own(text):
+    if not is_own(checked_text("the model", text)):
         _chosen(text)
 
 
@@ -107,7 +109,7 @@ def _chosen(text: str) -> Callable[..., nn.Module]:
     return partial(MODELS[name], **settings)
 
 
-def _check_size(text: str, shape: tuple[int, int, int]) -> None:
+def _check_size(text: str, shape: tuple[int, int, int], head: str, classes: int) -> None:
     """Refuse a network that would not fit in memory: it is built without memory first, and counted while it grows."""
     total = 0
 
@@ -116,14 +118,14 @@ def _check_size(text: str, shape: tuple[int, int, int]) -> None:
         total += SMALLEST_COUNT if parameter is None else max(parameter.numel(), SMALLEST_COUNT)
         if total > MOST_PARAMETERS:
             raise UserError(
-                f"the model '{text}' has more than {MOST_PARAMETERS:,} parameters, or too many layers: choose a "
-                "smaller one."
+                f"the model '{text}' with {classes:,} classes has more than {MOST_PARAMETERS:,} parameters or too many "
+                "layers: choose a smaller one."
             )
 
     hook = register_module_parameter_registration_hook(count)
     try:
         with torch.device("meta"):
-            _chosen(text)(shape)
+            count(nn.Module(), head, torch.empty(int(_chosen(text)(shape).features), classes))  # type: ignore[arg-type]
     except (RuntimeError, OverflowError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"the model '{text}' cannot be built for images of shape {shape}: {reason}") from None
@@ -160,9 +162,12 @@ def build(
     check(name)
     if head not in HEADS:
         raise unknown("head", head, HEADS)
+    classes, seed = whole("classes", classes, -MOST), whole("seed", seed, -MOST)
     if classes < 2:
         raise UserError(f"a classifier needs at least 2 classes, got {classes}.")
-    channels, height, width = shape
+    if len(shape) != 3:
+        raise UserError(f"shape must be (channels, height, width) of the images, got {tuple(shape)}.")
+    channels, height, width = (whole("a size in shape", size, 1) for size in shape)
     for key, value in (("mean", mean), ("std", std)):
         if value is not None and value.numel() != channels:
             raise UserError(f"{key} must hold one number a channel ({channels}), got {value.numel()}.")
@@ -171,7 +176,7 @@ def build(
         if is_own(name):
             backbone, features = own_backbone(name, (channels, height, width))
         else:
-            _check_size(name, (channels, height, width))
+            _check_size(name, (channels, height, width), head, classes)
             backbone = _chosen(name)((channels, height, width))
             features = int(backbone.features)  # type: ignore[arg-type]
         try:

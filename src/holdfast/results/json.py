@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 from ..io import write_atomic
+from ..user_input import path as checked_path
 from .schema import SCHEMA, Results, Samples
 
 FILE = "results.json"
@@ -84,7 +85,7 @@ def load(path: str | Path) -> Results:
     Raises:
         UserError: the file cannot be read, is damaged, or has another schema; the message names the field.
     """
-    path = Path(path)
+    path = checked_path("the results", path)
     path = path / FILE if path.is_dir() else path
 
     def refuse(name: str) -> None:

@@ -167,6 +167,8 @@ def check_task(model: nn.Module, train: Data) -> None:
     Raises:
         UserError: otherwise.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model must be a torch module with parameters to train, got {type_of(model)}.")
     if len(train) == 0:
         raise UserError("the training set is empty: expected at least one sample.")
     device = next(iter(model.parameters()), train.x).device
