@@ -40,7 +40,7 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if "api" not in path.parts)
 PAPERS = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FREE = {"tight", "loose", "refuted", "void"}  # words that may change with a machine's rounding
-INTERNAL = {"__main__", "cli", "environment", "io", "outputs", "process_pool", "queries", "spec"}
+INTERNAL = {"__main__", "cli", "environment", "io", "outputs", "process_pool", "queries", "spec", "user_input"}
 
 
 @dataclass(frozen=True)

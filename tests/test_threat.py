@@ -451,7 +451,7 @@ def test_an_infinite_box_is_refused_or_still_bounded_by_eps():
         (lambda: Threat("l2", "8/255"), r"eps must be .* got '8/255'"),
         (lambda: Threat("l2", 1.0, 1.0, 1.0), r"box of pixels is empty: lo=1.0 is not below hi=1.0"),
         (lambda: Threat("l2", 1.0, 1.0, 0.0), r"box of pixels is empty"),
-        (lambda: Threat("l2", 1.0, math.nan, 1.0), r"box of pixels is empty"),
+        (lambda: Threat("l2", 1.0, math.nan, 1.0), r"lo, an edge of the box of pixels, must be a finite number"),
         (lambda: Threat.parse("linf"), r"cannot read the threat 'linf': expected norm:eps"),
         (lambda: Threat.parse("linf:"), r"cannot read the threat"),
         (lambda: Threat.parse("linf:eight"), r"cannot read the threat"),

@@ -19,6 +19,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .errors import UserError
+from .user_input import path as checked_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,11 +69,12 @@ def existing_file(path: str | Path) -> Path:
         The absolute path.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or the text is no path.
     """
-    if not Path(path).is_file():
+    found = checked_path("the file", path)
+    if not found.is_file():
         raise UserError(f"there is no file at {path}.")
-    return Path(path).resolve()
+    return found.resolve()
 
 
 def read_json(path: str | Path, kind: Any = dict[str, Any], *, what: str = "a file of this holdfast") -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
+
+IN_OWN_DTYPE = "the network is {} throughout: it is asked in that type, and its logits are converted to float32."
 Model = Callable[[Tensor], Any]  # an nn.Module or any function from images to logits or Outputs
 
 
@@ -26,35 +29,137 @@ class Outputs(NamedTuple):
     distances: Tensor | None = None
 
 
-def as_outputs(answer: Any) -> Outputs:
+def as_outputs(answer: Any, output: str | int = "") -> Outputs:
     """Outputs from what a model returned.
 
+    Logits are read where only one thing can be meant: a tensor, ``.logits`` or the entry of that name, or the only
+    (N, K) tensor of floats in a tuple, list or dict.
+
     Args:
-        answer: Outputs, a logits tensor, an object with ``.logits``, or a tuple or list that starts with logits.
+        answer: what the model returned.
+        output: which entry holds the logits: its number from 0, or its name; "" where the answer leaves no choice.
 
     Returns:
         Outputs. Features and distances are kept from Outputs alone.
 
     Raises:
-        TypeError: where there are no (N, K) logits in it.
+        UserError: there are no (N, K) logits of a floating type in it, or more than one tensor may be the logits.
 
     >>> import torch
     >>> as_outputs(torch.zeros(2, 3)).logits.shape
     torch.Size([2, 3])
+    >>> as_outputs((torch.zeros(2, 8), torch.zeros(2, 3)), 1).logits.shape
+    torch.Size([2, 3])
     """
-    if isinstance(answer, Outputs):
+    if output != "":
+        answer = _entry(answer, output)
+    out = answer if isinstance(answer, Outputs) else Outputs(_logits(answer))
+    fault = _fault(out.logits)
+    if fault:
+        raise UserError(f"a model must return (N, K) logits, or something that holds them as .logits; {fault}")
+    return out
+
+
+def _named(answer: Any) -> dict[str, Any]:
+    """The entries of a dict, a named tuple, a tuple or a list, by name or number; empty for anything else."""
+    if isinstance(answer, Mapping):
+        return {str(key): value for key, value in answer.items()}
+    if isinstance(answer, (tuple, list)):
+        return dict(zip(getattr(answer, "_fields", map(str, range(len(answer)))), answer, strict=True))
+    return {}
+
+
+def _entry(answer: Any, output: str | int) -> Any:
+    """The entry of an answer that a user named."""
+    entries = _named(answer)
+    if str(output) in entries:
+        return entries[str(output)]
+    if str(output).isdecimal() and int(output) < len(entries):
+        return list(entries.values())[int(output)]
+    if isinstance(output, str) and isinstance(getattr(answer, output, None), Tensor):
+        return getattr(answer, output)
+    known = ", ".join(f"{name}: {_described(value)}" for name, value in entries.items()) or _described(answer)
+    raise UserError(f"the model's answer has no output '{output}': it returned {known}. Name one of these.")
+
+
+def _logits(answer: Any) -> Any:
+    """What must be the logits in an answer; the answer itself where nothing is."""
+    if isinstance(answer, Tensor):
         return answer
-    logits = answer
-    if not isinstance(answer, Tensor):  # a named attribute comes first
-        logits = getattr(answer, "logits", None)
-        if logits is None and isinstance(answer, (tuple, list)) and answer:
-            logits = answer[0]
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(answer).__name__
-        raise TypeError(
-            f"a model must return (N, K) logits, or something that holds them as .logits; it returned {got}"
+    entries = _named(answer)
+    named = entries.get("logits", getattr(answer, "logits", None))
+    if isinstance(named, Tensor):
+        return named
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    possible = [value for value in tensors.values() if value.ndim == 2 and value.is_floating_point()]
+    if len(possible) == 1:
+        return possible[0]
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    if len(tensors) > 1:
+        shown = ", ".join(f"{name}: {_described(value)}" for name, value in tensors.items())
+        raise UserError(
+            f"the model returns {len(tensors)} tensors ({shown}), and which are the logits is not clear: "
+            "choose with --output NAME on the command line, or wrap(model, output=NAME) in Python."
         )
-    return Outputs(logits)
+    return answer
+
+
+def _described(value: Any) -> str:
+    """A value of an answer, in words: the shape of a tensor, else the type."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _fault(logits: Any) -> str:
+    """Why this cannot be logits, in words; "" where it can. Reads no values, which would wait for the device."""
+    if not isinstance(logits, Tensor):
+        return f"it returned {type(logits).__name__}"
+    if logits.layout != torch.strided or logits.is_quantized:
+        return "it returned a sparse or quantized tensor: return a dense one, as .to_dense() or .dequantize() makes it"
+    if not logits.is_floating_point():
+        return f"it returned {logits.dtype}, not floats: return the scores before argmax or rounding"
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        return f"it returned a tensor of shape {tuple(logits.shape)}"
+    return ""
+
+
+def own_dtype(model: Model) -> torch.dtype | None:
+    """The floating type of all of a module's parameters where it is another than float32; None for any other model.
+
+    >>> own_dtype(torch.nn.Linear(2, 2).double()), own_dtype(torch.nn.Linear(2, 2))
+    (torch.float64, None)
+    """
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    dtypes = {p.dtype for p in parameters if p.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 and torch.float32 not in dtypes else None
+
+
+def ask(model: Model, x: Tensor, dtype: torch.dtype | None = None, output: str | int = "") -> tuple[Any, Any]:
+    """What a model returns; one that refuses the type of the images and has another of its own is asked in that.
+
+    Args:
+        model: images to logits or Outputs.
+        x: (N, ...).
+        dtype: the type that an earlier call found; None for the images' own.
+        output: as for ``as_outputs``.
+
+    Returns:
+        (the answer, Outputs in the type of x where it was converted; the type that was found, or None).
+
+    Raises:
+        RuntimeError: the model's own, where no type helps.
+    """
+    if dtype is None or dtype == x.dtype or dtype != own_dtype(model):
+        try:
+            answer = model(x)
+            return answer if output == "" else as_outputs(answer, output), None
+        except RuntimeError as error:
+            dtype = own_dtype(model)
+            if dtype is None or dtype == x.dtype or out_of_memory(error):
+                raise
+    out = as_outputs(model(x.to(dtype)), output)
+    features, distances = (part if part is None else part.to(x.dtype) for part in out[1:])
+    return Outputs(out.logits.to(x.dtype), features, distances), dtype
 
 
 def logits_of(out: Outputs | Tensor) -> Tensor:

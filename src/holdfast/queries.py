@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .data import Data
-from .errors import UserError
-from .outputs import Model, Outputs, as_outputs, out_of_memory
+from .errors import UserError, type_of
+from .outputs import IN_OWN_DTYPE, Model, Outputs, as_outputs, ask, out_of_memory
 
 EOT_SAMPLES = 8  # outputs of a randomised model that an attack's step averages
 VOTES = 32  # outputs of a randomised model that a majority vote counts
@@ -25,6 +26,8 @@ class CountingModel:
         model: images to logits or Outputs.
         counter: another CountingModel that keeps the counts.
         channels_last: pass images in that memory format, which is faster for convolutions on a CPU.
+        occurring: the labels that occur in the data, (M,). Where the first answer has logits of -inf at classes that
+            never occur, these count as classes that are ruled out: in all answers they become finite, below all others.
 
     Attributes:
         forwards: samples that went forward.
@@ -32,11 +35,25 @@ class CountingModel:
         nonfinite: outputs with a NaN or infinite logit.
 
     Raises:
-        UserError: when it is called and the model fails, with the model's own message.
+        UserError: the model cannot be called; when it is called and fails, with the model's own message.
     """
 
-    def __init__(self, model: Model, counter: CountingModel | None = None, channels_last: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        counter: CountingModel | None = None,
+        channels_last: bool = False,
+        occurring: Tensor | None = None,
+    ) -> None:
+        if not callable(model) or isinstance(model, type):
+            raise UserError(
+                f"the model must be a torch module or a function from images to logits, got {type_of(model)}."
+            )
         self.model, self.counter, self.channels_last = model, counter or self, channels_last
+        self.occurring: Tensor | None = occurring if counter is None else counter.occurring
+        self.ruled_out: Tensor | None = None
+        self.is_first = self.counter is self
+        self.dtype: torch.dtype | None = None
         self.forwards, self.backwards = 0, 0
         self.nonfinite: Tensor | int = 0
 
@@ -48,7 +65,8 @@ class CountingModel:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         try:
-            out = as_outputs(self.model(x))
+            answer, found = ask(self.model, x, self.dtype)
+            out = as_outputs(answer)
         except Exception as error:
             if isinstance(error, UserError) or out_of_memory(error):
                 raise
@@ -60,8 +78,27 @@ class CountingModel:
         if len(out.logits) != len(x) or out.logits.device != x.device:
             got = f"logits of shape {tuple(out.logits.shape)} on {out.logits.device}"
             raise UserError(f"the model answers a batch of shape {tuple(x.shape)} on {x.device} with {got}.")
+        if found != self.dtype and found is not None:
+            warnings.warn(IN_OWN_DTYPE.format(found), stacklevel=2)
+        self.dtype = found
+        out = self.counter._finite_where_ruled_out(out)
         self.counter.nonfinite = self.counter.nonfinite + (~out.logits.detach().isfinite().all(1)).sum()
         return out
+
+    def _finite_where_ruled_out(self, out: Outputs) -> Outputs:
+        """Logits of -inf at classes that no sample has, as finite ones below all others of their sample."""
+        z = out.logits
+        if self.is_first and self.occurring is not None:  # one look at values, which waits for the device
+            never = torch.ones(z.shape[1], dtype=torch.bool, device=z.device)
+            never[self.occurring[(self.occurring >= 0) & (self.occurring < z.shape[1])].to(z.device)] = False
+            self.ruled_out = never if bool((z[:, never] == -torch.inf).any()) else None
+        self.is_first = False
+        if self.ruled_out is None:
+            return out
+        hidden = self.ruled_out & (z == -torch.inf)
+        low, high = z.detach().masked_fill(hidden, torch.inf).amin(1, True), z.detach().amax(1, True)
+        below = torch.nextafter(2 * low - high, torch.full_like(low, -torch.inf))
+        return out._replace(logits=torch.where(hidden, below, z))
 
     def _count_backward(self, grad: Tensor) -> None:
         self.counter.backwards += len(grad)
@@ -90,7 +127,8 @@ class EOTModel:
 def majority_vote(model: CountingModel, x: Tensor, votes: int) -> tuple[Tensor, Tensor]:
     """The mean logits of several outputs, and the number of outputs that predict each class.
 
-    An output with a NaN or infinite logit votes for no class.
+    An output with a NaN or infinite logit votes for no class; where the labels that occur are not known, -inf is
+    taken for a class that is ruled out.
 
     Args:
         model: a randomised model.
@@ -110,7 +148,8 @@ def majority_vote(model: CountingModel, x: Tensor, votes: int) -> tuple[Tensor, 
 def _vote(model: CountingModel, x: Tensor) -> tuple[Tensor, Tensor]:
     """The logits, and their vote, both (N, K)."""
     z = model(x).logits
-    return z, torch.zeros_like(z).scatter(1, z.argmax(1, keepdim=True), 1.0) * z.isfinite().all(1, keepdim=True)
+    valid = z.isfinite().all(1, True) if model.counter.occurring is not None else z.amax(1, True).isfinite()
+    return z, torch.zeros_like(z).scatter(1, z.argmax(1, keepdim=True), 1.0) * valid
 
 
 def is_misclassified(votes: Tensor, y: Tensor, n_votes: int) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
-from .errors import UserError, unknown
+from .errors import UserError, printable, unknown
+from .io import existing_file
+from .user_input import read_number
+from .user_input import text as checked_text
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -20,17 +23,21 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         (name in lower case, settings).
 
     Raises:
-        UserError: a part is not key=value.
+        UserError: a part is not key=value, a key is given twice, or nothing follows the colon.
 
     >>> parse("pgd:steps=100,step_size=1/4,iterate=last")
     ('pgd', {'steps': 100, 'step_size': 0.25, 'iterate': 'last'})
     """
-    name, _, rest = text.strip().partition(":")
+    name, colon, rest = checked_text("a spec", text).strip().partition(":")
     settings: dict[str, Any] = {}
+    if colon and not rest.strip(" ,"):
+        raise UserError(f"'{text}' has no settings after its colon: leave it out, or write name:key=value.")
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise UserError(f"cannot read '{part}' in '{text}': expected name:key=value,key=value, such as isce:s=10.")
+        if key.strip() in settings:
+            raise UserError(f"'{text}' gives {key.strip()} twice: give it once.")
         settings[key.strip()] = value_of(value.strip())
     return name.strip().lower(), settings
 
@@ -43,13 +50,12 @@ def value_of(text: str) -> Any:
     """
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    try:
-        return int(text)
+    number = read_number(text)
+    if number is not None:
+        return number
+    try:  # nan, inf and 1e999 are numbers that whoever takes them refuses
+        return text if "_" in text else float(text)
     except ValueError:
-        pass
-    try:
-        return float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError):
         return text
 
 
@@ -132,7 +138,7 @@ def augmentation(text: str | None) -> dict[str, Any]:
         return {"pad": 0, "flip": False}
     crop, _, flip = text.partition("+")
     name, _, pad = crop.partition(":")
-    if name != "crop" or not pad.isdigit() or flip not in ("", "flip"):
+    if name != "crop" or not re.fullmatch(r"[0-9]{1,6}", pad) or flip not in ("", "flip"):
         raise UserError(f"cannot read the augmentation '{text}': expected none, crop:PAD or crop:PAD+flip.")
     return {"pad": int(pad), "flip": flip == "flip"}
 
@@ -153,18 +159,48 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
     >>> numbers("mean", "0.5,0.25")
     (0.5, 0.25)
     """
-    try:
-        return tuple(float(part) for part in text.replace(":", ",").split(",") if part.strip())
-    except ValueError:
-        raise UserError(
-            f"cannot read --{name} '{text}': expected numbers with commas between, such as 0,255."
-        ) from None
+    values = [read_number(part.strip()) for part in text.replace(":", ",").split(",") if part.strip()]
+    if None in values:
+        raise UserError(f"cannot read --{name} '{text}': expected numbers with commas between, such as 0,255.")
+    return tuple(float(value) for value in values if value is not None)
+
+
+def name_list(option: str, text: str) -> tuple[str, ...]:
+    """Read a list of names, such as a network's classes.
+
+    Args:
+        option: where it was given, for the error.
+        text: names with commas between, or the path of a text file with one name a line.
+
+    Returns:
+        The names, without spaces around them; none for an empty text.
+
+    Raises:
+        UserError: the file cannot be read as text, or a name is empty.
+
+    >>> name_list("--classes", "cat, dog")
+    ('cat', 'dog')
+    """
+    if not text:
+        return ()
+    if "," in text:
+        names = text.split(",")
+    else:
+        file = existing_file(text)
+        try:
+            names = file.read_text().splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{option} {text} cannot be read as text ({error}): write one name a line.") from None
+    names = [checked_text(option, name.strip()) for name in names]
+    if not all(names):
+        raise UserError(f"{option} has an empty name at place {names.index('')}, counted from 0: give every logit one.")
+    return tuple(names)
 
 
 def threat_file_name(threat: str) -> str:
-    """A threat as part of a file's name.
+    """A threat as part of a file's name; a long one keeps its two ends.
 
     >>> threat_file_name("linf:8/255,l2:1")
     'linf8_255-l21'
     """
-    return threat.replace(":", "").replace("/", "_").replace(",", "-")
+    return printable(threat.replace(":", "").replace("/", "_").replace(",", "-"), 80)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import UserError, unknown
+from .errors import UserError, type_of, unknown
 from .noise import Noise
+from .user_input import number, read_number, text
 
 NORMS = ("linf", "l2", "l1")
+_WRITTEN = {"inf": "linf", "l_inf": "linf", "l-inf": "linf", "2": "l2", "l_2": "l2", "1": "l1", "l_1": "l1"}
 TOLERANCE = 1e-5  # relative to eps: what `violation` forgives, besides the rounding of float32 pixels
 SPARSITY = 0.02  # the fraction of pixels that one l1 step moves
 
@@ -50,35 +52,37 @@ class Threat:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise unknown("norm", str(self.norm), NORMS)
-        if not (isinstance(self.eps, (int, float)) and 0 < self.eps < math.inf):
-            raise UserError(f"eps must be a positive finite number, got {self.eps!r}. Clean accuracy needs no threat.")
-        if not -math.inf < self.lo < self.hi < math.inf:
+        object.__setattr__(self, "eps", number("eps", self.eps, 0, above=True))
+        object.__setattr__(self, "lo", number("lo, an edge of the box of pixels,", self.lo))
+        object.__setattr__(self, "hi", number("hi, an edge of the box of pixels,", self.hi))
+        if not self.lo < self.hi:
             raise UserError(f"the box of pixels is empty: lo={self.lo} is not below hi={self.hi}.")
 
     @staticmethod
-    def parse(text: str) -> Threat:
+    def parse(written: str) -> Threat:
         """A threat from ``norm:eps``.
 
         Args:
-            text: such as linf:0.1, linf:8/255 or l2:0.5; eps may be a fraction.
+            written: such as linf:0.1, linf:8/255 or l2:0.5; eps may be a fraction, and inf stands for linf.
 
         Returns:
             The threat, with the box [0, 1].
 
         Raises:
-            UserError: for a text that cannot be read.
+            UserError: for a text that cannot be read, and for an eps that covers the box.
 
-        >>> Threat.parse("linf:8/255").eps == 8 / 255
+        >>> Threat.parse("linf:8/255").eps == Threat.parse("inf:8.0/255").eps == 8 / 255
         True
         """
-        norm, _, eps = text.partition(":")
-        try:
-            value = float(Fraction(eps.strip()))
-        except (ValueError, ZeroDivisionError, OverflowError):
+        norm, _, eps = text("threat", written).partition(":")
+        value, norm = read_number(eps.strip()), norm.strip().lower()
+        if value is None:
             raise UserError(
-                f"cannot read the threat '{text}': expected norm:eps, such as linf:0.1, linf:8/255 or l2:0.5."
-            ) from None
-        return Threat(norm.strip().lower(), value)
+                f"cannot read the threat '{written}': expected norm:eps, such as linf:0.1, linf:8/255 or l2:0.5."
+            )
+        threat = Threat(_WRITTEN.get(norm, norm), value)
+        check_eps(threat)
+        return threat
 
     def __str__(self) -> str:
         return f"{self.norm} {self.eps:.4g}"
@@ -141,11 +145,7 @@ class Threat:
         if x_adv is not None:
             stopped = ((grad > 0) & (x_adv >= self.hi)) | ((grad < 0) & (x_adv <= self.lo))
             grad = grad.masked_fill(stopped, 0.0)
-        flat = grad.flatten(1)
-        count = max(1, math.ceil(SPARSITY * flat.shape[1]))
-        top = flat.abs().topk(count, dim=1).indices
-        step = torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign())
-        return (step / step.abs().sum(1, keepdim=True).clamp_min(1.0)).view_as(grad)
+        return _sparse_direction(grad.flatten(1)).view_as(grad)
 
     def dual_size(self, grad: Tensor) -> Tensor:
         """||grad|| of each sample in the dual norm: what a linear score gains in a step of norm 1. (N, ...) -> (N,).
@@ -184,27 +184,9 @@ class Threat:
         slope, need = flat.abs() / largest, (need.abs() / largest[:, 0]).clamp_max(1e30)
         room = torch.where(sign > 0, self.hi - x.flatten(1), x.flatten(1) - self.lo).clamp_min(0.0)
         if self.norm == "l1":
-            order = slope.sort(dim=1, descending=True, stable=True).indices
-            slope, room = slope.gather(1, order), room.gather(1, order)
-            gain = slope * room
-            before = gain.cumsum(1) - gain
-            move = ((need[:, None] - before).clamp_min(0.0) / slope).nan_to_num(0.0).minimum(room)
-            size = torch.zeros_like(move).scatter(1, order, move)
+            size = _moves_in_turn(slope, room, need)
         else:
-            speed = torch.ones_like(slope) if self.norm == "linf" else slope
-            # The t at which each pixel reaches the edge of the box.
-            stops = torch.where(speed > 0, room / speed, math.inf).sort(dim=1, stable=True)
-            gain, rate = (slope * room).gather(1, stops.indices), (slope * speed).gather(1, stops.indices)
-            stopped_gain = gain.cumsum(1)
-            moving_rate = rate.flip(1).cumsum(1).flip(1)  # of this pixel and all that stop later
-            # A pixel stops before the solution if the total gain at its stop is less than needed.
-            total = stopped_gain - gain + moving_rate * stops.values
-            n_stopped = (total < need[:, None]).sum(1, keepdim=True)
-            zero = torch.zeros_like(need)[:, None]
-            stopped_gain = torch.cat([zero, stopped_gain], 1).gather(1, n_stopped)
-            moving_rate = torch.cat([moving_rate, zero], 1).gather(1, n_stopped)
-            t = ((need[:, None] - stopped_gain).clamp_min(0.0) / moving_rate.clamp_min(1e-30)).clamp_max(1e30)
-            size = (t * speed).minimum(room)
+            size = _moves_together(torch.ones_like(slope) if self.norm == "linf" else slope, slope, room, need)
         return (sign * size).nan_to_num(0.0, 0.0, 0.0).view_as(x)
 
     def random_start(self, x: Tensor, noise: Noise) -> Tensor:
@@ -276,14 +258,14 @@ class Threat:
 
 
 def check_images(x: Tensor, threat: Threat) -> None:
-    """Refuse images outside the box: a bound or an attack around them would mean nothing.
+    """Refuse images outside the box, and an eps that covers it: bounds and attacks around them mean nothing.
 
     Args:
         x: (N, ...) images; uint8 counts as its values over 255.
         threat: whose box [lo, hi] they must lie in.
 
     Raises:
-        UserError: for values outside the box, up to rounding, and for NaN.
+        UserError: for values outside the box, up to rounding, for NaN, and as ``check_eps`` does.
 
     >>> check_images(torch.tensor([[0.0, 1.0]]), Threat("linf", 0.1))
     """
@@ -294,6 +276,87 @@ def check_images(x: Tensor, threat: Threat) -> None:
             f"images must lie in the threat's box [{threat.lo:g}, {threat.hi:g}], got values from {lowest:.4g} to "
             f"{highest:.4g}. Scale them to it; normalisation belongs inside the model."
         )
+    check_eps(threat, math.prod(x.shape[1:]))
+
+
+def _sparse_direction(grad: Tensor) -> Tensor:
+    """The signs of the largest few coordinates of (N, D), divided by their number; zero elsewhere."""
+    top = grad.abs().topk(max(1, math.ceil(SPARSITY * grad.shape[1])), dim=1).indices
+    step = torch.zeros_like(grad).scatter(1, top, grad.gather(1, top).sign())
+    return step / step.abs().sum(1, keepdim=True).clamp_min(1.0)
+
+
+def _moves_in_turn(slope: Tensor, room: Tensor, need: Tensor) -> Tensor:
+    """How far each pixel moves, (N, D), to gain what is needed: those of the largest slope first, each to its edge."""
+    order = slope.sort(dim=1, descending=True, stable=True).indices
+    slope, room = slope.gather(1, order), room.gather(1, order)
+    gain = slope * room
+    before = gain.cumsum(1) - gain
+    move = ((need[:, None] - before).clamp_min(0.0) / slope).nan_to_num(0.0).minimum(room)
+    return torch.zeros_like(move).scatter(1, order, move)
+
+
+def _moves_together(speed: Tensor, slope: Tensor, room: Tensor, need: Tensor) -> Tensor:
+    """How far each pixel moves, (N, D), to gain what is needed: all at their own speed, until the box stops them."""
+    # The t at which each pixel reaches the edge of the box.
+    stops = torch.where(speed > 0, room / speed, math.inf).sort(dim=1, stable=True)
+    gain, rate = (slope * room).gather(1, stops.indices), (slope * speed).gather(1, stops.indices)
+    stopped_gain = gain.cumsum(1)
+    moving_rate = rate.flip(1).cumsum(1).flip(1)  # of this pixel and all that stop later
+    # A pixel stops before the solution if the total gain at its stop is less than needed.
+    total = stopped_gain - gain + moving_rate * stops.values
+    n_stopped = (total < need[:, None]).sum(1, keepdim=True)
+    zero = torch.zeros_like(need)[:, None]
+    stopped_gain = torch.cat([zero, stopped_gain], 1).gather(1, n_stopped)
+    moving_rate = torch.cat([moving_rate, zero], 1).gather(1, n_stopped)
+    t = ((need[:, None] - stopped_gain).clamp_min(0.0) / moving_rate.clamp_min(1e-30)).clamp_max(1e30)
+    return (t * speed).minimum(room)
+
+
+def as_threat(threat: Any) -> Threat:
+    """The threat that an argument is: a Threat as it is, a text as ``Threat.parse`` reads it.
+
+    Args:
+        threat: what a caller gave.
+
+    Returns:
+        The threat.
+
+    Raises:
+        UserError: for anything else, and as ``Threat.parse`` does.
+
+    >>> as_threat("l2:0.5") == as_threat(Threat("l2", 0.5))
+    True
+    """
+    if isinstance(threat, str):
+        return Threat.parse(threat)
+    if not isinstance(threat, Threat):
+        raise UserError(f'the threat must be a Threat or a text such as "linf:8/255", got {type_of(threat)}.')
+    return threat
+
+
+def check_eps(threat: Threat, dim: float = math.inf) -> None:
+    """Refuse an eps under which every image of the box is allowed: most often it is in another unit.
+
+    Attacks and checks may still build such a threat for themselves.
+
+    Args:
+        threat: the threat that a user chose.
+        dim: number of values of a sample; where it is not known, only linf can be judged.
+
+    Raises:
+        UserError: if the ball around any x covers the box.
+
+    >>> check_eps(Threat("linf", 8))
+    Traceback (most recent call last):
+    holdfast.errors.UserError: linf eps 8 covers all pixels in [0, 1]: any image is allowed. Did you mean 8/255?
+    """
+    width = threat.hi - threat.lo
+    if threat.eps < width * {"linf": 1.0, "l2": math.sqrt(dim), "l1": dim}[threat.norm]:
+        return
+    box = f"[{threat.lo:g}, {threat.hi:g}]"
+    hint = f"Did you mean {threat.eps:g}/255?" if threat.eps / 255 < width else "Choose a smaller one."
+    raise UserError(f"{threat.norm} eps {threat.eps:g} covers all pixels in {box}: any image is allowed. {hint}")
 
 
 def _shrink_l2(v: Tensor, x: Tensor, threat: Threat) -> Tensor:

@@ -265,7 +265,7 @@ def test_a_model_may_answer_in_any_form(name, norm, few):
 @every
 def test_an_answer_without_logits_is_an_error_that_says_so(name, norm, few):
     x, y = random_images(2), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(TypeError, match=r"\(N, K\) logits.*shape \(2,\)"):
+    with pytest.raises(UserError, match=r"\(N, K\) logits.*shape \(2,\)"):
         run(name, lambda x: x.flatten(1).sum(1), x, y, Threat(norm, EPS[norm]), **few)
 
 

@@ -54,7 +54,7 @@ def test_every_suite_runs_for_every_norm(suite, norm):
 def test_an_unknown_subset_is_refused():
     with pytest.raises(UserError, match="unknown subset of a stage 'nearst'"):
         Stage("a", "apgd", subset="nearst")
-    with pytest.raises(UserError, match="fraction must lie"):
+    with pytest.raises(UserError, match="fraction of stage 'a' must be a finite number > 0 and <= 1"):
         Stage("a", "apgd", subset="nearest", fraction=0.0)
 
 

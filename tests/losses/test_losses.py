@@ -574,7 +574,7 @@ def test_outputs_are_wrapped_once_at_the_border():
     assert as_outputs(type("Answer", (), {"logits": z})()).logits is z
     assert logits_of(out) is logits_of(z) is z
     for answer, message in [(torch.zeros(3), r"shape \(3,\)"), ((), "tuple"), (None, "NoneType"), ("z", "str")]:
-        with pytest.raises(TypeError, match=rf"must return \(N, K\) logits.*{message}"):
+        with pytest.raises(UserError, match=rf"must return \(N, K\) logits.*{message}"):
             as_outputs(answer)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -353,3 +354,32 @@ def test_foolbox_and_torchattacks_take_it(digits_net):
     assert torchattacks.PGD(plain, eps=0.3, alpha=0.1, steps=5)(x, y).shape == x.shape
     model = foolbox.PyTorchModel(plain, bounds=(0, 1))
     assert foolbox.attacks.LinfPGD(steps=5)(model, x, y, epsilons=0.3)[1].shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp:width=99999999999",
+        "wideresnet:depth=6000000004",
+        "fractalnet:columns=40",
+        "densenet:growth=100000000",
+        "lipmlp:width=99999999998",
+        "mlp:width=1" + "0" * 40,
+    ],
+)
+def test_a_network_too_large_for_memory_is_refused_before_it_is_built(name):
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=r"has more than 1,000,000,000 parameters|cannot be built for images"):
+        build(name, (3, 32, 32), 10)
+    assert time.perf_counter() - began < 60
+
+
+def test_counting_its_parameters_changes_no_weight_and_no_random_state():
+    before = torch.random.get_rng_state()
+    a, b = build("convnet", (1, 28, 28), 10, seed=3), build("convnet", (1, 28, 28), 10, seed=3)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        alone = MODELS["convnet"]((1, 28, 28))
+    assert all(torch.equal(p, q) for p, q in zip(a.backbone.parameters(), alone.parameters(), strict=True))

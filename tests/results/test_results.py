@@ -556,3 +556,31 @@ def test_no_runs_is_an_empty_table():
     empty = dataclasses.replace(empty, runs=())
     assert R.rows(empty) == []
     assert R.markdown(empty).count("\n") == 2
+
+
+# -- names that came from outside
+
+
+EVIL = "\x1b]0;title\x07\x1b[2J=HYPERLINK(1)\r"
+
+
+def test_names_are_plain_in_every_table():
+    stored = make_results([make_run(EVIL, name=EVIL), make_run("@sum"), make_run("x" * 10**5)])
+    stored.data["name"] = EVIL
+    texts = [R.csv(stored), R.latex(stored), R.markdown(stored), "\n".join(R.doubts(stored))]
+    console = Console(width=100, file=io.StringIO(), force_terminal=False)
+    console.print(R.table(stored))
+    for text in (*texts, console.file.getvalue()):
+        assert not set(text) & {"\x1b", "\x07", "\r"}
+        assert "HYPERLINK" in text or text == texts[3]
+        assert len(text) < 20_000
+
+
+def test_no_cell_of_the_csv_is_a_formula_and_numbers_stay_numbers():
+    names = ["=1+2", "+1", "-1", "@sum", "\t=1", "sce"]
+    stored = make_results([make_run(name) for name in names])
+    lines = list(csv_module.reader(io.StringIO(R.csv(stored))))
+    assert [line[0] for line in lines[1:]] == ["'=1+2", "'+1", "'-1", "'@sum", "'\t=1", "sce"]
+    for line in lines[1:]:
+        assert float(line[2]) == pytest.approx(0.97)
+    assert not [cell for line in lines for cell in line if cell.strip().startswith(("=", "+", "@"))]

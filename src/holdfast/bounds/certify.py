@@ -7,16 +7,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, type_of
 from ..outputs import Model, frozen_eval
-from ..threat import Threat, check_images
+from ..threat import Threat, as_threat, check_images
 from .chain import ROWS, agrees, chain_of, in_float64
 from .interval import worst_logit_difference
 from .layers import HUGE, CannotBound, gamma, underflow
 from .lipschitz import l2_radius, layer_constants
 
 
-def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None:
+def certify(model: Model, x: Tensor, y: Tensor, threat: Threat | str) -> Tensor | None:
     """Prove of each sample that no x_adv of the threat has another argmax than y.
 
     By intervals and by Lipschitz constants; a sample counts if either proves it. The arithmetic is float64 on the
@@ -28,7 +28,7 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None
         model: Images to logits or Outputs. It is evaluated in eval mode.
         x: (N, C, H, W) float32 images.
         y: (N,) int64 labels.
-        threat: Of any norm.
+        threat: Of any norm, or its text, such as "linf:8/255".
 
     Returns:
         (N,) bool, True where it is proved; None if no bound is known for the model. Where the network's own answer at
@@ -43,6 +43,12 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None
     >>> certify(net, x, y, Threat("linf", 0.1, -1, 1))
     tensor([False,  True])
     """
+    threat = as_threat(threat)
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and y.shape == x.shape[:1]):
+        raise UserError(f"certify expects tensors of images and of one label each, got {type_of(x)} and {type_of(y)}.")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or (len(y) and int(y.min()) < 0):
+        raise UserError(f"labels must be integers >= 0, got {y.dtype}{f' from {y.min()}' if len(y) else ''}.")
+    y = y.long()
     check_images(x, threat)
     if not isinstance(model, nn.Module):
         return None

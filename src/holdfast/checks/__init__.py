@@ -15,13 +15,15 @@ from torch import Tensor
 
 from ..attacks.base import frozen_eval
 from ..data import Data
-from ..errors import UserError, unknown
+from ..data.arguments import as_data
+from ..errors import UserError, type_of, unknown
 from ..evaluation import Evaluation, StageCost, add_witnesses
-from ..losses import Loss
+from ..losses import Loss, as_loss
 from ..outputs import Model
 from ..progress import Progress, silent
 from ..queries import device_of, exact_float32
 from ..results import Remaining, RemainingVulnerable, Verdict, remaining_vulnerable
+from ..user_input import whole
 from . import gradients, soundness, strength
 from .findings import CheckCount, Finding, lower_bound_99, merge
 from .probe import Probe
@@ -176,7 +178,7 @@ def audit(
     data: Data,
     evaluation: Evaluation,
     *,
-    trained_with: Loss | None = None,
+    trained_with: Loss | str | None = None,
     transfer_source: Tensor | None = None,
     seed: int = 0,
     size: int = 64,
@@ -188,7 +190,7 @@ def audit(
         model: the evaluated model.
         data: the evaluated samples, in the same order.
         evaluation: of that model on these samples.
-        trained_with: the loss the network was trained with, as given to ``evaluate``.
+        trained_with: the loss the network was trained with, or its name, as given to ``evaluate``.
         transfer_source: (N, C, H, W), adversarial images of an SCE network for the same samples, for the transfer
             check; None skips it.
         seed: of the audit's own noise.
@@ -201,6 +203,10 @@ def audit(
     Raises:
         UserError: if the evaluation is of other samples.
     """
+    if not isinstance(evaluation, Evaluation):
+        raise UserError(f"evaluation must be what holdfast.evaluate returned, got {type_of(evaluation)}.")
+    data, trained_with = as_data(data), as_loss(trained_with)
+    seed, size = whole("seed", seed), whole("size", size, 1)
     if len(data) != len(evaluation.y) or not torch.equal(data.index.cpu(), evaluation.index):
         raise UserError("the evaluation is of other samples: audit the samples that were evaluated, in the same order.")
     began = time.perf_counter()

@@ -60,7 +60,11 @@ class Probe:
         size: int,
         transfer_source: Tensor | None,
     ) -> None:
-        self.raw_model, self.model, self.votes = model, CountingModel(model), evaluation.votes
+        self.raw_model, self.model, self.votes = (
+            model,
+            CountingModel(model, occurring=data.y.unique()),
+            evaluation.votes,
+        )
         self.attack_model: Model = EOTModel(self.model, EOT_SAMPLES) if self.votes > 1 else self.model
         self.data, self.evaluation, self.threat = data, evaluation, evaluation.threat
         self.transfer_source = transfer_source

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import UserError
+from .arguments import check_arguments
 from .display import coloured, errors, screen
 
 ABOUT = (
@@ -80,6 +81,10 @@ def main() -> None:
     with warnings.catch_warnings():
         setattr(warnings, "showwarning", partial(_show_note, warnings.showwarning))  # noqa: B010  (typed more narrowly)
         try:
+            commands = {
+                one.name or getattr(one.callback, "__name__", ""): one.callback for one in app.registered_commands
+            }
+            check_arguments(sys.argv[1:], {name: function for name, function in commands.items() if function})
             app()
         except UserError as error:
             errors.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)

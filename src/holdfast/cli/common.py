@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .display import Display, aside, screen
+from .display import Display, aside, errors, screen
 from .output_files import OutputFile, page, say, writable
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ def run_evaluation(
         Display(quiet or not first) as display,
     ):
         subject = open_subject(device=where)
+        for note in getattr(subject.model, "notes", ()) if first and not quiet else ():
+            errors.print(note, soft_wrap=True)
         results = evaluate_model(
             subject,
             threat,

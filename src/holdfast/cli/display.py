@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from rich.table import Column
 
+from ..errors import plain
 from ..progress import NETWORK_DONE
 
 FIRST, EVERY = 10.0, 60.0  # seconds until the first line of progress in a log, and between lines
@@ -48,6 +49,14 @@ def is_terminal(stream: Any) -> bool:
         return False
 
 
+class PlainConsole(Console):
+    """A console that prints texts without what they may hold for the terminal: escape sequences in names and paths."""
+
+    def print(self, *objects: Any, **more: Any) -> None:
+        """Print as ``Console.print``, each text made plain."""
+        super().print(*(plain(one) if isinstance(one, str) else one for one in objects), **more)
+
+
 def console(stderr: bool = False) -> Console:
     """A console without markup (text may contain users' paths and names), with colours as ``coloured`` decides.
 
@@ -57,7 +66,7 @@ def console(stderr: bool = False) -> Console:
     system: Any = None
     if coloured(os.environ, terminal):
         system = "auto" if terminal else "standard"
-    return Console(
+    return PlainConsole(
         stderr=stderr, highlight=False, markup=False, emoji=False, force_terminal=terminal, color_system=system
     )
 

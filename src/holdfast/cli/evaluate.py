@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..spec import numbers, threat_file_name
+from ..spec import name_list, numbers, threat_file_name
 from . import options as o
 from .app import app, exits
 from .common import run_evaluation, say_files, show
@@ -61,6 +61,8 @@ def evaluate(
     convert: o.Convert = "",
     resize: o.Resize = 0,
     run_code: o.RunCode = False,
+    output: o.ModelOutput = "",
+    classes: o.ModelClasses = "",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -81,7 +83,7 @@ def evaluate(
     """  # fmt: skip
     own = {
         "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
-        "input-layout": input_layout, "loss": loss,
+        "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
     }  # fmt: skip
     reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
     subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
@@ -128,14 +130,16 @@ def subject_of(
         return partial(from_run, Path(model), limit=limit, run_code=run_code)
     if not options["data"]:
         raise UserError("your own model needs --data: an image folder, a parquet file, or a hub name.")
-    ranges = [
+    input_range, mean, std = (
         numbers(name, options[name] or default) for name, default in (("input-range", "0,1"), ("mean", ""), ("std", ""))
-    ]
-    source = ModelSource(model, options["weights"], ranges[0], ranges[1], ranges[2], options["input-layout"])
+    )
+    output = options.get("output", "")
+    source = ModelSource(model, options["weights"], input_range, mean, std, options["input-layout"], output)
     if not quiet:
         errors.print(f"opening {model}: code in it is executed.", soft_wrap=True)
+    loss, classes = options["loss"] or "sce", name_list("--classes", options.get("classes", ""))
     return partial(
-        from_file, source, options["data"], loss=options["loss"] or "sce", limit=limit, seed=seed, reading=reading
+        from_file, source, options["data"], loss=loss, limit=limit, seed=seed, reading=reading, classes=classes
     )
 
 

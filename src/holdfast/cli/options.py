@@ -167,6 +167,22 @@ InputLayout = Annotated[
         rich_help_panel=OWN_MODEL,
     ),
 ]
+ModelOutput = Annotated[
+    str,
+    option(
+        "Which of several outputs are the logits: a name, or a number from 0. Default: .logits, or the only possible "
+        "one.",
+        rich_help_panel=OWN_MODEL,
+    ),
+]
+ModelClasses = Annotated[
+    str,
+    option(
+        "Its class names in the order of its logits, comma-separated or one a line in a text file, where they are not "
+        "the data's classes in alphabetical order.",
+        rich_help_panel=OWN_MODEL,
+    ),
+]
 TrainedWith = Annotated[
     str,
     option(

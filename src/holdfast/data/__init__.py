@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .. import user_input
 from ..errors import UserError, unknown
 from .arrays import check_arrays, check_source
 from .dataset import Data, DataWarning, Source, Split, augment, pixels, standardisation
@@ -174,7 +175,7 @@ def load(
     >>> digits.shape, len(digits.train), len(digits.val), len(digits.test)
     ((1, 8, 8), 1294, 144, 359)
     """
-    name = os.fspath(name)
+    name = user_input.text("the data set", os.fspath(name) if isinstance(name, os.PathLike) else name)
     word = (convert or "").lower()
     reading = Reading(
         image_column or "", label_column or "", {"gray": "grey", "l": "grey"}.get(word, word), resize or 0

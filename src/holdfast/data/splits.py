@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..user_input import whole as whole_number
 from .dataset import Data, Source, Split
 
 FOLD_SEED, LIMIT_SEED = -1, -2  # independent of the user's seed, so that runs with different seeds stay paired
@@ -78,13 +79,15 @@ def split_source(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device '{device}' cannot be used ({reason}): use 'cpu' or one that torch sees.") from error
-    if fold is not None and not (len(fold) == 2 and fold[1] >= 2 and 0 <= fold[0] < fold[1]):
+    whole_pair = isinstance(fold, (tuple, list)) and len(fold) == 2 and all(type(part) is int for part in fold)
+    if fold is not None and not (whole_pair and fold[1] >= 2 and 0 <= fold[0] < fold[1]):
         raise UserError(f"fold must be (k, n) with n >= 2 folds and k one of 0..n-1, got {fold}.")
-    if not 0 <= val < 1:
+    if isinstance(val, bool) or not isinstance(val, (int, float)) or not 0 <= val < 1:
         raise UserError(f"val must be the fraction of train to hold out, 0 <= val < 1, got {val}.")
     for key, count in (("limit", limit), ("limit_train", limit_train)):
-        if count is not None and count < 1:
-            raise UserError(f"{key} must be a number of samples >= 1, or None for all, got {count}.")
+        if count is not None:
+            whole_number(f"{key}, a number of samples, or None for all,", count, 1)
+    whole_number("seed", seed, -(2**53))
 
     if eval_split not in ("test", "val"):
         raise UserError(f"eval_split must be 'test' or 'val', got '{eval_split}'.")

@@ -5,17 +5,20 @@ robust accuracy = fraction of samples that are classified correctly and that no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..attacks import ATTACKS
 from ..data import Data
-from ..errors import UserError
-from ..losses import Loss
+from ..data.arguments import as_data
+from ..errors import UserError, type_of
+from ..losses import Loss, as_loss
 from ..noise import Noise
 from ..outputs import Model, frozen_eval
 from ..progress import Progress, silent
 from ..queries import CountingModel, default_batch_size, device_of, exact_float32
-from ..threat import Threat
+from ..threat import Threat, as_threat
+from ..user_input import path, whole
 from . import cascade
 from .batching import Batches
 from .budget import Budget
@@ -45,10 +48,10 @@ __all__ = [
 def evaluate(
     model: Model,
     data: Data,
-    threat: Threat,
-    suite: str | tuple[Stage, ...] = "standard",
+    threat: Threat | str,
+    suite: str | Sequence[Stage] = "standard",
     *,
-    trained_with: Loss | None = None,
+    trained_with: Loss | str | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     budget: Budget | None = None,
@@ -74,10 +77,10 @@ def evaluate(
     Args:
         model: maps images in the threat's box to logits or Outputs.
         data: the samples, uint8 or float in [0, 1].
-        threat: the threat model.
+        threat: the threat model, or its text, such as "linf:8/255".
         suite: a key of SUITES, or stages. Stages whose attack is not defined for the threat's norm are skipped.
-        trained_with: the loss the network was trained with, which "matched" stages derive their score from; None means
-            cross-entropy.
+        trained_with: the loss the network was trained with, or its name: "matched" stages derive their score from it.
+            None means cross-entropy.
         seed: of the samples' noise.
         batch_size: >= 1; by default chosen by image size and device. It is halved where memory runs out. It does not
             change the result, except for rounding in batched kernels.
@@ -95,21 +98,22 @@ def evaluate(
         UserError: for an empty data set, pixels outside the threat's box, labels without a logit, clean logits that are
             not finite, unknown suites, attacks or scores, and a checkpoint of another evaluation.
     """
+    data, threat, trained_with = as_data(data), as_threat(threat), as_loss(trained_with)
     stages = tuple(stage for stage in resolve(suite) if threat.norm in ATTACKS[stage.attack].norms)
     if len(data) == 0:
         raise UserError("there is nothing to evaluate: the data set is empty.")
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size must be >= 1, got {batch_size}.")
+    size = default_batch_size(data.x) if batch_size is None else whole("batch_size", batch_size, 1)
+    if budget is not None and not isinstance(budget, Budget):
+        raise UserError(f'budget must be a Budget, such as Budget.parse("10min"), got {type_of(budget)}.')
     data = data.to(device_of(model, data))
-    size = batch_size or default_batch_size(data.x)
     task = Task(
-        model=CountingModel(model),
+        model=CountingModel(model, occurring=data.y.unique()),
         data=data,
         threat=threat,
         suite=with_pgd50(stages),
         attack_names=tuple(individual_names(stages)),
         scores=stage_scores(trained_with),
-        noise=Noise(seed, data.index),
+        noise=Noise(whole("seed", seed), data.index),
         budget=budget,
         batch_size=size,
         batches=Batches(size),
@@ -117,4 +121,4 @@ def evaluate(
         progress=progress if Processes.current().rank == 0 else silent,
     )
     with exact_float32(), frozen_eval(model):
-        return cascade.run(task, None if checkpoint is None else Path(checkpoint), key)
+        return cascade.run(task, None if checkpoint is None else path("checkpoint", checkpoint), key)

@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from ..attacks import ATTACKS, SCORES, cross_entropy, matched_score
-from ..errors import UserError, unknown
+from ..errors import UserError, printable, type_of, unknown
 from ..losses import Loss
+from ..spec import accepts
+from ..user_input import flag, number, text, whole
 
 N_NEAREST, N_RANDOM = 32, 32  # size of the spot check: survivors with the smallest margins, and random others
 # Which samples a stage attacks. A cascade spends its passes on the samples most likely to break; the spot check then
@@ -55,7 +57,8 @@ class Stage:
             targeted attacks do. Any misclassification counts as a success. "" for no target.
 
     Raises:
-        UserError: for an unknown subset or target, both kinds of target at once, or a fraction outside (0, 1].
+        UserError: for an unknown subset or target, both kinds of target at once, a fraction outside (0, 1], a number of
+            another kind or range, or an attack's setting that it does not take.
     """
 
     name: str
@@ -74,6 +77,26 @@ class Stage:
     on_grid: bool = False
 
     def __post_init__(self) -> None:
+        what = f"stage '{text('the name of a stage', self.name, 200)}'"
+        for key, value in (("targets", self.targets), ("round", self.round), ("noise_stream", self.noise_stream or 0)):
+            whole(f"{key} of {what}", value)
+        number(f"fraction of {what}", self.fraction, 0, 1, above=True)
+        if self.step is not None:
+            number(f"step of {what}", self.step, 0, above=True)
+        flag(f"individual of {what}", self.individual)
+        if not isinstance(self.settings, dict):
+            raise UserError(
+                f"settings of {what} must be a dict of the attack's arguments, got {type_of(self.settings)}."
+            )
+        if self.attack in ATTACKS:  # `resolve` names one that is not
+            attack = ATTACKS[self.attack].attack
+            required = [name for name, p in inspect.signature(attack).parameters.items() if p.default is p.empty]
+            optional = {name: value for name, value in self.settings.items() if name not in required}
+            accepts("attack", self.attack, attack, optional)
+            for key in ("steps", "restarts", "searches"):
+                whole(f"{key} of {what}", self.settings.get(key, 1), 1)
+            if self.settings.get("step_size") is not None:
+                number(f"step_size of {what}", self.settings["step_size"], 0, above=True)
         if self.subset not in SUBSETS:
             raise unknown("subset of a stage", self.subset, SUBSETS)
         if self.target not in ("", "random"):
@@ -82,8 +105,6 @@ class Stage:
             raise UserError(
                 f"stage '{self.name}': use either target='random' or targets={self.targets} (likeliest), not both."
             )
-        if not 0 < self.fraction <= 1 or self.round < 0:
-            raise UserError(f"stage '{self.name}': fraction must lie in (0, 1] and round must be >= 0.")
 
     def n_targets(self, classes: int) -> int:
         """How many times the attack runs: once per target, at least once."""
@@ -127,9 +148,15 @@ def resolve(suite: str | Sequence[Stage]) -> tuple[Stage, ...]:
         UserError: for an unknown suite, attack or score, for two individual stages of one name, and for an individual
             stage named "pgd50" that is not PGD50.
     """
-    stages = SUITES.get(suite) if isinstance(suite, str) else tuple(suite)
-    if stages is None:
-        raise unknown("suite", str(suite), SUITES)
+    stages = SUITES.get(suite) if isinstance(suite, str) else suite
+    if stages is None and isinstance(suite, str):
+        raise unknown("suite", suite, SUITES)
+    if not isinstance(stages, (tuple, list)) or not all(isinstance(stage, Stage) for stage in stages):
+        raise UserError(
+            f"suite must be one name ({', '.join(SUITES)}) or a tuple of Stages, got {printable(repr(suite), 80)}. "
+            "The stages of two suites: (*SUITES['quick'], *SUITES['paranoid'])."
+        )
+    stages = tuple(stages)
     individual = [stage.name for stage in stages if stage.individual]
     names = [stage.name for stage in stages]
     for stage in stages:

@@ -21,6 +21,7 @@ from ..io import decode, existing_file
 from ..objectives import OBJECTIVES, Schedule
 from ..threat import Threat
 from ..train import FitConfig
+from ..user_input import whole
 from . import loss_spec
 from .loss_spec import LossSpec
 
@@ -153,10 +154,8 @@ class Comparison:
             models.check(self.model)
         if self.eval_split not in ("test", "val"):
             raise UserError(f"eval_split must be 'test' or 'val', got '{self.eval_split}'.")
-        if self.seeds < 1 or min(self.first_seed, self.folds, self.limit, self.limit_train) < 0:
-            raise UserError(
-                "seeds must be >= 1; first_seed, folds, limit, limit_train >= 0 (0: the data's own folds, all images)."
-            )
+        for name in ("seeds", "first_seed", "folds", "limit", "limit_train"):
+            whole(name, getattr(self, name), int(name == "seeds"))
         return replace(self, losses=tuple(names), folds=self.folds or data.default_folds(self.data))
 
     def cut(self, fold: int) -> DataCut:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..data import Split, pixels
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
 from ..evaluation.suites import SUITES
-from ..importers.model_file import ModelSource, code_hash, open_model
+from ..importers.model_file import ModelSource, class_order, code_hash, open_model
 from ..importers.python_code import split_reference
 from ..io import understood
 from ..outputs import frozen_eval
@@ -26,6 +26,7 @@ from ..progress import Progress, silent
 from ..queries import CountingModel
 from ..results import Results
 from ..threat import Threat
+from ..user_input import whole
 from . import loss_spec
 from .collect import TrainedNetwork, collect
 from .config import DataCut
@@ -151,6 +152,7 @@ def from_file(
     seed: int = 0,
     device: str = "cpu",
     reading: dict[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> ModelUnderTest:
     """A user's own model on their own data; all of it where it has no test split, since nothing is trained here.
 
@@ -162,23 +164,26 @@ def from_file(
         seed: of the evaluation.
         device: where the model goes.
         reading: image_column, label_column, convert and resize, as for ``data.load``.
+        classes: the model's class names in the order of its logits; empty where they are the data's.
 
     Returns:
         The model and its data.
 
     Raises:
-        UserError: as ``open_model``, ``loss_spec.parse`` and ``data.load`` do.
+        UserError: as ``open_model``, ``loss_spec.parse``, ``data.load`` and ``class_order`` do.
     """
     _check_limit(limit)
     trained_with = loss_spec.parse(loss)
     # Absolute paths: the folder of results can then be read from anywhere.
     source = replace(source, path=os.path.abspath(source.path))
     source = replace(source, weights=os.path.abspath(source.weights) if source.weights else "")
-    model = open_model(source, device)
     cut = DataCut(limit=limit or None, whole=True, **(reading or {}))
     split = cut.load(data)
+    if classes:
+        source = replace(source, class_order=class_order(classes, split.classes))
+    model = open_model(source, device)
     identity, paths = run_folder.data_identity(data, split)
-    settings = {key: value for key, value in asdict(source).items() if key not in ("path", "weights")}
+    settings = {key: value for key, value in _described(source).items() if key not in ("path", "weights")}
     found = {"model": source.path, **({"weights": source.weights} if source.weights else {}), **paths}
     code = code_hash(source)
     settings["name"] = split_reference(source.path)[1]
@@ -202,9 +207,40 @@ def from_file(
     )
 
 
+def _described(source: ModelSource) -> dict[str, Any]:
+    """A source as config.json holds it: what older folders do not have is left out where it is empty."""
+    return {
+        key: value
+        for key, value in asdict(source).items()
+        if value or key not in ("input_layout", "output", "class_order")
+    }
+
+
 def _check_limit(limit: int) -> None:
-    if limit < 0:
-        raise UserError(f"limit must be >= 0 (0: all), got {limit}.")
+    whole("limit (0: all)", limit)
+
+
+def check_classes(subject: ModelUnderTest) -> None:
+    """Ask the network about two images, and compare the number of its logits with that of the data's classes.
+
+    Raises:
+        UserError: the network cannot answer, or the two numbers differ and no class names say which logit is whose.
+    """
+    with frozen_eval(subject.model), torch.no_grad():
+        n_logits = CountingModel(subject.model)(pixels(subject.split.test.x[:2])).logits.shape[1]
+    names = subject.split.classes
+    mapped = getattr(subject.model, "class_order", None) is not None
+    if n_logits != len(names) and not (mapped and n_logits > len(names)):
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        what = f"the network returns {n_logits} logits, but {subject.data} has {len(names)} classes ({shown})"
+        if subject.folder is not None:
+            raise UserError(
+                f"{what}. It was trained on other classes: has the data changed? Train again, or bring it back."
+            )
+        raise UserError(
+            f"{what}. If they are logits, name the network's classes in their order with --classes; if not, choose the "
+            "logits with --output."
+        )
 
 
 def why_uncertified(subject: ModelUnderTest, results: Results) -> str:
@@ -267,8 +303,7 @@ def evaluate_model(
     if budget:
         settings["budget"] = {name: value for name, value in asdict(budget).items() if value < math.inf}
     first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-    with frozen_eval(subject.model), torch.no_grad():  # nor must a model that cannot answer
-        CountingModel(subject.model)(pixels(subject.split.test.x[:2]))
+    check_classes(subject)  # nor must a model that cannot answer
     key = f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {subject.code}".strip()
     arguments: Any = {
         "trained_with": subject.loss.loss, "seed": seed, "batch_size": batch_size, "budget": budget, "key": key,

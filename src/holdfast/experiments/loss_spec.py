@@ -95,7 +95,9 @@ def parse(text: str) -> LossSpec:
         if isinstance(value, (str, bool)) or not 0 < value < math.inf:
             raise UserError(f"'{text}' multiplies its logits by '{factor}': expected a positive number, as in sce*100.")
         scale = float(value)
-    before, _, after = (trained if times else row).partition("@")
+    before, at, after = (trained if times else row).partition("@")
+    if at and not after.strip():
+        raise UserError(f"'{text}' names no head after its @: leave the @ out, or write one, as in isce:s=2@cosine.")
     name, settings = parse_spec(before)
     if name not in LOSSES:
         raise unknown("loss", name, LOSSES)

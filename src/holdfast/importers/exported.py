@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +76,13 @@ def load_exported(path: str | Path, device: str | torch.device) -> Exported:
     """
     file = existing_file(path)
     try:
-        program = torch.export.load(file)
+        with _silent_log():  # torch logs the traceback of what is said here
+            program = torch.export.load(file)
     except Exception as error:
-        raise UserError(
-            f"{path} cannot be read as a torch.export program ({type(error).__name__}: {error}). It is damaged, of "
-            "another version of torch, or compiled: write it with torch.export.save(torch.export.export(model, (x,)), "
-            "path)."
-        ) from None
+        raise _unreadable(path, error) from None
     try:
-        return _as_module(path, program, device)
+        with _silent_log():
+            return _as_module(path, program, device)
     except UserError:
         raise
     except Exception as error:  # a file of another torch, or one that was changed, fails anywhere from here
@@ -114,6 +114,27 @@ def _as_module(path: str | Path, program: Any, device: str | torch.device) -> Ex
     low, high = _batch_limits(x.shape[0], program)
     shape = tuple(size if isinstance(size, int) else None for size in x.shape)
     return Exported(program.module(), shape, low, high)
+
+
+def _unreadable(path: str | Path, error: Exception) -> UserError:
+    """The error for a file that torch cannot turn into a program."""
+    reason = str(error).partition("\n")[0]
+    return UserError(
+        f"{path} cannot be read as a torch.export program ({type(error).__name__}: {reason}). "
+        "It is damaged, of another version of torch, or compiled: write it with "
+        "torch.export.save(torch.export.export(model, (x,)), path)."
+    )
+
+
+@contextmanager
+def _silent_log() -> Iterator[None]:
+    """Log records below this block go nowhere; the level before is restored."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _batch_limits(n: Any, program: Any) -> tuple[int, int | None]:

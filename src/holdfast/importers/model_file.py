@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from torch import nn
 from ..errors import UserError
 from ..io import existing_file
 from ..outputs import Model
+from ..user_input import text
 from .exported import load_exported
 from .layout import check_layout
 from .onnx import load_onnx
 from .python_code import build_model, source_hash, split_reference
 from .weights import WEIGHT_SUFFIXES, load_weights
-from .wrapped import check_preprocessing, wrap
+from .wrapped import check_order, check_preprocessing, wrap
 
 FORMS = "mymodel.py:build (a function without arguments), model.pt2 (torch.export) or model.onnx"
 
@@ -37,6 +39,8 @@ class ModelSource:
         mean: one number per channel, or one for all; empty for none.
         std: as many numbers as ``mean``, each > 0.
         input_layout: as for ``wrap``.
+        output: which entry of the network's answer holds the logits, by name or number; "" where there is no choice.
+        class_order: the numbers of all logits in the order of the data's classes; empty where they agree.
 
     Raises:
         UserError: the layout is unknown, a number is not finite, the range is empty, a std is not positive, or mean and
@@ -52,6 +56,8 @@ class ModelSource:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     input_layout: str = ""
+    output: str = ""
+    class_order: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("path", "weights"):
@@ -60,6 +66,9 @@ class ModelSource:
         for name, value in (("input_range", input_range), ("mean", mean), ("std", std)):
             object.__setattr__(self, name, value)
         check_layout(self.input_layout)
+        for name in ("path", "weights", "output"):
+            text(name, getattr(self, name))
+        object.__setattr__(self, "class_order", check_order(self.class_order))
 
 
 def is_model_file(text: str | Path) -> bool:
@@ -77,6 +86,36 @@ def is_model_file(text: str | Path) -> bool:
     path, name = split_reference(str(text))
     known = (".py", ".onnx", ".pt2", *WEIGHT_SUFFIXES)
     return (bool(name) or Path(path).suffix.lower() in known) and not Path(text).is_dir()
+
+
+def class_order(network: Sequence[str], data: Sequence[str]) -> tuple[int, ...]:
+    """Bring a network's logits into the order of the data's classes, by name.
+
+    Args:
+        network: the network's class names, in the order of its logits.
+        data: the data's class names, in the order of its labels.
+
+    Returns:
+        The number of each logit: those of the data's classes first, then the others; empty where both name the same.
+
+    Raises:
+        UserError: a name is given twice, or a class of the data has no logit.
+
+    >>> class_order(["bird", "cat", "dog"], ["cat", "dog"]), class_order(["cat", "dog"], ["cat", "dog"])
+    ((1, 2, 0), ())
+    """
+    twice = sorted({name for name in network if network.count(name) > 1})
+    if twice:
+        raise UserError(f"the network's class '{twice[0]}' is named twice: give each logit a name of its own.")
+    missing = [name for name in data if name not in network]
+    if missing:
+        raise UserError(
+            f"the data's class '{missing[0]}' is not among the network's {len(network)} classes "
+            f"({', '.join(network[:20])}): name them as the data does."
+        )
+    order = [network.index(name) for name in data]
+    order += [place for place, name in enumerate(network) if name not in data]
+    return () if list(network) == list(data) else tuple(order)
 
 
 def code_hash(source: ModelSource) -> str:
@@ -136,8 +175,10 @@ def open_model(source: ModelSource, device: str | torch.device = "cpu") -> nn.Mo
         mean=source.mean,
         std=source.std,
         input_layout=source.input_layout,
+        output=source.output,
+        class_order=source.class_order,
     )
-    wrapped.notes = tuple(notes)
+    wrapped.notes = (*notes, *wrapped.notes)
     try:
         return wrapped.to(device).eval()
     except (RuntimeError, AssertionError) as error:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, type_of
-from ..outputs import Model
+from ..outputs import IN_OWN_DTYPE, Model, as_outputs, ask, own_dtype
+from ..user_input import whole
 from .layout import FileNetwork, arrange, check_layout
 from .python_code import user_code_errors
 
@@ -22,11 +23,15 @@ def wrap(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     input_layout: str = "",
+    output: str | int = "",
+    class_order: Sequence[int] = (),
 ) -> Wrapped:
     """Wrap a network in memory as a module that takes images in [0, 1].
 
     The network receives ``(low + (high - low) x - mean) / std``, laid out as it expects. It keeps its mode, training or
     eval. A file whose input are integers, such as uint8, gets their whole range where ``input_range`` is the default.
+    One that is float64 or half precision throughout is asked in that type, and its logits are converted back; ``notes``
+    says so.
 
     Args:
         model: a torch module, or any function from images to logits.
@@ -35,6 +40,9 @@ def wrap(
         std: as many numbers as ``mean``, each > 0.
         input_layout: nchw, nhwc, flat or flat-nhwc, see ``layout.arrange``; "" for what the shape of an ONNX or
             torch.export file leaves, and nchw for other networks.
+        output: which entry of the network's answer holds the logits, by name or number; "" where there is no choice.
+        class_order: the numbers of all logits in the order of the data's classes, then those of other classes; empty
+            where they agree.
 
     Returns:
         The module.
@@ -48,14 +56,21 @@ def wrap(
     """
     if not callable(model):
         raise UserError(f"model must be a torch module or a function from images to logits, got {type_of(model)}.")
-    return Wrapped(model, *check_preprocessing(input_range, mean, std), check_layout(input_layout))
+    return Wrapped(
+        model,
+        *check_preprocessing(input_range, mean, std),
+        check_layout(input_layout),
+        output,
+        check_order(class_order),
+    )
 
 
 class Wrapped(nn.Module):
     """A network with its preprocessing inside; ``wrap`` makes it.
 
     (N, C, H, W) in [0, 1] -> what ``inner`` returns. The numbers are buffers: they move with the module and are part
-    of its identity. An error of the network becomes a UserError with file and line.
+    of its identity. An error of the network becomes a UserError with file and line. With an output, a class order or a
+    type of its own it returns Outputs.
 
     Args:
         inner: the network; a torch module becomes a child.
@@ -63,11 +78,15 @@ class Wrapped(nn.Module):
         mean: numbers per channel, or empty.
         std: numbers per channel, or empty.
         input_layout: a layout of ``layout.LAYOUTS``, or "".
+        output: the entry of the answer that holds the logits, or "".
+        class_order: the numbers of all logits in the order of the data's classes, or empty.
     """
 
     input_range: Tensor | None
     mean: Tensor | None
     std: Tensor | None
+
+    class_order: Tensor | None
 
     def __init__(
         self,
@@ -76,10 +95,15 @@ class Wrapped(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         input_layout: str = "",
+        output: str | int = "",
+        class_order: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.inner, self.input_layout = inner, input_layout
-        self.notes: tuple[str, ...] = ()
+        self.inner, self.input_layout, self.output = inner, input_layout, output
+        self.dtype: torch.dtype | None = None  # the network's own, once it has refused that of the images
+        own = own_dtype(inner)
+        self.notes: tuple[str, ...] = (IN_OWN_DTYPE.format(own),) if own else ()
+        self.register_buffer("class_order", torch.tensor(class_order) if class_order else None)
         if isinstance(inner, FileNetwork) and inner.integer_range and input_range == (0.0, 1.0):
             input_range = (float(inner.integer_range[0]), float(inner.integer_range[1]))
         self.register_buffer("input_range", None if input_range == (0.0, 1.0) else torch.tensor(input_range))
@@ -100,7 +124,16 @@ class Wrapped(nn.Module):
             x = (x - self.mean) / self.std
         x = self.arrange(x)
         with user_code_errors("the network"):
-            return self.inner(x)
+            answer, self.dtype = ask(self.inner, x, self.dtype, self.output)
+        if self.class_order is not None:
+            out = as_outputs(answer)
+            if out.logits.shape[1] != len(self.class_order):
+                raise UserError(
+                    f"{len(self.class_order)} classes are named, but the network returns {out.logits.shape[1]} logits: "
+                    "name each logit, in order."
+                )
+            answer = out._replace(logits=out.logits[:, self.class_order], distances=None)
+        return answer
 
     def arrange(self, x: Tensor) -> Tensor:
         """Lay the images out as the network expects them."""
@@ -117,6 +150,18 @@ class Wrapped(nn.Module):
                 for module in child.modules():
                     module.training = mode
         return self
+
+
+def check_order(class_order: Sequence[int]) -> tuple[int, ...]:
+    """Check that an order of logits names each of them once. Raises UserError.
+
+    >>> check_order([1, 0])
+    (1, 0)
+    """
+    order = tuple(whole("class_order", place) for place in class_order)
+    if sorted(order) != list(range(len(order))):
+        raise UserError(f"class_order must hold the number of each logit once, got {order}.")
+    return order
 
 
 def check_preprocessing(

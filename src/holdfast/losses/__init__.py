@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, type_of, unknown
+from ..spec import accepts, parse
 from .embedding import center, contrastive, lgm, mmc, triplet
 from .scores import dlr, is_targeted, negative_margin, targeted, targeted_dlr
 from .softmax import arcface, cosface, isce, isce_b, negative_log_odds, scaled_log_odds, sce, softplus
@@ -20,6 +21,7 @@ __all__ = [
     "Loss",
     "LossEntry",
     "arcface",
+    "as_loss",
     "center",
     "contrastive",
     "cosface",
@@ -78,6 +80,32 @@ LOSSES: dict[str, LossEntry] = {
     "dlr": LossEntry(dlr, negative_margin, "linear", "difference of logits ratio (Croce 2020)"),
     "negative_margin": LossEntry(negative_margin, negative_margin, "linear", "max_{j != y} z_j - z_y"),
 }
+
+
+def as_loss(loss: Loss | str | None) -> Loss | None:
+    """The loss that an argument is: a function as it is, a text by its name in LOSSES, with settings after a colon.
+
+    Args:
+        loss: what a caller gave; None for none.
+
+    Returns:
+        The loss, (out, y) -> (N,), or None.
+
+    Raises:
+        UserError: an unknown name or setting, or neither a function nor a text.
+
+    >>> as_loss("sce") is sce, as_loss(sce) is sce, as_loss("isce:s=3").keywords
+    (True, True, {'s': 3})
+    """
+    if loss is None or (callable(loss) and not isinstance(loss, type)):
+        return loss
+    if not isinstance(loss, str):
+        raise UserError(f"a loss must be a function (out, y) -> (N,) or a name such as 'sce', got {type_of(loss)}.")
+    name, settings = parse(loss)
+    if name not in LOSSES:
+        raise unknown("loss", name, LOSSES)
+    accepts("loss", name, LOSSES[name].loss, settings)
+    return partial(LOSSES[name].loss, **settings) if settings else LOSSES[name].loss
 
 
 def score_of(loss: Loss | str) -> Loss:

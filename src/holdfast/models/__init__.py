@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .. import spec
 from ..errors import UserError, unknown
 from ..outputs import Outputs
+from ..user_input import MOST, whole
+from ..user_input import text as checked_text
 from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet, StepNet
 from .densenet import DenseNet
 from .fractalnet import FractalNet
@@ -31,6 +34,8 @@ __all__ = [
     "MODELS", "Classifier", "LogitsOnly", "build", "check", "default_model", "is_own", "logits_only", "own_code_hash",
 ]  # fmt: skip
 
+MOST_PARAMETERS = 10**9  # 4 GB of weights, and three times that to train them
+SMALLEST_COUNT = 10**5  # what each tensor counts at least: 10,000 tiny layers are too many too
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "linear": Linear,
     "mlp": Mlp,
@@ -97,7 +102,7 @@ def check(text: str) -> None:
     Traceback (most recent call last):
     holdfast.errors.UserError: unknown setting of model 'wideresnet' 'dept'. Did you mean 'depth'? Known: depth, width.
     """
-    if not is_own(text):
+    if not is_own(checked_text("the model", text)):
         _chosen(text)
 
 
@@ -107,6 +112,30 @@ def _chosen(text: str) -> Callable[..., nn.Module]:
         raise unknown("model", name, MODELS)
     spec.accepts("model", name, MODELS[name], settings)
     return partial(MODELS[name], **settings)
+
+
+def _check_size(text: str, shape: tuple[int, int, int], head: str, classes: int) -> None:
+    """Refuse a network that would not fit in memory: it is built without memory first, and counted while it grows."""
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: Tensor | None) -> None:
+        nonlocal total
+        total += SMALLEST_COUNT if parameter is None else max(parameter.numel(), SMALLEST_COUNT)
+        if total > MOST_PARAMETERS:
+            raise UserError(
+                f"the model '{text}' with {classes:,} classes has more than {MOST_PARAMETERS:,} parameters or too many "
+                "layers: choose a smaller one."
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            count(nn.Module(), head, torch.empty(int(_chosen(text)(shape).features), classes))  # type: ignore[arg-type]
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"the model '{text}' cannot be built for images of shape {shape}: {reason}") from None
+    finally:
+        hook.remove()
 
 
 def build(
@@ -138,9 +167,12 @@ def build(
     check(name)
     if head not in HEADS:
         raise unknown("head", head, HEADS)
+    classes, seed = whole("classes", classes, -MOST), whole("seed", seed, -MOST)
     if classes < 2:
         raise UserError(f"a classifier needs at least 2 classes, got {classes}.")
-    channels, height, width = shape
+    if len(shape) != 3:
+        raise UserError(f"shape must be (channels, height, width) of the images, got {tuple(shape)}.")
+    channels, height, width = (whole("a size in shape", size, 1) for size in shape)
     for key, value in (("mean", mean), ("std", std)):
         if value is not None and value.numel() != channels:
             raise UserError(f"{key} must hold one number a channel ({channels}), got {value.numel()}.")
@@ -149,6 +181,7 @@ def build(
         if is_own(name):
             backbone, features = own_backbone(name, (channels, height, width))
         else:
+            _check_size(name, (channels, height, width), head, classes)
             backbone = _chosen(name)((channels, height, width))
             features = int(backbone.features)  # type: ignore[arg-type]
         try:

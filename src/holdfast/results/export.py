@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from csv import writer as csv_writer
 from io import StringIO
 
-from .rows import rows
+from .rows import name_text, rows
 from .schema import Results
 from .text import any_certified, cells, other_attacks
 
@@ -42,10 +43,15 @@ def csv(results: Results) -> str:
 
     Returns:
         The text. Columns: loss, threat; clean, pgd50, the other attacks, certified (where a sample is) and robust,
-        each with ``_low`` and ``_high``; pgd50_verdict, verdict, n, seeds, interval.
+        each with ``_low`` and ``_high``; pgd50_verdict, verdict, n, seeds, interval. A name
+        that a spreadsheet would take for a formula begins with an apostrophe.
     """
     out = StringIO()
-    write = csv_writer(out, lineterminator="\n").writerow
+    writer = csv_writer(out, lineterminator="\n")
+
+    def write(line: Sequence[object]) -> None:
+        writer.writerow([_no_formula(cell) if isinstance(cell, str) else cell for cell in line])
+
     shown = rows(results)
     names = ["pgd50", *other_attacks(shown)]
     certified = ["certified"] * any_certified(shown)  # the columns of every other table
@@ -56,6 +62,12 @@ def csv(results: Results) -> str:
         figures = [v for i in every for v in (dataclasses.astuple(i) if i else ("", "", ""))]
         write([r.label, r.threat, *figures, r.pgd50_verdict, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval])
     return out.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    """A text cell that no spreadsheet computes: one that begins like a formula gets an apostrophe before it."""
+    text = name_text(text)
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",

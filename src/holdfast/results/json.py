@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..io import decode, parse_json, write_atomic
+from ..user_input import path as checked_path
 from .schema import SCHEMA, Results, Samples
 
 FILE = "results.json"
@@ -83,7 +84,7 @@ def load(path: str | Path) -> Results:
     Raises:
         UserError: the file cannot be read, is damaged, or has another schema; the message names the field.
     """
-    path = Path(path)
+    path = checked_path("the results", path)
     path = path / FILE if path.is_dir() else path
     try:
         raw = parse_json(path.read_text(encoding="utf-8"))

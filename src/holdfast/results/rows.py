@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import printable
 from .schema import Interval, Results, Run, Verdict
 from .statistics import over_seeds, proportion
 
+LONGEST_NAME = 400  # characters of a loss, a network or an attack in a table
 _WORST_FIRST = ("void", "refuted", "loose", "tight")
 
 
@@ -65,6 +67,15 @@ class Row:
         return self.attacks["pgd50"]
 
 
+def name_text(name: str) -> str:
+    """A name as a table shows it: without control characters, its middle cut out if it is very long.
+
+    >>> name_text("sce\\x1b[2J")
+    'sce'
+    """
+    return printable(name, LONGEST_NAME)
+
+
 def rows(results: Results) -> list[Row]:
     """One row per loss and threat, in order of first appearance.
 
@@ -84,7 +95,7 @@ def rows(results: Results) -> list[Row]:
         extra = [pattern.format(r, results.runs[r.runs[0]]) for r in out]
         named = [f"{r.label} ({e})" if taken[r.label] > 1 else r.label for r, e in zip(out, extra, strict=True)]
         out = [dataclasses.replace(r, label=name) for r, name in zip(out, named, strict=True)]
-    return out
+    return [dataclasses.replace(r, label=name_text(r.label), threat=name_text(r.threat)) for r in out]
 
 
 def _merged(runs: Sequence[Run], members: Sequence[int]) -> Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .rows import Row, rows
+from .rows import Row, name_text, rows
 from .schema import Interval, Results, Run
 
 TRAIN_LOSS = "pgd50-train-loss"
@@ -19,7 +19,7 @@ def heading(name: str) -> str:
     >>> heading("pgd50"), heading("cw")
     ('PGD-50', 'cw')
     """
-    return _HEADINGS.get(name, name)
+    return _HEADINGS.get(name, name_text(name))
 
 
 def percent(v: float) -> str:
@@ -101,7 +101,7 @@ def caption(results: Results, shown: Sequence[Row]) -> str:
     """What a table shows: data set, number of samples, threat if there is only one, intervals, how to read verdicts."""
     threats = list(dict.fromkeys(row.threat for row in shown))
     parts = [
-        str(results.data.get("name", "")),
+        name_text(str(results.data.get("name", ""))),
         " or ".join(f"{n:,}" for n in dict.fromkeys(row.n for row in shown)) + " samples",
         *(threats if len(threats) == 1 else []),
         "in percent",

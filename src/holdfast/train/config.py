@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..threat import Threat
+from ..user_input import flag, number, whole
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,19 @@ class FitConfig:
     checkpoint: str = "last"
 
     def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("pad", 0)):
+            whole(name, getattr(self, name), least)
+        whole("seed", self.seed, -(2**53))
+        flag("flip", self.flip)
+        for name in ("lr", "weight_decay", "momentum", "ema"):
+            number(name, getattr(self, name), 0, above=name == "lr")
+        if self.checkpoint_seconds != math.inf:  # never before the end
+            number("checkpoint_seconds", self.checkpoint_seconds, 0)
         checks = {
-            "epochs": (self.epochs >= 1, ">= 1"),
-            "batch_size": (self.batch_size >= 1, ">= 1"),
             "optimizer": (self.optimizer in ("adam", "sgd"), "'adam' or 'sgd'"),
-            "lr": (0 < self.lr < math.inf, "> 0"),
             "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            "weight_decay": (self.weight_decay >= 0, ">= 0"),
-            "ema": (0 <= self.ema < 1, "in [0, 1)"),
-            "pad": (self.pad >= 0, ">= 0"),
-            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
-            "checkpoint_seconds": (self.checkpoint_seconds >= 0, ">= 0"),
+            "ema": (self.ema < 1, "in [0, 1)"),
+            "momentum": (self.momentum < 1, "in [0, 1)"),
             "precision": (self.precision in ("no", "bf16"), "'no' or 'bf16'"),
             "checkpoint": (self.checkpoint in ("last", "best"), "'last' or 'best'"),
         }

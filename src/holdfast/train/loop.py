@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ..data import Data, augment, pixels
+from ..data.arguments import as_data
 from ..noise import Noise
 from ..objectives import Schedule
 from ..progress import Progress, silent
@@ -23,7 +24,7 @@ from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint, save_
 from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config
 from .distributed import accelerator_on, group_errors
 from .fast_kernels import InBfloat16, fast_input_gradients
-from .validation import averaged_weights, check_finite, check_task, check_validation, validate
+from .validation import averaged_weights, check_arguments, check_finite, check_task, check_validation, validate
 
 
 def fit(
@@ -33,8 +34,8 @@ def fit(
     objective: Schedule,
     config: FitConfig,
     *,
-    val_threat: Threat | None = None,
-    out: str | Path | None = None,
+    val_threat: Threat | str | None = None,
+    out: Path | str | None = None,
     about: dict[str, Any] | None = None,
     progress: Progress = silent,
     device: str | None = None,
@@ -71,7 +72,9 @@ def fit(
             another version, a loss is not finite (the message names the samples, and the last good checkpoint stays),
             or another process of the group was lost.
     """
-    start_time, out = time.perf_counter(), None if out is None else Path(out)
+    start_time = time.perf_counter()
+    train, val = as_data(train, "train"), as_data(val, "val")
+    val_threat, out = check_arguments(objective, config, val_threat, out)
     check_task(model, train)
     if val_threat is not None or config.checkpoint == "best":
         check_validation(val)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 
 from ..attacks import pgd
 from ..data import Data, pixels
-from ..errors import UserError
+from ..errors import UserError, type_of
 from ..losses import negative_margin
 from ..noise import Noise
+from ..objectives import Schedule
 from ..outputs import Model, as_outputs, fooled, frozen_eval
-from ..threat import Threat
+from ..threat import Threat, as_threat, check_eps
+from ..user_input import path
 from .checkpoint import CHECKPOINT_FILE
+from .config import FitConfig
 from .fast_kernels import fast_input_gradients
 
 ROBUST_VAL_IMAGES, ROBUST_VAL_STEPS = 1000, 10  # robust validation: the first so many images of val, PGD steps
@@ -118,12 +122,53 @@ def averaged_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[N
             model.load_state_dict(original)
 
 
+def check_arguments(
+    objective: Schedule, config: FitConfig, val_threat: Threat | str | None, out: Path | str | None
+) -> tuple[Threat | None, Path | None]:
+    """Check what ``fit`` was given beside model and data.
+
+    Args:
+        objective: the min-max problem, as a function of training progress.
+        config: hyperparameters.
+        val_threat: a threat or its text, or None.
+        out: the run folder, or None.
+
+    Returns:
+        (the threat, the run folder).
+
+    Raises:
+        UserError: one of them is of another type, or cannot be read.
+    """
+    if not isinstance(config, FitConfig):
+        raise UserError(f"config must be a FitConfig, such as FitConfig(epochs=10), got {type_of(config)}.")
+    if not _takes_progress(objective):
+        raise UserError(
+            "objective must be a schedule as holdfast.objectives makes it, such as standard(loss) or "
+            f"adversarial(loss, threat), got {type_of(objective)}."
+        )
+    threat = None if val_threat is None else as_threat(val_threat)
+    if threat is not None:
+        check_eps(threat)
+    return threat, None if out is None else path("out", out)
+
+
+def _takes_progress(objective: Any) -> bool:
+    """Whether it can be called with one number, as a schedule is; a loss takes two arguments."""
+    try:
+        inspect.signature(objective).bind(0.0)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def check_task(model: nn.Module, train: Data) -> None:
     """Check that the training set is not empty and that the head has a logit for every label.
 
     Raises:
         UserError: otherwise.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model must be a torch module with parameters to train, got {type_of(model)}.")
     if len(train) == 0:
         raise UserError("the training set is empty: expected at least one sample.")
     device = next(iter(model.parameters()), train.x).device

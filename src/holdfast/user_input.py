@@ -1,0 +1,201 @@
+"""The one way in for what a user writes: numbers, names, paths and their texts, for Python and the command line alike.
+
+Each function takes the argument's name and what arrived, and returns the value or raises a UserError of one sentence.
+Nothing is converted that could mean something else: ``True`` is no number, ``"0"`` no seed, ``1.5`` no batch size.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError, plain, printable, type_of
+
+LONGEST_TEXT = 10_000  # characters of one argument: a list of several hundred losses
+LONGEST_NUMBER = 60  # characters
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes, as on Linux
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
+MOST = 2**53  # the largest whole number: up to here float64 and JSON hold every one
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> float:
+    """A finite number in a range.
+
+    Args:
+        name: the argument's name, for the error.
+        value: what arrived; a number of Python or numpy.
+        low: the smallest value.
+        high: the largest value.
+        above: refuse ``low`` itself.
+
+    Returns:
+        The number; int stays int.
+
+    Raises:
+        UserError: no number (true, false and text are none), NaN, infinite, or outside the range.
+
+    >>> number("eps", 0.5, 0, above=True)
+    0.5
+    >>> number("eps", True)
+    Traceback (most recent call last):
+    holdfast.errors.UserError: eps must be a finite number, got True.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise UserError(f"{name} must be {_range(low, high, above)}, got {value!r}.")
+    exact: float = value if isinstance(value, (int, float)) else float(value)
+    if not low <= exact <= high or abs(exact) == math.inf or (above and exact == low):
+        raise UserError(f"{name} must be {_range(low, high, above)}, got {value!r}.")
+    return exact
+
+
+def _range(low: float, high: float, above: bool = False, kind: str = "a finite number") -> str:
+    """A range in words."""
+    if above and low == 0 and high >= MOST:
+        return kind.replace("a ", "a positive ", 1)
+    parts = [f"{'>' if above else '>='} {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < MOST)
+    return f"{kind} {' and '.join(parts)}".strip()
+
+
+def whole(name: str, value: Any, low: int = 0, high: int = MOST) -> int:
+    """A whole number in a range.
+
+    Args:
+        name: the argument's name, for the error.
+        value: what arrived; an integer of Python or numpy.
+        low: the smallest value.
+        high: the largest value.
+
+    Returns:
+        The number.
+
+    Raises:
+        UserError: no integer (true, false, text and 2.0 are none), or outside the range.
+
+    >>> whole("batch_size", 64, 1)
+    64
+    >>> whole("batch_size", 1.5, 1)
+    Traceback (most recent call last):
+    holdfast.errors.UserError: batch_size must be a whole number >= 1, got 1.5.
+    """
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= int(value) <= high:
+        raise UserError(f"{name} must be {_range(low, high, kind='a whole number')}, got {value!r}.")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or false. Raises UserError for anything else.
+
+    >>> flag("flip", False)
+    False
+    """
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be True or False, got {value!r}.")
+    return value
+
+
+def read_number(text: str) -> float | None:
+    """The number that a text is: a decimal, or a fraction of two.
+
+    Args:
+        text: such as 0.1, 1e-3, 8/255 or 8.0/255. ``1_000``, ``nan``, ``inf`` and hexadecimal are no numbers here.
+
+    Returns:
+        int or float; None where the text is no finite number.
+
+    >>> read_number("8.0/255") == 8 / 255, read_number("10"), read_number("1_000"), read_number("1e999")
+    (True, 10, None, None)
+    """
+    if len(text) > LONGEST_NUMBER:
+        return None
+    parts = [part.strip() for part in text.split("/")]
+    if len(parts) > 2 or not all(_DECIMAL.fullmatch(part) for part in parts):
+        return None
+    if len(parts) == 1 and re.fullmatch(r"[+-]?\d+", parts[0]):
+        return int(parts[0])
+    values = [float(part) for part in parts]
+    if len(values) == 2 and values[1] == 0:
+        return None
+    value = values[0] / values[1] if len(values) == 2 else values[0]
+    return value if math.isfinite(value) else None
+
+
+def text(name: str, value: Any, most: int = LONGEST_TEXT) -> str:
+    """A text of bounded length without control characters.
+
+    Args:
+        name: the argument's name, for the error.
+        value: what arrived.
+        most: the largest number of characters.
+
+    Returns:
+        The text.
+
+    Raises:
+        UserError: no text, a longer one, or one with control characters.
+
+    >>> text("loss", "sce")
+    'sce'
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{name} must be a text, got {type_of(value)}.")
+    if len(value) > most:
+        raise UserError(f"{name} is {len(value):,} characters long: at most {most:,} are read.")
+    if plain(value) != value or "\n" in value:
+        raise UserError(f"{name} '{printable(value, 60)}' holds control characters: write it without.")
+    return value
+
+
+def path(name: str, value: Any) -> Path:
+    """A path as a user writes it: a text or a Path; ``~`` is the home folder.
+
+    Args:
+        name: the argument's name, for the error.
+        value: what arrived.
+
+    Returns:
+        The path. Nothing need be there.
+
+    Raises:
+        UserError: empty, the root, too long for a file system, with control characters, of an unknown user's home
+            folder, or a device, pipe or socket.
+
+    >>> path("out", "runs/mine").parts
+    ('runs', 'mine')
+    >>> path("out", "")
+    Traceback (most recent call last):
+    holdfast.errors.UserError: out is empty: name a file or a folder.
+    """
+    try:
+        written = os.fspath(value)
+    except TypeError:
+        raise UserError(f"{name} must be a path, got {type_of(value)}.") from None
+    if not isinstance(written, str):
+        raise UserError(f"{name} must be a path as text, got {type_of(written)}.")
+    if not written.strip():
+        raise UserError(f"{name} is empty: name a file or a folder.")
+    if plain(written) != written or "\n" in written:
+        raise UserError(f"{name} '{printable(written, 60)}' holds control characters: rename it, or write it without.")
+    if len(os.fsencode(written)) > LONGEST_PATH or any(len(os.fsencode(p)) > LONGEST_NAME for p in Path(written).parts):
+        raise UserError(
+            f"{name} '{printable(written, 60)}' is too long for a file system: a name has at most {LONGEST_NAME} "
+            f"bytes, a path {LONGEST_PATH:,}."
+        )
+    try:
+        found = Path(written).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name} '{written}' names a home folder that does not exist: write the path out.") from None
+    full = os.path.abspath(found)
+    if full == Path(full).anchor:
+        raise UserError(f"{name} is the root of the file system: name a file or a folder in it.")
+    try:
+        mode = found.stat().st_mode
+    except OSError:  # nothing is there, or nobody may look: the reader or writer says so
+        return found
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{name} '{written}' is a device, a pipe or a socket: name a file or a folder.")
+    return found

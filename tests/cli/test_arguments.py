@@ -1,0 +1,221 @@
+"""What is typed: every bad argument is one line on stderr and exit status 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from tests.results.factory import make_results, make_run
+
+from holdfast import results
+from holdfast.evaluation.suites import SUITES, Stage
+
+LONG = "x" * 100_000
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, x):
+        h = x.flatten(1)
+        return {answer}
+
+def build():
+    return Net()
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SUITES, "tiny", (Stage("apgd", "apgd", settings={"steps": 3}),))
+
+
+def refused(answer):
+    """The one line of an error."""
+    status, out, err = answer
+    assert (status, out) == (2, ""), (status, out, err)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert len(lines[0]) < 1300
+    assert lines[0].startswith("error: ")
+    assert not any(ord(ch) < 32 or 126 < ord(ch) < 160 for ch in lines[0])
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--out", ""), "--out is empty"),
+        (("--out=",), "--out is empty"),
+        (("-o", ""), "-o is empty"),
+        (("--out", "/"), "--out is the root"),
+        (("--out", "x" * 300), "--out 'x*…x*' is too long for a file system"),
+        (("--out", "~nobody-of-this-name/x"), "home folder that does not exist"),
+        (("--out", "pipe"), "device, a pipe or a socket"),
+        (("--epochs", "1_000"), "--epochs 1_000: write the number without underscores"),
+        (("--lr=1_0e-3",), "--lr 1_0e-3: write the number without underscores"),
+        (("--epochs", "0"), "epochs must be a whole number >= 1, got 0"),
+        (("--lr", "nan"), "lr must be a positive finite number, got nan"),
+        (("--weight-decay", "inf"), "weight_decay must be a finite number >= 0, got inf"),
+        (("--threat", "linf:1e300"), "covers all pixels"),
+        (("--threat", "linf:8"), "Did you mean 8/255"),
+        (("--threat", "linf:1e999999999"), "cannot read the threat"),
+        (("--threat", f"linf:{'1' * 60}"), "covers all pixels"),
+        (("--threat", "linf:0.1/0"), "cannot read the threat"),
+        (("--threat", "linf:1_0/255"), "cannot read the threat"),
+        (("--loss", "sce@"), "names no head after its @"),
+        (("--loss", "sce:"), "no settings after its colon"),
+        (("--loss", "isce:s=1,s=2"), "gives s twice"),
+        (("--loss", "isce:s=1_0"), "unknown source of s '1_0'"),
+        (("--loss", "sce+fit:epochs=1.5"), "epochs must be a whole number >= 1, got 1.5"),
+        (("--loss", "sce+fit:pad=true"), "pad must be a whole number >= 0, got True"),
+        (("--loss", "sce+fit:flip=1"), "flip must be True or False"),
+        (("--loss", "sce+fit:lr=x"), "lr must be a positive finite number, got 'x'"),
+        (("--loss", "\x1b[31mred"), "'red' holds control characters"),
+        (("--loss", "y" * 9000), r"unknown loss 'y+…y+'"),
+        (("--model", "mlp:width=99999999999"), "more than 1,000,000,000 parameters"),
+        (("--model", "mlp:width=1e3"), "width of model 'mlp' must be a whole number"),
+        (("--data", "pipe"), "device, a pipe or a socket"),
+        (("--data", "/dev/null"), "device, a pipe or a socket"),
+        (("--data", "~nobody-of-this-name/x"), "home folder that does not exist"),
+        (("--data", LONG), "100,000 characters long"),
+        (("--data", "x" * 5000), "too long for a file system"),
+        (("--data", ""), "the data set is empty"),
+        (("--no-such-option\x1b]0;title\x07", "1"), "control characters"),
+    ],
+)
+def test_train_refuses_in_one_line(words, why, holdfast_, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    out = () if words[0].startswith(("--out", "-o")) else ("--out", "run")
+    began = time.monotonic()
+    line = refused(holdfast_("train", *out, "--epochs", "1", *words, "--device", "cpu", "-q"))
+    assert time.monotonic() - began < 60
+    assert re.search(why, line), line
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "explain", "bracket", "curves", "report", "replay"])
+@pytest.mark.parametrize(
+    ("word", "why"), [("", "is empty"), ("/", "the root"), ("pipe", "a pipe"), (LONG, "characters")]
+)
+def test_a_folder_that_is_none(command, word, why, holdfast_, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert why in refused(holdfast_(command, word))
+
+
+def test_a_number_with_an_underscore_may_be_a_name(holdfast_):
+    assert "2024_01" in refused(holdfast_("replay", "2024_01"))  # there is no such folder, and that is all
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"PK\x03\x04" + b"\0" * 100])
+def test_a_damaged_program_is_one_line(content, holdfast_, tmp_path, caplog):
+    (tmp_path / "net.pt2").write_bytes(content)
+    line = refused(holdfast_("evaluate", "net.pt2", "--data", "digits", "--device", "cpu", "-q"))
+    assert "cannot be read as a torch.export program" in line
+    assert not caplog.records
+
+
+@pytest.fixture
+def threes_and_sevens(tmp_path):
+    """A folder of two of the ten digits."""
+    digits = load_digits()
+    for row in [row for row in range(400) if digits.target[row] in (3, 7)]:
+        folder = tmp_path / "images" / str(digits.target[row])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[row] * 15).astype("uint8")).save(folder / f"{row}.png")
+    return "images"
+
+
+@pytest.fixture
+def ten_classes(tmp_path):
+    """A linear network fitted to all ten digits; its file, by what it answers."""
+    digits = load_digits()
+    x = torch.tensor(digits.images * 15 / 255).float().flatten(1)
+    y = torch.tensor(digits.target)
+    layer = torch.nn.Linear(64, 10)
+    optimizer = torch.optim.Adam(layer.parameters(), 0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(layer(x), y).backward()
+        optimizer.step()
+    torch.save({f"layer.{name}": value for name, value in layer.state_dict().items()}, tmp_path / "weights.pt")
+
+    def file(answer):
+        (tmp_path / "mine.py").write_text(MODEL.format(answer=answer))
+        return "mine.py:build"
+
+    return file
+
+
+def evaluated(holdfast_, model, data, *words):
+    return holdfast_(
+        "evaluate", model, "--weights", "weights.pt", "--data", data, "--suite", "tiny", "--threat", "linf:0.05",
+        "--device", "cpu", "--out", "run", "-q", *words,
+    )  # fmt: skip
+
+
+def test_more_logits_than_classes_need_names(threes_and_sevens, ten_classes, holdfast_, tmp_path):
+    model = ten_classes("self.layer(h)")
+    line = refused(evaluated(holdfast_, model, threes_and_sevens))
+    assert "returns 10 logits, but" in line
+    assert "has 2 classes (3, 7)" in line
+    assert "--classes" in line
+    line = refused(evaluated(holdfast_, model, threes_and_sevens, "--classes", "zero,one,two"))
+    assert "the data's class '3' is not among the network's 3 classes" in line
+    line = refused(evaluated(holdfast_, model, threes_and_sevens, "--classes", "3,7,8"))
+    assert "3 classes are named, but the network returns 10 logits" in line
+    assert not (tmp_path / "run").exists()
+
+    (tmp_path / "names.txt").write_text("\n".join("0123456789"))
+    status, _, err = evaluated(holdfast_, model, threes_and_sevens, "--classes", "names.txt")
+    assert status == 0, err
+    run = json.loads((tmp_path / "run" / "results.json").read_text())["runs"][0]
+    assert run["clean"]["value"] > 0.9, "the logits of 3 and 7 are those of their labels"
+    assert holdfast_("replay", "run")[0] == 0
+    assert results.load(tmp_path / "run").runs[0].n > 50
+
+
+def test_one_of_several_outputs_is_chosen(threes_and_sevens, ten_classes, holdfast_, tmp_path):
+    model = ten_classes("(h[:, :10], self.layer(h))")
+    line = refused(evaluated(holdfast_, model, "digits", "--limit", "60"))
+    assert "returns 2 tensors (0: shape (2, 10), 1: shape (2, 10))" in line
+    assert "--output" in line
+    assert "no output 'scores'" in refused(evaluated(holdfast_, model, "digits", "--limit", "60", "--output", "scores"))
+    status, _, err = evaluated(holdfast_, model, "digits", "--limit", "60", "--output", "1")
+    assert status == 0, err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["runs"][0]["clean"]["value"] > 0.9
+    assert holdfast_("replay", "run")[0] == 0
+
+
+def test_a_float64_network_is_noted(ten_classes, holdfast_, tmp_path):
+    model = ten_classes("self.layer(h)")
+    text = (tmp_path / "mine.py").read_text().replace("return Net()", "return Net().double()")
+    (tmp_path / "mine.py").write_text(text)
+    status, _, err = holdfast_(
+        "evaluate", model, "--data", "digits", "--suite", "tiny", "--threat", "linf:0.05", "--device", "cpu", "--out",
+        "run", "--limit", "60",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "the network is torch.float64 throughout" in " ".join(err.split())
+
+
+def test_names_in_results_cannot_drive_a_terminal(holdfast_, tmp_path):
+    name = "\x1b]0;title\x07\x1b[2J=evil"
+    stored = make_results([make_run(name, name=name), make_run("sce")])
+    stored.data["name"] = name
+    (tmp_path / "results.json").write_text(results.to_json(stored))
+    for words in (("report", "results.json"), ("report", "results.json", "--json")):
+        status, out, err = holdfast_(*words)
+        assert status == 0, err
+        assert "\x1b" not in out + err
