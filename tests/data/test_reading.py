@@ -409,6 +409,18 @@ def test_forms_that_say_the_same_are_read(tmp_path):
     assert set(whole(bits)[0].x[:6].unique().tolist()) == {0, 255}
 
 
+def test_orientation_and_frames_are_said(tmp_path):
+    root = folder(tmp_path / "a", {"x": pictures(), "y": pictures(start=9)})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(1).save(root / "x" / "turned.jpg", exif=exif)
+    picture(1).save(root / "y" / "several.tif", save_all=True, append_images=[picture(2)])
+    test, _, notes = whole(root)
+    assert np.array_equal(test.x[-1, 0].numpy(), np.asarray(picture(1)))
+    assert "1 image with an EXIF orientation, which is not applied" in notes
+    assert "1 image of several frames: the first is used" in notes
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_16_bit_images_are_scaled(tmp_path, suffix):
     ramp = np.arange(0, 65536, 13, dtype=np.uint16)[: 71 * 71].reshape(71, 71)
@@ -546,6 +558,13 @@ def test_a_class_without_test_images(tmp_path):
     assert "skipped folders that are no split: 'extra' (3 images)" in notes
 
 
+def test_numbered_class_folders_are_said_to_be_sorted_as_text(tmp_path):
+    """As torchvision sorts them, so that a network trained there finds its classes."""
+    _, classes, notes = whole(folder(tmp_path, {name: pictures(start=int(name)) for name in ("0", "2", "10")}))
+    assert classes == ("0", "10", "2")
+    assert "class folders are numbered in the order of text: 0, 10, 2" in notes
+
+
 def test_folders_that_hold_no_classes(tmp_path):
     folder(tmp_path / "a", {"": pictures(3)})
     with pytest.raises(UserError, match=r"no folder of images per class \(images that lie in it directly: 3\)"):
@@ -610,6 +629,12 @@ def test_what_is_assumed_of_arrays_is_said(x, note):
             raise AssertionError(notes[0])
     assert [str(one.message) for one in caught] == list(split.notes)
     assert all(one.filename == __file__ for one in caught)  # the user's own line
+
+
+def test_text_that_is_not_text(tmp_path):
+    labels = pa.array([b"\xff\xfe" if k else b"a" for k in LABELS]).cast(pa.string(), safe=False)
+    with pytest.raises(UserError, match=r"cannot be read as parquet .*(utf|UTF)"):
+        data.load(table(tmp_path, image=PNGS, label=labels))
 
 
 def test_sparse_arrays_are_refused():

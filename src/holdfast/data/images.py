@@ -21,6 +21,7 @@ from ..errors import UserError
 from .labels import count
 
 MAX_PIXELS = 89_478_485  # of one image; Pillow's own limit against files that claim more than they hold
+ORIENTATION = 0x0112  # the EXIF tag
 MAX_SIDE = 4096  # of --resize
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # no format whose reader starts another program
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's convert("L")
@@ -148,6 +149,8 @@ def _values(opened: Image.Image, mode: str, reading: Reading, seen: Counter[str]
         seen["colour16"] += 1
     if getattr(opened, "is_animated", False):
         seen["frames"] += 1
+    if "exif" in opened.info and opened.getexif().get(ORIENTATION, 1) != 1:
+        seen["turned"] += 1
     if wide:
         values = np.asarray(opened).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -334,6 +337,9 @@ def _notes(parts: Sequence[Counter[str]], mode: str, what: str, reading: Reading
         )
     if seen["frames"]:
         notes.append(f"{what}: {count(seen['frames'], 'image')} of several frames: the first is used.")
+    if seen["turned"]:
+        turned = count(seen["turned"], "image")
+        notes.append(f"{what}: {turned} with an EXIF orientation, which is not applied: pixels are read as stored.")
     changed = {key[5:]: count for key, count in seen.items() if key.startswith("from ")}
     if changed:
         listed = ", ".join(f"{count:,} of mode {key}" for key, count in sorted(changed.items()))
