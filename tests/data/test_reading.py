@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import sys
 import time
 import warnings
 import zlib
@@ -141,6 +142,8 @@ def test_too_many_classes(tmp_path, monkeypatch):
         data.from_arrays(x, y, classes=range(100_000))
     with pytest.raises(UserError, match=r"class name 'aaaa"):
         data.from_arrays(x, y, classes=["a" * 10**6, "b"])
+    with pytest.raises(UserError, match=r"class name 'a\\x1b\[31m': .*without control characters"):
+        data.from_arrays(x, y, classes=["a\x1b[31m", "b"])
     with pytest.raises(UserError, match=r"is the text 'ab': expected a list"):
         data.from_arrays(x, y, classes="ab")
 
@@ -163,6 +166,10 @@ def test_columns_are_asked_for_where_there_is_a_choice(tmp_path):
     assert torch.equal(test.x[0, 0], torch.from_numpy(np.array(PICTURES[-1])))
     with pytest.raises(UserError, match=r"unknown column of .* 'c'"):
         data.load(path, image_column="c")
+    with pytest.raises(UserError, match=r"column a of .* cannot hold both the images and the labels"):
+        data.load(path, image_column="a", label_column="a")
+    with pytest.raises(UserError, match=r"column target of .* has one number a row: that is no image"):
+        data.load(path, image_column="target", label_column="cls")
     with pytest.raises(UserError, match=r"digits is not a table: image_column and label_column are for parquet"):
         data.load("digits", label_column="y")
     _, classes, notes = whole(table(tmp_path, "two", image=PNGS, mask=PNGS, label=LABELS, cls=text))
@@ -298,6 +305,15 @@ def test_paths_may_not_leave_the_folder(tmp_path, where):
         data.load(file)
 
 
+def test_text_in_place_of_bytes_is_not_opened(tmp_path, monkeypatch):
+    PICTURES[0].save(tmp_path / "secret.png")
+    monkeypatch.chdir(tmp_path)
+    for name in ("secret.png", str(tmp_path / "secret.png")):
+        path = table(tmp_path / "set", image=[{"bytes": name, "path": None}] * N, label=LABELS)
+        with pytest.raises(UserError, match=r"0 image and 1 label columns"):
+            data.load(path)
+
+
 def test_the_hub_does_not_open_local_pictures(tmp_path, monkeypatch):
     PICTURES[0].save(tmp_path / "secret.png")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)})
@@ -340,8 +356,8 @@ def test_sizes_are_read_before_pixels(tmp_path):
 
 
 def test_the_columns_of_a_table_must_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(images_module, "memory_limit", lambda: 1000)
-    with pytest.raises(UserError, match=r"the columns image, label of .* need .* GiB; the limit is half"):
+    monkeypatch.setattr(images_module, "machine_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"the columns image, label of .* need .* GiB; the limit is a quarter of this"):
         data.load(table(tmp_path, image=PNGS, label=LABELS))
 
 
@@ -581,6 +597,14 @@ def test_names_that_no_file_has(tmp_path, monkeypatch, name):
     with pytest.raises(UserError, match=r"no such path|a file of another kind") as error:
         data.load(name)
     assert len(str(error.value)) < 400
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are text")
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    assert len(whole(folder(root, {"x": pictures(), "y": pictures(start=9)}))[0]) == 12
+    with pytest.raises(UserError, match="without control characters"):
+        data.load(folder(tmp_path / "b", {os.fsdecode(b"\xe9"): pictures(), "y": pictures()}))
 
 
 # ------------------------------------------------------------------------------------- duplicates, assumptions, notes

@@ -142,11 +142,15 @@ def check_names(classes: Sequence[str], what: str) -> None:
     """
     if len(classes) > MAX_CLASSES:
         raise UserError(f"{what} names {len(classes):,} classes: at most {MAX_CLASSES:,} are read. Name fewer.")
-    odd = [name for name in classes if not isinstance(name, str) or not 0 < len(name) <= 200]
+    # control characters would steer the terminal that the name is printed on
+    odd = [
+        name
+        for name in classes
+        if not 0 < len(name) <= 200 or re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", name)
+    ]
     if odd:
-        raise UserError(
-            f"{what} has the class name {str(odd[0])[:40]!r}: expected text of 1 to 200 characters. Rename it."
-        )
+        hint = "expected text of 1 to 200 characters without control characters. Rename it."
+        raise UserError(f"{what} has the class name {odd[0][:40]!r}: {hint}")
     if len(set(classes)) < len(classes):
         raise UserError(f"{what} has a class name twice among {some(sorted(classes))}: make them distinct.")
 

@@ -45,7 +45,7 @@ def from_parquet(files: Sequence[Path], what: str, reading: Reading) -> Encoded:
                 batches = []
                 for batch in file.iter_batches(ROWS, columns=names):
                     size += batch.nbytes
-                    check_memory(size, f"the columns {some(names)} of {what}", "use fewer rows.")
+                    check_memory(size, f"the columns {some(names)} of {what}", "use fewer rows.", "a quarter")
                     batches.append(batch)
                 kept = [file.schema_arrow.field(name) for name in names]
                 table = pa.Table.from_batches(batches) if batches else pa.schema(kept).empty_table()
