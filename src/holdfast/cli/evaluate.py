@@ -81,15 +81,15 @@ def evaluate(
 
     own = {"data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std, "loss": loss}
     reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
-    reading = {key: value for key, value in reading.items() if value}
+    own |= {name.replace("_", "-"): str(value or "") for name, value in reading.items()}
     if is_model_file(model):
         folder = out or Path("out") / f"{Path(model).stem}-{threat_file_name(threat)}-{suite}"
-        subject = _own_model(model, own, reading, limit=limit, seed=seed)
+        subject = _own_model(model, own, limit=limit, seed=seed)
         if not quiet:
             errors.print(f"opening {model}: code in it is executed.", soft_wrap=True)
     else:
         folder = out or Path(model) / f"evaluation-{threat_file_name(threat)}-{suite}"
-        subject = _run_folder(model, own | {key.replace("_", "-"): str(v) for key, v in reading.items()}, limit=limit)
+        subject = _run_folder(model, own, limit=limit)
     answer = run_evaluation(
         subject, threat, suite, folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, batch_size=batch_size,
@@ -101,7 +101,7 @@ def evaluate(
     say_files([folder / "results.json", page], quiet, as_json)
 
 
-def _own_model(model: str, own: dict[str, str], reading: dict[str, Any], *, limit: int, seed: int) -> Any:
+def _own_model(model: str, own: dict[str, str], *, limit: int, seed: int) -> Any:
     """What opens the user's own model with these options, given a device."""
     from ..experiments.evaluate_model import from_file
     from ..importers.model_file import ModelSource
@@ -112,7 +112,16 @@ def _own_model(model: str, own: dict[str, str], reading: dict[str, Any], *, limi
         numbers(name, own[name] or default) for name, default in (("input-range", "0,1"), ("mean", ""), ("std", ""))
     ]
     source = ModelSource(model, own["weights"], *ranges)
-    return partial(from_file, source, own["data"], loss=own["loss"] or "sce", limit=limit, seed=seed, reading=reading)
+    return partial(
+        from_file, source, own["data"], loss=own["loss"] or "sce", limit=limit, seed=seed, reading=_reading(own)
+    )
+
+
+def _reading(own: dict[str, str]) -> dict[str, Any]:
+    """How the data is read: those of its options that were given, by the names of ``data.load``."""
+    names = ("image-column", "label-column", "convert", "resize")
+    given = {name.replace("-", "_"): own[name] for name in names if own[name]}
+    return {name: int(value) if name == "resize" else value for name, value in given.items()}
 
 
 def _run_folder(run: str, own: dict[str, str], *, limit: int) -> Any:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 OWN_MODEL = "Your own model"
-OWN_DATA = "Your own data"
 RUN = "A run folder: the --out of `holdfast train`, or a folder in DIR/runs of `holdfast compare`."
 
 
@@ -104,6 +103,7 @@ Page = Annotated[
 Figures = Annotated[
     Path | None, option("Folder for every figure as SVG and PNG, and the tables as CSV, LaTeX and Markdown.")
 ]
+OWN_DATA = "Your own data"
 ImageColumn = Annotated[
     str, option("Of a table, the column with the images. Default: found by type and name.", rich_help_panel=OWN_DATA)
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 
 from .. import run_folder
-from ..data import Split, local_path, pixels
+from ..data import Split, pixels
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
 from ..evaluation.suites import SUITES
@@ -26,7 +26,7 @@ from ..results import Results
 from ..threat import Threat
 from . import loss_spec
 from .collect import TrainedNetwork, collect
-from .config import DataCut
+from .config import DataCut, absolute_name
 from .loss_spec import LossSpec
 from .pipeline import EVALUATION_FILE, evaluate_network
 from .training import TrainSummary
@@ -153,8 +153,7 @@ def from_file(
     source = replace(source, weights=os.path.abspath(source.weights) if source.weights else "")
     model = open_model(source, device)
     cut = DataCut(limit=limit or None, whole=True, **(reading or {}))
-    local = local_path(data)
-    data = str(local.resolve()) if local else data
+    data = absolute_name(data)
     return ModelUnderTest(
         name=Path(source.path).name,
         model=model,
