@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import html.parser
+import importlib
 import inspect
 import io
 import itertools
@@ -29,6 +30,7 @@ from tests.results.factory import PROTOCOLS, THREAT, make_results, make_run, pro
 from holdfast import cli, results
 from holdfast.cli import display, output_files
 from holdfast.cli.display import Display
+from holdfast.data import DataWarning
 from holdfast.evaluation import Evaluation
 from holdfast.progress import NETWORK_DONE
 from holdfast.threat import Threat
@@ -238,6 +240,7 @@ def test_a_terminal_has_colours_unless_they_are_not_wanted():
 WORK = """
 import time
 from holdfast.cli.display import Display
+from holdfast.data import DataWarning
 from holdfast.progress import NETWORK_DONE
 with Display(networks=2) as d:
     for n, name in enumerate(("a" * 90 + "-seed7-fold3", "b"), 1):
@@ -739,3 +742,16 @@ def test_a_closed_pipe_is_no_crash(words, folders):
     done = subprocess.run([*HOLDFAST, *words], stdout=writer, stderr=subprocess.PIPE, timeout=60, cwd=folders)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_note_is_printed_once_and_other_warnings_as_they_are(monkeypatch, capsys):
+    """Filters that change between two warnings make Python forget that it has shown the first."""
+    app_module = importlib.import_module("holdfast.cli.app")  # the package has the app itself under that name
+    monkeypatch.setattr(app_module, "errors", display.console(stderr=True))
+    others = []
+    note = app_module._notes(lambda *what, **stream: others.append(what))
+    for text in ("one", "one", "two"):
+        note(DataWarning(text), DataWarning, "file.py", 1)
+    note(UserWarning("theirs"), UserWarning, "file.py", 1)
+    assert capsys.readouterr().err.splitlines() == ["note: one", "note: two"]
+    assert len(others) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import sys
 import time
 import warnings
 import zlib
@@ -141,6 +142,8 @@ def test_too_many_classes(tmp_path, monkeypatch):
         data.from_arrays(x, y, classes=range(100_000))
     with pytest.raises(UserError, match=r"class name 'aaaa"):
         data.from_arrays(x, y, classes=["a" * 10**6, "b"])
+    with pytest.raises(UserError, match=r"class name 'a\\x1b\[31m': .*without control characters"):
+        data.from_arrays(x, y, classes=["a\x1b[31m", "b"])
     with pytest.raises(UserError, match=r"is the text 'ab': expected a list"):
         data.from_arrays(x, y, classes="ab")
 
@@ -163,6 +166,10 @@ def test_columns_are_asked_for_where_there_is_a_choice(tmp_path):
     assert torch.equal(test.x[0, 0], torch.from_numpy(np.array(PICTURES[-1])))
     with pytest.raises(UserError, match=r"unknown column of .* 'c'"):
         data.load(path, image_column="c")
+    with pytest.raises(UserError, match=r"column a of .* cannot hold both the images and the labels"):
+        data.load(path, image_column="a", label_column="a")
+    with pytest.raises(UserError, match=r"column target of .* has one number a row: that is no image"):
+        data.load(path, image_column="target", label_column="cls")
     with pytest.raises(UserError, match=r"digits is not a table: image_column and label_column are for parquet"):
         data.load("digits", label_column="y")
     _, classes, notes = whole(table(tmp_path, "two", image=PNGS, mask=PNGS, label=LABELS, cls=text))
@@ -298,6 +305,15 @@ def test_paths_may_not_leave_the_folder(tmp_path, where):
         data.load(file)
 
 
+def test_text_in_place_of_bytes_is_not_opened(tmp_path, monkeypatch):
+    PICTURES[0].save(tmp_path / "secret.png")
+    monkeypatch.chdir(tmp_path)
+    for name in ("secret.png", str(tmp_path / "secret.png")):
+        path = table(tmp_path / "set", image=[{"bytes": name, "path": None}] * N, label=LABELS)
+        with pytest.raises(UserError, match=r"0 image and 1 label columns"):
+            data.load(path)
+
+
 def test_the_hub_does_not_open_local_pictures(tmp_path, monkeypatch):
     PICTURES[0].save(tmp_path / "secret.png")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)})
@@ -340,8 +356,8 @@ def test_sizes_are_read_before_pixels(tmp_path):
 
 
 def test_the_columns_of_a_table_must_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(images_module, "memory_limit", lambda: 1000)
-    with pytest.raises(UserError, match=r"the columns image, label of .* need .* GiB; the limit is half"):
+    monkeypatch.setattr(images_module, "machine_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"the columns image, label of .* need .* GiB; the limit is a quarter of this"):
         data.load(table(tmp_path, image=PNGS, label=LABELS))
 
 
@@ -407,6 +423,18 @@ def test_forms_that_say_the_same_are_read(tmp_path):
     assert "converted to RGB: 1 of mode P, 1 of mode RGBA" in notes
     bits = folder(tmp_path / "b", {"x": [one.convert("1") for one in pictures()], "y": pictures(start=9)})
     assert set(whole(bits)[0].x[:6].unique().tolist()) == {0, 255}
+
+
+def test_orientation_and_frames_are_said(tmp_path):
+    root = folder(tmp_path / "a", {"x": pictures(), "y": pictures(start=9)})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(1).save(root / "x" / "turned.jpg", exif=exif)
+    picture(1).save(root / "y" / "several.tif", save_all=True, append_images=[picture(2)])
+    test, _, notes = whole(root)
+    assert np.array_equal(test.x[-1, 0].numpy(), np.asarray(picture(1)))
+    assert "1 image with an EXIF orientation, which is not applied" in notes
+    assert "1 image of several frames: the first is used" in notes
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
@@ -546,6 +574,13 @@ def test_a_class_without_test_images(tmp_path):
     assert "skipped folders that are no split: 'extra' (3 images)" in notes
 
 
+def test_numbered_class_folders_are_said_to_be_sorted_as_text(tmp_path):
+    """As torchvision sorts them, so that a network trained there finds its classes."""
+    _, classes, notes = whole(folder(tmp_path, {name: pictures(start=int(name)) for name in ("0", "2", "10")}))
+    assert classes == ("0", "10", "2")
+    assert "class folders are numbered in the order of text: 0, 10, 2" in notes
+
+
 def test_folders_that_hold_no_classes(tmp_path):
     folder(tmp_path / "a", {"": pictures(3)})
     with pytest.raises(UserError, match=r"no folder of images per class \(images that lie in it directly: 3\)"):
@@ -562,6 +597,14 @@ def test_names_that_no_file_has(tmp_path, monkeypatch, name):
     with pytest.raises(UserError, match=r"no such path|a file of another kind") as error:
         data.load(name)
     assert len(str(error.value)) < 400
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are text")
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    assert len(whole(folder(root, {"x": pictures(), "y": pictures(start=9)}))[0]) == 12
+    with pytest.raises(UserError, match="without control characters"):
+        data.load(folder(tmp_path / "b", {os.fsdecode(b"\xe9"): pictures(), "y": pictures()}))
 
 
 # ------------------------------------------------------------------------------------- duplicates, assumptions, notes
@@ -610,6 +653,12 @@ def test_what_is_assumed_of_arrays_is_said(x, note):
             raise AssertionError(notes[0])
     assert [str(one.message) for one in caught] == list(split.notes)
     assert all(one.filename == __file__ for one in caught)  # the user's own line
+
+
+def test_text_that_is_not_text(tmp_path):
+    labels = pa.array([b"\xff\xfe" if k else b"a" for k in LABELS]).cast(pa.string(), safe=False)
+    with pytest.raises(UserError, match=r"cannot be read as parquet .*(utf|UTF)"):
+        data.load(table(tmp_path, image=PNGS, label=labels))
 
 
 def test_sparse_arrays_are_refused():

@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -79,7 +78,7 @@ def main() -> None:
     if coloured(os.environ, False):
         rich_utils.COLOR_SYSTEM = "standard"
     with warnings.catch_warnings():
-        setattr(warnings, "showwarning", partial(_show_note, warnings.showwarning))  # noqa: B010  (typed more narrowly)
+        setattr(warnings, "showwarning", _notes(warnings.showwarning))  # noqa: B010  (its type is narrower)
         try:
             commands = {
                 one.name or getattr(one.callback, "__name__", ""): one.callback for one in app.registered_commands
@@ -91,12 +90,18 @@ def main() -> None:
             sys.exit(2)
 
 
-def _show_note(show: Callable[..., None], message: Any, category: Any, *where: Any, **stream: Any) -> None:
-    """Print a warning of ours as a note, without the line of code that it comes from; others as Python does."""
-    if not category.__module__.startswith("holdfast"):
-        show(message, category, *where, **stream)
-        return
-    errors.print(Text.assemble(("note:", "bold yellow"), f" {message}"), soft_wrap=True)
+def _notes(show: Callable[..., None]) -> Callable[..., None]:
+    """What prints a warning of ours once, as a note without the line of code it comes from; others go to ``show``."""
+    said = set()
+
+    def note(message: Any, category: Any, *where: Any, **stream: Any) -> None:
+        if not category.__module__.startswith("holdfast"):
+            show(message, category, *where, **stream)
+        elif str(message) not in said:
+            said.add(str(message))
+            errors.print(Text.assemble(("note:", "bold yellow"), f" {message}"), soft_wrap=True)
+
+    return note
 
 
 def _version(show: bool) -> None:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 OWN_MODEL = "Your own model"
-OWN_DATA = "Your own data"
 NETWORK = (
     "A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2, with --data."
 )
@@ -110,6 +109,7 @@ Page = Annotated[
 Figures = Annotated[
     Path | None, option("Folder for every figure as SVG and PNG, and the tables as CSV, LaTeX and Markdown.")
 ]
+OWN_DATA = "Your own data"
 ImageColumn = Annotated[
     str, option("Of a table, the column with the images. Default: found by type and name.", rich_help_panel=OWN_DATA)
 ]

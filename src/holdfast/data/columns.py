@@ -65,15 +65,21 @@ def choose(schema: pa.Schema, reading: Reading, what: str) -> Columns:
     for name in (reading.image_column, reading.label_column):
         if name and name not in schema.names:
             raise unknown(f"column of {what}", name, schema.names[:40])
+    if reading.image_column and reading.image_column == reading.label_column:
+        raise UserError(f"column {reading.image_column} of {what} cannot hold both the images and the labels.")
     features = _features(schema)
     kinds = {name: _kind(schema.field(name).type, features.get(name, {})) for name in schema.names}
     every = [name for name in schema.names if not name.startswith("__index_level_")]  # row numbers that pandas adds
     rest = [name for name in every if name != reading.label_column]
     pixels, grid = _pixel_columns([name for name in rest if kinds[name] in ("whole", "number")])
-    images: list[str] = [reading.image_column] if reading.image_column else []
-    for kind in ("image", "bytes", "numbers"):
+    images: list[str] = [reading.image_column] if reading.image_column not in ("", *pixels) else []
+    if images and kinds[images[0]] in ("class", "whole", "number", "flag"):
+        raise UserError(f"column {images[0]} of {what} has one number a row: that is no image. Name another column.")
+    for kind in ("image", "bytes", "numbers") if not reading.image_column else ():
         images = images or [name for name in rest if kinds[name] == kind]
-    images = images or [name for name in rest if kinds[name] == "text" and name.lower() in (*PATH_NAMES, *IMAGE_NAMES)]
+    if not reading.image_column:
+        paths = [name for name in rest if kinds[name] == "text" and name.lower() in (*PATH_NAMES, *IMAGE_NAMES)]
+        images = images or paths
     pictures = _preferred(images, IMAGE_NAMES)
     if not images and pixels:
         pictures = [pixels[0]]  # one set of columns
@@ -144,7 +150,7 @@ def _images(table: pa.Table, columns: Columns, folders: Sequence[Path], what: st
         return [*content]
     cells = [row if isinstance(row, dict) else {"path": row} for row in rows]
     return [
-        cell.get("bytes") or (_beside(cell["path"], folders, i, what) if cell.get("path") else b"")
+        cell.get("bytes") or (_beside(str(cell["path"]), folders, i, what) if cell.get("path") else b"")
         for i, cell in enumerate(cells)
     ]
 
@@ -196,9 +202,10 @@ def _kind(kind: Any, feature: dict[str, Any]) -> str:
         kind = kind.storage_type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if pa.types.is_struct(kind):
-        return "image" if kind.get_field_index("bytes") >= 0 else ""
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+    if pa.types.is_struct(kind):  # text in "bytes" would be opened as the name of a file
+        place = kind.get_field_index("bytes")
+        return "image" if place >= 0 and (_is_bytes(kind.field(place).type) or _is_null(kind.field(place).type)) else ""
+    if _is_bytes(kind):
         return "bytes"
     if _is_list(kind):
         while _is_list(kind):
@@ -211,6 +218,14 @@ def _kind(kind: Any, feature: dict[str, Any]) -> str:
     if pa.types.is_boolean(kind):
         return "flag"
     return "text" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else ""
+
+
+def _is_null(kind: Any) -> bool:
+    return bool(pa.types.is_null(kind))
+
+
+def _is_bytes(kind: Any) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 
 def _is_list(kind: Any) -> bool:

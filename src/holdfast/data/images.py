@@ -21,6 +21,7 @@ from ..errors import UserError
 from .labels import count
 
 MAX_PIXELS = 89_478_485  # of one image; Pillow's own limit against files that claim more than they hold
+ORIENTATION = 0x0112  # the EXIF tag
 MAX_SIDE = 4096  # of --resize
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # no format whose reader starts another program
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's convert("L")
@@ -91,29 +92,32 @@ class Encoded:
         return not isinstance(self.x, np.ndarray) and any(isinstance(image, Path) for image in self.x)
 
 
-def memory_limit() -> int:
-    """How many bytes one data set may take: half of this machine's memory; 16 GiB where that is not known."""
+def machine_memory() -> int:
+    """This machine's memory in bytes; 32 GiB where that is not known."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return 16 * 2**30
+        return 32 * 2**30
 
 
-def check_memory(size: int, what: str, hint: str) -> None:
+def check_memory(size: int, what: str, hint: str, share: str = "half") -> None:
     """Refuse what does not fit before it is allocated.
 
     Args:
         size: bytes.
         what: what takes them, for the error.
         hint: what to do.
+        share: "half" or "a quarter" of this machine's memory is the limit.
 
     Raises:
-        UserError: it is more than ``memory_limit``.
+        UserError: it is more.
     """
-    limit = memory_limit()
+    limit = machine_memory() // {"half": 2, "a quarter": 4}[share]
     if size > limit:
         need, have = size / 2**30, limit / 2**30
-        raise UserError(f"{what} need {need:,.1f} GiB; the limit is half of this machine's memory, {have:.1f}: {hint}")
+        raise UserError(
+            f"{what} need {need:,.1f} GiB; the limit is {share} of this machine's memory, {have:.1f}: {hint}"
+        )
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,8 @@ def _values(opened: Image.Image, mode: str, reading: Reading, seen: Counter[str]
         seen["colour16"] += 1
     if getattr(opened, "is_animated", False):
         seen["frames"] += 1
+    if "exif" in opened.info and opened.getexif().get(ORIENTATION, 1) != 1:
+        seen["turned"] += 1
     if wide:
         values = np.asarray(opened).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -212,7 +218,7 @@ def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tens
         """Open image i, and hand it on once its header says that it can be used."""
         image = x[i]
         try:
-            with Image.open(BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
+            with Image.open(image if isinstance(image, Path) else BytesIO(image), formats=FORMATS) as opened:
                 size, mode = opened.size, _target(opened, reading)
                 kinds[i] = (mode or opened.mode, size)
                 if size[0] * size[1] > MAX_PIXELS:
@@ -240,7 +246,7 @@ def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tens
                     if isinstance(values, _Bad):
                         bad[i] = values
                     else:
-                        out[i] = values
+                        out[i] = values if mode == "L" else values.transpose(2, 0, 1)
 
             read(i, seen, put)
         return seen
@@ -256,21 +262,18 @@ def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tens
         if wanted is None:
             raise _refusal(bad, name, reading)
         mode, (width, height) = wanted
-        channels = {"L": (), "RGB": (3,)}[mode]
-        size = len(x) * height * width * (len(channels) * 2 + 1)
+        channels = {"L": 1, "RGB": 3}[mode]
+        size = len(x) * channels * height * width
         hint = "use --resize N (in Python resize=N), or fewer images."
         check_memory(size, f"the {len(x):,} images of {what}, if all are {width}x{height} like {name(i)},", hint)
-        out = np.empty((len(x), height, width, *channels), dtype=np.uint8)
+        out = np.empty((len(x), channels, height, width), dtype=np.uint8)
         # small images decode faster than threads can hand over the interpreter lock; a pool pays from about 64x64
         with ThreadPoolExecutor(1 if out[0].size < 64 * 64 and not reading.resize else os.cpu_count()) as pool:
             parts = list(pool.map(fill, (range(i, min(i + 256, len(out))) for i in range(0, len(out), 256))))
     if bad:
         raise _refusal(bad, name, reading)
     _same_kind(kinds, wanted, name, reading)
-    pixels = torch.from_numpy(out)
-    return (pixels[:, None] if mode == "L" else pixels.permute(0, 3, 1, 2).contiguous()), _notes(
-        parts, mode, what, reading
-    )
+    return torch.from_numpy(out), _notes(parts, mode, what, reading)
 
 
 def _refusal(bad: dict[int, _Bad], name: Callable[[int], str], reading: Reading) -> UserError:
@@ -334,6 +337,9 @@ def _notes(parts: Sequence[Counter[str]], mode: str, what: str, reading: Reading
         )
     if seen["frames"]:
         notes.append(f"{what}: {count(seen['frames'], 'image')} of several frames: the first is used.")
+    if seen["turned"]:
+        turned = count(seen["turned"], "image")
+        notes.append(f"{what}: {turned} with an EXIF orientation, which is not applied: pixels are read as stored.")
     changed = {key[5:]: count for key, count in seen.items() if key.startswith("from ")}
     if changed:
         listed = ", ".join(f"{count:,} of mode {key}" for key, count in sorted(changed.items()))

@@ -76,7 +76,7 @@ def encode(
         hint = f"at most {MAX_CLASSES:,} classes are read. Name the label column with --label-column."
         raise UserError(f"{column} of {what} holds {len(values):,} different labels ({some(values.tolist())}): {hint}")
     if kinds == {"text"}:
-        named = sorted(values.tolist(), key=_natural)
+        named = sorted(values.tolist(), key=natural)
         order = "in numerical order" if all(re.fullmatch(r"\d+", name) for name in named) else "sorted by name"
         notes.append(f"{what}: {column} is text; its {len(named)} classes are numbered {order}: {some(named)}.")
     elif kinds == {"b"}:
@@ -142,17 +142,25 @@ def check_names(classes: Sequence[str], what: str) -> None:
     """
     if len(classes) > MAX_CLASSES:
         raise UserError(f"{what} names {len(classes):,} classes: at most {MAX_CLASSES:,} are read. Name fewer.")
-    odd = [name for name in classes if not isinstance(name, str) or not 0 < len(name) <= 200]
+    # control characters would steer the terminal that the name is printed on
+    odd = [
+        name
+        for name in classes
+        if not 0 < len(name) <= 200 or re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", name)
+    ]
     if odd:
-        raise UserError(
-            f"{what} has the class name {str(odd[0])[:40]!r}: expected text of 1 to 200 characters. Rename it."
-        )
+        hint = "expected text of 1 to 200 characters without control characters. Rename it."
+        raise UserError(f"{what} has the class name {odd[0][:40]!r}: {hint}")
     if len(set(classes)) < len(classes):
         raise UserError(f"{what} has a class name twice among {some(sorted(classes))}: make them distinct.")
 
 
-def _natural(name: str) -> tuple[bool, int, str]:
-    """Whole numbers first and by value, then other text."""
+def natural(name: str) -> tuple[bool, int, str]:
+    """A key to sort by: whole numbers first and by value, then other text.
+
+    >>> sorted(["10", "9", "b", "a"], key=natural)
+    ['9', '10', 'a', 'b']
+    """
     whole = re.fullmatch(r"[0-9]{1,18}", name) is not None
     return (not whole, int(name) if whole else 0, name)
 

@@ -81,7 +81,7 @@ def _cached(
     key = hashlib.sha256(
         json.dumps(["2", origin, stats, asdict(reading)]).encode()
     ).hexdigest()  # "2": increment when the format changes
-    stem = re.sub(r"[^\w.-]+", "-", Path(origin).name) + "-" + hashlib.sha256(origin.encode()).hexdigest()[:12]
+    stem = re.sub(r"[^\w.-]+", "-", Path(origin).name) + "-" + hashlib.sha256(os.fsencode(origin)).hexdigest()[:12]
     path = Path(os.environ.get("HOLDFAST_CACHE") or "~/.cache/holdfast").expanduser() / f"{stem}.safetensors"
     try:
         with safetensors.safe_open(path, "pt") as cached:

@@ -45,13 +45,15 @@ def from_parquet(files: Sequence[Path], what: str, reading: Reading) -> Encoded:
                 batches = []
                 for batch in file.iter_batches(ROWS, columns=names):
                     size += batch.nbytes
-                    check_memory(size, f"the columns {some(names)} of {what}", "use fewer rows.")
+                    check_memory(size, f"the columns {some(names)} of {what}", "use fewer rows.", "a quarter")
                     batches.append(batch)
                 kept = [file.schema_arrow.field(name) for name in names]
                 table = pa.Table.from_batches(batches) if batches else pa.schema(kept).empty_table()
                 table = table.replace_schema_metadata(file.schema_arrow.metadata)
             parts.append(extract(table, columns, [shard.resolve().parent], str(shard) if len(files) > 1 else what))
-    except (pa.ArrowException, OSError, EOFError, MemoryError) as error:
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, EOFError, MemoryError, UnicodeError) as error:
         hint = "it may be cut short, or differ from the files beside it. Download it again."
         raise UserError(f"'{shard}' cannot be read as parquet ({str(error)[:300]}): {hint}") from error
     return _joined(parts, what)
