@@ -49,7 +49,12 @@ def test_the_output_of_a_comparison_is_all_of_its_runs(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [(None, "has no log.jsonl"), ("", "no epoch has ended"), ("{", "cannot be read"), ('{"a":1}', "line 1.loss is missing")],
+    [
+        (None, "has no log.jsonl"),
+        ("", "no epoch has ended"),
+        ("{", "cannot be read"),
+        ('{"a":1}', "line 1.loss is missing"),
+    ],
 )
 def test_what_cannot_be_drawn_says_why(text, why, tmp_path):
     if text is not None:
