@@ -21,7 +21,7 @@ from holdfast.experiments.training import train_network
 from holdfast.importers.model_file import ModelSource, code_hash
 from holdfast.io import load_tensors, save_tensors
 from holdfast.replay import replay
-from holdfast.train import FitConfig
+from holdfast.train import FitConfig, curves
 
 FIT = FitConfig(epochs=1, batch_size=64, lr=3e-3)
 MODEL = """
@@ -152,10 +152,12 @@ def test_a_network_file_that_was_exchanged_is_not_opened(tmp_path):
     torch.export.save(program, tmp_path / "net.pt2")
     subject = from_file(ModelSource(f"{tmp_path}/net.pt2"), "digits", limit=20)
     evaluate_model(subject, "linf:0.1", "tiny", tmp_path / "out")
-    assert all(one.holds for one in replay(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"torch\.export program, which may hold code.*--run-code"):
+        replay(tmp_path / "out")  # torch opens it by pickle
+    assert all(one.holds for one in replay(tmp_path / "out", run_code=True))
     (tmp_path / "net.pt2").write_bytes(b"another file")
     with pytest.raises(UserError, match="not the file that was evaluated"):
-        replay(tmp_path / "out")
+        replay(tmp_path / "out", run_code=True)
 
 
 # Paths in a folder may not leave it.
@@ -331,6 +333,7 @@ def opened(run):
         lambda: run_folder.stored_weights_hash(run),
         lambda: from_run(run, limit=12),
         lambda: train_network(Job(*_asked(run))),
+        lambda: curves.sentence(curves.read(run)),
     ]
 
 
@@ -348,6 +351,10 @@ def test_a_harmed_file_of_a_run_is_one_sentence(name, evaluated_run, tmp_path, m
     if name != "log.jsonl":
         raw = json.loads(text)
         content += [json.dumps(put(raw, path, value)).encode() for path in places(raw) for value in VALUES]
+    else:
+        first, *rest = text.splitlines()
+        changed = [put(json.loads(first), path, value) for path in places(json.loads(first)) for value in VALUES]
+        content += ["\n".join([json.dumps(line), *rest]).encode() for line in changed]
     for harm in content:
         (run / name).write_bytes(harm)
         for call in opened(run):
