@@ -233,7 +233,12 @@ def inside(folder: Path, name: str, what: str) -> Path:
     Raises:
         UserError: the path is absolute, or leads out of the folder, by .. or by a link.
     """
-    if not (folder / name).resolve().is_relative_to(folder.resolve()) or os.path.isabs(name):
+    try:
+        (folder / name).exists()  # refuses what is no path: too long, or with a zero byte
+        stays = (folder / name).resolve().is_relative_to(folder.resolve()) and not os.path.isabs(name)
+    except (OSError, ValueError, RuntimeError):
+        stays = False
+    if not stays or "\0" in name:
         raise UserError(f"{what} names {name[:80]!r}, outside of {folder}: a path in a folder may not leave it.")
     return folder / name
 

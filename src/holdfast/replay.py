@@ -25,7 +25,7 @@ from .results import Run
 from .threat import Threat
 
 WITNESSES, WITNESSES_VERSION = "witnesses", 1
-VERDICTS = "verdicts, trust checks, the inference region"  # they need attacks
+VERDICTS = "verdicts, trust checks, the inference region, pictures, costs"  # they need attacks
 
 
 @dataclass(frozen=True)

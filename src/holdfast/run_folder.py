@@ -281,8 +281,8 @@ def data_of(folder: Path, config: dict[str, Any]) -> str:
     name = config.get("data")
     if name is None:
         raise UserError(f"{folder / 'config.json'} does not say which data the network was trained on.")
-    local = Path(name).expanduser()
-    if name in DATASETS or not (local.is_absolute() or local.exists() or ".." in local.parts):
+    path = Path(name)
+    if name in DATASETS or not (path.is_absolute() or ".." in path.parts or name.startswith("~") or _local(name)):
         return str(name)
     return str(inside(folder, name, f"{folder / 'config.json'}, key data,"))
 
@@ -306,10 +306,19 @@ def data_identity(name: str, split: Split) -> tuple[dict[str, str], dict[str, st
     Returns:
         ({"data": name}, {}) for a data set with a name; for a path ({"data_hash": hash}, {"data": absolute path}).
     """
-    local = Path(name).expanduser()
-    if name in DATASETS or not local.exists():
+    local = _local(name)
+    if name in DATASETS or local is None:
         return {"data": name}, {}
     return {"data_hash": data_hash(split)}, {"data": str(local.resolve())}
+
+
+def _local(name: str) -> Path | None:
+    """The path of a data set that lies on this machine; None for the name of one that does not."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, of an unknown user: no path
+        return None
 
 
 @lru_cache(maxsize=4)
