@@ -14,7 +14,9 @@ from tests.helpers import on_digits, right_ones
 from torch import nn
 
 from holdfast import cli
+from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments.config import Comparison, Job
+from holdfast.experiments.evaluate_model import evaluate_model, from_run
 from holdfast.experiments.training import train_network
 from holdfast.train import FitConfig
 
@@ -90,4 +92,15 @@ def holdfast_(capsys, monkeypatch):
         said = capsys.readouterr()
         return status, said.out, said.err
 
+    return run
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(trained_runs, tmp_path_factory):
+    """A run folder with an evaluation of 12 samples in it, "evaluation". Copy it before you write."""
+    run = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(trained_runs("sce"), run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SUITES, "tiny", (Stage("apgd", "apgd", settings={"steps": 3}),))
+        evaluate_model(from_run(run, limit=12), "linf:0.1", "tiny", run / "evaluation")
     return run

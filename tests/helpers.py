@@ -2,10 +2,12 @@
 
 import io
 import math
+import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -15,6 +17,7 @@ from torch import nn
 from holdfast import data
 from holdfast.attacks import ATTACKS
 from holdfast.checks import Audit
+from holdfast.errors import UserError
 from holdfast.evaluation import StageCost
 from holdfast.experiments.pipeline import NetworkResult
 from holdfast.losses import negative_margin
@@ -206,3 +209,40 @@ def write_parquet(folder, train=120, test=40, *, top=None, photographs=False):
         labels = [int(digits.target[row]) if top is None else int(digits.target[row]) % (top + 1) for row in rows]
         pq.write_table(pa.table({"image": cells, "label": labels}, schema=kinds), folder / f"{name}.parquet")
     return str(folder)
+
+
+# What a harmed file may hold; and what may stand at a place in a JSON file.
+HARM = [
+    b"", b"{", b"null", b"[]", b"3", b'"text"', b'{"a": 1}', b"[" * 5000, b"\xff\xfe", b"NaN", b"1e999",
+]  # fmt: skip
+VALUES = [None, [], {}, "x", -1, 1.5, True, 10**40, {"a": {"b": []}}]
+
+
+def one_sentence(call, path):
+    said = ""
+    try:
+        call()
+    except UserError as error:
+        said = str(error)
+    except Exception as error:
+        pytest.fail(f"{path}: {type(error).__name__}: {error}")
+    assert "\n" not in said, path
+    assert len(said) < 700, path
+    assert not re.search("[Dd]elete", said), path
+
+
+def places(value, path=()):
+    """Every place in a JSON value."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        if not isinstance(value, list) or key < 2:
+            yield from places(value[key], (*path, key))
+
+
+def put(value, path, new):
+    """A copy with another value at one place."""
+    if not path:
+        return new
+    copy = list(value) if isinstance(value, list) else dict(value)
+    copy[path[0]] = put(value[path[0]], path[1:], new)
+    return copy

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import TYPE_CHECKING, Any, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .errors import UserError
 from .user_input import path as checked_path
@@ -186,7 +186,8 @@ def _decode_fields(kind: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where} should be an object, got {type(value).__name__}.")
     hints = get_type_hints(kind)
     if is_typeddict(kind):
-        required = kind.__required_keys__
+        marked = get_type_hints(kind, include_extras=True)  # __required_keys__ cannot see through postponed annotations
+        required = {key for key in hints if kind.__total__ or get_origin(marked[key]) is Required}
         known = {key: decode(hints[key], value[key], f"{where}.{key}") for key in hints if key in value}
         made: Any = {**value, **known}
     else:
@@ -201,11 +202,12 @@ def _decode_fields(kind: Any, value: Any, where: str) -> Any:
 
 
 @contextmanager
-def understood(path: Path) -> Iterator[None]:
+def understood(path: Path | str, *, prefix: bool = True) -> Iterator[None]:
     """While a file's content is put to use: what does not fit together becomes a UserError that names the file.
 
     Args:
-        path: the file that the content came from.
+        path: the file that the content came from, or files in words.
+        prefix: put the file's name before other UserErrors as well.
 
     Raises:
         UserError: the content is not what this holdfast writes.
@@ -213,6 +215,8 @@ def understood(path: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if not prefix:
+            raise
         raise UserError(f"{path}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
@@ -233,7 +237,12 @@ def inside(folder: Path, name: str, what: str) -> Path:
     Raises:
         UserError: the path is absolute, or leads out of the folder, by .. or by a link.
     """
-    if not (folder / name).resolve().is_relative_to(folder.resolve()) or os.path.isabs(name):
+    try:
+        (folder / name).exists()  # refuses what is no path: too long, or with a zero byte
+        stays = (folder / name).resolve().is_relative_to(folder.resolve()) and not os.path.isabs(name)
+    except (OSError, ValueError, RuntimeError):
+        stays = False
+    if not stays or "\0" in name:
         raise UserError(f"{what} names {name[:80]!r}, outside of {folder}: a path in a folder may not leave it.")
     return folder / name
 

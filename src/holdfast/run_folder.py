@@ -25,7 +25,7 @@ from .io import RESTORE, inside, load_tensors, read_json, understood, write_atom
 MODEL_FILE = "model_file"  # the key of config.json that holds the ModelSource of a user's own model
 PATHS = "paths"  # the key of config.json for where data and code were found: no part of what the run is
 LATER = "resumed_in"  # the key of env.json for the environments that the run was resumed in
-MOST_PIXELS = 2**28  # values of an image that config.json may ask for
+MOST_PIXELS = 2**24  # values of an image that config.json may ask for
 
 
 def check_device(device: str) -> None:
@@ -215,25 +215,24 @@ def load(folder: str | Path, *, device: str = "cpu", run_code: bool = False) -> 
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"the weights in {folder} do not fit the network that {path} describes: {error}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the weights in {folder} do not fit the network that {path} describes: {reason}") from None
     model.logit_scale = config.get("logit_scale", 1.0)
     return model.to(device).eval(), config
 
 
 def _open_model_file(folder: Path, config: dict[str, Any], device: str, run_code: bool) -> nn.Module:
-    """The user's own model, from the file that config.json names: code with consent, other files by their hash."""
+    """The user's own model, from the file that config.json names: code with consent, and only what was evaluated."""
     path = folder / "config.json"
     with understood(path):
         settings = {key: value for key, value in config[MODEL_FILE].items() if key != "name"}
         source = ModelSource(**{**_own_paths(config), **settings})
-        file, name = split_reference(source.path)
-    if name or Path(file).suffix.lower() == ".py":
+        file = Path(split_reference(source.path)[0])
+    if file.suffix.lower() != ".onnx":  # torch opens .pt2 files by pickle
         _allow_code(path, source.path, run_code)
-        model = open_model(source, device)
-    else:
-        if code_hash(source) != config.get("code"):
-            raise UserError(f"{path} names the network {file}, but that is not the file that was evaluated (hash).")
-        model = open_model(source, device)
+    if file.suffix.lower() != ".py" and code_hash(source) != config.get("code"):
+        raise UserError(f"{path} names the network {file}, but that is not the file that was evaluated (hash).")
+    model = open_model(source, device)
     if code_hash(source) != config.get("code"):
         raise UserError(
             f"{path} names the network {source.path}, but its code has changed since it was evaluated: evaluate it "
@@ -257,10 +256,11 @@ def own_code(config: dict[str, Any]) -> str:
 def _allow_code(config: Path, reference: str, run_code: bool) -> None:
     """Refuse the Python file that a folder names, or say that it is executed."""
     file = Path(split_reference(reference)[0]).resolve()
+    what = "a torch.export program, which may hold code" if file.suffix.lower() == ".pt2" else "Python code"
     if not run_code:
         raise UserError(
-            f"{config} names Python code, {file}: code that a folder names is executed only if you say so. Read the "
-            "file, then add --run-code (in Python: run_code=True)."
+            f"{config} names {what}, {file}: code that a folder names is executed only if you say so. If you trust the "
+            "file, add --run-code (in Python: run_code=True)."
         )
     print(f"executing {file}, which {config} names", file=sys.stderr)
 
@@ -283,8 +283,8 @@ def data_of(folder: Path, config: dict[str, Any]) -> str:
     name = config.get("data")
     if name is None:
         raise UserError(f"{folder / 'config.json'} does not say which data the network was trained on.")
-    local = Path(name).expanduser()
-    if name in DATASETS or not (local.is_absolute() or local.exists() or ".." in local.parts):
+    path = Path(name)
+    if name in DATASETS or not (path.is_absolute() or ".." in path.parts or name.startswith("~") or local_path(name)):
         return str(name)
     return str(inside(folder, name, f"{folder / 'config.json'}, key data,"))
 

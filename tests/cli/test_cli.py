@@ -568,7 +568,7 @@ def test_a_label_beyond_the_head_is_one_line(parquet, holdfast_, tmp_path):
     shutil.copytree(parquet, tmp_path / "data")
     status, out, err = holdfast_("evaluate", "run", "--suite", "tiny", "--device", "cpu")
     assert (status, out) == (2, "")
-    assert re.search(r"returns 5 logits, but \S* has 10 classes .*trained on other classes", one_line(err))
+    assert re.search(r"the data at .* is not what run was made with: its content has changed", one_line(err))
 
 
 @pytest.mark.parametrize("command", ["compare", "train", "report"])
@@ -701,3 +701,31 @@ def test_ctrl_c_is_a_stop_not_a_crash(parquet, tmp_path):
     while alive(process.pid) and time.monotonic() < until:
         time.sleep(0.1)
     assert not alive(process.pid), "somebody of the group is left"
+
+
+# A run folder from elsewhere.
+
+
+def test_code_that_a_folder_names_runs_with_an_option_alone(parquet, holdfast_, tmp_path):
+    net = "def backbone(shape):\n    print('it ran')\n    return torch.nn.Flatten()\n"
+    (tmp_path / "mine.py").write_text("import torch\n" + net)
+    words = ("train", "--data", parquet, "--model", "mine.py:backbone", "--out", "run", "--epochs", "1", "-q")
+    for _ in range(2):  # the command names the code itself, and so does the one that resumes it
+        assert holdfast_(*words, "--device", "cpu")[0] == 0
+    small = ("--suite", "tiny", "--limit", "10", "-q", "--device", "cpu")
+    for command in (
+        ("evaluate", "run", *small),
+        ("explain", "run", "--limit", "10"),
+        ("bracket", "run", "--limit", "5"),
+    ):
+        status, out, err = holdfast_(*command)
+        assert (status, out) == (2, "")
+        assert re.search(r"run/config\.json names Python code, .*/mine\.py: .*--run-code", one_line(err))
+    status, out, err = holdfast_("evaluate", "run", *small, "--run-code")
+    assert status == 0
+    assert f"executing {tmp_path / 'mine.py'}, which run/config.json names" in err
+    status, _, err = holdfast_("replay", "run/evaluation-linf0.1-tiny")
+    assert status == 2
+    assert "--run-code" in one_line(err)
+    assert holdfast_("replay", "run/evaluation-linf0.1-tiny", "--run-code")[0] == 0
+    assert holdfast_("report", "run/evaluation-linf0.1-tiny")[0] == 0  # draws numbers, and executes nothing

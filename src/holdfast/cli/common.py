@@ -72,6 +72,7 @@ def run_comparison(
     comparison: Comparison, out: Path | None, device: str, jobs: int, quiet: bool, as_json: bool
 ) -> Results:
     """Run a comparison, show its progress, write its page, print its table."""
+    from .. import models
     from ..experiments.compare import compare
     from ..experiments.config import default_out
 
@@ -90,7 +91,11 @@ def run_comparison(
     show(results, as_json)
     say_files([folder / "results.json", placed], quiet, as_json)
     if not as_json and not quiet:
-        screen.print(f"re-check the adversarial examples: holdfast replay {shlex.quote(str(folder))}", soft_wrap=True)
+        code = (
+            " --run-code" if any(models.is_own(row.model or comparison.model) for row in comparison.loss_specs) else ""
+        )
+        command = f"holdfast replay {shlex.quote(str(folder))}{code}"
+        screen.print(f"re-check the adversarial examples: {command}", soft_wrap=True)
     return results
 
 

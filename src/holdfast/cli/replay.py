@@ -38,7 +38,7 @@ def replay(
         for one in checked:
             word = "holds" if one.holds else f"FAILS ({'; '.join(one.problems)})"
             counts = f"{one.misclassified} misclassified, {one.broken} broken by stored adversarial examples"
-            proved = "" if one.certified is None else f"; {one.certified} proved robust"
+            proved = f"; {one.certified} proved robust" if one.certified else ""
             limit = "void" if one.reported is None else f"at most {one.bound:.1%} of {one.n} are robust"
             screen.print(f"{one.run}: {limit} ({counts}{proved}): {word}", soft_wrap=True)
         for line in dict.fromkeys(f"not re-checked: {', '.join(one.not_rechecked)}" for one in checked if one.holds):

@@ -29,6 +29,7 @@ def report(
     A run that is given twice counts once. Prints the path of the page, after "replaced" if a different page was there.
     """
     from .. import report as reporting
+    from ..io import understood
     from ..results import load
 
     loaded = [load(path) for path in results]
@@ -37,8 +38,10 @@ def report(
     writable(target.parent, "--out")
     if figures is not None:
         writable(figures, "--figures")
-    repeats, by_data = describe_repeats(results, loaded), parts(results, loaded)
-    with working("drawing", quiet or as_json):
+    # What results.json says freely, such as the inference region, is checked by drawing it.
+    read = understood(", ".join(map(str, results)), prefix=False)
+    with working("drawing", quiet or as_json), read:
+        repeats, by_data = describe_repeats(results, loaded), parts(results, loaded)
         placed = [page(loaded, target)]
         if figures is not None:
             placed += write_files(partial(reporting.figures, loaded), figures, "--figures")

@@ -46,6 +46,7 @@ def train(
     Writes config.json, env.json, log.jsonl, a checkpoint and model.safetensors. Interrupted training resumes when the
     command is rerun.
     """
+    from .. import models
     from ..experiments.config import Comparison, Job
     from ..experiments.training import train_network
 
@@ -71,4 +72,5 @@ def train(
         soft_wrap=True,
     )
     if not quiet:
-        screen.print(f"next: holdfast evaluate {shlex.quote(str(out))} --threat {threat}", soft_wrap=True)
+        code = " --run-code" if models.is_own(trained.model or "") else ""
+        screen.print(f"next: holdfast evaluate {shlex.quote(str(out))} --threat {threat}{code}", soft_wrap=True)

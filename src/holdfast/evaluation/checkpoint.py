@@ -58,6 +58,8 @@ class Checkpoint:
         saved: dict[str, Any] = about["state"]
         device = task.data.y.device
         with understood(self.path):
+            if tensors["x_adv"].shape != task.data.x.shape or any(len(t) != len(task.data) for t in tensors.values()):
+                raise ValueError("columns of another length")
             columns = Columns.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
             costs = [StageCost(**cost) for cost in saved.pop("costs")]
             state = State(columns, costs, list(task.stages(saved["differs_off_grid"])), **saved)

@@ -72,12 +72,6 @@ class DataCut:
         return decoded
 
 
-def absolute_name(name: str) -> str:
-    """A data set's name as it can be read from any folder: paths are made absolute, other names stay."""
-    local = data.local_path(name)
-    return str(local.resolve()) if local else name
-
-
 @dataclass(frozen=True)
 class Comparison:
     """What is compared, and how. Equal comparisons share an output folder and resume each other's work.

@@ -118,6 +118,7 @@ def from_run(run: str | Path, *, limit: int = 1000, device: str = "cpu", run_cod
         cut = replace(cut, limit=limit or None)
     split = cut.load(data)
     run_folder.check_data(run, config, split)
+    run_folder.environments(run)  # what collect reads at the end is checked before the work
     code = run_folder.own_code(config)
     return ModelUnderTest(
         name=run.resolve().name,

@@ -123,6 +123,8 @@ def _read(tensors: dict[str, Tensor], about: _About) -> tuple[Evaluation, Audit,
     plain, audited = dict(about["evaluation"]), about["audit"]
     spot_check = plain.pop("spot_check")
     columns = {name: column for name, column in tensors.items() if "/" not in name}
+    if any(len(column) != len(tensors["x_adv"]) for column in tensors.values()):
+        raise ValueError("columns of different lengths")
     evaluation = Evaluation(
         **{
             **plain,

@@ -98,7 +98,8 @@ def load_checkpoint(
     try:
         model.load_state_dict(part("model."))
     except RuntimeError as error:
-        raise UserError(f"the checkpoint in {out} belongs to another network: {error}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the checkpoint in {out} belongs to another network: {reason}") from None
     with understood(path):
         for name, tensor in part("ema.").items():
             ema[name].copy_(tensor)
