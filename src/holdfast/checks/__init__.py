@@ -101,6 +101,7 @@ CHECKS: tuple[Check, ...] = (
     Check(strength.transfer_is_not_stronger, (ROBUST,), _IOAF),
     Check(strength.the_ascent_has_converged, (ROBUST,), _IOAF),
     Check(strength.hidden_adversarial_examples_are_found, (ROBUST,), "Zimmermann et al. 2022, the binarisation test"),
+    Check(strength.witnesses_hold_in_onnxruntime, (ROBUST,), "this project"),
     # The last one, so that it counts what all other checks have broken.
     Check(soundness.certified_samples_are_unbroken, _BOTH, "this project", void=True),
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attacks import ATTACKS, SCORES, cross_entropy
 from ..attacks.base import score_and_grad
 from ..evaluation import differs_off_grid, is_8bit
+from ..importers.onnx import runtime_predictions
 from ..losses import Loss, negative_log_odds
 from ..outputs import Outputs, as_outputs
 from ..threat import Threat, column
@@ -156,6 +157,21 @@ def answers_agree_on_and_off_the_8_bit_grid(probe: Probe) -> CheckCount | str:
     differs = differs_off_grid(probe.model, data, probe.threat, probe.noise[probe.rows].fold(32))
     k, n = int(differs.sum()), len(differs)
     return CheckCount(k, n, 0.02, f"the logits of {k} of {n} samples change once pixels leave the 8-bit grid")
+
+
+def witnesses_hold_in_onnxruntime(probe: Probe) -> CheckCount | str:
+    """onnxruntime misclassifies the adversarial examples that were found on holdfast's copy of an ONNX network."""
+    found = torch.nonzero(probe.evaluation.broken_by >= 0)[:, 0]
+    if len(found) == 0:
+        return "there is no adversarial example to confirm"
+    if not isinstance(probe.raw_model, nn.Module):
+        return "the network does not come from an ONNX file"
+    x_adv = probe.evaluation.x_adv[found].to(probe.data.y.device)
+    predicted = runtime_predictions(probe.raw_model, x_adv)
+    if isinstance(predicted, str):
+        return predicted
+    k, n = int((predicted == probe.y(found.to(probe.data.y.device))).sum()), len(found)
+    return CheckCount(k, n, 0.0, f"onnxruntime does not confirm {k} of {n} adversarial examples: it answers the label")
 
 
 def noise_is_not_stronger(probe: Probe) -> CheckCount | str:

@@ -192,7 +192,8 @@ def _round(number: int) -> tuple[Stage, ...]:
         Stage(f"round {number}: long", "apgd", settings={"steps": 100}, **nearest),
         Stage(f"round {number}: dlr", "apgd", "dlr", settings={"steps": 50}, **nearest),
         Stage(f"round {number}: targets", "apgd", "dlr", targets=4, settings={"steps": 50}, **nearest),
-        Stage(f"round {number}: md", "md", targets=9, settings={"steps": 10}, **nearest),
+        Stage(f"round {number}: md", "md", settings={"steps": 40}, **nearest),
+        Stage(f"round {number}: md targets", "md", targets=9, settings={"steps": 10}, **nearest),
     )
 
 
@@ -225,9 +226,11 @@ SUITES: dict[str, tuple[Stage, ...]] = {
         *_round(2),
         # Where md still finds what the others missed, as on networks trained by squared error, margins say little about
         # which samples will break: every survivor gets a long one.
-        Stage("md on all", "md", targets=9, settings={"steps": 20}, after="round 1: md"),
+        Stage("md on all", "md", settings={"steps": 40, "restarts": 4}, after="round 1: md"),
+        Stage("md targets on all", "md", targets=9, settings={"steps": 20}, after="round 1: md targets"),
         *_full_length("sampled", 200),
         *_full_length("escalated", 1000),
+        Stage("md again", "md", settings={"steps": 40, "restarts": 4}, after="sampled: md"),
     ),
     "paranoid": (
         Stage("long", "apgd", settings={"steps": 100}),

@@ -26,6 +26,7 @@ class OnnxNet(nn.Module):
     Attributes:
         input_shape: shape of a batch, None where the file leaves a size open.
         last_operator: the operator that makes the output.
+        path: the file, "" for a network that was not read from one; output_of_file: the name of its first output.
         softmax_removed: whether that was a Softmax, left out.
         batching: how a batch of another size than the file's is computed: "as exported"; "rescaled" (constants of
             Reshape and Expand that hold the file's batch size hold the actual one); or "chunks" (as many images at a
@@ -42,6 +43,7 @@ class OnnxNet(nn.Module):
         super().__init__()
         self.input_name, self.output_name = ends
         self.input_shape = input_shape
+        self.path, self.output_of_file = "", ""
         self.last_operator, self.softmax_removed, self.batching = "", False, "as exported"
         self.nodes = _with_last_use(nodes, self.output_name)
         self.plain_constants: dict[str, Tensor] = {}
