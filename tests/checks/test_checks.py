@@ -177,7 +177,7 @@ def test_impossible_counts_are_refused(bad):
 def test_no_check_fires_on_an_honest_network(clean_audit):
     assert fires(clean_audit) == set()
     ran = [finding.status for finding in clean_audit.findings]
-    assert ran.count("not run") <= 2  # transfer lacks a source, and at this eps no bound may prove a sample
+    assert ran.count("not run") <= 3  # transfer lacks a source, onnxruntime a file, and no bound may prove a sample
 
 
 def test_every_check_says_what_it_is():

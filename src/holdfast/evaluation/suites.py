@@ -49,7 +49,8 @@ class Stage:
         subset: a key of SUBSETS: which samples are attacked.
         fraction: for "nearest" and "escalated", the fraction of survivors in (0, 1], those with the smallest margins.
         round: a stage of round r > 1 runs only if a stage of round r - 1 broke a sample.
-        after: name of a stage; this one runs only if that one broke a sample. "" for no condition.
+        after: name of a stage or a key of SUBSETS: this one runs only if that stage, or a stage on that subset, broke a
+            sample. "" for no condition.
         on_grid: query the model at points rounded to the 8-bit grid; gradients pass through the rounding.
         target: "random" targets one random wrong class per sample, drawn from the sample's own noise, as papers with
             targeted attacks do. Any misclassification counts as a success. "" for no target.
@@ -131,7 +132,7 @@ def resolve(suite: str | Sequence[Stage]) -> tuple[Stage, ...]:
     if stages is None:
         raise unknown("suite", str(suite), SUITES)
     individual = [stage.name for stage in stages if stage.individual]
-    names = [stage.name for stage in stages]
+    names = [name for stage in stages for name in (stage.name, stage.subset)]
     for stage in stages:
         if stage.after and stage.after not in names:
             raise unknown(f"stage that '{stage.name}' runs after", stage.after, names)
@@ -163,7 +164,7 @@ def on_grid_too(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """
     names = {stage.name: f"grid: {stage.name}" for stage in stages if not stage.individual}
     again = (
-        replace(stage, name=names[stage.name], after=names.get(stage.after, ""), on_grid=True)
+        replace(stage, name=names[stage.name], after=names.get(stage.after, stage.after), on_grid=True)
         for stage in stages
         if stage.name in names
     )
@@ -230,7 +231,7 @@ SUITES: dict[str, tuple[Stage, ...]] = {
         Stage("md targets on all", "md", targets=9, settings={"steps": 20}, after="round 1: md targets"),
         *_full_length("sampled", 200),
         *_full_length("escalated", 1000),
-        Stage("md again", "md", settings={"steps": 40, "restarts": 4}, after="sampled: md"),
+        Stage("md again", "md", settings={"steps": 40, "restarts": 4}, after="sampled"),
     ),
     "paranoid": (
         Stage("long", "apgd", settings={"steps": 100}),
