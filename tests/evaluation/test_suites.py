@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from tests.evaluation.helpers import CLOSE, PER_ATTACK, THREAT, Threshold, case, numbers
 
-from holdfast.attacks import ATTACKS, SCORES
+from holdfast.attacks import ATTACKS, SCORES, AttackEntry
 from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
 from holdfast.evaluation.suites import PGD50, SUITES, Stage
@@ -75,3 +75,22 @@ def test_impossible_names_and_targets_are_refused(mlp, some):
         evaluate(mlp, some, CLOSE, twice)
     with pytest.raises(UserError, match="'pgd50' is reserved for the standard PGD-50 stage"):
         evaluate(mlp, some, CLOSE, (replace(PER_ATTACK[0], name="pgd50"),))
+
+
+def test_a_stage_after_another_runs_only_if_that_one_broke_something(monkeypatch):
+    def shift(model, x, y, threat, *, score, noise, by):
+        return x - by
+
+    monkeypatch.setitem(ATTACKS, "shift", AttackEntry(shift, "a test"))
+    samples = numbers([0.65, 0.9])
+    for by, runs in ((0.2, 1), (0.0, 0)):
+        stages = (
+            Stage("first", "shift", settings={"by": by}),
+            Stage("named", "shift", settings={"by": 0.0}, after="first"),
+            Stage("subset", "shift", settings={"by": 0.0}, after="survivors"),
+            Stage("last", "shift", settings={"by": 0.0}, after="named"),
+        )
+        found = evaluate(Threshold(gradient=False), samples, Threat("linf", 0.2), stages)
+        assert [stage.attacked for stage in found.stages[2:]] == [2, runs, runs, 0]
+    with pytest.raises(UserError, match=r"unknown stage that 'a' runs after 'frist'.*Did you mean 'first'"):
+        evaluate(Threshold(), samples, THREAT, (Stage("first", "noise"), Stage("a", "noise", after="frist")))

@@ -245,6 +245,57 @@ def test_an_attack_on_saturated_logits_is_beside_the_truth_and_its_claim_is_refu
         assert published.status == ("refuted" if scale == 1e6 else "tight")
 
 
+class Imbalanced(nn.Module):
+    """Class 0 leads by 1. Its logit falls a little along a steep slope, and each other logit jumps up along a flat one.
+
+    The margin's gradient follows the steep slope alone, and ends at a margin of one half from every start.
+    """
+
+    def __init__(self, n=40, pixels=30, classes=10, eps=0.1):
+        super().__init__()
+        chance = torch.Generator().manual_seed(0)
+        self.steep = torch.randint(2, (pixels,), generator=chance) * 2.0 - 1
+        self.flat = torch.randint(2, (classes - 1, pixels), generator=chance) * 2.0 - 1
+        self.threat, self.unit = Threat("linf", eps), eps * pixels
+        x = 0.5 + 0.02 * eps * torch.rand(n, 1, 5, pixels // 5, generator=chance)
+        self.data = Data(x, torch.zeros(n, dtype=torch.int64), torch.arange(n))
+
+    def forward(self, x):
+        delta = (x - 0.5).flatten(1) / self.unit  # its product with a vector of signs is at most 1 in the threat
+        true = 1 - 0.5 * delta @ self.steep
+        others = delta @ self.flat.T
+        apart = 0.1 * torch.arange(others.shape[1])  # so that DLR's quotient does not cancel the true logit
+        return torch.cat([true[:, None], 0.01 * others + 20 * (others - 0.8).clamp_min(0) - apart], 1)
+
+
+def test_a_margin_is_taken_apart_where_one_logit_drowns_the_other():
+    """Networks trained by squared error stand at margins near 1 against PGD on any score: the best-known suite."""
+    model = Imbalanced()
+    weak = tuple(stage for stage in SUITES["standard"] if stage.attack != "md")
+    assert evaluate(model, model.data, model.threat, weak).robust.all()
+    assert not evaluate(model, model.data, model.threat, "standard").robust.any()
+    _, findings, robust, _ = checked(model, model.data, model.threat)
+    assert findings["decomposing the margin breaks no survivor"].fires
+    assert robust.status == "refuted"
+    found = evaluate(model, model.data, model.threat, "quick")
+    assert int(found.robust.sum()) <= 8  # 32 of 40: quick takes the nearest apart
+
+
+def test_a_score_that_leads_away_from_every_mistake_is_descended():
+    """The gradient is turned round, and an attack that climbs goes where the model is surest: every suite."""
+    honest = Linear()
+
+    def model(x):
+        z = honest(x)
+        return 2 * z.detach() - z
+
+    alone = (Stage("apgd", "apgd", "margin", settings={"steps": 20}),)
+    assert evaluate(model, honest.data, honest.threat, alone).robust.sum() > honest.stands.sum() + 20
+    _, findings, robust, _ = checked(model, honest.data, honest.threat, alone)
+    assert findings["descending the score breaks no survivor"].fires
+    assert robust.status in ("loose", "refuted")
+
+
 def test_a_black_box_that_beats_gradients_counts_and_is_said():
     """Square breaks what gradients could not, and a line is printed that is not in the result: the best-known suite."""
     honest = Linear()

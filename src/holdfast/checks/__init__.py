@@ -95,10 +95,15 @@ CHECKS: tuple[Check, ...] = (
     Check(strength.float64_scores_break_no_survivor, (ROBUST,), "this project"),
     Check(strength.more_steps_and_restarts_do_not_help, (ROBUST,), _CARLINI),
     Check(strength.a_black_box_is_not_stronger, (ROBUST,), _ATHALYE),
+    Check(strength.labels_alone_break_no_survivor, (ROBUST,), "Chen and Gu 2020, RayS"),
+    Check(strength.decomposing_the_margin_breaks_no_survivor, (ROBUST,), "Ma et al. 2020, imbalanced gradients"),
+    Check(strength.descending_the_score_breaks_no_survivor, (ROBUST,), _ATHALYE),
+    Check(strength.answers_agree_on_and_off_the_8_bit_grid, _BOTH, "this project"),
     Check(strength.noise_is_not_stronger, (ROBUST,), _ATHALYE),
     Check(strength.transfer_is_not_stronger, (ROBUST,), _IOAF),
     Check(strength.the_ascent_has_converged, (ROBUST,), _IOAF),
     Check(strength.hidden_adversarial_examples_are_found, (ROBUST,), "Zimmermann et al. 2022, the binarisation test"),
+    Check(strength.witnesses_hold_in_onnxruntime, (ROBUST,), "this project"),
     # The last one, so that it counts what all other checks have broken.
     Check(soundness.certified_samples_are_unbroken, _BOTH, "this project", void=True),
 )

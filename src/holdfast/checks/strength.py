@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attacks import ATTACKS, SCORES, cross_entropy
 from ..attacks.base import score_and_grad
+from ..evaluation import differs_off_grid, is_8bit
+from ..importers.onnx import runtime_predictions
 from ..losses import Loss, negative_log_odds
 from ..outputs import Outputs, as_outputs
 from ..threat import Threat, column
@@ -16,6 +18,7 @@ from .findings import CheckCount
 from .probe import Probe, Recapture, rescaled_cross_entropy
 
 NO_SURVIVOR = "there is no survivor to try it on"
+FEW = 24  # survivors that a costly check looks at, at least
 NO_FLOAT64 = "the model is a function: it cannot be converted to float64"
 
 
@@ -97,6 +100,78 @@ def a_black_box_is_not_stronger(probe: Probe) -> CheckCount | str:
         broken = probe.attack("square", probe.survivors, SCORES["margin"], 9, steps=100)
         k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"Square breaks {k} of {n} survivors of the gradient attacks")
+
+
+def labels_alone_break_no_survivor(probe: Probe) -> CheckCount | str:
+    """RayS, which reads predicted labels and neither logits nor gradients, breaks hardly any survivor."""
+    rows = probe.survivors[: max(FEW, len(probe.survivors) // 4)]
+    if len(rows) == 0:
+        return NO_SURVIVOR
+    if probe.threat.norm not in ATTACKS["rays"].norms:
+        return f"rays is not defined for {probe.threat.norm}"
+    broken = probe.attack("rays", rows, SCORES["margin"], 30, steps=200)
+    k, n = int(broken.sum()), len(broken)
+    return CheckCount(k, n, 0.02, f"RayS, which reads labels alone, breaks {k} of {n} survivors")
+
+
+def decomposing_the_margin_breaks_no_survivor(probe: Probe) -> CheckCount | str:
+    """Margin decomposition towards every class breaks hardly any survivor.
+
+    It breaks what other scores miss where the gradient of one logit drowns that of another, as on networks trained by
+    squared error on one-hot targets.
+    """
+    rows = probe.survivors[: max(FEW, len(probe.survivors) // 3)]
+    if len(rows) == 0:
+        return NO_SURVIVOR
+    broken = torch.zeros_like(rows, dtype=torch.bool)
+    logits = probe.logits(probe.x(rows)).scatter(1, probe.y(rows)[:, None], -torch.inf)
+    for number, target in enumerate(logits.topk(min(9, logits.shape[1] - 1), dim=1).indices.unbind(1)):
+        left = ~broken
+        broken[left] = probe.attack("md", rows[left], SCORES["margin"], 40 + number, steps=10, target=target[left])
+    k, n = int(broken.sum()), len(rows)
+    return CheckCount(k, n, 0.02, f"margin decomposition towards every class breaks {k} of {n} survivors")
+
+
+def descending_the_score_breaks_no_survivor(probe: Probe) -> CheckCount | str:
+    """Steps against the gradient of the score break hardly any survivor: the gradient does not lead away on purpose."""
+    rows = probe.survivors[: max(FEW, len(probe.survivors) // 2)]
+    if len(rows) == 0:
+        return NO_SURVIVOR
+    broken = probe.attack("pgd", rows, _descent, 31, steps=20, step_size=probe.threat.eps / 4)
+    k, n = int(broken.sum()), len(broken)
+    return CheckCount(k, n, 0.02, f"descending the score breaks {k} of {n} survivors of attacks that ascend it")
+
+
+def _descent(out: Outputs | Tensor, y: Tensor) -> Tensor:
+    """The score turned round."""
+    return -negative_log_odds(out, y)
+
+
+def answers_agree_on_and_off_the_8_bit_grid(probe: Probe) -> CheckCount | str:
+    """Images of multiples of 1/255 are answered like the images less than half a level beside them."""
+    data = probe.data.take(probe.rows)
+    if not is_8bit(data, probe.threat):
+        return "the images are not 8-bit, or the box is not [0, 1]"
+    if probe.votes > 1:
+        return "the model is randomised: an image gives other logits at every call"
+    differs = differs_off_grid(probe.model, data, probe.threat, probe.noise[probe.rows].fold(32))
+    k, n = int(differs.sum()), len(differs)
+    return CheckCount(k, n, 0.02, f"the logits of {k} of {n} samples change once pixels leave the 8-bit grid")
+
+
+def witnesses_hold_in_onnxruntime(probe: Probe) -> CheckCount | str:
+    """onnxruntime misclassifies the adversarial examples that were found on holdfast's copy of an ONNX network."""
+    found = torch.nonzero(probe.evaluation.broken_by >= 0)[:, 0]
+    if len(found) == 0:
+        return "there is no adversarial example to confirm"
+    if not isinstance(probe.raw_model, nn.Module):
+        return "the network does not come from an ONNX file"
+    x_adv = probe.evaluation.x_adv[found].to(probe.data.y.device)
+    predicted = runtime_predictions(probe.raw_model, x_adv)
+    if isinstance(predicted, str):
+        return predicted
+    k, n = int((predicted == probe.y(found.to(probe.data.y.device))).sum()), len(found)
+    return CheckCount(k, n, 0.0, f"onnxruntime does not confirm {k} of {n} adversarial examples: it answers the label")
 
 
 def noise_is_not_stronger(probe: Probe) -> CheckCount | str:

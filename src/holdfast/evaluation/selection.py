@@ -32,7 +32,7 @@ def _chosen(task: Task, state: State, number: int) -> Tensor:
         if not bool(state.broken_by_stages(previous).any()):
             return nobody
     if stage.after:
-        named = [k for k, other in enumerate(state.stages) if other.name == stage.after]
+        named = [k for k, other in enumerate(state.stages) if stage.after in (other.name, other.subset)]
         if not bool(state.broken_by_stages(named).any()):
             return nobody
     if stage.subset == "nearest":

@@ -51,7 +51,8 @@ class Stage:
         subset: a key of SUBSETS: which samples are attacked.
         fraction: for "nearest" and "escalated", the fraction of survivors in (0, 1], those with the smallest margins.
         round: a stage of round r > 1 runs only if a stage of round r - 1 broke a sample.
-        after: name of a stage; this one runs only if that one broke a sample. "" for no condition.
+        after: name of a stage or a key of SUBSETS: this one runs only if that stage, or a stage on that subset, broke a
+            sample. "" for no condition.
         on_grid: query the model at points rounded to the 8-bit grid; gradients pass through the rounding.
         target: "random" targets one random wrong class per sample, drawn from the sample's own noise, as papers with
             targeted attacks do. Any misclassification counts as a success. "" for no target.
@@ -158,7 +159,7 @@ def resolve(suite: str | Sequence[Stage]) -> tuple[Stage, ...]:
         )
     stages = tuple(stages)
     individual = [stage.name for stage in stages if stage.individual]
-    names = [stage.name for stage in stages]
+    names = [name for stage in stages for name in (stage.name, stage.subset)]
     for stage in stages:
         if stage.after and stage.after not in names:
             raise unknown(f"stage that '{stage.name}' runs after", stage.after, names)
@@ -190,7 +191,7 @@ def on_grid_too(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """
     names = {stage.name: f"grid: {stage.name}" for stage in stages if not stage.individual}
     again = (
-        replace(stage, name=names[stage.name], after=names.get(stage.after, ""), on_grid=True)
+        replace(stage, name=names[stage.name], after=names.get(stage.after, stage.after), on_grid=True)
         for stage in stages
         if stage.name in names
     )
@@ -219,7 +220,8 @@ def _round(number: int) -> tuple[Stage, ...]:
         Stage(f"round {number}: long", "apgd", settings={"steps": 100}, **nearest),
         Stage(f"round {number}: dlr", "apgd", "dlr", settings={"steps": 50}, **nearest),
         Stage(f"round {number}: targets", "apgd", "dlr", targets=4, settings={"steps": 50}, **nearest),
-        Stage(f"round {number}: md", "md", targets=9, settings={"steps": 10}, **nearest),
+        Stage(f"round {number}: md", "md", settings={"steps": 40}, **nearest),
+        Stage(f"round {number}: md targets", "md", targets=9, settings={"steps": 10}, **nearest),
     )
 
 
@@ -252,9 +254,11 @@ SUITES: dict[str, tuple[Stage, ...]] = {
         *_round(2),
         # Where md still finds what the others missed, as on networks trained by squared error, margins say little about
         # which samples will break: every survivor gets a long one.
-        Stage("md on all", "md", targets=9, settings={"steps": 20}, after="round 1: md"),
+        Stage("md on all", "md", settings={"steps": 40, "restarts": 4}, after="round 1: md"),
+        Stage("md targets on all", "md", targets=9, settings={"steps": 20}, after="round 1: md targets"),
         *_full_length("sampled", 200),
         *_full_length("escalated", 1000),
+        Stage("md again", "md", settings={"steps": 40, "restarts": 4}, after="sampled"),
     ),
     "paranoid": (
         Stage("long", "apgd", settings={"steps": 100}),

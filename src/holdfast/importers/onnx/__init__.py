@@ -8,5 +8,6 @@ from __future__ import annotations
 
 from .load import load_onnx
 from .network import OPERATORS, OnnxNet
+from .runtime import runtime_predictions
 
-__all__ = ["OPERATORS", "OnnxNet", "load_onnx"]
+__all__ = ["OPERATORS", "OnnxNet", "load_onnx", "runtime_predictions"]

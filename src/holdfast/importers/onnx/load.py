@@ -56,6 +56,7 @@ def load_onnx(path: str | Path, *, strip_softmax: bool = True) -> OnnxNet:
             "file that holds its weights: export it again."
         ) from None
     net = _convert(proto, path, strip_softmax)
+    net.path, net.output_of_file = str(path.resolve()), proto.graph.output[0].name
     _choose_batching(net)
     return net.eval()
 

@@ -38,6 +38,7 @@ class OnnxNet(FileNetwork):
         integer_range: (low, high) of an input of integers; None for floats.
         quantised: whether the graph holds quantised operators.
         last_operator: the operator that makes the output.
+        path: the file, "" for a network that was not read from one; output_of_file: the name of its first output.
         softmax_removed: whether that was a Softmax, left out.
         batching: how a batch of another size than the file's is computed: "as exported"; "rescaled" (constants of
             Reshape and Expand that hold the file's batch size hold the actual one); or "chunks" (as many images at a
@@ -57,6 +58,7 @@ class OnnxNet(FileNetwork):
         self.input_shape, self.integer_range = input_shape, integer_range
         self.quantised = any(node.op in QUANTIZED for node in nodes)
         self.vectorised: bool | None = None  # whether vmap answers as single images do; None: not tried yet
+        self.path, self.output_of_file = "", ""
         self.last_operator, self.softmax_removed, self.batching = "", False, "as exported"
         self.nodes = _with_last_use(nodes, self.output_name)
         self.plain_constants: dict[str, Tensor] = {}
