@@ -388,7 +388,7 @@ def test_a_curve_is_dashed_where_the_minimal_norm_attack_did_not_converge(tmp_pa
     assert dashes(report.draw_eps(results)) == [(0, 0.1, False), (0.1, 0.2, True)]
     page = Page(report.render(results, tmp_path / "r.html"))
     said = (
-        "<cosface>: the minimal-norm attack did not converge: at eps 0.15 it leaves 120 of 256 samples unbroken, "
+        "<cosface> : the minimal-norm attack did not converge: at eps 0.15 it leaves 120 of 256 samples unbroken, "
         "other attacks 4; from eps 0.1 to 0.2 the curve may be too high."
     )
     assert said in page.text
@@ -412,7 +412,7 @@ def test_a_curve_is_dashed_throughout_where_its_dot_is_loose_or_nothing_was_chec
 
 
 def test_checks_of_several_seeds_are_counted_together_and_end_where_they_end():
-    few = checked((220, 220), (130, 127), (40, 40), (0, 0))  # 3 of 256 are more than 1%
+    few = checked((220, 220), (130, 124), (40, 40), (0, 0))  # 6 of 256 are more than 2%, 6 of 512 are not
     none = checked(*[(9, 9)] * 4)
     wide = surveyed(make_run("wide", threat={**THREAT, "eps": 0.2}), eps_checks=checked(*[(9, 9)] * 4, eps=0.2))
     seeds = [surveyed(make_run("sce", seed=i), eps_checks=c) for i, c in enumerate((few, none))]

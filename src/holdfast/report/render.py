@@ -173,7 +173,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "classes": lowest if len(classes) > CLASSES else classes,
         "class_count": len(classes),
         "eps": inline(draw_eps, results, prefix + "e"),
-        "eps_notes": [(curve.row.label, note) for curve in eps_curves(results) for note in curve.notes],
+        "eps_notes": _eps_notes(results),
         "features": inline(draw_features, results, prefix + "f"),
         "exact": any(run.projection.get("exact") for run in results.runs),
         "region": _columns(*region_table(results)),
@@ -233,6 +233,15 @@ def _facts(results: Results, shown: Sequence[Row]) -> list[tuple[str, str]]:
         ("cost of the evaluation", _cost(results)),
     ]
     return [(k, v) for k, v in facts if v]
+
+
+def _eps_notes(results: Results) -> list[tuple[str, str]]:
+    """Why curves of accuracy over eps are in doubt: (the rows, the reasons); rows with the same reasons together."""
+    labels: dict[str, list[str]] = {}
+    for curve in eps_curves(results):
+        if curve.notes:
+            labels.setdefault("; ".join(curve.notes), []).append(curve.row.label)
+    return [(", ".join(names), reasons) for reasons, names in labels.items()]
 
 
 def _certified(shown: Sequence[Row]) -> str:
