@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import itertools
 import re
 import time
 import xml.etree.ElementTree as ET
@@ -15,6 +17,7 @@ from tests.results.factory import EVIL, THREAT, make_check, make_results, make_r
 from holdfast import report
 from holdfast import results as R
 from holdfast.errors import UserError
+from holdfast.report.render import breakable
 
 
 class Page(HTMLParser):
@@ -340,6 +343,28 @@ def test_the_inference_region_is_shown(tmp_path):
     }
     assert "separability of clean and adversarial features, AUC 0.8 0.6" in page.text
     assert "is too high" not in page.text
+
+
+def test_a_wide_table_of_measures_is_cut_into_tables_that_a_page_holds(tmp_path):
+    names = [f"isce:s={10 * i}@cosine" for i in range(1, 8)]
+    page = report.render(make_results([surveyed(make_run(name)) for name in names]), tmp_path / "r.html").read_text()
+    tables = re.findall(r'<table class="small region">.*?</table>', page, re.S)
+    assert [len(re.findall(r'<th class="n">', table)) for table in tables] == [4, 3]
+    whole = "".join(tables).replace("<wbr>", "")
+    assert all(name in whole for name in names)
+
+
+@pytest.mark.parametrize(
+    "name", ["isce:s=10", "isce:s=1000000", "cosface:m=0.35,scale=15", "x" * 90, "1" * 90, "sce+ibp:eps=0.1", "<b>&:1"]
+)
+def test_names_break_between_settings_and_never_inside_a_number(name):
+    shown = str(breakable(name))
+    assert "<b>" not in shown
+    parts = [html.unescape(part) for part in shown.split("<wbr>")]
+    plain = "".join(parts).removeprefix('<span class="whole">').removesuffix("</span>")
+    assert plain == name
+    assert not [1 for a, b in itertools.pairwise(parts) if a[-1] in "0123456789." and b[0] in "0123456789."]
+    assert len(parts) > 1 or len(name) <= 16 or name.isdigit()
 
 
 def test_seeds_share_a_line_of_measures():

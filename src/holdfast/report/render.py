@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -211,9 +212,11 @@ def breakable(name: str) -> Markup:
 
 
 def _columns(labels: list[str], lines: list[tuple[str, list[str]]]) -> list[tuple[list[str], list[Any]]]:
-    """A wide table as several with at most REGION_COLUMNS columns, as many as a printed page has room for."""
-    starts = range(0, len(labels), REGION_COLUMNS)
-    cuts = [slice(start, start + REGION_COLUMNS) for start in starts]
+    """A wide table as several of equal width, with at most REGION_COLUMNS columns each."""
+    if not labels:
+        return []
+    wide = math.ceil(len(labels) / math.ceil(len(labels) / REGION_COLUMNS))
+    cuts = [slice(start, start + wide) for start in range(0, len(labels), wide)]
     return [(labels[cut], [(what, cells[cut]) for what, cells in lines]) for cut in cuts]
 
 
