@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import pytest
+from tests.report.test_report import surveyed
 from tests.results.factory import EVIL, make_results, make_run
 
 from holdfast import report
@@ -67,3 +68,24 @@ def test_markup_in_class_names_is_text_to_a_browser(tmp_path):
     assert asked == set()
     assert "<script" not in dom
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in dom
+
+
+def test_print_shows_every_run_and_no_table_is_cut_off(tmp_path):
+    """Folded details are open on paper, and nothing is wider than the page: paper does not scroll."""
+    names = ["isce:s=10", "isce:s=1000000", "cosface:m=0.35,scale=15", "sce+adversarial:steps=10,ramp=0.3", *"abcd"]
+    page = report.render(make_results([surveyed(make_run(name)) for name in names]), tmp_path / "report.html")
+    ask = (
+        "<script>document.title = [...document.querySelectorAll('details table')].filter(t => !t.offsetHeight).length"
+        " + ' folded, ' + [...document.querySelectorAll('table, .scroll')].filter(t =>"
+        " t.getBoundingClientRect().right > innerWidth + 1 || t.scrollWidth > t.clientWidth + 1).length + ' cut off'"
+        "</script></body>"
+    )
+
+    def title(media):
+        text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text().replace("</body>", ask))
+        (tmp_path / "asked.html").write_text(text.replace("@media print", f"@media {media}"))
+        dom, _, _ = browse(tmp_path / "asked.html", tmp_path, "--window-size=700,1000", "--hide-scrollbars")
+        return re.search(r"<title>(.*?)</title>", dom)[1]
+
+    assert title("all") == "0 folded, 0 cut off"
+    assert title("print") != "0 folded, 0 cut off"  # the screen folds: the question can be answered with no

@@ -85,7 +85,7 @@ whether it is more than 1 point'
         f"{remaining.expected:.1f} more of {n} samples are expected to be breakable, at most {remaining.high:.0f}"
     )
     if remaining.expected / n > TOLERANCE:
-        return Verdict("loose", estimate)
+        return Verdict("loose", f"{_gap(broken, n)}; {estimate}" if broken else estimate)
     return Verdict("tight", f"{agreement}; {estimate}")
 
 

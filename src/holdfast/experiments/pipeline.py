@@ -88,7 +88,7 @@ class NetworkResult:
             f"robust, at most ({robust.status})": None if void else evaluation.robust,
         }
         counts = {name: None if column is None else int(column.sum()) for name, column in columns.items()}
-        note = f"robust: {_words(robust)}"
+        note = f"PGD-50: {_words(pgd50)}. robust: {_words(robust)}"
         return notebook_counts(str(evaluation.threat), len(evaluation.y), counts, evaluation.stages, note)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -173,7 +174,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "classes": lowest if len(classes) > CLASSES else classes,
         "class_count": len(classes),
         "eps": inline(draw_eps, results, prefix + "e"),
-        "eps_notes": [(curve.row.label, note) for curve in eps_curves(results) for note in curve.notes],
+        "eps_notes": _eps_notes(results),
         "features": inline(draw_features, results, prefix + "f"),
         "exact": any(run.projection.get("exact") for run in results.runs),
         "region": _columns(*region_table(results)),
@@ -211,9 +212,11 @@ def breakable(name: str) -> Markup:
 
 
 def _columns(labels: list[str], lines: list[tuple[str, list[str]]]) -> list[tuple[list[str], list[Any]]]:
-    """A wide table as several with at most REGION_COLUMNS columns, as many as a printed page has room for."""
-    starts = range(0, len(labels), REGION_COLUMNS)
-    cuts = [slice(start, start + REGION_COLUMNS) for start in starts]
+    """A wide table as several of equal width, with at most REGION_COLUMNS columns each."""
+    if not labels:
+        return []
+    wide = math.ceil(len(labels) / math.ceil(len(labels) / REGION_COLUMNS))
+    cuts = [slice(start, start + wide) for start in range(0, len(labels), wide)]
     return [(labels[cut], [(what, cells[cut]) for what, cells in lines]) for cut in cuts]
 
 
@@ -233,6 +236,15 @@ def _facts(results: Results, shown: Sequence[Row]) -> list[tuple[str, str]]:
         ("cost of the evaluation", _cost(results)),
     ]
     return [(k, v) for k, v in facts if v]
+
+
+def _eps_notes(results: Results) -> list[tuple[str, str]]:
+    """Why curves of accuracy over eps are in doubt: (the rows, the reasons); rows with the same reasons together."""
+    labels: dict[str, list[str]] = {}
+    for curve in eps_curves(results):
+        if curve.notes:
+            labels.setdefault("; ".join(curve.notes), []).append(curve.row.label)
+    return [(", ".join(names), reasons) for reasons, names in labels.items()]
 
 
 def _certified(shown: Sequence[Row]) -> str:
