@@ -207,6 +207,7 @@ def result_key(
     Raises:
         UserError: an unknown suite, attack or score.
     """
+    path = None if path is None else Path(path)
     identity = {
         "key": key,
         "threat": threat.describe(),
@@ -256,7 +257,7 @@ def cached_audit(
     trained_with: Loss | None,
     transfer_source: Tensor | None,
     seed: int,
-    path: Path | None,
+    path: str | Path | None,
     key: str,
     progress: Progress = silent,
 ) -> Audit:
@@ -308,7 +309,7 @@ def cached_region(
     *,
     s: float | None,
     seed: int,
-    path: Path | None,
+    path: str | Path | None,
     key: str,
     progress: Progress = silent,
 ) -> tuple[Evaluation, dict[str, Any], dict[str, Any]]:
@@ -329,6 +330,7 @@ def cached_region(
     Returns:
         (the evaluation with that stage, the measures, the projection).
     """
+    path = None if path is None else Path(path)
     mark = hashlib.blake2b(
         json.dumps([region.VERSION, key, evaluation.threat.describe(), seed, s]).encode(), digest_size=8
     )

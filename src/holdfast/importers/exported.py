@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +76,39 @@ def load_exported(path: str | Path, device: str | torch.device) -> Exported:
     """
     file = existing_file(path)
     try:
-        program = torch.export.load(file)
+        with _quietly():
+            program = torch.export.load(file)
     except Exception as error:
         raise UserError(
-            f"{path} cannot be read as a torch.export program ({type(error).__name__}: {error}). It is damaged, of "
-            "another version of torch, or compiled: write it with torch.export.save(torch.export.export(model, (x,)), "
-            "path)."
+            f"{path} cannot be read as a torch.export program ({_reason(error)}). It is damaged, of another version of "
+            "torch, or compiled: write it with torch.export.save(torch.export.export(model, (x,)), path)."
         ) from None
     try:
         return _as_module(path, program, device)
     except UserError:
         raise
     except Exception as error:  # a file of another torch, or one that was changed, fails anywhere from here
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{path} was read, but its program cannot be run ({type(error).__name__}: {reason}). It is damaged or of "
-            "another version of torch: export it again with this one."
+            f"{path} was read, but its program cannot be run ({_reason(error)}). It is damaged, or of another version "
+            "of torch: export it again with this one."
         ) from None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the traceback that torch logs beside the error that it raises."""
+    logger = logging.getLogger("torch.export")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line. Where torch refers to what it logged, its kind alone."""
+    line = str(error).strip().partition("\n")[0]
+    return type(error).__name__ if not line or "warnings above" in line else f"{type(error).__name__}: {line}"
 
 
 def _as_module(path: str | Path, program: Any, device: str | torch.device) -> Exported:
