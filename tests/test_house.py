@@ -218,6 +218,23 @@ def test_one_word_per_idea():
     ]
 
 
+def test_paths_may_be_text():
+    """What the reference documents takes a path as text: no public function asks for a Path."""
+    pages = [page.read_text() for page in ROOT.glob("docs/**/*.md")]
+    documented = [re.findall(r"^::: (holdfast[\w.]*)", page, re.MULTILINE) for page in pages]
+    found = []
+    for module in {importlib.import_module(name) for names in documented for name in names}:
+        for name in getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]:
+            thing = getattr(module, name)
+            mine = hasattr(module, "__all__") or getattr(thing, "__module__", "") == module.__name__
+            if inspect.isfunction(thing) and mine:
+                for argument, kind in thing.__annotations__.items():
+                    words = str(kind).replace(" ", "").split("|")
+                    if argument != "return" and "Path" in words and "str" not in words:
+                        found.append((module.__name__, name, argument))
+    assert not sorted(set(found))
+
+
 def test_all_is_what_there_is():
     for path in FILES:
         if path.name != "__main__.py":

@@ -1,10 +1,13 @@
 """A user's own network from Python code, torch.export, ONNX or memory, and the errors when it does not work."""
 
 import ast
+import io
 import json
 import pickle
+import re
 import sys
 import textwrap
+import zipfile
 from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
@@ -446,3 +449,73 @@ def test_onnx_is_not_imported_with_the_module():
         names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
         names |= {node.module for node in body if isinstance(node, ast.ImportFrom) and not node.level}
         assert not {name.split(".")[0] for name in names} & {"onnx", "onnxruntime"}, path
+
+
+# torch.export
+
+
+def program_in(folder, shape=(4, 1, 8, 8), dynamic=True):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    where = ({0: torch.export.Dim("n")},) if dynamic else None
+    torch.export.save(torch.export.export(net, (torch.zeros(shape),), dynamic_shapes=where), folder / "net.pt2")
+    return folder / "net.pt2", net
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_program_is_given_images_as_its_shape_says(channels_last, tmp_path):
+    path, net = program_in(tmp_path, (1, 8, 8, 1) if channels_last else (1, 64), dynamic=False)
+    x = torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(open_model(ModelSource(path))(x), net(x.flatten(1)))
+
+
+def test_a_program_for_one_image_takes_any_number(tmp_path):
+    net = nn.Linear(64, 3).eval()
+    torch.export.save(torch.export.export(net, (torch.zeros(64),)), tmp_path / "net.pt2")
+    x = torch.rand(5, 1, 8, 8)
+    torch.testing.assert_close(open_model(ModelSource(tmp_path / "net.pt2"))(x), net(x.flatten(1)))
+
+
+def test_a_program_that_fails_when_it_is_built_ends_in_a_sentence(tmp_path, monkeypatch):
+    path, _ = program_in(tmp_path)
+
+    def fails(self, *arguments, **more):
+        raise KeyError("a weight\nthat is not there")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "module", fails)
+    message = refused(ModelSource(str(path)), "cannot be run", "KeyError", "export it again")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("what", ["empty", "nothing", "null", "cut"])
+def test_a_damaged_program_ends_in_a_sentence_and_nothing_else(what, tmp_path, capfd):
+    """Each part of the archive emptied or left out, words of its JSON replaced, the file cut: never a traceback."""
+    path, _ = program_in(tmp_path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    changed = []
+    if what == "cut":
+        changed = [whole[:n] for n in (0, 10, len(whole) // 2, len(whole) - 30)]
+    for name, content in parts.items() if what != "cut" else ():
+        places = [b""]
+        if what == "null":
+            words = [match.span() for match in re.finditer(rb'"[a-z_]+"', content)][::9] if "json" in name else []
+            places = [content[:start] + b"null" + content[end:] for start, end in words[:6]]
+        for place in places:
+            buffer = io.BytesIO()
+            with zipfile.ZipFile(buffer, "w") as archive:
+                for other, kept in parts.items():
+                    if other != name or what != "nothing":
+                        archive.writestr(other, place if other == name else kept)
+            changed.append(buffer.getvalue())
+    refusals = []
+    for content in changed:
+        path.write_bytes(content)
+        try:
+            open_model(ModelSource(str(path)))(torch.zeros(2, 1, 8, 8))
+        except UserError as error:
+            refusals.append(str(error))
+    assert len(refusals) >= len(changed) // 2
+    assert not [line for line in refusals if "warnings above" in line or "Traceback" in line]
+    assert "Traceback" not in capfd.readouterr().err

@@ -251,6 +251,7 @@ def result_key(
     Raises:
         UserError: an unknown suite, attack or score.
     """
+    file = None if path is None else Path(path)
     identity = {
         "key": key,
         "threat": threat.describe(),
@@ -304,7 +305,7 @@ def cached_audit(
     trained_with: Loss | None,
     transfer_source: Tensor | None,
     seed: int,
-    path: Path | None,
+    path: str | Path | None,
     key: str,
     progress: Progress = silent,
 ) -> Audit:
@@ -332,7 +333,7 @@ def cached_audit(
         "seed": seed,
     }
     mark = _hash(identity)
-    cached = None if path is None else load_audit(path, mark, evaluation)
+    cached = None if file is None else load_audit(file, mark, evaluation)
     if cached is not None:
         return cached
     made = audit(
@@ -344,8 +345,8 @@ def cached_audit(
         seed=seed,
         progress=lambda name, done, total: progress(f"checking: {name}", done, total),
     )
-    if path is not None:
-        save_audit(path, mark, made)
+    if file is not None:
+        save_audit(file, mark, made)
     return made
 
 
@@ -356,7 +357,7 @@ def cached_region(
     *,
     s: float | None,
     seed: int,
-    path: Path | None,
+    path: str | Path | None,
     key: str,
     progress: Progress = silent,
 ) -> tuple[Evaluation, dict[str, Any], dict[str, Any]]:
@@ -377,12 +378,13 @@ def cached_region(
     Returns:
         (the evaluation with that stage, the measures, the projection).
     """
+    file = None if path is None else Path(path)
     mark = hashlib.blake2b(
         json.dumps([region.VERSION, key, evaluation.threat.describe(), seed, s]).encode(), digest_size=8
     )
     mark.update(evaluation.x_adv.cpu().numpy().tobytes())
     name = mark.hexdigest()
-    broken, kept = _read(path)
+    broken, kept = _read(file)
     if kept.get("key") != name:
         began = time.perf_counter()
         attempts: list[Witnesses] = []
@@ -397,8 +399,8 @@ def cached_region(
         attacked, seconds = len(measured["distances"]["index"]), time.perf_counter() - began
         cost = StageCost("region", attacked, len(broken["rows"]), **measured["passes"], seconds=seconds)
         kept = {"key": name, "region": measured, "projection": projection, "cost": asdict(cost)}
-        if path is not None:
-            save_tensors(path, REGION, REGION_VERSION, broken, kept)
+        if file is not None:
+            save_tensors(file, REGION, REGION_VERSION, broken, kept)
     final = add_witnesses(evaluation, [Witnesses(**broken)], StageCost(**kept["cost"]))
     return final, kept["region"], kept["projection"]
 

@@ -76,21 +76,40 @@ def load_exported(path: str | Path, device: str | torch.device) -> Exported:
     """
     file = existing_file(path)
     try:
-        with _silent_log():  # torch logs the traceback of what is said here
+        with _quietly():
             program = torch.export.load(file)
     except Exception as error:
-        raise _unreadable(path, error) from None
+        raise UserError(
+            f"{path} cannot be read as a torch.export program ({_reason(error)}). It is damaged, of another version of "
+            "torch, or compiled: write it with torch.export.save(torch.export.export(model, (x,)), path)."
+        ) from None
     try:
-        with _silent_log():
+        with _quietly():
             return _as_module(path, program, device)
     except UserError:
         raise
     except Exception as error:  # a file of another torch, or one that was changed, fails anywhere from here
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{path} was read, but its program cannot be run ({type(error).__name__}: {reason}). It is damaged or of "
-            "another version of torch: export it again with this one."
+            f"{path} was read, but its program cannot be run ({_reason(error)}). It is damaged, or of another version "
+            "of torch: export it again with this one."
         ) from None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the traceback that torch logs beside the error that it raises."""
+    logger = logging.getLogger("torch.export")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line. Where torch refers to what it logged, its kind alone."""
+    line = str(error).strip().partition("\n")[0]
+    return type(error).__name__ if not line or "warnings above" in line else f"{type(error).__name__}: {line}"
 
 
 def _as_module(path: str | Path, program: Any, device: str | torch.device) -> Exported:
@@ -114,27 +133,6 @@ def _as_module(path: str | Path, program: Any, device: str | torch.device) -> Ex
     low, high = _batch_limits(x.shape[0], program)
     shape = tuple(size if isinstance(size, int) else None for size in x.shape)
     return Exported(program.module(), shape, low, high)
-
-
-def _unreadable(path: str | Path, error: Exception) -> UserError:
-    """The error for a file that torch cannot turn into a program."""
-    reason = str(error).partition("\n")[0]
-    return UserError(
-        f"{path} cannot be read as a torch.export program ({type(error).__name__}: {reason}). "
-        "It is damaged, of another version of torch, or compiled: write it with "
-        "torch.export.save(torch.export.export(model, (x,)), path)."
-    )
-
-
-@contextmanager
-def _silent_log() -> Iterator[None]:
-    """Log records below this block go nowhere; the level before is restored."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _batch_limits(n: Any, program: Any) -> tuple[int, int | None]:
