@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .clean_pass import clean_pass
 from .costs import add_cost, add_extra_stages, affordable, passes_spent, planned_passes
 from .distributed import Processes, exchange_results, synchronise, total_costs
 from .evaluation import UNBROKEN, Evaluation
+from .repeatability import first_answers, repeat
 from .selection import choose, spot_check_result
 from .state import MAX_TARGETS, State, Task, attack_model
 
@@ -31,6 +33,7 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
         path = path.with_suffix(f".{processes.rank}-of-{processes.count}{path.suffix}")
     checkpoint = Checkpoint(path, task, key)
     task.threat.check_images(task.data.x)
+    first = first_answers(task)
     state = checkpoint.load(task) or clean_pass(task)
     if processes.count > 1:
         synchronise(task, state, processes)
@@ -40,7 +43,9 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
         if task.budget is not None and state.ended == len(state.stages) and bool(state.survivors.any()):
             add_extra_stages(task, state, state.ended + 1)
     checkpoint.save(state, force=True)
-    return result(task, state, processes)
+    repeated, changed, copy_differs = repeat(task, state, first, counted=processes.rank == 0)
+    found = result(task, state, processes)
+    return replace(found, repeated=repeated, changed=changed, copy_differs=copy_differs)
 
 
 def run_stage(task: Task, state: State, number: int, checkpoint: Checkpoint, processes: Processes) -> None:
@@ -90,7 +95,8 @@ def attack_batch(task: Task, state: State, checkpoint: Checkpoint, number: int, 
     broken, outside = verify_candidates(task, state, number, rows, x, y, x_adv)
     columns.done[rows] = number * MAX_TARGETS + target + 1
     attacked = len(rows) if target == 0 else 0
-    add_cost(task, state, number + 1, began, attacked=attacked, broken=broken, outside=outside)
+    counts = {"attacked": attacked, "broken": broken, "outside": outside, "candidates": len(rows)}
+    add_cost(task, state, number + 1, began, **counts)
     checkpoint.save(state)
     if task.progress is not silent:
         spent, waiting = passes_spent(state), int(_waiting(state, number, target).sum())
@@ -134,7 +140,10 @@ def verify_candidates(
 def result(task: Task, state: State, processes: Processes) -> Evaluation:
     """The state as an Evaluation. Attacks that the budget ended before they began have no entry in attack_correct."""
     columns = state.columns
+    by = columns.broken_by
     missing = {stage.name for stage in state.stages[state.ended :] if stage.individual}
+    stages = tuple(total_costs(state, processes))
+    ran = {stage.attack for stage, cost in zip(state.stages, stages[1:], strict=False) if cost.attacked}
     return Evaluation(
         threat=task.threat,
         index=task.data.index.cpu(),
@@ -143,13 +152,14 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
         margin=columns.margin.cpu(),
         clean=columns.clean.cpu(),
         attack_correct={name: columns.attack_correct[name].cpu() for name in task.attack_names if name not in missing},
-        broken_by=columns.broken_by.cpu(),
+        broken_by=torch.where(by >= 0, by + 1, by).cpu(),  # stages[0] of the result is the clean pass
         margin_adv=columns.margin_adv.cpu(),
         prediction_adv=columns.prediction_adv.cpu(),
         x_adv=columns.x_adv.cpu(),
-        stages=tuple(total_costs(state, processes)),
+        stages=stages,
         spot_check=spot_check_result(state),
         votes=state.votes,
         unfinished=state.ended < len(task.suite),
         certified=None if columns.certified is None else columns.certified.cpu(),
+        attack_kinds=tuple(sorted(ran)),
     )

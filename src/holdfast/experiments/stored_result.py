@@ -16,7 +16,7 @@ from ..io import load_tensors, save_tensors
 from ..results import RemainingVulnerable, SpotCheck
 from ..threat import Threat
 
-RESULT, RESULT_VERSION = "network result", 1
+RESULT, RESULT_VERSION = "network result", 2
 
 
 def save_result(path: Path, key: str, audit: Audit, region: dict[str, Any], projection: dict[str, Any]) -> None:
@@ -94,6 +94,7 @@ def _read(
             **columns,
             "threat": Threat(**plain["threat"]),
             "stages": tuple(StageCost(**cost) for cost in plain["stages"]),
+            "attack_kinds": tuple(plain["attack_kinds"]),
             "spot_check": None if spot_check is None else SpotCheck(**spot_check),
             **{
                 field: {name: tensors[f"{field}/{name}"] for name in names}
