@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -184,6 +185,18 @@ def exact_float32() -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def copied(model: Model) -> nn.Module | None:
+    """A deep copy of a module; None for a function, whose state is out of reach, and where copying fails."""
+    if not isinstance(model, nn.Module):
+        return None
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # a lock, an open session, a tensor with a graph: the module's own error
+        if out_of_memory(error):
+            raise
+        return None
 
 
 def device_of(model: Model, data: Data) -> torch.device:

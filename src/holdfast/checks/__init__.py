@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -243,6 +243,7 @@ def audit(
         seconds=time.perf_counter() - began,
         nonfinite=int(probe.model.nonfinite),
     )
+    evaluation = replace(evaluation, pristine=None)
     return Audit(add_witnesses(evaluation, probe.witnesses, cost), tuple(findings), estimate, measures, cost)
 
 

@@ -53,19 +53,20 @@ class Points(NamedTuple):
         x: (P, ...): clean images, random points of the threat, the stored x_adv of survivors, and last iterates of an
             ascent, in this order.
         logits: (P, K), without a graph, all in one batch.
-        n_clean: how many of them are clean images.
+        sizes: how many there are of each kind.
         rows: (P,) the samples they belong to.
     """
 
     x: Tensor
     logits: Tensor
-    n_clean: int
+    sizes: list[int]
     rows: Tensor
 
     def differs(self, other: Tensor) -> Tensor:
         """(P,) bool: another output than at first, beyond rounding."""
-        clean = logits_differ(self.logits[: self.n_clean], other[: self.n_clean])
-        return torch.cat([clean, differs_off_data(self.logits[self.n_clean :], other[self.n_clean :])])
+        n_clean = self.sizes[0]
+        clean = logits_differ(self.logits[:n_clean], other[:n_clean])
+        return torch.cat([clean, differs_off_data(self.logits[n_clean:], other[n_clean:])])
 
 
 class Probe:
@@ -206,14 +207,10 @@ class Probe:
             self.attack_model, self.x(attacked), self.y(attacked), self.threat, score=self.matched, iterate="last",
             noise=self.noise[attacked].fold(91), steps=10, step_size=self.threat.eps / 4,
         )  # fmt: skip
-        parts = {
-            "clean": self.x(rows),
-            "random": self.threat.random_start(self.x(rows), self.noise[rows].fold(92)),
-            "stored": self.stored_x_adv(survivors),
-            "ascended": ascended,
-        }
-        x = torch.cat(list(parts.values()))
-        return Points(x, self.logits(x), len(rows), torch.cat([rows, rows, survivors, attacked]))
+        start = self.threat.random_start(self.x(rows), self.noise[rows].fold(92))
+        parts = [self.x(rows), start, self.stored_x_adv(survivors), ascended]
+        x = torch.cat(parts)
+        return Points(x, self.logits(x), [len(part) for part in parts], torch.cat([rows, rows, survivors, attacked]))
 
     @cached_property
     def float64_model(self) -> Model | str:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import cross_entropy
-from ..evaluation.repeatability import copied
+from ..attacks.base import predict
 from ..losses import negative_margin
-from ..queries import LOGIT_TOLERANCE, OFF_DATA_TOLERANCE, CountingModel, default_batch_size, logits_differ
+from ..queries import LOGIT_TOLERANCE, OFF_DATA_TOLERANCE, CountingModel, copied, default_batch_size, logits_differ
 from ..threat import Threat
 from .findings import CheckCount, lower_bound_99
 from .probe import Probe
@@ -42,8 +42,8 @@ def outputs_are_repeatable(probe: Probe) -> CheckCount:
         rows = torch.cat([probe.rows, probe.survivors]).unique()
         at_x_adv = probe.logits(probe.stored_x_adv(rows))
         k += int(_moved(probe, rows, at_x_adv, evaluation.margin_adv, OFF_DATA_TOLERANCE).sum())
-        k += int(probe.points.differs(probe.logits(probe.points.x)).sum()) + evaluation.changed
-        n += len(at_x_adv) + len(probe.points.x) + evaluation.repeated
+        k += int(probe.points.differs(probe.logits(probe.points.x)).sum())
+        n += len(at_x_adv) + len(probe.points.x)
     return CheckCount(k, n, 0.0, f"the same image gives other logits on {k} of {n} points{votes}")
 
 
@@ -95,16 +95,17 @@ def outputs_do_not_depend_on_the_gradient_mode(probe: Probe) -> CheckCount | str
 
 
 def a_copy_that_was_never_queried_answers_alike(probe: Probe) -> CheckCount | str:
-    """A copy made before the evaluation has the same outputs: the model does not remember what it was asked."""
-    evaluation = probe.evaluation
+    """A copy made before the evaluation gives the same logits: the model does not remember what it was asked."""
     if probe.votes > 1:
         return RANDOMISED
-    if evaluation.copy_differs is None:
-        return "the model is a function or cannot be copied" if evaluation.repeated else "no copy was compared"
-    k, n = evaluation.copy_differs, evaluation.repeated
-    return CheckCount(
-        k, n, 0.0, f"a copy of the network that was never queried has other outputs on {k} of {n} samples"
-    )
+    if probe.evaluation.pristine is None:
+        return "there is no copy of the model from before the evaluation"
+    points, parts = probe.points, []
+    for part in points.x.split(points.sizes):  # a copy for each kind of point: it has not been asked about the others
+        fresh = copied(probe.evaluation.pristine)
+        parts.append(probe.logits(part) if fresh is None else predict(CountingModel(fresh, probe.model), part).logits)
+    k, n = int(points.differs(torch.cat(parts)).sum()), len(points.x)
+    return CheckCount(k, n, 0.0, f"a copy of the network that was never queried has other logits at {k} of {n} points")
 
 
 def clean_accuracy_is_above_chance(probe: Probe) -> CheckCount:

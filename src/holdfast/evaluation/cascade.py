@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from .clean_pass import clean_pass
 from .costs import add_cost, add_extra_stages, affordable, passes_spent, planned_passes
 from .distributed import Processes, exchange_results, synchronise, total_costs
 from .evaluation import UNBROKEN, Evaluation
-from .repeatability import first_answers, repeat
 from .selection import choose, spot_check_result
 from .state import MAX_TARGETS, State, Task, attack_model
 
@@ -33,7 +31,6 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
         path = path.with_suffix(f".{processes.rank}-of-{processes.count}{path.suffix}")
     checkpoint = Checkpoint(path, task, key)
     task.threat.check_images(task.data.x)
-    first = first_answers(task)
     state = checkpoint.load(task) or clean_pass(task)
     if processes.count > 1:
         synchronise(task, state, processes)
@@ -43,9 +40,7 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
         if task.budget is not None and state.ended == len(state.stages) and bool(state.survivors.any()):
             add_extra_stages(task, state, state.ended + 1)
     checkpoint.save(state, force=True)
-    repeated, changed, copy_differs = repeat(task, state, first, counted=processes.rank == 0)
-    found = result(task, state, processes)
-    return replace(found, repeated=repeated, changed=changed, copy_differs=copy_differs)
+    return result(task, state, processes)
 
 
 def run_stage(task: Task, state: State, number: int, checkpoint: Checkpoint, processes: Processes) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..results import SpotCheck, notebook_counts
 from ..threat import Threat
@@ -75,11 +75,8 @@ class Evaluation:
         certified: bool, proved to be classified correctly at every point of the threat (never where ``clean`` is
             False); None if no bound of the network is known.
         attack_kinds: the attacks that ran, keys of ATTACKS.
-        repeated: number of samples that were queried at points of the threat at the beginning and at the end; 0 for a
-            randomised model.
-        changed: of these, samples with another output at the end.
-        copy_differs: of these, samples with another output of a copy that was made before the evaluation; None if the
-            model cannot be copied.
+        pristine: a copy of the model as it was before it was queried, for the audit, which drops it; None for a
+            function, and for a model that cannot be copied. It is never saved.
     """
 
     threat: Threat
@@ -99,9 +96,7 @@ class Evaluation:
     unfinished: bool = False
     certified: Tensor | None = None
     attack_kinds: tuple[str, ...] = ()
-    repeated: int = 0
-    changed: int = 0
-    copy_differs: int | None = None
+    pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def robust(self) -> Tensor:

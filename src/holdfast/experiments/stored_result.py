@@ -40,7 +40,7 @@ def save_result(path: Path, key: str, audit: Audit, region: dict[str, Any], proj
         elif isinstance(value, dict):
             tensors |= {f"{f.name}/{name}": column for name, column in value.items()}
             columns_of[f.name] = list(value)
-        elif value is not None:
+        elif value is not None and f.name != "pristine":
             plain[f.name] = value
     spot_check = evaluation.spot_check
     about = {
