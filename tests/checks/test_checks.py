@@ -240,7 +240,7 @@ def test_what_an_audit_breaks_is_kept_as_a_witness(honest, some):
     saturated = FAULTY["logit_scale"].make(honest, 1e4)
     lax = evaluate(saturated, some, THREAT, ())  # the published protocol alone, which stands still there
     judged = audit(saturated, some, lax)
-    kept, number = judged.evaluation, len(lax.stages) - 1
+    kept, number = judged.evaluation, len(lax.stages)
     new = kept.broken_by == number
     assert judged.cost.broken == int(new.sum()) > 0
     assert kept.stages[-1].name == "audit"

@@ -29,7 +29,12 @@ class Claim:
 
 
 def judge(
-    claim: Claim, robust: Sequence[Any], findings: Sequence[Finding], remaining: Remaining | None = None
+    claim: Claim,
+    robust: Sequence[Any],
+    findings: Sequence[Finding],
+    remaining: Remaining | None = None,
+    *,
+    attack_kinds: Sequence[str] = (),
 ) -> Verdict:
     """What a claimed accuracy is worth.
 
@@ -38,7 +43,9 @@ def judge(
       99% confidence (Clopper-Pearson).
     * loose: not refuted, but a check that applies to the claim fires, or more than 1% of the samples are expected to
       be breakable still.
-    * tight: none of these.
+    * tight: none of these. It is empirical, of these samples and these attacks; only a certificate is a proof.
+
+    Of several checks that fire, the reason is that of the first: checks are listed with the weightiest first.
 
     The words depend on the number of samples: the same gap may be tight on 360 and refuted on 1,797. So the reason
     states the gap in points, with its interval and the number of samples, and says where they are too few to tell.
@@ -48,6 +55,7 @@ def judge(
         robust: one entry per sample, in the same order: correct after all attacks.
         findings: of the checks.
         remaining: estimate of the survivors that are still breakable; None if there is none.
+        attack_kinds: the attacks that ran, for the reason of a tight verdict.
 
     Returns:
         The verdict and its reason.
@@ -55,10 +63,10 @@ def judge(
     >>> print(judge(Claim("pgd50", [1, 1, 1, 1, 0]), [0, 0, 0, 0, 0], []).status)
     refuted
     >>> judge(Claim("pgd50", [1, 1, 0]), [1, 0, 0], []).why
-    '33.3 points too high (95% interval 0.8 to 90.6; other attacks broke 1 more of 3 samples), too few images to tell \
-whether it is more than 1 point'
-    >>> judge(Claim("robust", [1, 0]), [1, 0], [])
-    Verdict(status='tight', why='attacks of different kinds agree on 2 samples')
+    'empirical: 33.3 points too high (95% interval 0.8 to 90.6; other attacks broke 1 more of 3 samples), too few \
+images to tell whether it is more than 1 point'
+    >>> judge(Claim("robust", [1, 0]), [1, 0], [], attack_kinds=("apgd", "pgd", "square")).why
+    'empirical: no attack of 3 kinds broke more of these 2 samples'
     """
     invalid = [finding for finding in findings if finding.fires and finding.void]
     if invalid:
@@ -75,10 +83,12 @@ whether it is more than 1 point'
             return Verdict("loose", why)
         # The figure of a weak attack may be right: say how far off it is before saying why it is no evidence.
         return Verdict("loose", f"{_gap(broken, n) if broken else f'0.0 points too high on {n} samples'}, but {why}")
-    agreement = f"attacks of different kinds agree on {n} samples"
+    kinds = len(set(attack_kinds))
+    attacks = f"attack of {kinds} kinds" if kinds > 1 else "other attack"
+    agreement = f"empirical: no {attacks} broke more of these {n} samples"
     if broken:
         few = f", too few images to tell whether it is more than {100 * TOLERANCE:.0f} point"
-        agreement = _gap(broken, n) + few * (broken > TOLERANCE * n)
+        agreement = f"empirical: {_gap(broken, n)}" + few * (broken > TOLERANCE * n)
     if remaining is None:
         return Verdict("tight", agreement)
     estimate = (

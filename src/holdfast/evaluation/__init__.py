@@ -6,6 +6,7 @@ robust accuracy = fraction of samples that are classified correctly and that no 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..attacks import ATTACKS
@@ -16,7 +17,7 @@ from ..losses import Loss, as_loss
 from ..noise import Noise
 from ..outputs import Model, frozen_eval
 from ..progress import Progress, silent
-from ..queries import CountingModel, default_batch_size, device_of, exact_float32
+from ..queries import CountingModel, copied, default_batch_size, device_of, exact_float32
 from ..threat import Threat, as_threat
 from ..user_input import path, whole
 from . import cascade
@@ -121,4 +122,6 @@ def evaluate(
         progress=progress if Processes.current().rank == 0 else silent,
     )
     with exact_float32(), frozen_eval(model):
-        return cascade.run(task, None if checkpoint is None else path("checkpoint", checkpoint), key)
+        pristine = copied(model)  # before the first query
+        file = None if checkpoint is None else path("checkpoint", checkpoint)
+        return replace(cascade.run(task, file, key), pristine=pristine)

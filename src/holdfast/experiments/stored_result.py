@@ -22,7 +22,7 @@ from ..io import load_tensors, save_tensors, understood
 from ..results import RemainingVulnerable, SpotCheck
 from ..threat import Threat
 
-RESULT, RESULT_VERSION = "network result", 2  # 2: the images that the checkpoint has are not repeated
+RESULT, RESULT_VERSION = "network result", 3  # 2: the images that the checkpoint has are not repeated
 _ROWS, _IMAGES = "later/rows", "later/x_adv"
 
 
@@ -50,7 +50,7 @@ def save_result(
         elif isinstance(value, dict):
             tensors |= {f"{f.name}/{name}": column for name, column in value.items()}
             columns_of[f.name] = list(value)
-        elif value is not None:
+        elif value is not None and f.name != "pristine":
             plain[f.name] = value
     x_adv, before = tensors.pop("x_adv"), load_x_adv(checkpoint)
     later = torch.nonzero((x_adv != before).flatten(1).any(1))[:, 0]
@@ -131,6 +131,7 @@ def _read(tensors: dict[str, Tensor], about: _About) -> tuple[Evaluation, Audit,
             **columns,
             "threat": Threat(**plain["threat"]),
             "stages": tuple(StageCost(**cost) for cost in plain["stages"]),
+            "attack_kinds": tuple(plain["attack_kinds"]),
             "spot_check": None if spot_check is None else SpotCheck(**spot_check),
             **{
                 field: {name: tensors[f"{field}/{name}"] for name in names}
