@@ -148,6 +148,7 @@ def test_replay_runs_no_attack_code():
     assert not reach & {"attacks", "evaluation", "objectives", "train"}
 
 
+@cache
 def trees():
     return {path.relative_to(SOURCE): ast.parse(path.read_text()) for path in FILES}
 
@@ -218,7 +219,7 @@ def test_one_word_per_idea():
 
 
 def test_every_module_can_be_imported_and_its_all_is_what_there_is():
-    """In any order: there are no circles between files, and mypy finds a module that nobody imports but somebody uses."""
+    """In any order: there are no circles between files, and mypy finds a module that is used and never imported."""
     for path in FILES:
         if path.name != "__main__.py":
             module = importlib.import_module(dotted(path))
