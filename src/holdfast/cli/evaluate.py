@@ -120,7 +120,7 @@ def _own_model(model: str, own: dict[str, str], *, limit: int, seed: int) -> Any
 def _reading(own: dict[str, str]) -> dict[str, Any]:
     """How the data is read: those of its options that were given, by the names of ``data.load``."""
     names = ("image-column", "label-column", "convert", "resize")
-    given = {name.replace("-", "_"): own[name] for name in names if own[name]}
+    given = {name.replace("-", "_"): own[name] for name in names if own.get(name)}
     return {name: int(value) if name == "resize" else value for name, value in given.items()}
 
 
