@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import UserError
-from .labels import count, natural, some
+from .labels import count, numeric_order, some
 
 T = TypeVar("T")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
@@ -154,7 +154,7 @@ def notes_on(parts: Sequence[ClassFolders], rest: ClassFolders | None, what: str
     if beside:
         notes.append(f"{what}: skipped folders that are no split: {some(beside)}.")
     names = sorted({name for part in parts for name, files in part.classes.items() if files})
-    if names != sorted(names, key=natural):
+    if names != sorted(names, key=numeric_order):
         notes.append(f"{what}: class folders are numbered in the order of text: {some(names)}.")
     empty = {name for part in parts for name, files in part.classes.items() if not files}
     empty -= {name for part in parts for name, files in part.classes.items() if files}

@@ -66,6 +66,7 @@ class Reading:
 
 
 AS_IS = Reading()
+Kind = tuple[str, tuple[int, int]]  # mode, (width, height)
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ class _Bad:
     reason: str
 
 
+class _Transparent(Exception):
+    """An image that lets something through, though nobody said what to do with it."""
+
+
 def _target(opened: Image.Image, reading: Reading) -> str:
     """The mode that an opened image is converted to; "" where only the user can say."""
     if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM")):
@@ -144,8 +149,8 @@ def _is_transparent(opened: Image.Image) -> bool:
     return bool(opened.convert("RGBA").getchannel("A").getextrema() != (255, 255))
 
 
-def _values(opened: Image.Image, mode: str, reading: Reading, seen: Counter[str]) -> np.ndarray | _Bad:
-    """The pixels of an opened image in ``mode``; counts what was assumed in ``seen``."""
+def _values(opened: Image.Image, mode: str, reading: Reading, seen: Counter[str]) -> np.ndarray:
+    """The pixels of an opened image, (C, H, W) in ``mode``; counts what was assumed in ``seen``."""
     image = opened
     wide = opened.mode.startswith("I")
     if "16" in str([tile[3] for tile in getattr(opened, "tile", ())[:1]]) and not wide:
@@ -157,13 +162,13 @@ def _values(opened: Image.Image, mode: str, reading: Reading, seen: Counter[str]
     if wide:
         values = np.asarray(opened).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            return _Bad("file", "pixels outside 0..65535")
+            raise ValueError("pixels outside 0..65535")
         seen["grey16"] += 1
         seen["largest16"] = max(seen["largest16"], int(values.max()))
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     elif _is_transparent(opened):
         if not reading.mode:
-            return _Bad("alpha", "transparent")
+            raise _Transparent
         seen["alpha"] += 1
     if image.mode != mode:
         seen[f"from {opened.mode}"] += 1
@@ -171,7 +176,8 @@ def _values(opened: Image.Image, mode: str, reading: Reading, seen: Counter[str]
     if reading.resize and image.size != (reading.resize, reading.resize):
         seen["resized"] += 1
         image = image.resize((reading.resize, reading.resize), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    values = np.asarray(image)
+    return values[None] if mode == "L" else values.transpose(2, 0, 1)
 
 
 def is_encoded(content: bytes) -> bool:
@@ -209,13 +215,13 @@ def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tens
         image = x[i]
         return f"image '{image}'" if isinstance(image, Path) else f"the image in row {i} of {what}"
 
-    kinds: list[tuple[str, tuple[int, int]] | None] = [None] * len(x)  # mode and size as they are
+    kinds: list[Kind | None] = [None] * len(x)  # as they are
     bad: dict[int, _Bad] = {}
     out = np.empty(0, dtype=np.uint8)
-    wanted: tuple[str, tuple[int, int]] | None = None
+    wanted: Kind | None = None
 
-    def read(i: int, seen: Counter[str], take: Callable[[str, tuple[int, int], Image.Image], None]) -> None:
-        """Open image i, and hand it on once its header says that it can be used."""
+    def read(i: int, seen: Counter[str] | None = None) -> Kind | None:
+        """What image i is to become, by its header; with ``seen`` it is decoded, if that is what is wanted."""
         image = x[i]
         try:
             with Image.open(image if isinstance(image, Path) else BytesIO(image), formats=FORMATS) as opened:
@@ -226,57 +232,47 @@ def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tens
                 elif not mode:
                     bad[i] = _Bad("mode", opened.mode)
                 else:
-                    take(mode, (reading.resize, reading.resize) if reading.resize else size, opened)
+                    kind = (mode, (reading.resize, reading.resize) if reading.resize else size)
+                    if seen is not None and kind == wanted:
+                        out[i] = _values(opened, mode, reading, seen)
+                    return kind
+        except _Transparent:
+            bad[i] = _Bad("alpha", "transparent")
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             bad[i] = _Bad("file", f"it claims more pixels than the limit of {MAX_PIXELS:,}")
         except Exception as error:  # Pillow raises errors of many kinds on damaged files
             bad[i] = _Bad("file", "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)[:200])
-
-    def choose(mode: str, size: tuple[int, int], opened: Image.Image) -> None:
-        nonlocal wanted
-        wanted = (mode, size)
+        return None
 
     def fill(rows: range) -> Counter[str]:
         seen: Counter[str] = Counter()
         for i in rows:
-
-            def put(mode: str, size: tuple[int, int], opened: Image.Image, i: int = i) -> None:
-                if (mode, size) == wanted:
-                    values = _values(opened, mode, reading, seen)
-                    if isinstance(values, _Bad):
-                        bad[i] = values
-                    else:
-                        out[i] = values if mode == "L" else values.transpose(2, 0, 1)
-
-            read(i, seen, put)
+            read(i, seen)
         return seen
 
     if not len(x):
         raise UserError(f"{what} is empty: expected at least one image.")
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for i in range(len(x)):
-            read(i, Counter(), choose)
-            if wanted:
-                break
+        first, wanted = next(((i, kind) for i in range(len(x)) if (kind := read(i)) is not None), (0, None))
         if wanted is None:
-            raise _refusal(bad, name, reading)
+            raise _refusal(bad, name)
         mode, (width, height) = wanted
         channels = {"L": 1, "RGB": 3}[mode]
         size = len(x) * channels * height * width
         hint = "use --resize N (in Python resize=N), or fewer images."
-        check_memory(size, f"the {len(x):,} images of {what}, if all are {width}x{height} like {name(i)},", hint)
+        check_memory(size, f"the {len(x):,} images of {what}, if all are {width}x{height} like {name(first)},", hint)
         out = np.empty((len(x), channels, height, width), dtype=np.uint8)
         # small images decode faster than threads can hand over the interpreter lock; a pool pays from about 64x64
         with ThreadPoolExecutor(1 if out[0].size < 64 * 64 and not reading.resize else os.cpu_count()) as pool:
             parts = list(pool.map(fill, (range(i, min(i + 256, len(out))) for i in range(0, len(out), 256))))
     if bad:
-        raise _refusal(bad, name, reading)
+        raise _refusal(bad, name)
     _same_kind(kinds, wanted, name, reading)
     return torch.from_numpy(out), _notes(parts, mode, what, reading)
 
 
-def _refusal(bad: dict[int, _Bad], name: Callable[[int], str], reading: Reading) -> UserError:
+def _refusal(bad: dict[int, _Bad], name: Callable[[int], str]) -> UserError:
     """One sentence about the images that cannot be used, with the first three names."""
     cause = next(cause for cause in ("file", "mode", "alpha") if any(one.cause == cause for one in bad.values()))
     rows = sorted(i for i, one in bad.items() if one.cause == cause)
@@ -296,8 +292,8 @@ def _refusal(bad: dict[int, _Bad], name: Callable[[int], str], reading: Reading)
 
 
 def _same_kind(
-    kinds: Sequence[tuple[str, tuple[int, int]] | None],
-    wanted: tuple[str, tuple[int, int]],
+    kinds: Sequence[Kind | None],
+    wanted: Kind,
     name: Callable[[int], str],
     reading: Reading,
 ) -> None:

@@ -76,7 +76,7 @@ def encode(
         hint = f"at most {MAX_CLASSES:,} classes are read. Name the label column with --label-column."
         raise UserError(f"{column} of {what} holds {len(values):,} different labels ({some(values.tolist())}): {hint}")
     if kinds == {"text"}:
-        named = sorted(values.tolist(), key=natural)
+        named = sorted(values.tolist(), key=numeric_order)
         order = "in numerical order" if all(re.fullmatch(r"\d+", name) for name in named) else "sorted by name"
         notes.append(f"{what}: {column} is text; its {len(named)} classes are numbered {order}: {some(named)}.")
     elif kinds == {"b"}:
@@ -155,10 +155,10 @@ def check_names(classes: Sequence[str], what: str) -> None:
         raise UserError(f"{what} has a class name twice among {some(sorted(classes))}: make them distinct.")
 
 
-def natural(name: str) -> tuple[bool, int, str]:
+def numeric_order(name: str) -> tuple[bool, int, str]:
     """A key to sort by: whole numbers first and by value, then other text.
 
-    >>> sorted(["10", "9", "b", "a"], key=natural)
+    >>> sorted(["10", "9", "b", "a"], key=numeric_order)
     ['9', '10', 'a', 'b']
     """
     whole = re.fullmatch(r"[0-9]{1,18}", name) is not None
