@@ -11,6 +11,7 @@ from holdfast import FitConfig, Threat, data, evaluate_network, fit, losses, mod
 from holdfast.errors import UserError
 from holdfast.evaluation import Stage
 from holdfast.experiments import pipeline
+from holdfast.io import load_tensors
 
 THREAT = Threat("linf", 0.1)
 STAGES = (Stage("apgd", "apgd", settings={"steps": 4}),)
@@ -92,6 +93,9 @@ def test_a_finished_cache_is_read_back_and_an_unfinished_one_resumes(model, spli
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "audit.safetensors", "evaluated.json", "evaluation.safetensors", "region.safetensors", "result.safetensors",
     ]  # fmt: skip
+    # No image is stored twice: the result holds those alone that came after the attacks.
+    later = load_tensors(tmp_path / "result.safetensors", "network result", 2)[0]["later/x_adv"]
+    assert len(later) <= sum(stage.broken for stage in made.evaluation.stages[-2:])
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "evaluate", lambda *_, **__: pytest.fail("attacked again"))
         read = evaluate_network(model, split.test, THREAT, STAGES, **arguments)
