@@ -18,7 +18,7 @@ from .findings import CheckCount
 from .probe import Probe, Recapture, rescaled_cross_entropy
 
 NO_SURVIVOR = "there is no survivor without a certificate to try it on"
-FEW = 24  # survivors that a costly check looks at, at least
+FEW = 20  # survivors that a costly check looks at
 NO_FLOAT64 = "the model is a function: it cannot be converted to float64"
 GRID = 255  # levels of an 8-bit image
 
@@ -105,7 +105,7 @@ def a_black_box_is_not_stronger(probe: Probe) -> CheckCount | str:
 
 def labels_alone_break_no_survivor(probe: Probe) -> CheckCount | str:
     """RayS, which reads predicted labels and neither logits nor gradients, breaks hardly any survivor."""
-    rows = probe.survivors[: max(FEW, len(probe.survivors) // 4)]
+    rows = probe.survivors[:FEW]
     if len(rows) == 0:
         return NO_SURVIVOR
     if probe.threat.norm not in ATTACKS["rays"].norms:
@@ -121,7 +121,7 @@ def decomposing_the_margin_breaks_no_survivor(probe: Probe) -> CheckCount | str:
     It breaks what other scores miss where the gradient of one logit drowns that of another, as on networks trained by
     squared error on one-hot targets.
     """
-    rows = probe.survivors[: max(FEW, len(probe.survivors) // 3)]
+    rows = probe.survivors[:FEW]
     if len(rows) == 0:
         return NO_SURVIVOR
     broken = torch.zeros_like(rows, dtype=torch.bool)
@@ -135,7 +135,7 @@ def decomposing_the_margin_breaks_no_survivor(probe: Probe) -> CheckCount | str:
 
 def descending_the_score_breaks_no_survivor(probe: Probe) -> CheckCount | str:
     """Steps against the gradient of the score break hardly any survivor: the gradient does not lead away on purpose."""
-    rows = probe.survivors[: max(FEW, len(probe.survivors) // 2)]
+    rows = probe.survivors[:FEW]
     if len(rows) == 0:
         return NO_SURVIVOR
     broken = probe.attack("pgd", rows, _descent, 31, steps=20, step_size=probe.threat.eps / 4)
