@@ -500,7 +500,7 @@ def test_the_gap_stands_before_the_word_and_small_samples_are_said():
     }
     for n, run in shown.items():
         (row,) = R.rows(make_results([run]))
-        assert row.gap == R.proportion(n // 40, n)
+        assert row.pgd50_excess == R.proportion(n // 40, n)
         assert R.cells([row])[1][3] == f"-2.5 {word[n > 1000].status}"
         (line,) = R.doubts(make_results([run]))
         assert line == f"sce: PGD-50, {run.pgd50_verdict.why}: {run.pgd50_verdict.status}"
@@ -515,7 +515,7 @@ def test_one_loose_seed_of_five_is_said_near_the_table():
     runs = [make_run(seed=seed, status="loose" if seed == 2 else "tight") for seed in range(5)]
     (row,) = R.rows(make_results(runs))
     assert (row.status, row.status_seeds) == ("loose", 1)
-    assert row.gap == R.over_seeds([0.1] * 5)
+    assert row.pgd50_excess == R.over_seeds([0.1] * 5)
     assert R.cells([row])[1][-1] == "1/5 loose"
     for text in (_printed, R.notebook):
         assert "a row has the worst verdict of its seeds, here of 1 of 5" in re.sub(

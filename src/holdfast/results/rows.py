@@ -36,8 +36,8 @@ class Row:
         certified: certified accuracy; None where unknown.
         pgd50_status: status of the verdict on the PGD-50 accuracy; "" without an audit.
         pgd50_verdict: that verdict in words.
-        gap: share of the samples that PGD-50 leaves correct and other attacks break, with its interval (over samples,
-            or over seeds); None where void, or without per-sample columns.
+        pgd50_excess: share of the samples that PGD-50 leaves correct and other attacks break, with its interval (over
+            samples, or over seeds); None where void, or without per-sample columns.
         status_seeds: how many of the merged runs have ``status``, the worst of their verdicts.
         pgd50_status_seeds: the same of ``pgd50_status``.
     """
@@ -57,7 +57,7 @@ class Row:
     certified: Interval | None = None
     pgd50_status: str = ""
     pgd50_verdict: str = ""
-    gap: Interval | None = None
+    pgd50_excess: Interval | None = None
     status_seeds: int = 1
     pgd50_status_seeds: int = 1
 
@@ -127,13 +127,13 @@ def _merged(runs: Sequence[Run], members: Sequence[int]) -> Row:
         certified=certified,
         pgd50_status=pgd50_status,
         pgd50_verdict=pgd50_verdict,
-        gap=_gap(group),
+        pgd50_excess=_pgd50_excess(group),
         status_seeds=status_seeds,
         pgd50_status_seeds=pgd50_status_seeds,
     )
 
 
-def _gap(group: Sequence[Run]) -> Interval | None:
+def _pgd50_excess(group: Sequence[Run]) -> Interval | None:
     """What other attacks break of the samples that PGD-50 leaves correct, counted sample by sample."""
     columns = [run.samples for run in group if run.samples is not None and run.robust is not None]
     if len(columns) < len(group) or not all(map(len, columns)):

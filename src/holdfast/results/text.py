@@ -51,9 +51,9 @@ def status_text(status: str, alike: int, runs: int) -> str:
 def pgd50_verdict_text(row: Row) -> str:
     """The verdict on PGD-50 as a cell: the points that other attacks take off it, then the word: '-32.5 refuted'."""
     word = status_text(row.pgd50_status, row.pgd50_status_seeds, len(row.runs))
-    if row.gap is None or not row.pgd50_status:
+    if row.pgd50_excess is None or not row.pgd50_status:
         return word
-    return f"{'-' * (row.gap.value > 0)}{percent(row.gap.value)} {word}"
+    return f"{'-' * (row.pgd50_excess.value > 0)}{percent(row.pgd50_excess.value)} {word}"
 
 
 def any_certified(shown: Sequence[Row]) -> bool:
@@ -115,7 +115,7 @@ def caption(results: Results, shown: Sequence[Row]) -> str:
 def caption_notes(shown: Sequence[Row]) -> list[str]:
     """How to read the verdicts of these rows: the number before that on PGD-50, and the share of seeds."""
     notes = []
-    if any(row.pgd50_status and row.gap for row in shown):
+    if any(row.pgd50_status and row.pgd50_excess for row in shown):
         notes.append("verdict on PGD-50: after the points that other attacks take off it")
     of = [(alike, len(row.runs)) for row in shown for alike in (row.status_seeds, row.pgd50_status_seeds)]
     if mixed := [(alike, runs) for alike, runs in of if alike < runs]:
@@ -135,7 +135,7 @@ def doubts(results: Results) -> list[str]:
         The lines, what was observed first and the verdict last; none where every verdict is tight and every gap small.
     """
     verdicts = [
-        (row.label, name, status, words, row.gap.value if row.gap and name != "robust" else 0.0)
+        (row.label, name, status, words, row.pgd50_excess.value if row.pgd50_excess and name != "robust" else 0.0)
         for row in rows(results)
         for name, status, words in (
             (heading("pgd50"), row.pgd50_status, row.pgd50_verdict),
