@@ -207,7 +207,6 @@ def result_key(
     Raises:
         UserError: an unknown suite, attack or score.
     """
-    file = None if path is None else Path(path)
     identity = {
         "key": key,
         "threat": threat.describe(),
@@ -277,6 +276,7 @@ def cached_audit(
     Returns:
         The Audit.
     """
+    file = None if path is None else Path(path)
     identity = {
         "key": key,
         "stages": [asdict(cost) for cost in evaluation.stages],
