@@ -9,6 +9,8 @@ JobProgress = Callable[[str, str, int, int], None]  # the same of one job among 
 
 NETWORK_DONE = "network done"  # a job's last report: the units are then networks, done and in all
 
+EXPECTED = "expected: "  # in what is being done: how long it will take in all; a log shows it at once
+
 
 def silent(what: str, done: int, total: int) -> None:
     """Report nothing."""

@@ -729,3 +729,37 @@ def test_code_that_a_folder_names_runs_with_an_option_alone(parquet, holdfast_, 
     assert "--run-code" in one_line(err)
     assert holdfast_("replay", "run/evaluation-linf0.1-tiny", "--run-code")[0] == 0
     assert holdfast_("report", "run/evaluation-linf0.1-tiny")[0] == 0  # draws numbers, and executes nothing
+
+
+# One's own network
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A network of one's own, as Python code, and the options that it needs."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n\ndef build():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n\n"
+        "def smooth():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 10))\n"
+    )
+    return ("--data", "digits", "--limit", "20", "--device", "cpu", "-q")
+
+
+def test_a_missing_certified_column_has_a_reason(own, holdfast_):
+    _, out, _ = holdfast_("evaluate", "mine.py:smooth", "--suite", "tiny", *own)
+    assert "certified: not measured, since no bound is known for a layer of kind GELU." in out
+    _, out, _ = holdfast_("evaluate", "mine.py:build", "--suite", "tiny", "--threat", "linf:0.5", *own)
+    assert "certified: none of 20 samples could be proved" in out
+
+
+@pytest.mark.parametrize("command", ["bracket", "explain"])
+def test_other_commands_take_ones_own_network_too(command, own, holdfast_):
+    code, _, err = holdfast_(command, "mine.py:build", "--device", "cpu")
+    assert code == 2
+    assert "--data" in err
+    more = ("--seconds", "1") if command == "bracket" else ()
+    code, out, err = holdfast_(command, "mine.py:build", "--input-layout", "flat", *own, *more)
+    assert not code, err
+    assert out
+    assert Path("out", f"mine-{command}-linf0.1", "config.json").is_file()

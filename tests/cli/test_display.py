@@ -3,6 +3,7 @@ what ``holdfast report`` says of what it was given and of what it wrote over."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import html.parser
 import importlib
@@ -363,6 +364,34 @@ def test_ctrl_c_in_a_notebook_stops_the_cell_not_the_notebook(cells):
     with pytest.raises(KeyboardInterrupt), Display():
         raise KeyboardInterrupt
     assert cells == [["Interrupted. Completed work is saved; rerun the same command to resume."]]
+
+
+def test_a_log_says_at_once_how_long_a_network_will_take(capsys):
+    """The first line of a log comes after ten seconds; what is expected of long work comes before it."""
+    with Display() as shown:
+        shown.progress("sce", "training convnet, expected: 8 min of training, up to 2.0 h of attacks", 0, 30)
+        shown.progress("sce", "training convnet, expected: 8 min of training, up to 2.0 h of attacks", 1, 30)
+    assert capsys.readouterr().err.count("up to 2.0 h of attacks") == 1
+
+
+def test_the_expected_time_is_measured_and_short_work_is_not_announced(monkeypatch):
+    from holdfast import data, models
+    from holdfast.experiments import expected
+
+    split = data.load("moons", limit=50)
+    model = models.build("mlp", split.shape, 2)
+    weights = copy.deepcopy(model.state_dict())
+    state = torch.random.get_rng_state()
+    settings = {"epochs": 2, "suite": "quick", "threats": 1, "device": "cpu"}
+    assert expected.expected_time(model, split, **settings) == ""
+    monkeypatch.setattr(expected, "_seconds_per_pass", lambda model, x: 0.5)
+    found = expected.expected_time(model, split, **settings)
+    assert found.startswith("expected: ")
+    assert "h of training" in found or "min of training" in found
+    assert "of attacks" in found
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert model.training
 
 
 def test_ctrl_c_elsewhere_ends_with_130(capsys):

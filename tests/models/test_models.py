@@ -314,6 +314,14 @@ def test_the_network_for_a_size_exists_and_takes_it():
         assert SMALLEST[name] <= min(shape[1:])
 
 
+def test_a_cpu_gets_a_network_that_it_can_train():
+    """PreActResNet-18 takes a core hours for what the convnet does in minutes; a GPU keeps it."""
+    for side in (32, 64, 224):
+        assert default_model((3, side, side), "cpu") == "convnet"
+        assert default_model((3, side, side), "cuda:1") == "preactresnet18"
+    assert default_model((1, 8, 8), "cpu") == default_model((1, 8, 8), "cuda") == "smallconv"
+
+
 # Tools that know no Outputs
 
 

@@ -16,7 +16,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 
 from ..errors import plain
-from ..progress import NETWORK_DONE
+from ..progress import EXPECTED, NETWORK_DONE
 
 FIRST, EVERY = 10.0, 60.0  # seconds until the first line of progress in a log, and between lines
 CELL = 1.0  # seconds between updates of the line in a notebook
@@ -197,7 +197,8 @@ class Display:
 
     def _line(self, job: str, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if now < self.last_line + (EVERY if self.cell is None else CELL):
+        announced = done == 0 and EXPECTED in what
+        if now < self.last_line + (EVERY if self.cell is None else CELL) and not announced:
             return
         self.last_line = now
         networks = [f"{self.networks_done} of {self.networks} networks done"] if self.networks > 1 else []

@@ -81,7 +81,9 @@ LimitTrain = Annotated[int, option("Maximum number of training images; 0: all.")
 Folds = Annotated[
     int, option("Cross-validation folds. 0: the default of the data, 5 for digits and a single test set for others.")
 ]
-Network = Annotated[str, option("A model of `holdfast list`, or mymodel.py:backbone. Default: by image size.")]
+Network = Annotated[
+    str, option("A model of `holdfast list`, or mymodel.py:backbone. Default: by image size and device")
+]
 BatchSize = Annotated[int | None, option("Training batch size. Default: by data set.")]
 Optimizer = Annotated[str | None, option("adam or sgd. Default: by data set.")]
 LearningRate = Annotated[float | None, option("Learning rate. Default: by data set.")]

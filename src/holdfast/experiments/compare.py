@@ -94,7 +94,7 @@ def _try_out(comparison: Comparison, device: str) -> Split:
     """What cannot work must not leave a folder behind: try device, data and network before the folder is reserved."""
     run_folder.check_device(device)
     split = comparison.cut(0).load(comparison.data)
-    models.build(comparison.model or models.default_model(split.shape), split.shape, len(split.classes))
+    models.build(comparison.model or models.default_model(split.shape, device), split.shape, len(split.classes))
     return split
 
 

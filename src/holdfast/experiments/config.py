@@ -82,7 +82,7 @@ class Comparison:
         threat: "norm:eps" such as "linf:0.1", or several with commas between; adversarial training uses the first.
         suite: a key of ``SUITES``.
         objective: a key of ``OBJECTIVES`` with settings, such as "adversarial:steps=10".
-        model: a key of ``MODELS`` with settings, or "" for the default of the image size.
+        model: a key of ``MODELS`` with settings, or "" for the default of image size and device.
         seeds: networks per loss, >= 1.
         first_seed: the seed of the first one, >= 0.
         folds: cross-validation folds, >= 0; 0 for the data's own number.
@@ -232,7 +232,7 @@ class Job:
     def model_arguments(self, split: data.Split) -> dict[str, Any]:
         """The arguments of ``models.build`` for its network on this data."""
         return {
-            "name": self.loss.model or self.comparison.model or models.default_model(split.shape),
+            "name": self.loss.model or self.comparison.model or models.default_model(split.shape, self.device),
             "shape": split.shape,
             "classes": len(split.classes),
             "head": self.loss.head,

@@ -16,6 +16,7 @@ from ..io import read_json, write_atomic
 from ..progress import Progress, silent
 from ..train import accuracy, expected_config, fit
 from .config import Job, schedule_of
+from .expected import expected_time
 
 SUMMARY_FILE = "train.json"
 
@@ -72,7 +73,7 @@ def train_network(
     Args:
         job: what to train, and the run folder it is trained in.
         split: the job's data where it is loaded already.
-        progress: called with ("training", epochs done, epochs).
+        progress: called with ("training MODEL" and the time expected in all, epochs done, epochs).
 
     Returns:
         (the network on the job's device, how training ended, the data).
@@ -90,6 +91,18 @@ def train_network(
     mean, std = standardisation(split.train)
     arguments = job.model_arguments(split)
     model = models.build(**arguments, mean=mean, std=std)
+    what = f"training {arguments['name']}"
+    ahead = expected_time(
+        model,
+        split,
+        epochs=job.fit_config.epochs,
+        suite=job.comparison.suite,
+        threats=len(job.comparison.threats),
+        device=job.device,
+    )
+    if ahead:
+        what += f", {ahead}"
+        progress(what, 0, job.fit_config.epochs)
     counts = torch.bincount(split.train.y, minlength=len(split.classes))
     fitted = fit(
         model,
@@ -100,7 +113,7 @@ def train_network(
         val_threat=_val_threat(job, split),
         out=job.folder,
         about=job.about(split),
-        progress=lambda what, done, total: progress("training", done, total),
+        progress=lambda line, done, total: progress(what, done, total),
         device=job.device,
     )
     model = model.to(job.device)

@@ -82,16 +82,23 @@ class Classifier(nn.Module):
         return out if self.logit_scale == 1 else out._replace(logits=out.logits * self.logit_scale)
 
 
-def default_model(shape: Sequence[int]) -> str:
-    """The network for images of this size: small ones get the small one.
+def default_model(shape: Sequence[int], device: str = "cuda") -> str:
+    """The network for images of this size on this device: small images, and a CPU, get a small one.
+
+    On one CPU core PreActResNet-18 takes 0.16 s for a step on one image of 32 x 32, and 0.43 s at 64 x 64; the convnet
+    takes 1 to 2 ms.
 
     >>> default_model((1, 1, 2)), default_model((1, 8, 8)), default_model((1, 28, 28)), default_model((3, 32, 32))
     ('mlp', 'smallconv', 'convnet', 'preactresnet18')
+    >>> default_model((3, 64, 64), "cpu")
+    'convnet'
     """
     side = min(shape[1:])
     if side < 4:
         return "mlp"
-    return "smallconv" if side <= 16 else "convnet" if shape[0] == 1 or side < 32 else "preactresnet18"
+    if side <= 16:
+        return "smallconv"
+    return "convnet" if shape[0] == 1 or side < 32 or device.startswith("cpu") else "preactresnet18"
 
 
 def check(text: str) -> None:
