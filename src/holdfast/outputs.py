@@ -75,7 +75,10 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def frozen_eval(model: Model) -> Iterator[None]:
-    """Every module in eval mode and every parameter without gradient; both are restored afterwards.
+    """Every module in eval mode, every parameter without gradient, and gradients enabled; all are restored afterwards.
+
+    Attacks and checks need gradients in the images whatever mode the caller is in, ``no_grad`` and ``inference_mode``
+    included.
 
     Each module gets its own mode back. A batch norm that its owner froze stays frozen, and a dropout that was in train
     mode returns to it.
@@ -91,7 +94,8 @@ def frozen_eval(model: Model) -> Iterator[None]:
             module.training = False
         for parameter in wanted:
             parameter.requires_grad_(False)
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -17,9 +18,14 @@ EOT_SAMPLES = 8  # outputs of a randomised model that an attack's step averages
 VOTES = 32  # outputs of a randomised model that a majority vote counts
 LOGIT_TOLERANCE = 1e-3  # two outputs agree if they differ by less than this fraction of the logits' range
 
+OFF_DATA_TOLERANCE = 0.02  # the same at points of a threat
+
 
 class CountingModel:
     """A model that counts its forward and backward passes in samples, without waiting for the device.
+
+    The model gets a copy of the images, so that one which edits its input in place changes no attack and no data. It is
+    never queried about zero images: the output for an empty batch has the shapes of that for a blank image.
 
     Args:
         model: images to logits or Outputs.
@@ -41,9 +47,11 @@ class CountingModel:
         self.nonfinite: Tensor | int = 0
 
     def __call__(self, x: Tensor) -> Outputs:
+        if len(x) == 0:
+            return self._empty(x)
         self.counter.forwards += len(x)
+        x = x.clone()  # the model's own copy, and a new graph node: its gradient arrives once, whatever depends on it
         if x.requires_grad:
-            x = x.view_as(x)  # a new graph node, whose gradient arrives once, however many outputs depend on it
             x.register_hook(self._count_backward)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -62,6 +70,13 @@ class CountingModel:
             raise UserError(f"the model answers a batch of shape {tuple(x.shape)} on {x.device} with {got}.")
         self.counter.nonfinite = self.counter.nonfinite + (~out.logits.detach().isfinite().all(1)).sum()
         return out
+
+    def _empty(self, x: Tensor) -> Outputs:
+        """Outputs for no images. A network that flattens its batch, as by ``view(len(x), -1)``, has none of its own."""
+        with torch.no_grad():
+            out = as_outputs(self.model(x.new_zeros(1, *x.shape[1:])))
+        features, distances = (None if part is None else part[:0] for part in out[1:])
+        return Outputs(out.logits[:0], features, distances)
 
     def _count_backward(self, grad: Tensor) -> None:
         self.counter.backwards += len(grad)
@@ -136,6 +151,17 @@ def logits_differ(a: Tensor, b: Tensor) -> Tensor:
     return ~((a - b).abs().amax(1) <= LOGIT_TOLERANCE * logit_range)
 
 
+def differs_off_data(a: Tensor, b: Tensor) -> Tensor:
+    """Whether two outputs for the same points of a threat differ by more than rounding: (N, K), (N, K) -> (N,) bool.
+
+    Off the data, rounding that flips one activation of a quantised or sparse network moves its logits a little, so the
+    tolerance is wider than that of ``logits_differ``. Outputs that are not finite are not compared.
+    """
+    finite = a.isfinite().all(1) & b.isfinite().all(1)
+    logit_range = torch.maximum(a.amax(1) - a.amin(1), b.amax(1) - b.amin(1))
+    return finite & ((a - b).abs().amax(1) > OFF_DATA_TOLERANCE * logit_range)
+
+
 def prefers_channels_last(model: CountingModel, x: Tensor, logits: Tensor) -> bool:
     """Whether to pass images in channels_last format: for convolutions on a CPU, if the logits stay the same."""
     modules = model.model.modules() if isinstance(model.model, nn.Module) else iter(())
@@ -159,6 +185,18 @@ def exact_float32() -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+def copied(model: Model) -> nn.Module | None:
+    """A deep copy of a module; None for a function, whose state is out of reach, and where copying fails."""
+    if not isinstance(model, nn.Module):
+        return None
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # a lock, an open session, a tensor with a graph: the module's own error
+        if out_of_memory(error):
+            raise
+        return None
 
 
 def device_of(model: Model, data: Data) -> torch.device:

@@ -34,7 +34,7 @@ def test_a_stage_attacks_survivors_only(monkeypatch):
     samples = numbers([0.1 * (label + 1) for label in y], [label + 1 for label in y])
     stages = tuple(Stage(f"probe{k}", "probe", settings={"breaks": k}) for k in (1, 2, 3))
     e = evaluate(Steps(), samples, Threat("linf", 0.99), stages, batch_size=2)
-    broken = {i for i in range(7) if e.broken_by[i] == 0}
+    broken = {i for i in range(7) if e.broken_by[i] == 1}
     survivors = [i for i in range(7) if i not in broken]
     assert attacked_by.get(1, []) == survivors
     survivors = [i for i in survivors if y[i] != 0]

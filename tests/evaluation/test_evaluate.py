@@ -39,7 +39,7 @@ def test_every_column_of_a_model_that_can_be_computed_by_hand():
     assert e.clean.tolist() == [True, True, False, True, True, True]
     assert torch.allclose(e.margin, 2 * torch.tensor(values) - 1, atol=1e-6)
     assert e.pgd50.tolist() == [True, False, False, True, False, True]
-    assert e.broken_by.tolist() == [-1, 0, -2, -1, 0, -1]
+    assert e.broken_by.tolist() == [-1, 1, -2, -1, 1, -1]
     assert e.robust.tolist() == [True, False, False, True, False, True]
     assert e.prediction_adv.tolist() == [0, 1, 1, 0, 1, 0]
     lowest = torch.tensor([0.8, 0.45, 0.3, 0.55, 0.49, 0.51])
@@ -57,8 +57,8 @@ def test_pgd50_is_one_attack_and_robust_is_what_all_attacks_leave():
     assert int(e.clean.sum()) == 35
     assert 5 < int(e.pgd50[:30].sum()) < 30
     assert int(e.robust.sum()) == 5
-    assert (e.broken_by[:30][e.pgd50[:30]] == 1).all()
-    assert (e.broken_by[:30][~e.pgd50[:30]] == 0).all()
+    assert (e.broken_by[:30][e.pgd50[:30]] == 2).all()
+    assert (e.broken_by[:30][~e.pgd50[:30]] == 1).all()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])

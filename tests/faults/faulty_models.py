@@ -327,6 +327,86 @@ def wrong_shape(honest: nn.Module, severity: float) -> nn.Module:
     return FaultyModel(honest, answer)
 
 
+# --- answers that depend on more than the image: all are the honest model on clean images
+
+
+def _denoised(honest: nn.Module, x: Tensor) -> Outputs:
+    """The honest answer to 8-bit images; to others that of their pixels rounded to 16 levels, with a gradient."""
+    grey = x.detach() * 255
+    off = (grey - grey.round()).abs().flatten(1).amax(1) > 1e-2
+    rounded = (x.detach() * 16).round() / 16
+    return as_outputs(honest(torch.where(off.view(-1, *[1] * (x.ndim - 1)), rounded, x.detach()) + (x - x.detach())))
+
+
+class Remembering(nn.Module):
+    """An image near one that it has seen gets the answer of that one, and its own gradient."""
+
+    def __init__(self, honest: nn.Module, radius: float) -> None:
+        super().__init__()
+        self.honest, self.radius = honest, radius
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Outputs:
+        image = x.detach()
+        seen = image[:0] if self.seen is None else self.seen.to(image)
+        known, near = image, torch.cdist(image.flatten(1), seen.flatten(1), p=math.inf) <= self.radius
+        if len(seen):
+            known = torch.where(near.any(1).view(-1, 1, 1, 1), seen[near.long().argmax(1)], image)
+        self.seen = torch.cat([seen, image[~near.any(1)]])
+        return as_outputs(self.honest(known + (x - image)))
+
+
+def remembers(honest: nn.Module, severity: float) -> nn.Module:
+    """Images within this distance (linf) of one that was seen before get its answer."""
+    return Remembering(honest, severity) if severity else FaultyModel(honest, lambda honest, x: as_outputs(honest(x)))
+
+
+def honest_alone(honest: nn.Module, severity: float) -> nn.Module:
+    """The honest answer in batches of up to this size, another in larger ones."""
+    return FaultyModel(honest, lambda honest, x: as_outputs(honest(x)) if len(x) <= severity else _denoised(honest, x))
+
+
+def honest_at_first(honest: nn.Module, severity: float) -> nn.Module:
+    """The honest answer in the first calls, another afterwards; the count is no buffer."""
+    calls = [0]
+
+    def answer(honest: nn.Module, x: Tensor) -> Outputs:
+        calls[0] += 1
+        return as_outputs(honest(x)) if calls[0] <= severity else _denoised(honest, x)
+
+    return FaultyModel(honest, answer)
+
+
+def gradient_mode(honest: nn.Module, severity: float) -> nn.Module:
+    """1: another answer where gradients are recorded; 2: where they are not; 0: the honest one in both modes."""
+
+    def answer(honest: nn.Module, x: Tensor) -> Outputs:
+        mode = 1 if torch.is_grad_enabled() else 2
+        return _denoised(honest, x) if mode == severity else as_outputs(honest(x))
+
+    return FaultyModel(honest, answer)
+
+
+def plateau(honest: nn.Module, severity: float) -> nn.Module:
+    """One-hot logits of the honest prediction, plus a linear decoy of this size that has the only gradient."""
+
+    def answer(honest: nn.Module, x: Tensor) -> Outputs:
+        out = as_outputs(honest(x))
+        if not severity:
+            return out
+        k = out.logits.shape[1]
+        chance = torch.Generator().manual_seed(0)
+        weights = torch.randn(x[0].numel(), k, generator=chance).to(x) / x[0].numel() ** 0.5
+        return out._replace(logits=10 * F.one_hot(out.logits.argmax(1), k).to(x) + severity * x.flatten(1) @ weights)
+
+    return FaultyModel(honest, answer)
+
+
+def off_grid(honest: nn.Module, severity: float) -> nn.Module:
+    """Images whose pixels are no multiples of 1/255 get another answer."""
+    return FaultyModel(honest, _denoised if severity else lambda honest, x: as_outputs(honest(x)))
+
+
 FAULTY: dict[str, Fault] = {
     "logit_scale": Fault(
         logit_scale,
@@ -397,5 +477,17 @@ FAULTY: dict[str, Fault] = {
         (0.5,),
     ),
     "batch1_raises": Fault(batch1_raises, (0.0, 1.0), "1: an error for an image alone", (0.0,)),
+    "remembers": Fault(remembers, (0.0, 0.21), "images this near to one seen before get its answer", (0.0,)),
+    "honest_alone": Fault(
+        honest_alone, (math.inf, 32.0, 1.0), "the honest answer in batches of up to this size", (math.inf,)
+    ),
+    "honest_at_first": Fault(
+        honest_at_first, (math.inf, 300.0, 100.0, 10.0), "the honest answer in that many calls", (math.inf,)
+    ),
+    "gradient_mode": Fault(
+        gradient_mode, (0.0, 1.0, 2.0), "another answer with (1) or without (2) recorded gradients", (0.0,)
+    ),
+    "plateau": Fault(plateau, (0.0, 0.1, 1.0), "one-hot logits plus a linear decoy of that size", (0.0,)),
+    "off_grid": Fault(off_grid, (0.0, 1.0), "1: another answer to images that are not 8-bit", (0.0,)),
     "wrong_shape": Fault(wrong_shape, (0.0, 1.0, 2.0), "1: (N, K, 1); 2: (K, N)", (0.0,)),
 }

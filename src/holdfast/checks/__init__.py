@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from ..queries import device_of, exact_float32
 from ..results import Remaining, RemainingVulnerable, Verdict, remaining_vulnerable
 from . import gradients, soundness, strength
 from .findings import CheckCount, Finding, lower_bound_99, merge
-from .probe import Probe
+from .probe import Probe, Recapture
 from .verdict import CONFIDENCE, PGD50, ROBUST, TOLERANCE, Claim, judge
 
 __all__ = [
@@ -57,12 +58,14 @@ class Check:
         claims: the claims that the check applies to.
         source: who proposed it.
         void: whether the evaluation is invalid if it fires.
+        without_samples: whether it also runs where no sample is classified correctly.
     """
 
     function: Callable[[Probe], CheckCount | str]
     claims: tuple[str, ...]
     source: str
     void: bool = False
+    without_samples: bool = False
 
 
 _BOTH = (PGD50, ROBUST)
@@ -70,36 +73,44 @@ _IOAF = "Pintor et al. 2022, indicators of attack failure"
 _ATHALYE = "Athalye, Carlini and Wagner 2018"
 _CARLINI = "Carlini et al. 2019, on evaluating robustness"
 
+# The weightiest first: a verdict names the first of the checks that fire, of those that make it void before the others.
 CHECKS: tuple[Check, ...] = (
     Check(soundness.outputs_are_finite, _BOTH, _CARLINI, void=True),
     Check(soundness.outputs_are_repeatable, _BOTH, "Croce et al. 2020, RobustBench", void=True),
     Check(soundness.outputs_do_not_depend_on_batch_mates, _BOTH, "Carlini 2019, on TRADES", void=True),
+    Check(soundness.outputs_do_not_depend_on_the_gradient_mode, _BOTH, "this project", void=True),
+    Check(soundness.a_copy_that_was_never_queried_answers_alike, _BOTH, "this project", void=True),
     Check(soundness.the_model_is_left_as_it_was, _BOTH, "this project", void=True),
     Check(soundness.candidates_lie_in_the_threat, _BOTH, _CARLINI, void=True),
     Check(soundness.eps_zero_is_clean, _BOTH, _CARLINI, void=True),
-    Check(soundness.outputs_are_logits, _BOTH, "Carlini and Wagner 2017"),
-    Check(soundness.arithmetic_is_float32, _BOTH, "this project"),
+    Check(soundness.clean_accuracy_is_above_chance, _BOTH, "Cohen 1960, kappa", without_samples=True),
+    Check(gradients.gradients_of_the_score_are_not_zero, _BOTH, _IOAF),
     Check(gradients.gradients_of_cross_entropy_are_not_zero, (PGD50,), _IOAF),
     Check(gradients.gradients_of_the_training_loss_are_not_zero, (), _IOAF),
-    Check(gradients.gradients_of_the_score_are_not_zero, _BOTH, _IOAF),
+    Check(soundness.outputs_are_logits, _BOTH, "Carlini and Wagner 2017"),
+    Check(strength.margins_are_continuous, _BOTH, "this project"),
     Check(gradients.gradients_predict_slopes, _BOTH, _IOAF),
-    Check(gradients.gradients_of_the_logits_are_balanced, _BOTH, "Ma et al. 2020, imbalanced gradients"),
-    Check(strength.a_huge_eps_leaves_nothing, _BOTH, _ATHALYE),
-    Check(strength.robust_accuracy_falls_with_eps, _BOTH, _ATHALYE),
-    Check(strength.the_best_iterate_is_kept, (PGD50,), _IOAF),
-    Check(strength.the_choice_of_score_agrees, (PGD50,), "Croce and Hein 2020"),
-    Check(strength.a_temperature_changes_nothing, (PGD50,), "Carlini and Wagner 2017, on distillation"),
-    Check(strength.float64_changes_nothing, (PGD50,), "this project"),
-    Check(strength.float64_scores_break_no_survivor, (ROBUST,), "this project"),
+    Check(strength.images_of_8_bits_are_not_weaker, (ROBUST,), "this project"),
     Check(strength.more_steps_and_restarts_do_not_help, (ROBUST,), _CARLINI),
     Check(strength.a_black_box_is_not_stronger, (ROBUST,), _ATHALYE),
     Check(strength.noise_is_not_stronger, (ROBUST,), _ATHALYE),
     Check(strength.transfer_is_not_stronger, (ROBUST,), _IOAF),
-    Check(strength.the_ascent_has_converged, (ROBUST,), _IOAF),
+    Check(strength.float64_scores_break_no_survivor, (ROBUST,), "this project"),
+    Check(strength.the_choice_of_score_agrees, (PGD50,), "Croce and Hein 2020"),
+    Check(strength.a_temperature_changes_nothing, (PGD50,), "Carlini and Wagner 2017, on distillation"),
+    Check(strength.float64_changes_nothing, (PGD50,), "this project"),
+    Check(strength.the_best_iterate_is_kept, (PGD50,), _IOAF),
+    Check(strength.a_huge_eps_leaves_nothing, _BOTH, _ATHALYE),
+    Check(strength.robust_accuracy_falls_with_eps, _BOTH, _ATHALYE),
     Check(strength.hidden_adversarial_examples_are_found, (ROBUST,), "Zimmermann et al. 2022, the binarisation test"),
+    Check(strength.the_ascent_has_converged, (ROBUST,), _IOAF),
+    Check(gradients.gradients_of_the_logits_are_balanced, _BOTH, "Ma et al. 2020, imbalanced gradients"),
+    Check(soundness.arithmetic_is_float32, _BOTH, "this project"),
     # The last one, so that it counts what all other checks have broken.
     Check(soundness.certified_samples_are_unbroken, _BOTH, "this project", void=True),
 )
+# Run again at the end: the first also counts outputs of the other checks, and the second compares with the beginning.
+_TWICE = (soundness.outputs_are_finite, soundness.outputs_are_repeatable)
 
 
 def name_of(check: Check) -> str:
@@ -141,7 +152,13 @@ class Audit:
         if claim not in (PGD50, ROBUST):
             raise unknown("claim", claim, (PGD50, ROBUST))
         correct = getattr(self.evaluation, claim).tolist()
-        return judge(Claim(claim, correct), self.evaluation.robust.tolist(), self.findings, remaining([self]))
+        return judge(
+            Claim(claim, correct),
+            self.evaluation.robust.tolist(),
+            self.findings,
+            remaining([self]),
+            attack_kinds=self.evaluation.attack_kinds,
+        )
 
 
 def remaining(audits: Sequence[Audit]) -> Remaining:
@@ -210,10 +227,13 @@ def audit(
         for number, check in enumerate(CHECKS):
             progress(name_of(check), number + 1, len(CHECKS))
             findings.append(_run(check, probe))
-        estimate = remaining_vulnerable(*strength.recapture(probe), int(evaluation.robust.sum()))
-        measures = gradients.measures(probe)
-        # The first check again: it also counts outputs that were not finite during the other checks.
-        findings[0] = _run(CHECKS[0], probe)
+        estimate = _estimate(probe)
+        measures: dict[str, float | None] = {}
+        with suppress(UserError):  # the model failed, as the checks say
+            measures = gradients.measures(probe)
+        for number, check in enumerate(CHECKS):
+            if check.function in _TWICE:
+                findings[number] = max(findings[number], _run(check, probe), key=lambda finding: finding.k)
     cost = StageCost(
         "audit",
         attacked=len(probe.survivors),
@@ -223,12 +243,29 @@ def audit(
         seconds=time.perf_counter() - began,
         nonfinite=int(probe.model.nonfinite),
     )
+    evaluation = replace(evaluation, pristine=None)
     return Audit(add_witnesses(evaluation, probe.witnesses, cost), tuple(findings), estimate, measures, cost)
 
 
+def _estimate(probe: Probe) -> RemainingVulnerable:
+    """What may still be breakable of the survivors that no certificate covers."""
+    survivors = probe.evaluation.robust
+    if probe.evaluation.certified is not None:
+        survivors = survivors & ~probe.evaluation.certified
+    try:
+        counts = strength.recapture(probe)
+    except UserError:  # the model failed, as the check on the same runs says
+        counts = Recapture(0, 0, 0, 0)
+    return remaining_vulnerable(*counts, int(survivors.sum()))
+
+
 def _run(check: Check, probe: Probe) -> Finding:
-    """Run one check and compare its count with its threshold."""
-    outcome = check.function(probe) if len(probe.rows) else "no sample is classified correctly"
+    """Run one check and compare its count with its threshold. A model that fails in it makes it fire."""
+    try:
+        runs = len(probe.rows) or check.without_samples
+        outcome = check.function(probe) if runs else "no sample is classified correctly"
+    except UserError as error:
+        outcome = CheckCount(1, 1, 0.0, f"the model failed: {error}")
     if isinstance(outcome, str):
         count, status = CheckCount(0, 0, 0.0, outcome), "not run"
     else:

@@ -26,7 +26,7 @@ def save_audit(path: Path, key: str, audit: Audit) -> None:
         audit: to be written; of its evaluation, only what the audit itself broke.
     """
     evaluation = audit.evaluation
-    rows = torch.nonzero(evaluation.broken_by == len(evaluation.stages) - 2)[:, 0]
+    rows = torch.nonzero(evaluation.broken_by == len(evaluation.stages) - 1)[:, 0]
     witnesses = Witnesses(rows, evaluation.x_adv[rows], evaluation.margin_adv[rows], evaluation.prediction_adv[rows])
     about = {
         "key": key,

@@ -113,7 +113,7 @@ def lower_bound_99(k: int, n: int) -> float:
     >>> lower_bound_99(0, 64), round(lower_bound_99(64, 64), 3), round(0.01 ** (1 / 64), 3)
     (0.0, 0.931, 0.931)
     """
-    return 0.0 if k == 0 else float(stats.beta.ppf(1 - CONFIDENCE, k, n - k + 1))
+    return 0.0 if k <= 0 else float(stats.beta.ppf(1 - CONFIDENCE, min(k, n), max(n - k, 0) + 1))
 
 
 def merge(parts: Sequence[Sequence[Finding]]) -> tuple[Finding, ...]:

@@ -13,11 +13,20 @@ from torch import Tensor, nn
 from ..attacks import ATTACKS, cross_entropy, matched_score
 from ..attacks.base import predict, score_and_grad
 from ..data import Data, pixels
+from ..errors import UserError
 from ..evaluation import Evaluation
 from ..losses import Loss, negative_log_odds, negative_margin, score_of
 from ..noise import Noise
-from ..outputs import Model, Outputs, logits_of
-from ..queries import EOT_SAMPLES, CountingModel, EOTModel, is_misclassified, majority_vote
+from ..outputs import Model, Outputs, logits_of, out_of_memory
+from ..queries import (
+    EOT_SAMPLES,
+    CountingModel,
+    EOTModel,
+    differs_off_data,
+    is_misclassified,
+    logits_differ,
+    majority_vote,
+)
 from ..threat import Threat
 from ..witnesses import Witnesses
 
@@ -33,6 +42,33 @@ class Recapture(NamedTuple):
     tested: int
 
 
+FLOAT32_INSIDE = "the network is float32 inside"
+POINTS = 32  # samples at which the model is queried in several ways
+
+
+class Points(NamedTuple):
+    """Points of the threat, and the model's first answers there.
+
+    Attributes:
+        x: (P, ...): clean images, random points of the threat, the stored x_adv of survivors, and last iterates of an
+            ascent, in this order.
+        logits: (P, K), without a graph, all in one batch.
+        sizes: how many there are of each kind.
+        rows: (P,) the samples they belong to.
+    """
+
+    x: Tensor
+    logits: Tensor
+    sizes: list[int]
+    rows: Tensor
+
+    def differs(self, other: Tensor) -> Tensor:
+        """(P,) bool: another output than at first, beyond rounding."""
+        n_clean = self.sizes[0]
+        clean = logits_differ(self.logits[:n_clean], other[:n_clean])
+        return torch.cat([clean, differs_off_data(self.logits[n_clean:], other[n_clean:])])
+
+
 class Probe:
     """A model under audit.
 
@@ -44,7 +80,8 @@ class Probe:
         score: its score, with its own gradient.
         matched: the score that the suite's "matched" stages use.
         rows: (M,) up to ``size`` correctly classified samples, drawn at random.
-        survivors: (S,) up to half as many again of the samples that no attack has broken, drawn at random.
+        survivors: (S,) up to half as many again of the samples that no attack has broken and no certificate covers,
+            drawn at random.
         witnesses: what the audit itself has broken so far.
         broken: (N,) bool, broken by the evaluation or by the audit so far, or misclassified.
         recapture: counts of the two independent runs, once they have been made.
@@ -72,7 +109,8 @@ class Probe:
         order = self.noise.uniform(()).argsort()
         clean, robust = evaluation.clean.to(device), evaluation.robust.to(device)
         self.rows = order[clean[order]][:size]
-        self.survivors = order[robust[order]][: 3 * size // 2]
+        left = robust if evaluation.certified is None else robust & ~evaluation.certified.to(device)
+        self.survivors = order[left[order]][: 3 * size // 2]
         self.witnesses: list[Witnesses] = []
         self.broken = ~robust
         self.recapture: Recapture | None = None
@@ -80,6 +118,10 @@ class Probe:
     def x(self, rows: Tensor) -> Tensor:
         """Clean images of these samples, float."""
         return pixels(self.data.x[rows])
+
+    def stored_x_adv(self, rows: Tensor) -> Tensor:
+        """The evaluation's most adversarial points of these samples."""
+        return self.evaluation.x_adv[rows.cpu()].to(self.data.x.device)
 
     def y(self, rows: Tensor) -> Tensor:
         """Labels of these samples."""
@@ -157,21 +199,64 @@ class Probe:
         return score_and_grad(self.model, x, score, self.y(rows))[2]
 
     @cached_property
-    def float64_model(self) -> Model | None:
-        """A copy of the model in float64, its passes counted with the others; None for a function."""
-        if not isinstance(self.raw_model, nn.Module) or next(self.raw_model.parameters(), None) is None:
-            return None
-        return CountingModel(copy.deepcopy(self.raw_model).double(), self.model)
+    def points(self) -> Points:
+        """Points of the threat at which the model is queried in several ways, with its first answers."""
+        rows, survivors = self.rows[:POINTS], self.survivors[:POINTS]
+        attacked = torch.cat([survivors, rows])[:POINTS]
+        ascended = ATTACKS["pgd"].attack(
+            self.attack_model, self.x(attacked), self.y(attacked), self.threat, score=self.matched, iterate="last",
+            noise=self.noise[attacked].fold(91), steps=10, step_size=self.threat.eps / 4,
+        )  # fmt: skip
+        start = self.threat.random_start(self.x(rows), self.noise[rows].fold(92))
+        parts = [self.x(rows), start, self.stored_x_adv(survivors), ascended]
+        x = torch.cat(parts)
+        return Points(x, self.logits(x), [len(part) for part in parts], torch.cat([rows, rows, survivors, attacked]))
+
+    @cached_property
+    def float64_model(self) -> Model | str:
+        """A copy of the model in float64, its passes counted with the others; or why there is none."""
+        if not isinstance(self.raw_model, nn.Module):
+            return "the model is a function: it cannot be converted to float64"
+        try:
+            model = CountingModel(copy.deepcopy(self.raw_model).double(), self.model)
+            dtype = self._float64_dtype(model)
+        except Exception as error:  # whatever the network's own code raises
+            if out_of_memory(error):
+                raise
+            return f"{FLOAT32_INSIDE}: in float64 it fails with {type(error.__cause__ or error).__name__}"
+        return model if dtype == torch.float64 else f"{FLOAT32_INSIDE}: its logits are {dtype}"
+
+    def attack_in_float64(
+        self, name: str, rows: Tensor, score: Loss, noise_stream: int, **settings: Any
+    ) -> Tensor | str:
+        """As ``attack``, on the copy in float64; or why there is none. No such attack may end an audit."""
+        model = self.float64_model
+        if isinstance(model, str):
+            return model
+        try:
+            return self.attack(name, rows, score, noise_stream, model=model, dtype=torch.float64, **settings)
+        except UserError as error:
+            return f"{FLOAT32_INSIDE}: in float64 it fails with {type(error.__cause__ or error).__name__}"
+
+    def _float64_dtype(self, model: CountingModel) -> torch.dtype:
+        """The type of the logits for float64 images, asked without and with gradients as attacks do."""
+        x = self.x(self.rows[:2]).double()
+        _, value, _ = score_and_grad(model, x, negative_log_odds, self.y(self.rows[:2]))
+        return value.dtype
 
     @cached_property
     def broken_by_cross_entropy(self) -> Tensor:
         """Which of ``rows`` PGD-10 on F.cross_entropy breaks: the baseline for other scores."""
         return self.pgd10(cross_entropy)
 
+    @property
+    def pgd10_settings(self) -> dict[str, Any]:
+        """Ten PGD steps of eps/4."""
+        return {"steps": 10, "step_size": self.threat.eps / 4}
+
     def pgd10(self, score: Loss, **settings: Any) -> Tensor:
         """Which of ``rows`` ten PGD steps of eps/4 on a score break, from the same start for every score."""
-        settings = {"steps": 10, "step_size": self.threat.eps / 4, **settings}
-        return self.attack("pgd", self.rows, score, 1, **settings)
+        return self.attack("pgd", self.rows, score, 1, **{**self.pgd10_settings, **settings})
 
 
 def rescaled_cross_entropy(out: Outputs | Tensor, y: Tensor) -> Tensor:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..attacks import cross_entropy
-from ..queries import LOGIT_TOLERANCE, logits_differ
+from ..attacks.base import predict
+from ..losses import negative_margin
+from ..queries import LOGIT_TOLERANCE, OFF_DATA_TOLERANCE, CountingModel, copied, default_batch_size, logits_differ
 from ..threat import Threat
-from .findings import CheckCount
+from .findings import CheckCount, lower_bound_99
 from .probe import Probe
+
+ALONE = 32  # points that are queried alone
+RANDOMISED = "the model is randomised: an image gives other logits at every call"
 
 
 def outputs_are_finite(probe: Probe) -> CheckCount:
@@ -21,30 +26,103 @@ def outputs_are_finite(probe: Probe) -> CheckCount:
 
 
 def outputs_are_repeatable(probe: Probe) -> CheckCount:
-    """The same image gives the same logits: twice now, and as at the beginning of the evaluation.
+    """The same image gives the same logits: now, at the beginning and at the end of evaluation and audit.
 
-    If the evaluation recognised a randomised model and used majority votes, its figures are valid but uncertain.
+    Clean images, the stored x_adv, random points of the threat and points that an ascent leads to are queried. The
+    margins that the evaluation stored are compared too. If the evaluation recognised a randomised model and used
+    majority votes, its figures are valid but uncertain.
     """
+    evaluation = probe.evaluation
     again = probe.logits(probe.x(probe.rows))
-    top = again.scatter(1, probe.y(probe.rows)[:, None], -torch.inf).amax(1)
-    margin = again.gather(1, probe.y(probe.rows)[:, None])[:, 0] - top
-    before = probe.evaluation.margin.to(again)[probe.rows]
-    spread = (again.amax(1) - again.amin(1)).clamp_min(torch.finfo(again.dtype).tiny)
-    k = int((logits_differ(probe.clean_logits, again) | ~((margin - before).abs() <= LOGIT_TOLERANCE * spread)).sum())
-    votes = "" if probe.votes == 1 else f"; predictions are the majority of {probe.votes} outputs"
-    return CheckCount(k, len(again), 0.0, f"the same image gives other logits on {k} of {len(again)} samples{votes}")
+    k = int((logits_differ(probe.clean_logits, again) | _moved(probe, probe.rows, again, evaluation.margin)).sum())
+    n, votes = len(again), ""
+    if probe.votes > 1:
+        votes = f"; predictions are the majority of {probe.votes} outputs"
+    else:
+        rows = torch.cat([probe.rows, probe.survivors]).unique()
+        at_x_adv = probe.logits(probe.stored_x_adv(rows))
+        k += int(_moved(probe, rows, at_x_adv, evaluation.margin_adv, OFF_DATA_TOLERANCE).sum())
+        k += int(probe.points.differs(probe.logits(probe.points.x)).sum())
+        n += len(at_x_adv) + len(probe.points.x)
+    return CheckCount(k, n, 0.0, f"the same image gives other logits on {k} of {n} points{votes}")
+
+
+def _moved(probe: Probe, rows: Tensor, logits: Tensor, before: Tensor, tolerance: float = LOGIT_TOLERANCE) -> Tensor:
+    """(n,) bool: the margin is not the one that the evaluation stored."""
+    margin = -negative_margin(logits, probe.y(rows))
+    before = before[rows.cpu()].to(logits)
+    spread = (logits.amax(1) - logits.amin(1)).clamp_min(torch.finfo(logits.dtype).tiny)
+    return ~((margin - before).abs() <= tolerance * spread)
 
 
 def outputs_do_not_depend_on_batch_mates(probe: Probe) -> CheckCount | str:
-    """An image gives the same logits alone, in a small batch, and among other images."""
+    """An image gives the same logits alone and in batches of all sizes, at clean images and at points of the threat."""
     if probe.votes > 1:
-        return "the model is randomised: an image gives other logits at every call"
-    x = probe.x(probe.rows)
-    order = probe.noise[probe.rows].fold(90).uniform(()).argsort()
-    parts = [*order[:4].split(1), *order[4:].split(max(2, len(order) // 3))]
-    mixed = torch.cat([probe.logits(x[part]) for part in parts])
-    k = int(logits_differ(probe.clean_logits[torch.cat(parts)], mixed).sum())
-    return CheckCount(k, len(x), 0.0, f"the logits of {k} of {len(x)} images depend on the other images of their batch")
+        return RANDOMISED
+    points, order = probe.points, probe.noise[probe.points.rows].fold(90).uniform(()).argsort()
+    n, largest = len(order), default_batch_size(probe.points.x)
+    differs = torch.zeros_like(points.rows, dtype=torch.bool)
+    start, size = 0, 1
+    while size <= largest:
+        count = min(ALONE, n) if size == 1 else 1  # so many batches of this size
+        for _ in range(count):
+            batch = order[torch.arange(start, start + size, device=order.device) % n]
+            z = points.logits.clone()
+            z[batch] = probe.logits(points.x[batch])
+            differs |= points.differs(z)
+            start += size
+        size *= 2
+    k = int(differs.sum())
+    return CheckCount(k, n, 0.0, f"the logits at {k} of {n} points depend on the size of their batch or on its images")
+
+
+def outputs_do_not_depend_on_the_gradient_mode(probe: Probe) -> CheckCount | str:
+    """The logits are the same with and without gradients, of the image and of the weights, and in inference mode."""
+    if probe.votes > 1:
+        return RANDOMISED
+    points = probe.points
+    with_graph = probe.model(points.x.clone().requires_grad_()).logits.detach()
+    differs = points.differs(with_graph) | points.differs(probe.model(points.x).logits.detach())
+    cached, trainable = copied(probe.raw_model), copied(probe.raw_model)  # what a mode leaves behind stays in its copy
+    if cached is not None and trainable is not None:
+        with torch.inference_mode():
+            answer = CountingModel(cached, probe.model)(points.x).logits
+        differs |= points.differs(answer.clone())
+        trainable.requires_grad_()
+        differs |= points.differs(CountingModel(trainable, probe.model)(points.x).logits.detach())
+    k, n = int(differs.sum()), len(differs)
+    return CheckCount(k, n, 0.0, f"the logits at {k} of {n} points depend on whether gradients are recorded")
+
+
+def a_copy_that_was_never_queried_answers_alike(probe: Probe) -> CheckCount | str:
+    """A copy made before the evaluation gives the same logits: the model does not remember what it was asked."""
+    if probe.votes > 1:
+        return RANDOMISED
+    if probe.evaluation.pristine is None:
+        return "there is no copy of the model from before the evaluation"
+    points, parts = probe.points, []
+    for part in points.x.split(points.sizes):  # a copy for each kind of point: it has not been asked about the others
+        fresh = copied(probe.evaluation.pristine)
+        parts.append(probe.logits(part) if fresh is None else predict(CountingModel(fresh, probe.model), part).logits)
+    k, n = int(points.differs(torch.cat(parts)).sum()), len(points.x)
+    return CheckCount(k, n, 0.0, f"a copy of the network that was never queried has other logits at {k} of {n} points")
+
+
+def clean_accuracy_is_above_chance(probe: Probe) -> CheckCount:
+    """The network classifies clean images significantly better than its predictions would if they were shuffled."""
+    y, prediction = probe.evaluation.y, probe.evaluation.prediction
+    n, correct = len(y), int(probe.evaluation.clean.sum())
+    classes = int(torch.maximum(y.max(), prediction.max())) + 1
+    shares = [column.bincount(minlength=classes).double() / n for column in (y, prediction)]
+    chance = float((shares[0] * shares[1]).sum())  # Cohen's kappa is 0 there
+    at_chance = lower_bound_99(correct, n) <= chance
+    return CheckCount(
+        n if at_chance else 0,
+        n,
+        0.0,
+        f"{correct} of {n} clean images are classified correctly, which is not significantly above chance "
+        f"({chance:.1%}): the accuracy under attack says nothing of robustness",
+    )
 
 
 def the_model_is_left_as_it_was(probe: Probe) -> CheckCount | str:
@@ -61,10 +139,10 @@ def the_model_is_left_as_it_was(probe: Probe) -> CheckCount | str:
 def candidates_lie_in_the_threat(probe: Probe) -> CheckCount:
     """Images lie in the box of pixel values, and no attack returned a point outside the threat."""
     costs = probe.evaluation.stages
-    outside, n = sum(cost.outside for cost in costs), sum(cost.attacked for cost in costs)
     x = probe.x(probe.rows)
-    k = outside + int(((x < probe.threat.lo - 1e-6) | (x > probe.threat.hi + 1e-6)).flatten(1).any(1).sum())
-    return CheckCount(k, max(n, 1), 0.0, f"{k} candidates lie outside the threat")
+    k = int(((x < probe.threat.lo - 1e-6) | (x > probe.threat.hi + 1e-6)).flatten(1).any(1).sum())
+    k, n = k + sum(cost.outside for cost in costs), len(x) + sum(cost.candidates for cost in costs)
+    return CheckCount(k, n, 0.0, f"{k} of {n} images and candidates lie outside the threat")
 
 
 def eps_zero_is_clean(probe: Probe) -> CheckCount:

@@ -29,7 +29,12 @@ class Claim:
 
 
 def judge(
-    claim: Claim, robust: Sequence[Any], findings: Sequence[Finding], remaining: Remaining | None = None
+    claim: Claim,
+    robust: Sequence[Any],
+    findings: Sequence[Finding],
+    remaining: Remaining | None = None,
+    *,
+    attack_kinds: Sequence[str] = (),
 ) -> Verdict:
     """What a claimed accuracy is worth.
 
@@ -38,13 +43,16 @@ def judge(
       99% confidence (Clopper-Pearson).
     * loose: not refuted, but a check that applies to the claim fires, or more than 1% of the samples are expected to
       be breakable still.
-    * tight: none of these.
+    * tight: none of these. It is empirical, of these samples and these attacks; only a certificate is a proof.
+
+    Of several checks that fire, the reason is that of the first: checks are listed with the weightiest first.
 
     Args:
         claim: what is claimed.
         robust: one entry per sample, in the same order: correct after all attacks.
         findings: of the checks.
         remaining: estimate of the survivors that are still breakable; None if there is none.
+        attack_kinds: the attacks that ran, for the reason of a tight verdict.
 
     Returns:
         The verdict and its reason.
@@ -52,9 +60,9 @@ def judge(
     >>> print(judge(Claim("pgd50", [1, 1, 1, 1, 0]), [0, 0, 0, 0, 0], []).status)
     refuted
     >>> judge(Claim("pgd50", [1, 1, 0]), [1, 0, 0], []).why
-    'other attacks broke 1 more of 3 samples, not significantly more than 1%'
-    >>> judge(Claim("robust", [1, 0]), [1, 0], [])
-    Verdict(status='tight', why='attacks of different kinds agree')
+    'empirical: other attacks broke 1 more of these 3 samples, not significantly more than 1%'
+    >>> judge(Claim("robust", [1, 0]), [1, 0], [], attack_kinds=("apgd", "pgd", "square")).why
+    'empirical: no attack of 3 kinds broke more of these 2 samples'
     """
     invalid = [finding for finding in findings if finding.fires and finding.void]
     if invalid:
@@ -67,10 +75,13 @@ def judge(
     if firing:
         others = f", and {len(firing) - 1} more checks fire" if len(firing) > 1 else ""
         return Verdict("loose", firing[0].why + others)
+    kinds = len(set(attack_kinds))
+    attacks = f"attack of {kinds} kinds" if kinds > 1 else "other attack"
     agreement = (
-        f"other attacks broke {broken} more of {n} samples, not significantly more than {TOLERANCE:.0%}"
+        f"empirical: other attacks broke {broken} more of these {n} samples, "
+        f"not significantly more than {TOLERANCE:.0%}"
         if broken
-        else "attacks of different kinds agree"
+        else f"empirical: no {attacks} broke more of these {n} samples"
     )
     if remaining is None:
         return Verdict("tight", agreement)

@@ -5,6 +5,7 @@ robust accuracy = fraction of samples that are classified correctly and that no 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..attacks import ATTACKS
@@ -14,7 +15,7 @@ from ..losses import Loss
 from ..noise import Noise
 from ..outputs import Model, frozen_eval
 from ..progress import Progress, silent
-from ..queries import CountingModel, default_batch_size, device_of, exact_float32
+from ..queries import CountingModel, copied, default_batch_size, device_of, exact_float32
 from ..threat import Threat
 from . import cascade
 from .batching import Batches
@@ -110,4 +111,5 @@ def evaluate(
         progress=progress if Processes.current().rank == 0 else silent,
     )
     with exact_float32(), frozen_eval(model):
-        return cascade.run(task, checkpoint, key)
+        pristine = copied(model)  # before the first query
+        return replace(cascade.run(task, checkpoint, key), pristine=pristine)

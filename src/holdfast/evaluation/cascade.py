@@ -90,7 +90,8 @@ def attack_batch(task: Task, state: State, checkpoint: Checkpoint, number: int, 
     broken, outside = verify_candidates(task, state, number, rows, x, y, x_adv)
     columns.done[rows] = number * MAX_TARGETS + target + 1
     attacked = len(rows) if target == 0 else 0
-    add_cost(task, state, number + 1, began, attacked=attacked, broken=broken, outside=outside)
+    counts = {"attacked": attacked, "broken": broken, "outside": outside, "candidates": len(rows)}
+    add_cost(task, state, number + 1, began, **counts)
     checkpoint.save(state)
     if task.progress is not silent:
         spent, waiting = passes_spent(state), int(_waiting(state, number, target).sum())
@@ -134,7 +135,10 @@ def verify_candidates(
 def result(task: Task, state: State, processes: Processes) -> Evaluation:
     """The state as an Evaluation. Attacks that the budget ended before they began have no entry in attack_correct."""
     columns = state.columns
+    by = columns.broken_by
     missing = {stage.name for stage in state.stages[state.ended :] if stage.individual}
+    stages = tuple(total_costs(state, processes))
+    ran = {stage.attack for stage, cost in zip(state.stages, stages[1:], strict=False) if cost.attacked}
     return Evaluation(
         threat=task.threat,
         index=task.data.index.cpu(),
@@ -143,13 +147,14 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
         margin=columns.margin.cpu(),
         clean=columns.clean.cpu(),
         attack_correct={name: columns.attack_correct[name].cpu() for name in task.attack_names if name not in missing},
-        broken_by=columns.broken_by.cpu(),
+        broken_by=torch.where(by >= 0, by + 1, by).cpu(),  # stages[0] of the result is the clean pass
         margin_adv=columns.margin_adv.cpu(),
         prediction_adv=columns.prediction_adv.cpu(),
         x_adv=columns.x_adv.cpu(),
-        stages=tuple(total_costs(state, processes)),
+        stages=stages,
         spot_check=spot_check_result(state),
         votes=state.votes,
         unfinished=state.ended < len(task.suite),
         certified=None if columns.certified is None else columns.certified.cpu(),
+        attack_kinds=tuple(sorted(ran)),
     )

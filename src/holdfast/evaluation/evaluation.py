@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..results import SpotCheck, notebook_counts
 from ..threat import Threat
@@ -22,6 +22,7 @@ class StageCost:
     Args:
         name: of the stage; "clean" for the pass over the clean images.
         attacked: number of samples attacked.
+        candidates: number of candidates that were verified; one for each sample and target class.
         broken: number of samples the stage broke that no earlier stage had.
         forwards: samples sent forward through the model.
         backwards: input gradients computed, counted in samples.
@@ -38,6 +39,7 @@ class StageCost:
     seconds: float = 0.0
     outside: int = 0
     nonfinite: int = 0
+    candidates: int = 0
 
 
 def sum_over_processes(parts: tuple[StageCost, ...]) -> StageCost:
@@ -61,7 +63,7 @@ class Evaluation:
         clean: bool, whether the clean image is classified correctly.
         attack_correct: name -> bool, whether the sample is still correct under that attack alone, run on all correctly
             classified samples; in the suite's order. Always has "pgd50".
-        broken_by: int64, number of the stage that broke the sample, where 0 is PGD-50; UNBROKEN or MISCLASSIFIED.
+        broken_by: int64, which of ``stages`` broke the sample; UNBROKEN or MISCLASSIFIED.
         margin_adv: float, smallest margin of any candidate within the threat.
         prediction_adv: int64, predicted class at ``x_adv``.
         x_adv: (N, C, H, W), the candidate with that margin; the clean image if no candidate had a smaller one.
@@ -72,6 +74,9 @@ class Evaluation:
         unfinished: whether a budget ended the suite early.
         certified: bool, proved to be classified correctly at every point of the threat (never where ``clean`` is
             False); None if no bound of the network is known.
+        attack_kinds: the attacks that ran, keys of ATTACKS.
+        pristine: a copy of the model as it was before it was queried, for the audit, which drops it; None for a
+            function, and for a model that cannot be copied. It is never saved.
     """
 
     threat: Threat
@@ -90,6 +95,8 @@ class Evaluation:
     votes: int = 1
     unfinished: bool = False
     certified: Tensor | None = None
+    attack_kinds: tuple[str, ...] = ()
+    pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def robust(self) -> Tensor:
@@ -142,7 +149,7 @@ def add_witnesses(evaluation: Evaluation, witnesses: list[Witnesses], cost: Stag
         x_adv[rows] = found.x_adv.cpu()
         margin_adv[rows] = found.margin.cpu()
         prediction_adv[rows] = found.prediction.cpu()
-        broken_by[rows] = len(evaluation.stages) - 1  # stages[0] is the clean pass
+        broken_by[rows] = len(evaluation.stages)
     return replace(
         evaluation,
         stages=(*evaluation.stages, cost),

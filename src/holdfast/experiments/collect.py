@@ -156,7 +156,7 @@ def _run(parts: list[TrainedNetwork]) -> Run:
         stages=tuple(Stage(s.name, s.attacked, s.broken, s.forwards, s.backwards, round(s.seconds, 3)) for s in stages),
         samples=Samples(
             **{key: column(key) for key in ("index", "y", "prediction", "clean", "pgd50", "robust")},
-            stage=(column("broken_by") + (column("broken_by") >= 0)),  # stage 0 is the clean pass
+            stage=column("broken_by"),
             margin=column("margin"),
             margin_adv=column("margin_adv"),
             certified=certified,
@@ -178,9 +178,10 @@ def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor) -> dic
     """What the checks say of this row's two claims, the folds' samples counted together."""
     audits = [part.result.audit for part in parts]
     findings, left = merge([audit.findings for audit in audits]), remaining(audits)
+    kinds = sorted({kind for part in parts for kind in part.result.evaluation.attack_kinds})
     return {
-        "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, left),
-        "pgd50_verdict": judge(Claim(PGD50, pgd50.tolist()), robust.tolist(), findings, left),
+        "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, left, attack_kinds=kinds),
+        "pgd50_verdict": judge(Claim(PGD50, pgd50.tolist()), robust.tolist(), findings, left, attack_kinds=kinds),
         "checks": tuple(finding.result() for finding in findings),
         "remaining": left,
         "measures": {key: _mean([audit.measures.get(key) for audit in audits]) for key in audits[0].measures},

@@ -16,7 +16,7 @@ from ..io import load_tensors, save_tensors
 from ..results import RemainingVulnerable, SpotCheck
 from ..threat import Threat
 
-RESULT, RESULT_VERSION = "network result", 1
+RESULT, RESULT_VERSION = "network result", 2
 
 
 def save_result(path: Path, key: str, audit: Audit, region: dict[str, Any], projection: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ def save_result(path: Path, key: str, audit: Audit, region: dict[str, Any], proj
         elif isinstance(value, dict):
             tensors |= {f"{f.name}/{name}": column for name, column in value.items()}
             columns_of[f.name] = list(value)
-        elif value is not None:
+        elif value is not None and f.name != "pristine":
             plain[f.name] = value
     spot_check = evaluation.spot_check
     about = {
@@ -94,6 +94,7 @@ def _read(
             **columns,
             "threat": Threat(**plain["threat"]),
             "stages": tuple(StageCost(**cost) for cost in plain["stages"]),
+            "attack_kinds": tuple(plain["attack_kinds"]),
             "spot_check": None if spot_check is None else SpotCheck(**spot_check),
             **{
                 field: {name: tensors[f"{field}/{name}"] for name in names}

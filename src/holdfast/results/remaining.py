@@ -18,7 +18,7 @@ class RemainingVulnerable:
         expected: posterior mean, in samples.
         low: lower end of the central 95% interval, in samples.
         high: upper end of the central 95% interval, in samples.
-        survivors: number of survivors before the two runs.
+        survivors: number of survivors before the two runs, without those that are certified: these cannot be broken.
         tested: number of these that both runs attacked.
         first: number of tested samples that the first run broke.
         second: number of tested samples that the second run broke.
@@ -143,7 +143,7 @@ class Remaining:
         expected: expected number of survivors still breakable: the larger of capture-recapture and spot check.
         low: lower end of the 95% interval.
         high: upper end of the 95% interval.
-        survivors: number of survivors before the two runs.
+        survivors: number of survivors before the two runs, without those that are certified.
         tested: number of these that both runs attacked.
         first: number of tested samples that the first run broke.
         second: number of tested samples that the second run broke.

@@ -76,7 +76,12 @@ def fit(
     if val_threat is not None or config.checkpoint == "best":
         check_validation(val)
     accelerator = accelerator_on(device)
-    with _own_random_state(accelerator.device), group_errors(accelerator.num_processes, out):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),  # whatever mode the caller is in
+        _own_random_state(accelerator.device),
+        group_errors(accelerator.num_processes, out),
+    ):
         state = _set_up(model, config, accelerator)
         history: list[dict[str, Any]] = []
         earlier_seconds = 0.0
