@@ -371,17 +371,16 @@ class Remembering(nn.Module):
     def __init__(self, honest: nn.Module, radius: float) -> None:
         super().__init__()
         self.honest, self.radius = honest, radius
-        self.seen: list[Tensor] = []
+        self.seen: Tensor | None = None
 
     def forward(self, x: Tensor) -> Outputs:
-        known = x.detach().clone()
-        for row, image in enumerate(x.detach()):
-            near = [one for one in self.seen if float((one.to(image) - image).abs().max()) <= self.radius]
-            if near:
-                known[row] = near[0]
-            else:
-                self.seen.append(image.clone())
-        return as_outputs(self.honest(known + (x - x.detach())))
+        image = x.detach()
+        seen = image[:0] if self.seen is None else self.seen.to(image)
+        known, near = image, torch.cdist(image.flatten(1), seen.flatten(1), p=math.inf) <= self.radius
+        if len(seen):
+            known = torch.where(near.any(1).view(-1, 1, 1, 1), seen[near.long().argmax(1)], image)
+        self.seen = torch.cat([seen, image[~near.any(1)]])
+        return as_outputs(self.honest(known + (x - image)))
 
 
 def remembers(honest: nn.Module, severity: float) -> nn.Module:

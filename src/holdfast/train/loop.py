@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,7 @@ def fit(
     if val_threat is not None or config.checkpoint == "best":
         check_validation(val)
     accelerator = accelerator_on(device)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),  # whatever mode the caller is in
-        _own_random_state(accelerator.device),
-        group_errors(accelerator.num_processes, out),
-    ):
+    with _own_torch_state(accelerator.device), group_errors(accelerator.num_processes, out):
         state = _set_up(model, config, accelerator)
         history: list[dict[str, Any]] = []
         earlier_seconds = 0.0
@@ -174,11 +170,13 @@ def _in_words(line: dict[str, Any]) -> str:
     return text + (f", robust {line['val_robust']:.1%}" if "val_robust" in line else "")
 
 
-def _own_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Torch's generators of the CPU and of this device, restored afterwards."""
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
+@contextmanager
+def _own_torch_state(device: torch.device) -> Iterator[None]:
+    """Gradients enabled, whatever mode the caller is in, and torch's generators of the CPU and this device restored."""
+    on_cpu = device.type == "cpu"
+    random = torch.random.fork_rng(devices=[] if on_cpu else [device], device_type="cuda" if on_cpu else device.type)
+    with torch.inference_mode(False), torch.enable_grad(), random:
+        yield
 
 
 def _seed_all(seed: int, device: torch.device) -> None:
