@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UserError
 from ..user_input import any_seed
+from ..user_input import whole as whole_number
 from .dataset import Data, Source, Split
 
 FOLD_SEED, LIMIT_SEED = -1, -2  # independent of the user's seed, so that runs with different seeds stay paired
