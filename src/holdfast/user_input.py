@@ -87,6 +87,17 @@ def whole(name: str, value: Any, low: int = 0, high: int = MOST) -> int:
     return int(value)
 
 
+def any_seed(seed: Any) -> int:
+    """A random seed: any integer. Raises UserError for text, floats, true and false.
+
+    >>> any_seed(-1)
+    -1
+    """
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
+        raise UserError(f"seed must be a whole number, got {seed!r}.")
+    return int(seed)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or false. Raises UserError for anything else.
 

@@ -500,7 +500,7 @@ def test_report_takes_several_files(compared, holdfast_, tmp_path):
         (("--objective", "advers"), r"unknown objective 'advers'"),
         (("--model", "smallcnv"), r"unknown model 'smallcnv'\. Did you mean 'smallconv'\?"),
         (("--model", "preactresnet18"), r"needs images of at least 16x16, got 8x8"),
-        (("--seeds", "0"), r"seeds must be >= 1"),
+        (("--seeds", "0"), r"seeds must be a whole number >= 1"),
         (("--epochs", "0"), r"epochs must be >= 1"),
         (("--lr", "-1"), r"lr must be > 0"),
         (("--lr", "nan"), r"lr must be > 0"),

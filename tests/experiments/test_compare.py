@@ -421,7 +421,7 @@ def test_settings_are_chosen_on_validation_images_and_evaluated_on_fresh_seeds(t
         ({"objective": "adversarial:step_size=big"}, r"step_size"),
         ({"objective": "adversarial:score=u"}, r"score"),
         ({"model": "smalconv"}, r"unknown model 'smalconv'\. Did you mean 'smallconv'"),
-        ({"seeds": 0}, r"seeds must be >= 1"),
+        ({"seeds": 0}, r"seeds must be a whole number >= 1"),
         ({"folds": -1}, r"folds"),
         ({"limit": -1}, r"limit"),
         ({"limit_train": -5}, r"limit_train"),

@@ -24,7 +24,7 @@ from ..outputs import Model
 from ..progress import Progress, silent
 from ..queries import device_of, exact_float32
 from ..results import Remaining, RemainingVulnerable, Verdict, remaining_vulnerable
-from ..user_input import whole
+from ..user_input import any_seed, whole
 from . import gradients, soundness, strength
 from .findings import CheckCount, Finding, lower_bound_99, merge
 from .probe import Probe, Recapture
@@ -228,7 +228,7 @@ def audit(
     if not isinstance(evaluation, Evaluation):
         raise UserError(f"evaluation must be what holdfast.evaluate returned, got {type_of(evaluation)}.")
     data, trained_with = as_data(data), as_loss(trained_with)
-    seed, size = whole("seed", seed), whole("size", size, 1)
+    seed, size = any_seed(seed), whole("size", size, 1)
     if len(data) != len(evaluation.y) or not torch.equal(data.index.cpu(), evaluation.index):
         raise UserError("the evaluation is of other samples: audit the samples that were evaluated, in the same order.")
     began = time.perf_counter()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..user_input import any_seed
 from ..user_input import whole as whole_number
 from .dataset import Data, Source, Split
 
@@ -86,8 +87,11 @@ def split_source(
         raise UserError(f"val must be the fraction of train to hold out, 0 <= val < 1, got {val}.")
     for key, count in (("limit", limit), ("limit_train", limit_train)):
         if count is not None:
-            whole_number(f"{key}, a number of samples, or None for all,", count, 1)
-    whole_number("seed", seed, -(2**53))
+            try:
+                whole_number(key, count, 1)
+            except UserError:
+                raise UserError(f"{key} must be a number of samples >= 1, or None for all, got {count!r}.") from None
+    any_seed(seed)
 
     if eval_split not in ("test", "val"):
         raise UserError(f"eval_split must be 'test' or 'val', got '{eval_split}'.")

@@ -19,7 +19,7 @@ from ..outputs import Model, frozen_eval
 from ..progress import Progress, silent
 from ..queries import CountingModel, copied, default_batch_size, device_of, exact_float32
 from ..threat import Threat, as_threat
-from ..user_input import path, whole
+from ..user_input import any_seed, path, whole
 from . import cascade
 from .batching import Batches
 from .budget import Budget
@@ -114,7 +114,7 @@ def evaluate(
         suite=with_pgd50(stages),
         attack_names=tuple(individual_names(stages)),
         scores=stage_scores(trained_with),
-        noise=Noise(whole("seed", seed), data.index),
+        noise=Noise(any_seed(seed), data.index),
         budget=budget,
         batch_size=size,
         batches=Batches(size),

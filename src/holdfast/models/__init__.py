@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from .. import spec
 from ..errors import UserError, unknown
 from ..outputs import Outputs
-from ..user_input import MOST, whole
+from ..user_input import MOST, any_seed, whole
 from ..user_input import text as checked_text
 from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet, StepNet
 from .densenet import DenseNet
@@ -174,7 +174,7 @@ def build(
     check(name)
     if head not in HEADS:
         raise unknown("head", head, HEADS)
-    classes, seed = whole("classes", classes, -MOST), whole("seed", seed, -MOST)
+    classes, seed = whole("classes", classes, -MOST), any_seed(seed)
     if classes < 2:
         raise UserError(f"a classifier needs at least 2 classes, got {classes}.")
     if len(shape) != 3:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..threat import Threat
-from ..user_input import flag, number, whole
+from ..user_input import any_seed, flag, number, whole
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("pad", 0)):
             whole(name, getattr(self, name), least)
-        whole("seed", self.seed, -(2**53))
+        any_seed(self.seed)
         flag("flip", self.flip)
         for name in ("lr", "weight_decay", "momentum", "ema"):
             number(name, getattr(self, name), 0, above=name == "lr")

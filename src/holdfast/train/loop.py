@@ -15,7 +15,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ..data import Data, augment, pixels
-from ..data.arguments import as_data
 from ..noise import Noise
 from ..objectives import Schedule
 from ..progress import Progress, silent
@@ -74,8 +73,7 @@ def fit(
             or another process of the group was lost.
     """
     start_time = time.perf_counter()
-    train, val = as_data(train, "train"), as_data(val, "val")
-    val_threat, out = check_arguments(objective, config, val_threat, out)
+    train, val, val_threat, out = check_arguments(train, val, objective, config, val_threat, out)
     check_task(model, train)
     if val_threat is not None or config.checkpoint == "best":
         check_validation(val)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..attacks import pgd
 from ..data import Data, pixels
+from ..data.arguments import as_data
 from ..errors import UserError, type_of
 from ..losses import negative_margin
 from ..noise import Noise
@@ -123,18 +124,25 @@ def averaged_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[N
 
 
 def check_arguments(
-    objective: Schedule, config: FitConfig, val_threat: Threat | str | None, out: Path | str | None
-) -> tuple[Threat | None, Path | None]:
-    """Check what ``fit`` was given beside model and data.
+    train: Data,
+    val: Data,
+    objective: Schedule,
+    config: FitConfig,
+    val_threat: Threat | str | None,
+    out: Path | str | None,
+) -> tuple[Data, Data, Threat | None, Path | None]:
+    """Check what ``fit`` was given beside the model.
 
     Args:
+        train: training images.
+        val: validation images.
         objective: the min-max problem, as a function of training progress.
         config: hyperparameters.
         val_threat: a threat or its text, or None.
         out: the run folder, or None.
 
     Returns:
-        (the threat, the run folder).
+        (training images, validation images, the threat, the run folder).
 
     Raises:
         UserError: one of them is of another type, or cannot be read.
@@ -149,7 +157,8 @@ def check_arguments(
     threat = None if val_threat is None else as_threat(val_threat)
     if threat is not None:
         check_eps(threat)
-    return threat, None if out is None else path("out", out)
+    train, val = as_data(train, "train"), as_data(val, "val")
+    return train, val, threat, None if out is None else path("out", out)
 
 
 def _takes_progress(objective: Any) -> bool:
