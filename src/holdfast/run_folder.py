@@ -80,19 +80,21 @@ def reserve(out: str | Path, config: dict[str, Any], *, write: bool = True) -> N
         _note_environment(out / "env.json")
 
 
-def note_paths(out: Path, paths: dict[str, str]) -> None:
+def note_paths(out: str | Path, paths: dict[str, str]) -> None:
     """Note in config.json where data and code were found this time, if that has changed."""
+    out = Path(out)
     there = read_json(out / "config.json")
     if paths and there.get(PATHS) != paths:
         write_atomic(out / "config.json", json.dumps({**there, PATHS: paths}, indent=1))
 
 
-def environments(folder: Path) -> list[dict[str, Any]]:
+def environments(folder: str | Path) -> list[dict[str, Any]]:
     """The environments that a folder was worked on in, the first one first, as env.json holds them.
 
     Raises:
         UserError: env.json is damaged.
     """
+    folder = Path(folder)
     path = folder / "env.json"
     if not path.exists():
         return []
@@ -156,12 +158,13 @@ class RunConfig(TypedDict, total=False):
     logit_scale: float
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> dict[str, Any]:
     """The configuration of a run folder, checked.
 
     Raises:
         UserError: the folder has no config.json, or it is damaged; the message names the field.
     """
+    folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.json.")
@@ -265,7 +268,7 @@ def _allow_code(config: Path, reference: str, run_code: bool) -> None:
     print(f"executing {file}, which {config} names", file=sys.stderr)
 
 
-def data_of(folder: Path, config: dict[str, Any]) -> str:
+def data_of(folder: str | Path, config: dict[str, Any]) -> str:
     """The name or path of the data that a run folder names.
 
     Args:
@@ -278,6 +281,7 @@ def data_of(folder: Path, config: dict[str, Any]) -> str:
     Raises:
         UserError: it names no data; or it names a path outside of the folder without a hash of what lies there.
     """
+    folder = Path(folder)
     if "data_hash" in config and "data" in config.get(PATHS, {}):
         return str(config[PATHS]["data"])
     name = config.get("data")
@@ -289,8 +293,9 @@ def data_of(folder: Path, config: dict[str, Any]) -> str:
     return str(inside(folder, name, f"{folder / 'config.json'}, key data,"))
 
 
-def check_data(folder: Path, config: dict[str, Any], split: Split) -> None:
+def check_data(folder: str | Path, config: dict[str, Any], split: Split) -> None:
     """Raise UserError unless the data is what the folder's hash says, where it has one."""
+    folder = Path(folder)
     if "data_hash" in config and config["data_hash"] != data_hash(split):
         raise UserError(
             f"the data at {data_of(folder, config)} is not what {folder} was made with: its content has changed. Put "
@@ -326,7 +331,7 @@ def data_hash(split: Split) -> str:
     return mark.hexdigest()
 
 
-def copy_network(folder: Path, to: Path) -> Path:
+def copy_network(folder: str | Path, to: str | Path) -> Path:
     """Copy what ``load`` needs to another folder, so that what refers to the network can be moved with it.
 
     Args:
@@ -339,6 +344,8 @@ def copy_network(folder: Path, to: Path) -> Path:
     Raises:
         UserError: a file cannot be read or written.
     """
+    folder = Path(folder)
+    to = Path(to)
     for name in ("env.json", "model.safetensors", "config.json"):
         path = folder / name
         if path.exists():

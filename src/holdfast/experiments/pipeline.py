@@ -200,7 +200,7 @@ def check_answers(
     model: nn.Module,
     data: Data,
     stored: Evaluation | CleanAnswers,
-    folder: Path,
+    folder: str | Path,
     batch_size: int | None = None,
 ) -> None:
     """Before a stored evaluation is believed, ask a batch of clean images again and compare the margins.
@@ -215,6 +215,7 @@ def check_answers(
     Raises:
         UserError: the network answers otherwise than it did: the evaluation is not of this network.
     """
+    folder = Path(folder)
     if stored.votes > 1 or len(stored.margin) != len(data):  # answers vary anyway; or the key will not fit
         return
     # A batch as the evaluation had it, since the answers of some networks depend on it.
