@@ -104,7 +104,7 @@ interval = st.tuples(*[st.floats(0, 1)] * 3).map(lambda t: R.Interval(sorted(t)[
 text, count = st.text(max_size=12), st.integers(0, 10**9)
 column = {name: st.integers(-2, 10**6) for name in ("index", "y", "prediction", "clean", "pgd50", "robust", "stage")}
 margin = st.none() | st.floats()
-samples_of = st.integers(0, 4).flatmap(
+samples_of = st.integers(1, 4).flatmap(
     lambda n: st.builds(
         R.Samples,
         **{
@@ -117,8 +117,9 @@ samples_of = st.integers(0, 4).flatmap(
 claims = st.lists(text, max_size=2).map(tuple)
 check = st.builds(R.CheckResult, text, text, count, count, number, text, st.booleans(), claims, text)
 spot_checks = st.lists(st.builds(R.SpotCheck, count, count, count, count, count), max_size=2).map(tuple)
-remaining = st.builds(R.Remaining, *[number] * 3, *[count] * 5, spot_checks, st.booleans(), count)
-threat = st.fixed_dictionaries({"norm": text, "eps": st.floats(0, 10), "lo": number, "hi": number})
+remaining = st.builds(R.Remaining, *[number] * 3, *[count] * 5, spot_checks, st.booleans(), st.integers(1, 1000))
+eps = st.floats(0, 10, exclude_min=True)
+threat = st.fixed_dictionaries({"norm": text, "eps": eps, "lo": st.floats(-9, 0), "hi": st.floats(1, 9)})
 run = samples_of.flatmap(
     lambda s: st.builds(
         R.Run,
