@@ -371,7 +371,7 @@ def test_an_error_in_a_job_comes_out_as_it_is(workers, parquet, tmp_path):
 
 def test_seeds_are_networks_of_their_own(tmp_path):
     comparison = dataclasses.replace(
-        TINY, losses=("sce",), seeds=2, limit_train=50, fit=dataclasses.replace(FIT, epochs=1)
+        TINY, losses=("sce",), seeds=2, folds=1, limit_train=50, fit=dataclasses.replace(FIT, epochs=1)
     )
     found = compare(comparison, tmp_path)
     assert [(run.loss, run.seed) for run in found.runs] == [("sce", 0), ("sce", 1)]
@@ -379,7 +379,9 @@ def test_seeds_are_networks_of_their_own(tmp_path):
     assert len(results.rows(found)) == 1
     assert results.rows(found)[0].interval == "mean and 95% t interval over 2 seeds"
     assert all(proof.holds for proof in replay(tmp_path))
-    assert len(list((tmp_path / "runs").iterdir())) == 4
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    of_two_folds = dataclasses.replace(comparison, folds=2).checked().jobs(tmp_path)
+    assert [(one.seed, one.fold) for one in of_two_folds] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_settings_are_chosen_on_validation_images_and_evaluated_on_fresh_seeds(tmp_path):

@@ -450,6 +450,7 @@ def test_what_highs_forgot_to_take_out_is_not_printed(capfd):
 
 TRUTHS = {truth.plan: truth for truth in make_exact_fixture.load()}
 PLANS = tuple(TRUTHS)
+STAND = ("sce-seed0", "isce-s100-seed0", "at0.1")  # one of each kind of training
 every = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 
 
@@ -472,14 +473,16 @@ def samples(truth, split, which=slice(None)):
 def evaluated(truths, split):
     """(plan, suite) -> what the suite leaves standing, what is proved robust, and what is broken.
 
-    Of "quick" on all samples; of "standard" on all that can be broken and ten of the others, which cost the most.
+    Of "quick" on all samples; of "standard" on all that can be broken, and on ten of the others for three networks:
+    a network on which something stands takes every step of the suite.
     """
     kept = {}
 
     def by(plan, suite):
         if (plan, suite) not in kept:
             truth = truths[plan]
-            which = torch.cat([torch.nonzero(truth.broken)[:, 0], torch.nonzero(~truth.broken)[:10, 0]])
+            others = torch.nonzero(~truth.broken)[: 10 if plan.name in STAND else 0, 0]
+            which = torch.cat([torch.nonzero(truth.broken)[:, 0], others])
             which = torch.arange(len(truth.rows)) if suite == "quick" else which
             data, _, _, threat = samples(truth, split, which)
             found = evaluate(truth.model, data, threat, suite, trained_with=plan.loss)
@@ -570,7 +573,7 @@ def test_no_other_attack_breaks_it_either(plan, truths, split):
 def test_no_suite_breaks_what_is_proved_robust(plan, evaluated):
     for suite in ("standard", "quick"):
         stands, robust, _ = evaluated(plan, suite)
-        assert robust.any()
+        assert robust.any() or (suite == "standard" and plan.name not in STAND)
         assert stands[robust].all()
 
 
