@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import asdict
+from functools import cache
 
 import pytest
 import torch
@@ -54,8 +55,27 @@ def fires(judged):
 
 
 @pytest.fixture(scope="module")
-def clean_audit(honest, some):
-    return ask(honest, some)
+def clean_evaluation(honest, some):
+    """The honest network after the suite "quick", before any audit."""
+    return evaluate(honest, some, THREAT, "quick")
+
+
+@pytest.fixture(scope="module")
+def clean_audit(honest, some, clean_evaluation):
+    return audit(honest, some, clean_evaluation)
+
+
+@pytest.fixture(scope="module")
+def faulty_audit(honest, split):
+    """(faulty model, severity) -> its audit on 60 samples, made once. The honest network stays as it is."""
+    few = split.test.take(slice(0, 60))
+
+    @cache
+    def audited(faulty, severity):
+        torch.manual_seed(0)
+        return ask(FAULTY[faulty].make(copy.deepcopy(honest), severity).eval(), few)
+
+    return audited
 
 
 # Rules.
@@ -191,17 +211,13 @@ def test_every_check_says_what_it_is():
     assert informs == "gradients of the training loss are not zero"  # no figure rests on an attack on it
 
 
-def test_an_audit_is_repeatable_and_does_not_depend_on_how_often(honest, some, clean_audit):
+def test_an_audit_is_repeatable_and_leaves_the_model_as_it_was(honest, some, clean_audit):
+    honest.train()
+    before = copy.deepcopy(honest.state_dict())
     again = ask(honest, some)
     assert again.findings == clean_audit.findings
     assert again.remaining == clean_audit.remaining
     assert again.measures == clean_audit.measures
-
-
-def test_an_audit_leaves_the_model_as_it_was(honest, some):
-    honest.train()
-    before = copy.deepcopy(honest.state_dict())
-    ask(honest, some)
     assert honest.training
     assert all(p.requires_grad for p in honest.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in honest.state_dict().items())
@@ -225,21 +241,20 @@ def test_what_an_audit_breaks_is_kept_as_a_witness(honest, some):
     assert torch.equal(kept.broken_by[~new], lax.broken_by[~new])
 
 
-def test_an_audit_comes_back_from_its_record(honest, some, clean_audit, tmp_path):
-    evaluation = evaluate(honest, some, THREAT, "quick")
+def test_an_audit_comes_back_from_its_record(clean_evaluation, clean_audit, tmp_path):
     save_audit(tmp_path / "audit.safetensors", "key", clean_audit)
-    back = load_audit(tmp_path / "audit.safetensors", "key", evaluation)
+    back = load_audit(tmp_path / "audit.safetensors", "key", clean_evaluation)
     assert back.findings == clean_audit.findings
     assert back.remaining == clean_audit.remaining
     assert torch.equal(back.evaluation.x_adv, clean_audit.evaluation.x_adv)
     assert torch.equal(back.evaluation.broken_by, clean_audit.evaluation.broken_by)
-    assert load_audit(tmp_path / "audit.safetensors", "another", evaluation) is None
-    assert load_audit(tmp_path / "missing.safetensors", "key", evaluation) is None
+    assert load_audit(tmp_path / "audit.safetensors", "another", clean_evaluation) is None
+    assert load_audit(tmp_path / "missing.safetensors", "key", clean_evaluation) is None
 
 
-def test_an_audit_is_of_the_samples_that_were_evaluated(honest, split, some):
+def test_an_audit_is_of_the_samples_that_were_evaluated(honest, split, clean_evaluation):
     with pytest.raises(UserError, match="other samples"):
-        audit(honest, split.test.take(slice(1, 91)), evaluate(honest, some, THREAT, "quick"))
+        audit(honest, split.test.take(slice(1, 91)), clean_evaluation)
 
 
 def test_a_network_that_is_never_right_has_nothing_to_check(some):
@@ -258,9 +273,9 @@ def test_a_function_is_audited_too(honest, some):
     assert statuses["float64 changes nothing"] == "not run"
 
 
-def test_an_audit_says_what_each_claim_is_worth(honest, some, clean_audit):
+def test_an_audit_says_what_each_claim_is_worth(clean_audit, faulty_audit):
     assert clean_audit.verdict().status == "tight"
-    faulty = ask(FAULTY["logit_scale"].make(copy.deepcopy(honest), 1e4).eval(), some)
+    faulty = faulty_audit("logit_scale", 1e4)
     assert faulty.verdict("pgd50").status == "refuted"
     with pytest.raises(UserError, match="unknown claim 'own'"):
         faulty.verdict("own")
@@ -297,10 +312,8 @@ def test_an_audit_says_what_each_claim_is_worth(honest, some, clean_audit):
         ("nan_off_grid", 0.1, "outputs are finite", True),
     ],
 )
-def test_faulty_models_are_caught(honest, some, faulty, severity, check, void):
-    torch.manual_seed(0)
-    model = FAULTY[faulty].make(copy.deepcopy(honest), severity).eval()
-    judged = ask(model, some)
+def test_faulty_models_are_caught(faulty_audit, faulty, severity, check, void):
+    judged = faulty_audit(faulty, severity)
     assert check in fires(judged)
     robust = judged.evaluation.robust.tolist()
     verdicts = {judge(Claim(name, robust), robust, judged.findings).status for name in (PGD50, ROBUST)}
@@ -348,10 +361,10 @@ def test_saturation_by_training_is_refuted_by_the_bench_alone(split, some):
     assert math.isfinite(judged.measures["input_margin"])
 
 
-def test_images_of_a_twin_are_tried(honest, some):
+def test_images_of_a_twin_are_tried(honest, some, clean_evaluation):
     """A network that hides its gradients from the white box falls to images made on the one it was made from."""
     lie = FAULTY["quantised_input"].make(copy.deepcopy(honest), 8.0).eval()
-    twin = evaluate(honest, some, THREAT, "quick").x_adv
     gradients_only = (SUITES["quick"][0],)
-    judged = audit(lie, some, evaluate(lie, some, THREAT, gradients_only), transfer_source=twin)
+    found = evaluate(lie, some, THREAT, gradients_only)
+    judged = audit(lie, some, found, transfer_source=clean_evaluation.x_adv)
     assert "transfer is not stronger" in fires(judged)

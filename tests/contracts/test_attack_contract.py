@@ -74,17 +74,21 @@ def test_what_comes_back_is_a_point_of_the_threat_for_every_sample(name, norm, f
     assert torch.equal(x, kept)
     assert torch.equal(y, y_kept)
     assert x_adv.data_ptr() != x.data_ptr()
+    model.eval()
+    if few.get("iterate") != "last":  # which evaluates no point
+        assert fooled(model(x_adv), y)[::4].all(), "a sample that is wrong already stays wrong"
 
 
 @every
-def test_the_model_comes_back_as_it_was(name, norm, few):
+def test_the_model_comes_back_as_it_was_and_so_do_the_global_random_numbers(name, norm, few):
     model, x = SmallNet(), random_images(5)
     y = predicted_labels(model, x)
-    before = training_state(model)
+    before, chance = training_state(model), torch.random.get_rng_state()
     assert not model.frozen.training
     assert model.live.training
     run(name, model, x, y, Threat(norm, EPS[norm]), **few)
     assert same_state(before, training_state(model))
+    assert torch.equal(chance, torch.random.get_rng_state())
 
 
 class Trips(nn.Module):
@@ -115,13 +119,17 @@ def test_the_model_comes_back_as_it_was_when_the_attack_raises(name, norm, few, 
 
 
 @every
-def test_the_callers_gradient_mode_does_not_matter_and_is_kept(name, norm, few):
+def test_the_callers_modes_do_not_matter_and_are_kept(name, norm, few):
+    """Without gradients, and under autocast."""
     model, x, threat = SmallNet(), random_images(6), Threat(norm, EPS[norm])
     y = predicted_labels(model, x)
     expected = run(name, model, x, y, threat, **few)
     with torch.no_grad():
         assert torch.equal(run(name, model, x, y, threat, **few), expected)
         assert not torch.is_grad_enabled()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(name, model, x, y, threat, **few), expected)
+        assert torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ATTACKS.items() if entry.gradients])
@@ -136,16 +144,6 @@ def test_inference_mode_does_not_silence_an_attack(name):
         except (UserError, RuntimeError):
             return
     assert torch.equal(x_adv, expected)
-
-
-@every
-def test_autocast_around_an_attack_does_not_change_it(name, norm, few):
-    model, x, threat = SmallNet(), random_images(6), Threat(norm, EPS[norm])
-    y = predicted_labels(model, x)
-    expected = run(name, model, x, y, threat, **few)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(run(name, model, x, y, threat, **few), expected)
-        assert torch.is_autocast_enabled("cpu")
 
 
 @every
@@ -166,25 +164,6 @@ def test_one_seed_one_answer(name, norm, few):
     other = run(name, model, x, y, threat, seed=1, **few)
     from_x = name in ("fgsm", "bim", "mim", "deepfool", "cw", "lbfgs", "fmn", "fab", "jsma", "least_likely")
     assert torch.equal(first, other) == from_x
-
-
-@every
-def test_the_global_random_numbers_are_left_alone(name, norm, few):
-    model, x = SmallNet(), random_images(4)
-    y = predicted_labels(model, x)
-    before = torch.random.get_rng_state()
-    run(name, model, x, y, Threat(norm, EPS[norm]), **few)
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
-@every
-def test_a_sample_that_is_wrong_already_stays_wrong(name, norm, few):
-    model, x, threat = SmallNet(), random_images(9), Threat(norm, EPS[norm])
-    y = predicted_labels(model, x)
-    x_adv = run(name, model, x, y, threat, **few)
-    model.eval()
-    if few.get("iterate") != "last":  # which evaluates no point
-        assert fooled(model(x_adv), y)[::4].all()
 
 
 @every
