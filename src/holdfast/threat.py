@@ -248,25 +248,6 @@ class Threat:
         outside = torch.maximum(self.lo - x_adv, x_adv - self.hi).flatten(1).amax(1).clamp_min(0.0)
         return torch.maximum(over, outside).nan_to_num(nan=math.inf)
 
-    def check_images(self, x: Tensor) -> None:
-        """Refuse images that no threat of this box can hold: a bound or an attack around them would mean nothing.
-
-        Args:
-            x: (N, ...) images; uint8 counts as its values over 255.
-
-        Raises:
-            UserError: for values outside [lo, hi], up to rounding, and for NaN.
-
-        >>> Threat("linf", 0.1).check_images(torch.tensor([[0.0, 1.0]]))
-        """
-        scale = 255.0 if x.dtype == torch.uint8 else 1.0
-        lowest, highest = (float(value) / scale for value in x.aminmax()) if x.numel() else (self.lo, self.hi)
-        if not (self.lo <= lowest + 1e-6 and highest - 1e-6 <= self.hi):
-            raise UserError(
-                f"images must lie in the threat's box [{self.lo:g}, {self.hi:g}], got values from {lowest:.4g} to "
-                f"{highest:.4g}. Scale them to it; normalisation belongs inside the model."
-            )
-
     def farthest(self, dim: int) -> float:
         """The largest distance to x, in the threat's norm, of any x_adv that ``violation`` forgives: for proofs.
 
@@ -292,6 +273,27 @@ class Threat:
     def describe(self) -> dict[str, float | str]:
         """The threat as a dict for JSON."""
         return {"norm": self.norm, "eps": self.eps, "lo": self.lo, "hi": self.hi}
+
+
+def check_images(x: Tensor, threat: Threat) -> None:
+    """Refuse images outside the box: a bound or an attack around them would mean nothing.
+
+    Args:
+        x: (N, ...) images; uint8 counts as its values over 255.
+        threat: whose box [lo, hi] they must lie in.
+
+    Raises:
+        UserError: for values outside the box, up to rounding, and for NaN.
+
+    >>> check_images(torch.tensor([[0.0, 1.0]]), Threat("linf", 0.1))
+    """
+    scale = 255.0 if x.dtype == torch.uint8 else 1.0
+    lowest, highest = (float(value) / scale for value in x.aminmax()) if x.numel() else (threat.lo, threat.hi)
+    if not (threat.lo <= lowest + 1e-6 and highest - 1e-6 <= threat.hi):
+        raise UserError(
+            f"images must lie in the threat's box [{threat.lo:g}, {threat.hi:g}], got values from {lowest:.4g} to "
+            f"{highest:.4g}. Scale them to it; normalisation belongs inside the model."
+        )
 
 
 def _shrink_l2(v: Tensor, x: Tensor, threat: Threat) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..outputs import Model, frozen_eval
-from ..threat import Threat
+from ..threat import Threat, check_images
 from .chain import ROWS, agrees, chain_of, in_float64
 from .interval import worst_logit_difference
 from .layers import HUGE, CannotBound, gamma, underflow
@@ -43,7 +43,7 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None
     >>> certify(net, x, y, Threat("linf", 0.1, -1, 1))
     tensor([False,  True])
     """
-    threat.check_images(x)
+    check_images(x, threat)
     if not isinstance(model, nn.Module):
         return None
     if not x.is_floating_point():

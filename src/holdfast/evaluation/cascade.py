@@ -14,7 +14,7 @@ from ..data import pixels
 from ..losses import negative_margin
 from ..progress import silent
 from ..queries import is_misclassified, majority_vote
-from ..threat import column
+from ..threat import check_images, column
 from .checkpoint import Checkpoint
 from .clean_pass import clean_pass
 from .costs import add_cost, add_extra_stages, affordable, passes_spent, planned_passes
@@ -30,7 +30,7 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
     if path is not None and processes.count > 1:
         path = path.with_suffix(f".{processes.rank}-of-{processes.count}{path.suffix}")
     checkpoint = Checkpoint(path, task, key)
-    task.threat.check_images(task.data.x)
+    check_images(task.data.x, task.threat)
     state = checkpoint.load(task) or clean_pass(task)
     if processes.count > 1:
         synchronise(task, state, processes)
