@@ -189,7 +189,8 @@ def path(name: str, value: Any) -> Path:
         raise UserError(f"{name} must be a path as text, got {type_of(written)}.")
     if not written.strip():
         raise UserError(f"{name} is empty: name a file or a folder.")
-    if plain(written) != written or "\n" in written:
+    readable = os.fsencode(written).decode(errors="ignore")  # a name in another encoding is a name too
+    if plain(readable) != readable or "\n" in readable:
         raise UserError(f"{name} '{printable(written, 60)}' holds control characters: rename it, or write it without.")
     if len(os.fsencode(written)) > LONGEST_PATH or any(len(os.fsencode(p)) > LONGEST_NAME for p in Path(written).parts):
         raise UserError(

@@ -25,7 +25,7 @@ FEW = {
 REACH = {
     "noise": math.inf, "jsma": 3.0, "lbfgs-linf": 1.5, "lbfgs-l1": 1.5, "lbfgs": 1.05, "deepfool": 1.03, "cw": 1.05,
     "fgsm-l1": 1.2, "bim-l1": 1.2, "mim-l1": 1.2, "fmn-l2": 1.2, "fmn-l1": 1.1, "square": 1.05, "spsa": 1.05,
-    "least_likely-l2": 1.2,
+    "least_likely-l2": 1.2, "rays-l2": 1.5,
 }  # fmt: skip
 # Towards the class that is least likely at x, which for two classes is the only one.
 TOWARDS_ONE = ("least_likely",)

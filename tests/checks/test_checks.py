@@ -116,7 +116,7 @@ def test_the_same_gap_is_refuted_on_many_samples_and_too_few_to_tell_on_few():
     few = judge(Claim(PGD50, [1] * 202 + [0] * 158), [1] * 195 + [0] * 165, [])
     assert few.status == "tight"
     assert few.why == (
-        "1.9 points too high (95% interval 0.8 to 4.0; other attacks broke 7 more of 360 samples), too few images to "
+        "empirical: 1.9 points too high (95% interval 0.8 to 4.0; other attacks broke 7 more of 360 samples), too few images to "
         "tell whether it is more than 1 point"
     )
     many = judge(Claim(PGD50, [1] * 1010 + [0] * 787), [1] * 969 + [0] * 828, [])

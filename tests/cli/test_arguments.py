@@ -182,7 +182,7 @@ def test_more_logits_than_classes_need_names(threes_and_sevens, ten_classes, hol
     assert status == 0, err
     run = json.loads((tmp_path / "run" / "results.json").read_text())["runs"][0]
     assert run["clean"]["value"] > 0.9, "the logits of 3 and 7 are those of their labels"
-    assert holdfast_("replay", "run")[0] == 0
+    assert holdfast_("replay", "run", "--run-code")[0] == 0
     assert results.load(tmp_path / "run").runs[0].n > 50
 
 
@@ -195,7 +195,7 @@ def test_one_of_several_outputs_is_chosen(threes_and_sevens, ten_classes, holdfa
     status, _, err = evaluated(holdfast_, model, "digits", "--limit", "60", "--output", "1")
     assert status == 0, err
     assert json.loads((tmp_path / "run" / "results.json").read_text())["runs"][0]["clean"]["value"] > 0.9
-    assert holdfast_("replay", "run")[0] == 0
+    assert holdfast_("replay", "run", "--run-code")[0] == 0
 
 
 def test_a_float64_network_is_noted(ten_classes, holdfast_, tmp_path):

@@ -224,7 +224,7 @@ def sce_done(done_once):
 def test_compare_prints_a_table_and_says_where_things_are(compared, holdfast_):
     words, (status, out, err), folder = compared
     assert status == 0
-    assert re.search(r"sce +[\d.]+ +[\d.]+ +\w+ +([\d.-]+ +)?(<= )?[\d.]+ \[[\d.]+, [\d.]+\] +\w+", out)
+    assert re.search(r"sce +[\d.]+ +[\d.]+ +(-[\d.]+ )?\w+ +([\d.-]+ +)?(<= )?[\d.]+ \[[\d.]+, [\d.]+\] +\w+", out)
     assert "isce:s=10" in out
     for name in ("out/results.json", "out/report.html", "holdfast replay out"):
         assert name in out

@@ -94,7 +94,7 @@ def test_a_finished_cache_is_read_back_and_an_unfinished_one_resumes(model, spli
         "audit.safetensors", "evaluated.json", "evaluation.safetensors", "region.safetensors", "result.safetensors",
     ]  # fmt: skip
     # No image is stored twice: the result holds those alone that came after the attacks.
-    later = load_tensors(tmp_path / "result.safetensors", "network result", 2)[0]["later/x_adv"]
+    later = load_tensors(tmp_path / "result.safetensors", "network result", 3)[0]["later/x_adv"]
     assert len(later) <= sum(stage.broken for stage in made.evaluation.stages[-2:])
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "evaluate", lambda *_, **__: pytest.fail("attacked again"))

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UserError
 from ..spec import name_list, numbers, threat_file_name
+from ..user_input import path
 from . import options as o
 from .app import app, exits
 from .common import run_evaluation, say_files, show
@@ -127,7 +128,7 @@ def subject_of(
                 raise UserError(
                     f"--{option_name} is for your own model; {model} is a run folder with its own settings."
                 )
-        return partial(from_run, Path(model), limit=limit, run_code=run_code)
+        return partial(from_run, path("the run folder", model), limit=limit, run_code=run_code)
     if not options["data"]:
         raise UserError("your own model needs --data: an image folder, a parquet file, or a hub name.")
     input_range, mean, std = (
@@ -150,4 +151,4 @@ def default_folder(model: str, what: str, threat: str) -> Path:
     name = threat_file_name(threat)
     if is_model_file(model):
         return Path("out") / f"{Path(model).stem}-{what.replace('THREAT', name).removeprefix('evaluation-')}"
-    return Path(model) / what.replace("THREAT", name)
+    return path("the run folder", model) / what.replace("THREAT", name)

@@ -55,18 +55,17 @@ def _find(name: str, reading: Reading) -> Source:
     """Read a key of DATASETS, else a path that exists, else a hub name."""
     if name in DATASETS:
         return DATASETS[name].read(reading)
-    shown = name if len(name) <= 200 else name[:200] + "..."
-    path = Path(os.path.expanduser(name)) if local_path(name) else None
-    if path is not None and path.is_dir():
+    path = user_input.path("the data set", name)
+    if path.is_dir():
         return (parquet if find(path, [".parquet"]).files else image_folder)(path, reading)
-    if path is not None and path.is_file() and path.suffix.lower() == ".parquet":
+    if path.is_file() and path.suffix.lower() == ".parquet":
         return parquet(path, reading)
-    if path is not None:
-        raise UserError(f"'{shown}' is a file of another kind: expected a .parquet file or a folder.")
-    if re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name) and not name.lower().endswith(".parquet"):
+    if path.exists():
+        raise UserError(f"'{name}' is a file of another kind: expected a .parquet file or a folder.")
+    if re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name) and path.suffix.lower() != ".parquet":
         return hub(name, reading)
-    if re.search(r"[/\\\0]", name) or name.startswith(("~", ".")) or Path(shown).suffix or shown != name or not name:
-        raise UserError(f"there is no such path: '{shown}'. Expected a folder or a .parquet file.")
+    if re.search(r"[/\\]", name) or name.startswith(("~", ".")) or path.suffix:
+        raise UserError(f"there is no such path: '{name}'. Expected a folder or a .parquet file.")
     raise unknown("data set", name, DATASETS)
 
 
@@ -175,7 +174,8 @@ def load(
     >>> digits.shape, len(digits.train), len(digits.val), len(digits.test)
     ((1, 8, 8), 1294, 144, 359)
     """
-    name = user_input.text("the data set", os.fspath(name) if isinstance(name, os.PathLike) else name)
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
+    user_input.path("the data set", name)
     word = (convert or "").lower()
     reading = Reading(
         image_column or "", label_column or "", {"gray": "grey", "l": "grey"}.get(word, word), resize or 0

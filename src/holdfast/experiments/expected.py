@@ -57,7 +57,7 @@ def _seconds_per_pass(model: nn.Module, x: torch.Tensor) -> float:
 def _words(seconds: float) -> str:
     """A time in words.
 
-    >>> _words(42.4), _words(150), _words(40000)
+    >>> _words(42.4), _words(180), _words(40000)
     ('42 s', '3 min', '11.1 h')
     """
     if seconds < 100:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..errors import UserError, type_of
-from ..outputs import as_outputs
+from ..outputs import Outputs, as_outputs
 
 
 class LogitsOnly(nn.Module):
@@ -22,7 +22,8 @@ class LogitsOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1] -> (N, K) logits."""
-        return as_outputs(self.inner(x)).logits
+        answer = self.inner(x)
+        return answer.logits if isinstance(answer, Outputs) else as_outputs(answer).logits
 
 
 def logits_only(model: nn.Module) -> LogitsOnly:
