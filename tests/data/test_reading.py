@@ -594,7 +594,9 @@ def test_folders_that_hold_no_classes(tmp_path):
 def test_names_that_no_file_has(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(UserError, match=r"no such path|another kind|too long|control characters|home folder|device|is empty") as error:
+    with pytest.raises(
+        UserError, match=r"no such path|another kind|too long|control characters|home folder|device|is empty"
+    ) as error:
         data.load(name)
     assert len(str(error.value)) < 400
 
