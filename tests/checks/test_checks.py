@@ -66,14 +66,13 @@ def clean_audit(honest, some, clean_evaluation):
 
 
 @pytest.fixture(scope="module")
-def faulty_audit(honest, split):
-    """(faulty model, severity) -> its audit on 60 samples, made once. The honest network stays as it is."""
-    few = split.test.take(slice(0, 60))
+def faulty_audit(honest, some):
+    """(faulty model, severity) -> its audit, made once. The honest network is copied, so that it stays as it is."""
 
     @cache
     def audited(faulty, severity):
         torch.manual_seed(0)
-        return ask(FAULTY[faulty].make(copy.deepcopy(honest), severity).eval(), few)
+        return ask(FAULTY[faulty].make(copy.deepcopy(honest), severity).eval(), some)
 
     return audited
 
