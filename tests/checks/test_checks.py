@@ -14,7 +14,7 @@ from tests.faults.faulty_models import FAULTY
 from torch import nn
 
 from holdfast import checks, data, models
-from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, Finding, audit, judge, lower_bound_99, merge, name_of
+from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, audit, judge, lower_bound_99, merge, name_of, result_of
 from holdfast.checks.cache import load_audit, save_audit
 from holdfast.errors import UserError
 from holdfast.evaluation import UNBROKEN, evaluate
@@ -22,7 +22,7 @@ from holdfast.evaluation.suites import SUITES
 from holdfast.losses import isce, sce
 from holdfast.objectives import standard
 from holdfast.outputs import as_outputs
-from holdfast.results import Remaining, remaining_vulnerable
+from holdfast.results import Finding, Remaining, remaining_vulnerable
 from holdfast.threat import Threat
 from holdfast.train import FitConfig, fit
 
@@ -140,8 +140,8 @@ def test_folds_are_counted_together():
 def test_a_finding_comes_back_from_json():
     one = finding()
     assert Finding.from_dict(json.loads(json.dumps(asdict(one)))) == one
-    assert one.result().value == 0.5
-    assert finding(k=0, n=0).result().value is None
+    assert result_of(one).value == 0.5
+    assert result_of(finding(k=0, n=0)).value is None
 
 
 # What is left.

@@ -21,9 +21,9 @@ from ..losses import Loss
 from ..outputs import Model
 from ..progress import Progress, silent
 from ..queries import device_of, exact_float32
-from ..results import Remaining, RemainingVulnerable, Verdict, remaining_vulnerable
+from ..results import Finding, Remaining, RemainingVulnerable, Verdict, remaining_vulnerable
 from . import gradients, soundness, strength
-from .findings import CheckCount, Finding, lower_bound_99, merge
+from .findings import CheckCount, lower_bound_99, merge, result_of
 from .probe import Probe
 from .verdict import CONFIDENCE, PGD50, ROBUST, TOLERANCE, Claim, judge
 
@@ -37,7 +37,6 @@ __all__ = [
     "Check",
     "CheckCount",
     "Claim",
-    "Finding",
     "Probe",
     "audit",
     "judge",
@@ -45,6 +44,7 @@ __all__ = [
     "merge",
     "name_of",
     "remaining",
+    "result_of",
 ]  # fmt: skip
 
 

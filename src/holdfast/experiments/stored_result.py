@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import Audit, Finding
+from ..checks import Audit
 from ..errors import UserError
 from ..evaluation import Evaluation, StageCost
 from ..io import load_tensors, save_tensors
-from ..results import RemainingVulnerable, SpotCheck
+from ..results import Finding, RemainingVulnerable, SpotCheck
 from ..threat import Threat
 
 RESULT, RESULT_VERSION = "network result", 1
