@@ -65,8 +65,8 @@ def table(runs, tested, results) -> None:
     for threat in dict.fromkeys(threat for threat, _ in runs):
         lines += [
             f"## {threat}", "",
-            "| loss | train | clean | PGD-50 | PGD-50, train loss | robust, 95% t | minus SCE | p, Holm | zero gradient "
-            "(train loss) | input margin | PGD-50 is | robust is |",
+            "| loss | train | clean | PGD-50 | PGD-50, train loss | robust, 95% t | minus SCE | p, Holm | "
+            "zero gradient (train loss) | input margin | PGD-50 is | robust is |",
             "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|",
         ]  # fmt: skip
         for (its, loss), seeds in runs.items():
