@@ -174,3 +174,19 @@ def test_settings_that_mean_nothing_are_refused(name, norm, wrong, message):
     model, x, y, _ = linear_case(2, norm, n=2)
     with pytest.raises(UserError, match=message):
         run_attack(name, model, x, y, Threat(norm, 1.0, **FAR), **wrong)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("distance", [0.01, 0.1])
+def test_fmn_comes_back_from_a_first_estimate_that_is_far_too_large(norm, distance):
+    """A saturated score, as that of cosine logits: its gradient at x promises the boundary beyond the box."""
+
+    def model(x):
+        margin = torch.tanh(4 * (1 - (x.flatten(1).mean(1) - 0.2) / distance))
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+    x, y, threat = torch.full((3, 1, 4, 4), 0.2), torch.zeros(3).long(), Threat(norm, WIDE[norm])
+    x_adv = run_attack("fmn", model, x, y, threat, steps=50)
+    assert fooled(model(x_adv), y).all()
+    exact = {"linf": 1.0, "l2": 4.0, "l1": 16.0}[norm] * distance
+    assert (threat.size(x_adv - x) < 1.1 * exact).all()

@@ -30,10 +30,12 @@ def fmn(
     """Fast minimum norm (Pintor et al. 2021): ascent in a ball that shrinks around fooled points and grows otherwise.
 
         no fooled point yet:  radius <- ||delta|| + |margin| / ||gradient||_dual
-        point fools:          radius <- min((1 - gamma) radius, smallest size found)
+        point fools:          radius <- min((1 - gamma) radius, max(||delta|| - |margin| / ||gradient||_dual, radius / 2))
         otherwise:            radius <- (1 + gamma) radius
 
-    gamma and the step size decay by a cosine. Arguments that are not listed here are those of ``pgd``.
+    gamma and the step size decay by a cosine. The paper's ball shrinks by gamma alone, so 50 steps end no nearer than
+    0.28 times the first fooled point. Where the gradient at x is saturated (cosine logits), the first estimate is the
+    whole box, and that is too far. Arguments that are not listed here are those of ``pgd``.
 
     Args:
         score: not used. The attack maximises the negative margin, with a soft maximum over the wrong classes at first;
@@ -65,9 +67,10 @@ def fmn(
         stopped = ((grad > 0) & (x_adv >= threat.hi)) | ((grad < 0) & (x_adv <= threat.lo))  # by the box
         grad = grad.masked_fill(stopped, 0.0)
         gamma = cosine(shrink, shrink / 50, step / steps)
-        estimate = threat.size(x_adv - x) + distance_to_boundary(value, grad, threat)
-        larger = torch.where(nearest.size.isfinite(), radius * (1 + gamma), estimate)
-        radius = torch.where(success, torch.minimum(radius * (1 - gamma), nearest.size), larger)
+        size, to_boundary = threat.size(x_adv - x), distance_to_boundary(value, grad, threat)
+        larger = torch.where(nearest.size.isfinite(), radius * (1 + gamma), size + to_boundary)
+        smaller = torch.minimum(radius * (1 - gamma), torch.maximum(size - to_boundary, radius / 2))
+        radius = torch.where(success, torch.minimum(smaller, nearest.size), larger)
         radius = torch.minimum(radius.clamp_min(1e-12), largest_radius)
         # The step has the l2 length of the norm's own steepest step: sqrt(dim) for linf, 1 for l2, less for l1.
         length = radius * cosine(step_size, step_size / 1000, step / steps) * l2.size(threat.ascent(grad))
