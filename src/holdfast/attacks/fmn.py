@@ -30,7 +30,8 @@ def fmn(
     """Fast minimum norm (Pintor et al. 2021): ascent in a ball that shrinks around fooled points and grows otherwise.
 
         no fooled point yet:  radius <- ||delta|| + |margin| / ||gradient||_dual
-        point fools:          radius <- min((1 - gamma) radius, max(||delta|| - |margin| / ||gradient||_dual, radius / 2))
+        point fools:          radius <- min((1 - gamma) radius,
+                                            max(||delta|| - |margin| / ||gradient||_dual, radius / 2))
         otherwise:            radius <- (1 + gamma) radius
 
     gamma and the step size decay by a cosine. The paper's ball shrinks by gamma alone, so 50 steps end no nearer than

@@ -14,7 +14,7 @@ from .misalignment import auc, frechet, median_distance, mmd2, shrunk_covariance
 from .projection import plane, projection
 from .samples import choose
 
-VERSION = 1  # of the measures and the projection: a cached result of another version is measured again
+VERSION = 2  # of the measures and the projection: a cached result of another version is measured again
 
 __all__ = [
     "VERSION", "Movement", "auc", "choose", "class_centers", "fraction_within", "frechet", "input_margin",
