@@ -20,7 +20,7 @@ from holdfast.experiments.evaluate_model import evaluate_model, from_run
 from holdfast.experiments.training import train_network
 from holdfast.train import FitConfig
 
-settings.register_profile("here", deadline=None, max_examples=25)
+settings.register_profile("here", deadline=None, max_examples=40)
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 

@@ -21,7 +21,7 @@ import runpy
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -163,16 +163,6 @@ def clean_room(tmp_path, monkeypatch):
 
 
 RUN = [page for page in PAGES if any(b.kind == "console" or (b.kind == "python" and not b.title) for b in blocks(page))]
-
-
-@pytest.fixture(autouse=True)
-def explain_takes_few_steps(monkeypatch):
-    """`holdfast explain` with at most 20 steps a stage; at full length it is run in tests/report/test_waterfall.py."""
-    if "WRITE_DOCS" not in os.environ:
-        few = [
-            replace(s, settings={**s.settings, "steps": min(s.settings["steps"], 20)}) for s in suites.SUITES["explain"]
-        ]
-        monkeypatch.setitem(suites.SUITES, "explain", tuple(few))
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(DOCS).as_posix())

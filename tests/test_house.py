@@ -236,8 +236,7 @@ def test_paths_may_be_text():
     assert not sorted(set(found))
 
 
-def test_every_module_can_be_imported_and_its_all_is_what_there_is():
-    """In any order: there are no circles between files, and mypy finds a module that is used and never imported."""
+def test_all_is_what_there_is():
     for path in FILES:
         if path.name != "__main__.py":
             module = importlib.import_module(dotted(path))
@@ -255,6 +254,19 @@ def test_importing_it_is_fast(module):
     """No torch behind it: --help and --version answer at once."""
     heavy = ("torch", "datasets", "matplotlib", "sklearn", "accelerate", "scipy")
     assert run(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+def test_every_module_can_be_imported_first():
+    """No module works only because another one was imported before it."""
+    names = [dotted(path) for path in FILES if path.name != "__main__.py"]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {names}:\n"
+        "    for m in [m for m in sys.modules if m.split('.')[0] == 'holdfast']: del sys.modules[m]\n"
+        "    importlib.import_module(name)\n"
+        "print('ok')"
+    )
+    assert run(code) == "ok"
 
 
 def test_the_dicts_hold_what_they_say():

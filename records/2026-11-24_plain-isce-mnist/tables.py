@@ -65,8 +65,8 @@ def table(runs, tested, results) -> None:
     for threat in dict.fromkeys(threat for threat, _ in runs):
         lines += [
             f"## {threat}", "",
-            "| loss | train | clean | PGD-50 | own loss | robust, 95% t | minus SCE | p, Holm | zero gradient "
-            "(own) | input margin | published is | robust is |",
+            "| loss | train | clean | PGD-50 | PGD-50, train loss | robust, 95% t | minus SCE | p, Holm | "
+            "zero gradient (train loss) | input margin | PGD-50 is | robust is |",
             "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|",
         ]  # fmt: skip
         for (its, loss), seeds in runs.items():
@@ -91,12 +91,8 @@ def row(loss, runs, test) -> str:
         f"{100 * robust.value:.1f} [{100 * robust.low:.1f}, {100 * robust.high:.1f}]",
         f"{100 * t.difference:+.1f} [{100 * t.low:+.1f}, {100 * t.high:+.1f}]" if t else "",
         f"{p:.2g}" if t else "",
-        " ".join(
-            (
-                mean(r.measures["zero_gradient"] for r in runs),
-                f"({mean(r.measures['zero_gradient_training_loss'] for r in runs)})",
-            )
-        ),
+        mean(r.measures["zero_gradient"] for r in runs)
+        + f" ({mean(r.measures['zero_gradient_training_loss'] for r in runs)})",
         f"{fmean(r.measures['input_margin'] for r in runs):.3f}",
         verdicts(r.pgd50_verdict.status for r in runs),
         verdicts(r.verdict.status for r in runs),

@@ -27,7 +27,7 @@ from holdfast.noise import Noise
 from holdfast.threat import Threat
 
 CHAINS = ["linear", "mlp", "smallconv", "convnet", "stepnet", "madry", "smallcnn", "lipmlp", "lipconv"]
-N = 6
+N = 12
 
 
 def network(name, seed=0, classes=5):

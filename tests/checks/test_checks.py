@@ -14,7 +14,7 @@ from tests.faults.faulty_models import FAULTY
 from torch import nn
 
 from holdfast import checks, data, models
-from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, Finding, audit, judge, lower_bound_99, merge, name_of
+from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, audit, judge, lower_bound_99, merge, name_of, result_of
 from holdfast.checks.cache import load_audit, save_audit
 from holdfast.errors import UserError
 from holdfast.evaluation import UNBROKEN, evaluate
@@ -22,7 +22,7 @@ from holdfast.evaluation.suites import SUITES
 from holdfast.losses import isce, sce
 from holdfast.objectives import standard
 from holdfast.outputs import as_outputs
-from holdfast.results import Remaining, remaining_vulnerable
+from holdfast.results import Finding, Remaining, remaining_vulnerable
 from holdfast.threat import Threat
 from holdfast.train import FitConfig, fit
 
@@ -66,14 +66,13 @@ def clean_audit(honest, some, clean_evaluation):
 
 
 @pytest.fixture(scope="module")
-def faulty_audit(honest, split):
-    """(faulty model, severity) -> its audit on 60 samples, made once. The honest network stays as it is."""
-    few = split.test.take(slice(0, 60))
+def faulty_audit(honest, some):
+    """(faulty model, severity) -> its audit, made once. The honest network is copied, so that it stays as it is."""
 
     @cache
     def audited(faulty, severity):
         torch.manual_seed(0)
-        return ask(FAULTY[faulty].make(copy.deepcopy(honest), severity).eval(), few)
+        return ask(FAULTY[faulty].make(copy.deepcopy(honest), severity).eval(), some)
 
     return audited
 
@@ -116,8 +115,8 @@ def test_the_same_gap_is_refuted_on_many_samples_and_too_few_to_tell_on_few():
     few = judge(Claim(PGD50, [1] * 202 + [0] * 158), [1] * 195 + [0] * 165, [])
     assert few.status == "tight"
     assert few.why == (
-        "empirical: 1.9 points too high (95% interval 0.8 to 4.0; other attacks broke 7 more of 360 samples), too few images to "
-        "tell whether it is more than 1 point"
+        "empirical: 1.9 points too high (95% interval 0.8 to 4.0; other attacks broke 7 more of 360 samples), "
+        "too few images to tell whether it is more than 1 point"
     )
     many = judge(Claim(PGD50, [1] * 1010 + [0] * 787), [1] * 969 + [0] * 828, [])
     assert (many.status, "too few" in many.why) == ("refuted", False)
@@ -169,8 +168,8 @@ def test_folds_are_counted_together():
 def test_a_finding_comes_back_from_json():
     one = finding()
     assert Finding.from_dict(json.loads(json.dumps(asdict(one)))) == one
-    assert one.result().value == 0.5
-    assert finding(k=0, n=0).result().value is None
+    assert result_of(one).value == 0.5
+    assert result_of(finding(k=0, n=0)).value is None
 
 
 # What is left.

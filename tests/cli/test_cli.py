@@ -276,7 +276,7 @@ def test_the_default_folder_is_found_again(parquet, holdfast_, tmp_path):
     assert made[0].name in first
     _, again, _ = holdfast_(*words)
     assert again == first
-    holdfast_(*words, "--first-seed", "1")
+    holdfast_(*words, "--seeds", "2")
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 

@@ -113,7 +113,7 @@ def in_this_process(folder, words, monkeypatch):
 
 def test_two_kills_cost_nothing_but_time(tmp_path, monkeypatch):
     """The first while the first network is trained, the second once it is done: networks one after the other."""
-    write_parquet(tmp_path / "data", 100, 12)
+    write_parquet(tmp_path / "data", 100, 40)
     settings = {"epochs": 30, "jobs": 1}
     in_this_process(tmp_path, words_for("unbroken", **settings), monkeypatch)
     first, second = (f"broken/runs/{name}-seed0-fold0" for name in ("sce", "isce_s=10"))
@@ -208,7 +208,7 @@ def test_a_kill_at_any_write_of_a_comparison(tmp_path, monkeypatch):
     """Dies before the k-th rename, for every k that there is: before the next is as good as after the last."""
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(SUITES, "tiny", (Stage("apgd", "apgd", settings={"steps": 3}),))
-    data = str(write_parquet(tmp_path / "data", 40, 8))
+    data = str(write_parquet(tmp_path / "data", 60, 20))
     comparison = Comparison(
         data=data, losses=("sce",), suite="tiny", fit=FitConfig(epochs=2, batch_size=32, checkpoint_seconds=0)
     )

@@ -76,7 +76,7 @@ def test_a_stage_without_samples_does_not_query_the_model(values):
 @pytest.mark.parametrize("suite", ["quick", "standard"])
 def test_the_scale_of_the_logits_does_not_change_the_result_and_the_result_is_exact(scale, suite):
     model = LinearModel(scale=scale)
-    data, threat = model.data(n=160), Threat("linf", EPS)
+    data, threat = model.data(), Threat("linf", EPS)
     truth = model.robust(data, threat.eps)
     assert 0.2 < truth.float().mean() < 0.8
     found = evaluate(model, data, threat, suite)

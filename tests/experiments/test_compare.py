@@ -66,9 +66,9 @@ def copied(original, tmp_path):
 
 @pytest.fixture
 def parquet(tmp_path, monkeypatch):
-    """Some digits as a parquet folder with a test split of 30."""
+    """Some digits as a parquet folder with a test split of 60."""
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
-    return write_parquet(tmp_path / "data", 100, 30)
+    return write_parquet(tmp_path / "data", 200, 60)
 
 
 def by_loss(found, loss):
@@ -371,7 +371,7 @@ def test_an_error_in_a_job_comes_out_as_it_is(workers, parquet, tmp_path):
 
 def test_seeds_are_networks_of_their_own(tmp_path):
     comparison = dataclasses.replace(
-        TINY, losses=("sce",), seeds=2, folds=1, limit_train=50, fit=dataclasses.replace(FIT, epochs=1)
+        TINY, losses=("sce",), seeds=2, suite="tiny", limit_train=50, fit=dataclasses.replace(FIT, epochs=1)
     )
     found = compare(comparison, tmp_path)
     assert [(run.loss, run.seed) for run in found.runs] == [("sce", 0), ("sce", 1)]
@@ -379,9 +379,7 @@ def test_seeds_are_networks_of_their_own(tmp_path):
     assert len(results.rows(found)) == 1
     assert results.rows(found)[0].interval == "mean and 95% t interval over 2 seeds"
     assert all(proof.holds for proof in replay(tmp_path))
-    assert len(list((tmp_path / "runs").iterdir())) == 2
-    of_two_folds = dataclasses.replace(comparison, folds=2).checked().jobs(tmp_path)
-    assert [(one.seed, one.fold) for one in of_two_folds] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert len(list((tmp_path / "runs").iterdir())) == 4
 
 
 def test_settings_are_chosen_on_validation_images_and_evaluated_on_fresh_seeds(tmp_path):
@@ -443,10 +441,10 @@ def test_what_cannot_work_is_refused_before_any_work(change, message, tmp_path, 
 )
 def test_a_mended_command_may_use_the_folder_of_the_wrong_one(wrong, right, tmp_path):
     """Nothing was trained, so the folder is nobody's yet: a typing error must not cost a folder's name."""
-    small = dataclasses.replace(TINY, losses=("sce",), folds=1, limit_train=50, fit=dataclasses.replace(FIT, epochs=1))
+    small = dataclasses.replace(TINY, losses=("sce",), limit_train=50, fit=dataclasses.replace(FIT, epochs=1))
     with pytest.raises(UserError):
         compare(dataclasses.replace(small, **wrong), tmp_path)
-    assert compare(dataclasses.replace(small, **right), tmp_path).runs[0].n == 360
+    assert compare(dataclasses.replace(small, **right), tmp_path).runs[0].n == 1797
 
 
 def test_equal_comparisons_share_a_folder_and_others_do_not():

@@ -196,12 +196,12 @@ def test_a_suite_takes_the_steps_that_it_states():
         p = x.flatten(1)[:, :1]
         return torch.cat([1e3 + p, p * torch.arange(classes - 1)], 1)
 
-    assert {"md", "fab"} < {stage.attack for stage in SUITES["paranoid"]}
-    counted = [stage for stage in SUITES["paranoid"] if stage.attack not in ("md", "fab")]  # their steps are not alike
-    for norm, stages in (("linf", counted), ("l2", [stage for stage in counted if stage.attack != "square"])):
-        found = evaluate(model, data, Threat(norm, 0.1), stages)
-        assert [cost.name for cost in found.stages[2:]] == [stage.name for stage in stages]
-        for stage, cost in zip(stages, found.stages[2:], strict=True):
+    for norm in ("linf", "l2"):
+        found = evaluate(model, data, Threat(norm, 0.1), "paranoid")
+        assert [cost.name for cost in found.stages[2:]] == [stage.name for stage in SUITES["paranoid"]]
+        for stage, cost in zip(SUITES["paranoid"], found.stages[2:], strict=True):
+            if stage.attack in ("md", "fab"):  # their steps are not all alike
+                continue
             steps, runs = stage.settings["steps"], max(1, stage.targets)
             first = 1 if ATTACKS[stage.attack].gradients else 0  # k steps look at k + 1 points, k queries at k
             assert cost.forwards == len(data) * runs * (steps + first + 1)  # and one look is the judge's

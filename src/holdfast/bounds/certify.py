@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, type_of
-from ..outputs import Model, frozen_eval
+from ..outputs import Model, as_outputs, frozen_eval
 from ..threat import Threat, as_threat, check_images
-from .chain import ROWS, agrees, chain_of, in_float64
+from .chain import ROWS, chain_of, in_float64
 from .interval import worst_logit_difference
 from .layers import HUGE, CannotBound, gamma, underflow
 from .lipschitz import l2_radius, layer_constants
@@ -60,8 +60,8 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat | str) -> Tensor 
         network, images, labels = in_float64(model, x, y)
         try:
             proved = worst_logit_difference(network, images, labels, threat) < 0
-            proved = proved | _proved_by_lipschitz(network, images, labels, threat)
-            return (proved & agrees(network, images)).to(x.device)
+            by_lipschitz, logits = _proved_by_lipschitz(network, images, labels, threat)
+            return ((proved | by_lipschitz) & _returns(network, images, logits)).to(x.device)
         except CannotBound:
             return None
 
@@ -91,8 +91,20 @@ def why_not(model: Model) -> str:
     return ""
 
 
-def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
-    """Which samples are proved by Lipschitz constants, (N,) bool.
+def _returns(model: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
+    """Whether the model returns these (N, K) logits at x, up to float32 rounding, (N,) bool.
+
+    A proof is about the layers that were read. Where the model answers otherwise, it does something that they do not
+    show.
+    """
+    answer = torch.cat([as_outputs(model(rows)).logits.double() for rows in x.split(ROWS)])
+    if answer.shape != logits.shape:
+        raise CannotBound("the network returns logits of another shape than its layers compute.")
+    return (answer - logits).abs().amax(1) <= 1e-3 * logits.abs().amax(1) + 1e-30
+
+
+def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
+    """Which samples are proved by Lipschitz constants, (N,) bool; and the layers' exact logits at x, (N, K).
 
     Layer by layer, with L the layer's constant: h is its output at x, in exact arithmetic; no x_adv's exact output is
     farther from h than ``radius``; no float32 output is farther from the exact one than ``rounding_error``, where
@@ -106,7 +118,7 @@ def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat)
     constants = layer_constants(layers, x[:1].double(), proved=True)
     weight, bias = last.parameters(torch.float64)
     distances, lengths = (weight[None] - weight[:, None]).norm(dim=2), weight.norm(dim=1)
-    proved = []
+    proved, exact = [], []
     for rows, labels in zip(x.split(ROWS), y.split(ROWS), strict=True):
         h = rows.double()
         farthest = l2_radius(threat, dim, threat.farthest(dim))
@@ -123,12 +135,13 @@ def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat)
                 rounding_error = rounding_error.masked_fill(~(size < HUGE), math.inf)
             h, radius = layer.apply(h), constant * radius
         logits = h @ weight.T + bias
+        exact.append(logits)
         size = h.abs() @ weight.abs().T + bias.abs() + lengths * (radius + rounding_error)[:, None]
         largest = h.abs().amax(1) + radius + rounding_error
-        lost = underflow(weight.shape[1], largest, float(weight.abs().amax()))
+        lost = underflow(weight.shape[1], largest, weight.abs().amax())
         slack = gamma(weight.shape[1]) * (size + size.gather(1, labels[:, None])) + 2 * lost[:, None]
         slack = slack.masked_fill(~(size.amax(1, keepdim=True) < HUGE), math.inf)
         rise = distances[labels] * (radius + rounding_error)[:, None]
         differences = logits - logits.gather(1, labels[:, None]) + rise + slack
         proved.append((differences.scatter(1, labels[:, None], -math.inf) < 0).all(1))
-    return torch.cat(proved)
+    return torch.cat(proved), torch.cat(exact)

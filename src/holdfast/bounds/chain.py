@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..importers import OnnxNet, Wrapped
 from ..importers.layout import FileNetwork
 from ..models import Classifier, LogitsOnly, convnets, heads, lipschitz, orthogonal
-from ..outputs import as_outputs
 from .layers import Arrangement, CannotBound, Layer, Normalisation, Rescaling, computes_as, layer_of
 
 ROWS = 256  # samples that are bounded at a time
@@ -99,26 +98,6 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
         yield nn.Flatten()
     elif not any(computes_as(module, kind) for kind in (nn.Dropout, nn.Identity)):
         yield module
-
-
-def agrees(model: nn.Module, x: Tensor) -> Tensor:
-    """Whether the chain that was read computes what the model computes at x, up to float32 rounding, (N,) bool.
-
-    A proof is about the chain. Where the two differ, the network does something that the chain does not show.
-    """
-    layers, last = chain_of(model)
-    weight, bias = last.parameters(torch.float64)
-    same = []
-    for rows in x.split(ROWS):
-        h = rows.double()
-        for layer in layers:
-            h = layer.apply(h)
-        expected, logits = h.flatten(1) @ weight.T + bias, as_outputs(model(rows)).logits.double()
-        if logits.shape != expected.shape:
-            raise CannotBound("the network returns logits of another shape than its layers compute.")
-        far = (logits - expected).abs().amax(1)
-        same.append(far <= 1e-3 * expected.abs().amax(1) + 1e-30)
-    return torch.cat(same)
 
 
 def in_float64(model: nn.Module, x: Tensor, y: Tensor) -> tuple[nn.Module, Tensor, Tensor]:

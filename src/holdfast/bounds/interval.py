@@ -60,7 +60,7 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
     if slack:
         largest = center.abs() + radius
         size = largest @ weight.abs().T + bias.abs()
-        lost = underflow(weight.shape[1], largest.amax(1), float(weight.detach().abs().amax()))
+        lost = underflow(weight.shape[1], largest.amax(1), weight.abs().amax())
         bounds = bounds + gamma(weight.shape[1]) * (size + size.gather(1, y[:, None])) + 2 * lost[:, None]
         bounds = bounds.masked_fill(~(size.amax(1, keepdim=True) < HUGE), math.inf)
     return bounds.scatter(1, y[:, None], 0.0)

@@ -33,7 +33,7 @@ class CannotBound(UserError):
     """A network with a layer that no bound is known for."""
 
 
-def underflow(terms: int, largest: Tensor, largest_weight: float) -> Tensor:
+def underflow(terms: int, largest: Tensor, largest_weight: Tensor | float) -> Tensor:
     """At most how much a sum of ``terms`` products loses where float32 flushes anything below TINY to zero, (N,).
 
     A flushed input or weight loses at most TINY times the other factor, and a flushed product or sum TINY.
@@ -41,7 +41,7 @@ def underflow(terms: int, largest: Tensor, largest_weight: float) -> Tensor:
     Args:
         terms: number of products.
         largest: (N,), no input is larger in absolute value.
-        largest_weight: no factor of an input is larger in absolute value.
+        largest_weight: 0-dim, no factor of an input is larger in absolute value.
     """
     return 4 * TINY * (terms + 2) * (1 + largest + largest_weight)
 
@@ -120,7 +120,7 @@ class Layer(ABC):
     def magnitude(self, h: Tensor) -> Tensor:
         """|W| |h| + |b|: the sum of the absolute terms of each output."""
 
-    def largest_weight(self) -> float:
+    def largest_weight(self) -> Tensor | float:
         """No factor that multiplies an input is larger in absolute value."""
         return 1.0
 
@@ -238,9 +238,9 @@ class ChannelAffine(Layer):
     def factors(self) -> tuple[Tensor, ...]:
         """All numbers that float32 may multiply with each other on the way."""
 
-    def largest_weight(self) -> float:
-        largest = max(1.0, *(float(factor.abs().amax()) for factor in self.factors()))
-        return largest**2  # a product of two that is flushed may be multiplied with a third
+    def largest_weight(self) -> Tensor:
+        largest = torch.stack([factor.abs().amax().double() for factor in self.factors()]).amax().clamp_min(1.0)
+        return largest.square()  # a product of two that is flushed may be multiplied with a third
 
     def apply(self, h: Tensor) -> Tensor:
         factor, offset = self.factor_and_offset(h)
@@ -341,8 +341,9 @@ class Affine(Layer):
         weight = self.module.weight.to(radius.dtype)
         return self.apply(center), self.linear_map(radius, weight.abs(), None)
 
-    def largest_weight(self) -> float:
-        return float(self.module.weight.detach().abs().amax())
+    def largest_weight(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight.detach().abs().amax()
 
     @property
     def n_terms(self) -> int:

@@ -23,10 +23,10 @@ from ..losses import Loss, as_loss
 from ..outputs import Model
 from ..progress import Progress, silent
 from ..queries import device_of, exact_float32
-from ..results import Remaining, RemainingVulnerable, Verdict, remaining_vulnerable
+from ..results import Finding, Remaining, RemainingVulnerable, Verdict, remaining_vulnerable
 from ..user_input import any_seed, whole
 from . import gradients, soundness, strength
-from .findings import CheckCount, Finding, lower_bound_99, merge
+from .findings import CheckCount, lower_bound_99, merge, result_of
 from .probe import Probe, Recapture
 from .verdict import CONFIDENCE, PGD50, ROBUST, TOLERANCE, Claim, judge
 
@@ -40,7 +40,6 @@ __all__ = [
     "Check",
     "CheckCount",
     "Claim",
-    "Finding",
     "Probe",
     "audit",
     "judge",
@@ -48,6 +47,7 @@ __all__ = [
     "merge",
     "name_of",
     "remaining",
+    "result_of",
 ]  # fmt: skip
 
 

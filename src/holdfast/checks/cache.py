@@ -9,10 +9,9 @@ import torch
 
 from ..evaluation import Evaluation, StageCost, add_witnesses
 from ..io import load_tensors, save_tensors, understood
-from ..results import RemainingVulnerable
+from ..results import Finding, RemainingVulnerable
 from ..witnesses import Witnesses
 from . import Audit
-from .findings import Finding
 
 NAME, VERSION = "audit cache", 2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from scipy import stats
 
-from ..results import CheckResult
+from ..results import CheckResult, Finding
 
 CONFIDENCE = 0.99  # of the lower bound at which a check fires and a claim is refuted
 
@@ -35,52 +35,10 @@ class CheckCount:
     why: str
 
 
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of a check.
-
-    Args:
-        name: a sentence that is true of a sound evaluation.
-        status: "holds", "fires" or "not run".
-        k: number of samples that show the fault.
-        n: number of samples examined.
-        threshold: fraction above which the fault counts.
-        why: the observation, or what the check lacked.
-        void: whether the evaluation is invalid if the check fires.
-        claims: the claims that the check applies to.
-        source: who proposed the check.
-    """
-
-    name: str
-    status: str
-    k: int
-    n: int
-    threshold: float
-    why: str
-    void: bool
-    claims: tuple[str, ...]
-    source: str
-
-    @property
-    def fires(self) -> bool:
-        """Whether the fault was found."""
-        return self.status == "fires"
-
-    @property
-    def track_record(self) -> str:
-        """How the check did on networks of known quality; see ``track_record``."""
-        return track_record(self.name)
-
-    def result(self) -> CheckResult:
-        """As results.json stores it, with the share of violations, its lower bound and the track record."""
-        value, low = (self.k / self.n, lower_bound_99(self.k, self.n)) if self.n else (None, None)
-        return CheckResult(**asdict(self), value=value, low=low, track_record=self.track_record)
-
-    @staticmethod
-    def from_dict(stored: Mapping[str, Any]) -> Finding:
-        """A finding from ``dataclasses.asdict`` of one, which may have passed through JSON."""
-        values = {name: stored[name] for name in Finding.__dataclass_fields__}
-        return Finding(**{**values, "claims": tuple(stored["claims"])})
+def result_of(finding: Finding) -> CheckResult:
+    """A finding as results.json stores it: with the share of violations, its lower bound and the track record."""
+    value, low = (finding.k / finding.n, lower_bound_99(finding.k, finding.n)) if finding.n else (None, None)
+    return CheckResult(**asdict(finding), value=value, low=low, track_record=track_record(finding.name))
 
 
 @cache

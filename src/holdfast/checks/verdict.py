@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..results import Remaining, Verdict, percent, proportion
-from .findings import CONFIDENCE, Finding, lower_bound_99
+from ..results import Finding, Remaining, Verdict, percent, proportion
+from .findings import CONFIDENCE, lower_bound_99
 
 __all__ = ["CONFIDENCE", "PGD50", "ROBUST", "TOLERANCE", "Claim", "judge"]
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import __version__, region, run_folder
-from ..checks import PGD50, ROBUST, Claim, judge, merge, remaining
+from ..checks import PGD50, ROBUST, Claim, judge, merge, remaining, result_of
 from ..data import Split, pixels
 from ..environment import environment
 from ..evaluation import UNBROKEN, Evaluation, StageCost
@@ -195,7 +195,7 @@ def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor) -> dic
     return {
         "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, left, attack_kinds=kinds),
         "pgd50_verdict": judge(Claim(PGD50, pgd50.tolist()), robust.tolist(), findings, left, attack_kinds=kinds),
-        "checks": tuple(finding.result() for finding in findings),
+        "checks": tuple(result_of(finding) for finding in findings),
         "remaining": left,
         "measures": {key: _mean([audit.measures.get(key) for audit in audits]) for key in audits[0].measures},
     }

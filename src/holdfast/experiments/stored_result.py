@@ -15,11 +15,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ..checks import Audit, Finding
+from ..checks import Audit
 from ..errors import UserError
 from ..evaluation import Evaluation, StageCost, load_x_adv
 from ..io import load_tensors, save_tensors, understood
-from ..results import RemainingVulnerable, SpotCheck
+from ..results import Finding, RemainingVulnerable, SpotCheck
 from ..threat import Threat
 
 RESULT, RESULT_VERSION = "network result", 3  # 2: the images that the checkpoint has are not repeated

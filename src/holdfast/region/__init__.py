@@ -15,7 +15,7 @@ from .misalignment import auc, frechet, median_distance, mmd2, shrunk_covariance
 from .projection import plane, projection
 from .samples import choose
 
-VERSION = 2  # of the measures and the projection: a cached result of another version is measured again
+VERSION = 3  # of the measures and the projection: a cached result of another version is measured again
 
 __all__ = [
     "EPS_CHECKS", "VERSION", "EpsCheck", "Movement", "auc", "choose", "class_centers", "fraction_within", "frechet",

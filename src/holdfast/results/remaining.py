@@ -138,18 +138,12 @@ class SpotCheck:
 
 
 @dataclass(frozen=True)
-class Remaining:
+class Remaining(RemainingVulnerable):
     """What may still be breakable of a row's samples, in samples: the estimate, and what limits the evaluation.
 
+    Where the spot checks suggest more than capture-recapture, ``expected`` and ``high`` are theirs.
+
     Attributes:
-        expected: expected number of survivors still breakable: the larger of capture-recapture and spot check.
-        low: lower end of the 95% interval.
-        high: upper end of the 95% interval.
-        survivors: number of survivors before the two runs, without those that are certified.
-        tested: number of these that both runs attacked.
-        first: number of tested samples that the first run broke.
-        second: number of tested samples that the second run broke.
-        both: number of tested samples that both runs broke.
         spot_checks: full-length attacks on a sample of the survivors, one per network; empty where there are none.
         unfinished: a budget ended the attacks before the suite did.
         votes: number of predictions per image whose majority counts, 1 to 1,000; 1 for a deterministic model.
@@ -158,14 +152,6 @@ class Remaining:
         UserError: ``votes`` is outside of its range.
     """
 
-    expected: float
-    low: float
-    high: float
-    survivors: int
-    tested: int
-    first: int
-    second: int
-    both: int
     spot_checks: tuple[SpotCheck, ...] = ()
     unfinished: bool = False
     votes: int = 1

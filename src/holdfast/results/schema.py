@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +53,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class CheckResult:
+class Finding:
     """The outcome of a trust check.
 
     Attributes:
@@ -65,9 +66,6 @@ class CheckResult:
         void: whether the evaluation is invalid if the check fires.
         claims: the figures that it applies to: "pgd50", "robust".
         source: who proposed the check.
-        value: k / n; None if the check did not run.
-        low: 99% lower confidence bound of the share; None if the check did not run.
-        track_record: how the check did on networks of known quality, in one sentence.
     """
 
     name: str
@@ -78,7 +76,30 @@ class CheckResult:
     why: str
     void: bool
     claims: tuple[str, ...]
-    source: str = ""
+    source: str
+
+    @property
+    def fires(self) -> bool:
+        """Whether the fault was found."""
+        return self.status == "fires"
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> Finding:
+        """A finding from ``dataclasses.asdict`` of one, which may have passed through JSON."""
+        values = {f.name: stored[f.name] for f in dataclasses.fields(Finding)}
+        return Finding(**{**values, "claims": tuple(stored["claims"])})
+
+
+@dataclass(frozen=True)
+class CheckResult(Finding):
+    """A finding as results.json stores it, with what follows from its counts and its name.
+
+    Attributes:
+        value: k / n; None if the check did not run.
+        low: 99% lower confidence bound of the share; None if the check did not run.
+        track_record: how the check did on networks of known quality, in one sentence.
+    """
+
     value: float | None = None
     low: float | None = None
     track_record: str = ""
