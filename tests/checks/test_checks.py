@@ -334,8 +334,9 @@ def test_an_audit_says_what_each_claim_is_worth(clean_audit, faulty_audit):
         ("detached_graph", 1.0, "gradients predict slopes", False),
         ("gradient_flip", 0.5, "gradients predict slopes", False),
         ("gradient_flip", 1.0, "hidden adversarial examples are found", False),
-        ("label_plateau", 1.0, "labels alone break no survivor", False),
-        ("sure_off_grid", 100.0, "answers agree on and off the 8 bit grid", False),
+        ("decoy_gradient", 1.0, "labels alone break no survivor", False),
+        ("decoy_gradient", 1.0, "descending the score breaks no survivor", False),
+        ("off_grid", 1.0, "answers agree on and off the 8 bit grid", False),
         ("noise", 0.05, "outputs are repeatable", False),
         ("dropout", 0.3, "outputs are repeatable", False),
         ("train_batch_norm", 1.0, "outputs do not depend on batch mates", True),
@@ -351,6 +352,7 @@ def test_an_audit_says_what_each_claim_is_worth(clean_audit, faulty_audit):
         ("batch1_raises", 1.0, "outputs do not depend on batch mates", True),  # and no job ends
         ("plateau", 0.1, "margins are continuous", False),
         ("plateau", 1.0, "margins are continuous", False),
+        ("plateau", 1.0, "labels alone break no survivor", False),
     ],
 )
 def test_faulty_models_are_caught(faulty_audit, faulty, severity, check, void):

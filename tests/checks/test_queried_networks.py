@@ -97,7 +97,7 @@ def test_a_network_that_is_weak_on_the_8_bit_grid_alone_is_loose(plain, hardened
 
     found = evaluate(Either(plain, hardened, on_grid), some, THREAT, ())
     audited = audit(Either(plain, hardened, on_grid), some, found)
-    assert finding(audited, "images of 8 bits are not weaker").fires
+    assert finding(audited, "answers agree on and off the 8 bit grid").fires
     assert audited.verdict().status == "loose"
     assert audited.verdict(PGD50).status == "refuted"  # what the check broke counts
 

@@ -306,7 +306,7 @@ def nan_off_grid(honest: nn.Module, severity: float) -> nn.Module:
     return FaultyModel(honest, answer)
 
 
-def label_plateau(honest: nn.Module, severity: float) -> nn.Module:
+def decoy_gradient(honest: nn.Module, severity: float) -> nn.Module:
     """One-hot labels in the place of logits, and a gradient that leads to where the honest model is surest."""
 
     def change(z: Tensor) -> Tensor:
@@ -317,20 +317,6 @@ def label_plateau(honest: nn.Module, severity: float) -> nn.Module:
         return severity * label + (1 - label) * (decoy - decoy.detach())
 
     return FaultyModel(honest, _on_logits(change))
-
-
-def sure_off_grid(honest: nn.Module, severity: float) -> nn.Module:
-    """The class at four grey levels gains ``severity`` where a pixel lies off the 8-bit grid."""
-
-    def answer(honest: nn.Module, x: Tensor) -> Outputs:
-        out = as_outputs(honest(x))
-        grey = x.detach() * 255
-        off = ((grey - grey.round()).abs() > 1e-2).flatten(1).any(1, keepdim=True)
-        coarse = as_outputs(honest((x.detach() * 3).round() / 3)).logits.argmax(1)
-        bonus = severity * F.one_hot(coarse, out.logits.shape[1]).to(out.logits)
-        return out._replace(logits=torch.where(off, out.logits + bonus, out.logits))
-
-    return FaultyModel(honest, answer)
 
 
 def batch1_raises(honest: nn.Module, severity: float) -> nn.Module:
@@ -503,14 +489,8 @@ FAULTY: dict[str, Fault] = {
         "NaN for pixels further than the severity from whole grey levels",
         (0.5,),
     ),
-    "label_plateau": Fault(
-        label_plateau, (0.0, 1.0), "1: labels in the place of logits, and a gradient that leads nowhere near", (0.0,)
-    ),
-    "sure_off_grid": Fault(
-        sure_off_grid,
-        (0.0, 10.0, 100.0),
-        "that much more for the class at four grey levels, where a pixel lies off the 8-bit grid",
-        (0.0,),
+    "decoy_gradient": Fault(
+        decoy_gradient, (0.0, 1.0), "1: labels in the place of logits, and a gradient that leads nowhere near", (0.0,)
     ),
     "batch1_raises": Fault(batch1_raises, (0.0, 1.0), "1: an error for an image alone", (0.0,)),
     "remembers": Fault(remembers, (0.0, 0.21), "images this near to one seen before get its answer", (0.0,)),

@@ -28,9 +28,7 @@ HARMLESS = [(name, severity) for name, faulty in FAULTY.items() for severity in 
 EXACT = 0.0  # not one prediction changes
 KEEPS = {  # how much clean accuracy a faulty model may cost at any severity; the others change predictions by design
     **dict.fromkeys(("logit_scale", "temperature", "softmax_output", "detached_graph", "gradient_flip"), EXACT),
-    **dict.fromkeys(
-        ("keeps_state", "nan_off_grid", "label_plateau", "sure_off_grid", "batch1_raises", "remembers"), EXACT
-    ),
+    **dict.fromkeys(("keeps_state", "nan_off_grid", "decoy_gradient", "batch1_raises", "remembers"), EXACT),
     **dict.fromkeys(("plateau", "off_grid", "honest_alone", "honest_at_first", "gradient_mode"), EXACT),
     "half_logits": 0.01,
     "half_network": 0.02,

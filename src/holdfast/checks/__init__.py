@@ -92,7 +92,6 @@ CHECKS: tuple[Check, ...] = (
     Check(soundness.outputs_are_logits, _BOTH, "Carlini and Wagner 2017"),
     Check(strength.margins_are_continuous, _BOTH, "this project"),
     Check(gradients.gradients_predict_slopes, _BOTH, _IOAF),
-    Check(strength.images_of_8_bits_are_not_weaker, (ROBUST,), "this project"),
     Check(strength.more_steps_and_restarts_do_not_help, (ROBUST,), _CARLINI),
     Check(strength.a_black_box_is_not_stronger, (ROBUST,), _ATHALYE),
     Check(strength.labels_alone_break_no_survivor, (ROBUST,), "Chen and Gu 2020, RayS"),

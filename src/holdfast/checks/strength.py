@@ -20,7 +20,6 @@ from .probe import Probe, Recapture, rescaled_cross_entropy
 NO_SURVIVOR = "there is no survivor without a certificate to try it on"
 FEW = 20  # survivors that a costly check looks at
 NO_FLOAT64 = "the model is a function: it cannot be converted to float64"
-GRID = 255  # levels of an 8-bit image
 
 
 def a_huge_eps_leaves_nothing(probe: Probe) -> CheckCount:
@@ -307,33 +306,6 @@ def margins_are_continuous(probe: Probe, bisections: int = 10) -> CheckCount | s
     return CheckCount(
         k, len(rows), 0.25, f"the margin jumps where the prediction changes, on {k} of {len(rows)} samples"
     )
-
-
-def images_of_8_bits_are_not_weaker(probe: Probe) -> CheckCount | str:
-    """Attacks whose every query has pixels that are multiples of 1/255 break hardly any survivor.
-
-    Real images are 8-bit; a network may answer them otherwise than all others. The gradient passes the rounding
-    unchanged. What they return is rounded towards the clean image, so it stays in the threat.
-    """
-    rows, threat = probe.survivors[: len(probe.survivors) // 2 or None], probe.threat
-    if len(rows) == 0:
-        return NO_SURVIVOR
-    if threat.eps * GRID < 1 and threat.norm == "linf":
-        return "eps is less than one level of an 8-bit image"
-
-    def on_grid(x: Tensor) -> Outputs:
-        rounded = (x.detach() * GRID).round() / GRID
-        return as_outputs(probe.attack_model(rounded + (x - x.detach())))  # adds an exact zero with a gradient
-
-    x = probe.x(rows)
-    x_adv = ATTACKS["apgd"].attack(
-        on_grid, x, probe.y(rows), threat, score=probe.matched, noise=probe.noise[rows].fold(93), steps=25
-    )
-    level = x_adv * GRID
-    towards = torch.where(x_adv > x, (level + 1e-3).floor(), (level - 1e-3).ceil()) / GRID
-    broken = probe.verify_candidates(rows, x, torch.where(x_adv == x, x, towards).clamp(threat.lo, threat.hi))
-    k, n = int(broken.sum()), len(broken)
-    return CheckCount(k, n, 0.02, f"attacks on the grid of 8-bit images break {k} of {n} survivors")
 
 
 def more_steps_and_restarts_do_not_help(probe: Probe) -> CheckCount | str:
