@@ -61,6 +61,8 @@ class Checkpoint:
             if tensors["x_adv"].shape != task.data.x.shape or any(len(t) != len(task.data) for t in tensors.values()):
                 raise ValueError("columns of another length")
             columns = Columns.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
+            if columns.attack_correct.keys() != {stage.name for stage in task.suite if stage.individual}:
+                raise ValueError("columns of other attacks")
             costs = [StageCost(**cost) for cost in saved.pop("costs")]
             state = State(columns, costs, list(task.stages(saved["differs_off_grid"])), **saved)
             add_extra_stages(task, state, len(costs) - 1)
