@@ -14,7 +14,8 @@ from ..outputs import as_outputs, frozen_eval
 from ..progress import EXPECTED
 
 SHORT = 30.0  # seconds of work that need no announcement
-FEW = 8  # images that are timed
+FEW, MANY = 8, 256  # images that are timed: many where few take no time worth measuring
+INSTANT = 0.05  # seconds
 
 
 def expected_time(model: nn.Module, split: Split, *, epochs: int, suite: str, threats: int, device: str) -> str:
@@ -32,7 +33,10 @@ def expected_time(model: nn.Module, split: Split, *, epochs: int, suite: str, th
         Such as "expected: 8 min of training, up to 17 min of attacks". The attacks' figure is that of a network that
         nothing breaks; adversarial training takes as many times longer as it has steps.
     """
-    one = _seconds_per_pass(copy.deepcopy(model).to(device), pixels(split.test.x[:FEW].to(device)))
+    net, x = copy.deepcopy(model).to(device), split.test.x[:MANY]
+    one = _seconds_per_pass(net, pixels(x[:FEW].to(device)))
+    if one * FEW < INSTANT:
+        one = _seconds_per_pass(net, pixels(x.to(device)))
     training = 2 * one * len(split.train) * epochs
     passes = sum(stage.passes(len(split.classes)) for stage in resolve(suite))
     attacks = one * len(split.test) * passes * threats
