@@ -7,13 +7,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .data import Data
 from .errors import UserError, type_of
+from .losses import negative_margin
 from .outputs import IN_OWN_DTYPE, Model, Outputs, as_outputs, ask, out_of_memory
+from .threat import Threat
 
 EOT_SAMPLES = 8  # outputs of a randomised model that an attack's step averages
 VOTES = 32  # outputs of a randomised model that a majority vote counts
@@ -179,6 +182,52 @@ def is_misclassified(votes: Tensor, y: Tensor, n_votes: int) -> Tensor:
         (N,) bool. Outputs that voted for no class count as correct.
     """
     return votes.sum(1) - votes.gather(1, y[:, None])[:, 0] > n_votes / 2
+
+
+class Judgement(NamedTuple):
+    """What a fresh query says of candidates; a column each, (N,).
+
+    Attributes:
+        broken: bool, inside the threat and misclassified.
+        inside: bool, inside the threat.
+        finite: bool, no logit is NaN or infinite.
+        margin: of the logits, or of their mean over the votes.
+        prediction: int64, the class predicted, or predicted most often.
+    """
+
+    broken: Tensor
+    inside: Tensor
+    finite: Tensor
+    margin: Tensor
+    prediction: Tensor
+
+
+def judge_candidates(
+    model: CountingModel, x_adv: Tensor, x: Tensor, y: Tensor, threat: Threat, votes: int = 1
+) -> Judgement:
+    """Query the model at candidates, which no attack judges itself.
+
+    Args:
+        model: what is attacked.
+        x_adv: (N, ...), the candidates.
+        x: (N, ...), their clean images.
+        y: (N,) labels.
+        threat: where the candidates must lie.
+        votes: number of outputs whose majority decides.
+
+    Returns:
+        The Judgement. Candidates with a NaN or infinite logit are not misclassified.
+    """
+    with torch.no_grad():
+        logits, counts = majority_vote(model, x_adv, votes)
+    inside = threat.violation(x_adv, x) == 0
+    return Judgement(
+        broken=is_misclassified(counts, y, votes) & inside,
+        inside=inside,
+        finite=logits.isfinite().all(1),
+        margin=-negative_margin(logits, y),
+        prediction=counts.argmax(1),
+    )
 
 
 def logits_differ(a: Tensor, b: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ..attacks.base import predict, score_and_grad
 from ..data import Data, pixels
 from ..errors import UserError
 from ..evaluation import Evaluation
-from ..losses import Loss, negative_log_odds, negative_margin, score_of
+from ..losses import Loss, negative_log_odds, score_of
 from ..noise import Noise
 from ..outputs import Model, Outputs, logits_of, out_of_memory
 from ..queries import (
@@ -23,9 +23,8 @@ from ..queries import (
     CountingModel,
     EOTModel,
     differs_off_data,
-    is_misclassified,
+    judge_candidates,
     logits_differ,
-    majority_vote,
 )
 from ..threat import Threat
 from ..witnesses import Witnesses
@@ -187,16 +186,12 @@ class Probe:
         Returns:
             (n,) bool: in the threat and misclassified.
         """
-        y = self.y(rows)
-        with torch.no_grad():
-            logits, votes = majority_vote(self.model, x_adv, self.votes)
-        broken = is_misclassified(votes, y, self.votes) & ((threat or self.threat).violation(x_adv, x) == 0)
-        new = broken & ~self.broken[rows]
+        judged = judge_candidates(self.model, x_adv, x, self.y(rows), threat or self.threat, self.votes)
+        new = judged.broken & ~self.broken[rows]
         if threat is None and bool(new.any()):
-            margin = -negative_margin(logits, y)
-            self.witnesses.append(Witnesses(rows[new], x_adv[new], margin[new], votes.argmax(1)[new]))
+            self.witnesses.append(Witnesses(rows[new], x_adv[new], judged.margin[new], judged.prediction[new]))
             self.broken[rows[new]] = True
-        return broken
+        return judged.broken
 
     def gradient(self, score: Loss, x: Tensor, rows: Tensor) -> Tensor:
         """d score / d x at images x that belong to these samples."""

@@ -119,7 +119,7 @@ def evaluate(
         batch_size=size,
         batches=Batches(size),
         grid=is_8bit(data, threat),
-        progress=progress if Processes.current().rank == 0 else silent,
+        progress=progress if Processes.current().is_first else silent,
     )
     with exact_float32(), frozen_eval(model):
         pristine = copied(model)  # before the first query

@@ -11,18 +11,17 @@ from torch import Tensor
 
 from ..attacks import ATTACKS
 from ..data import pixels
-from ..losses import negative_margin
 from ..progress import silent
-from ..queries import is_misclassified, majority_vote
+from ..queries import judge_candidates
 from ..threat import check_images, column
 from .checkpoint import Checkpoint
 from .clean_pass import clean_pass
-from .costs import add_cost, add_extra_stages, affordable, passes_spent, planned_passes
+from .costs import add_cost, affordable, passes_spent, planned_passes
 from .distributed import Processes, exchange_results, synchronise, total_costs
 from .evaluation import UNBROKEN, Evaluation
 from .grid import LONG, to_grid, whole_levels
 from .selection import choose, spot_check_result
-from .state import MAX_TARGETS, State, Task, attack_model
+from .state import MAX_TARGETS, State, Task, add_extra_stages, attack_model
 
 
 def run(task: Task, path: Path | None, key: str) -> Evaluation:
@@ -136,19 +135,15 @@ def _judge(
         (which candidates break their sample, number of samples newly broken, number of candidates outside the threat).
     """
     columns = state.columns
-    with torch.no_grad():
-        logits, votes = majority_vote(task.model, x_adv, state.votes)
-    inside = task.threat.violation(x_adv, x) == 0
-    broken = is_misclassified(votes, y, state.votes) & inside
-    margin = -negative_margin(logits, y)
+    broken, inside, finite, margin, prediction = judge_candidates(task.model, x_adv, x, y, task.threat, state.votes)
     unbroken = columns.broken_by[rows] == UNBROKEN
     newly = broken & unbroken
-    better = inside & logits.isfinite().all(1) & (newly | (margin < columns.margin_adv[rows]))
+    better = inside & finite & (newly | (margin < columns.margin_adv[rows]))
     if state.randomised:  # a mean margin proves nothing: a sample broken by majority keeps its witness
         better &= newly | unbroken
     columns.x_adv[rows] = torch.where(column(better, x), x_adv, columns.x_adv[rows])
     columns.margin_adv[rows] = torch.where(better, margin, columns.margin_adv[rows])
-    columns.prediction_adv[rows] = torch.where(better, votes.argmax(1), columns.prediction_adv[rows])
+    columns.prediction_adv[rows] = torch.where(better, prediction, columns.prediction_adv[rows])
     columns.broken_by[rows] = torch.where(newly, number, columns.broken_by[rows])
     return broken, int(newly.sum()), int((~inside).sum())
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..io import load_tensors, save_tensors, understood
 from ..queries import VOTES
-from .costs import add_extra_stages
 from .evaluation import StageCost
-from .state import Columns, State, Task
+from .state import Columns, State, Task, add_extra_stages
 
 NAME, VERSION = "evaluation checkpoint", 5
 INTERVAL = 5.0  # seconds between two checkpoints, at least

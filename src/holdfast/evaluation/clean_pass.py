@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,16 +37,16 @@ def clean_pass(task: Task) -> State:
     """
     x, y = task.data.x, task.data.y
     began = time.perf_counter()
-    channels_last, randomised, differs = _preflight(task)
-    stages = task.stages(differs)
-    votes_needed = VOTES if randomised else 1
+    model = _preflight(task)
+    stages = task.stages(model.differs_off_grid)
+    votes_needed = VOTES if model.randomised else 1
     with torch.no_grad():
         outputs = task.batches.map(all_rows(y), lambda rows: majority_vote(task.model, pixels(x[rows]), votes_needed))
     z, votes = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     _check_logits(z, y)
     clean = votes.gather(1, y[:, None])[:, 0] > votes_needed / 2
     margin, prediction = -negative_margin(z, y), votes.argmax(1)
-    queried = attack_model(task.model, channels_last, randomised)
+    queried = attack_model(task.model, model.channels_last, model.randomised)
     columns = Columns(
         prediction=prediction,
         margin=margin,
@@ -63,16 +64,30 @@ def clean_pass(task: Task) -> State:
     if any(stage.target for stage in task.suite):  # all wrong classes are equally likely
         drawn = task.noise.fold(RANDOM_TARGET).integers(z.shape[1] - 1)
         columns.random_target = drawn + (drawn >= y)
-    proved = None if randomised else certify(task.model.model, pixels(x), y, task.threat)
+    proved = None if model.randomised else certify(task.model.model, pixels(x), y, task.threat)
     columns.certified = None if proved is None else proved & clean
     costs = [StageCost("clean"), *(StageCost(stage.name) for stage in stages)]
-    state = State(columns, costs, list(stages), channels_last, randomised, differs)
+    state = State(columns, costs, list(stages), **model._asdict())
     add_cost(task, state, 0, began)
     return state
 
 
-def _preflight(task: Task) -> tuple[bool, bool, bool]:
-    """Query a few images: may attacks use channels_last order, is the model randomised, does it differ off the grid."""
+class _Preflight(NamedTuple):
+    """What a few images say of a model.
+
+    Attributes:
+        channels_last: attacks may query it in that memory order.
+        randomised: it answers the same image differently.
+        differs_off_grid: it answers 8-bit images otherwise than images beside them.
+    """
+
+    channels_last: bool
+    randomised: bool
+    differs_off_grid: bool
+
+
+def _preflight(task: Task) -> _Preflight:
+    """Query a few images before anything else."""
 
     def query(rows: Tensor) -> tuple[bool, bool, Tensor]:
         x = pixels(task.data.x[rows])
@@ -88,7 +103,7 @@ def _preflight(task: Task) -> tuple[bool, bool, bool]:
     with torch.no_grad():
         answers = task.batches.map(all_rows(task.data.y)[:PREFLIGHT], query)
     channels_last, randomised, differs = zip(*answers, strict=True)
-    return all(channels_last), any(randomised), float(torch.cat(differs).double().mean()) > DIFFER
+    return _Preflight(all(channels_last), any(randomised), float(torch.cat(differs).double().mean()) > DIFFER)
 
 
 def _check_logits(z: Tensor, y: Tensor) -> None:

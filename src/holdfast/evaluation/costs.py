@@ -7,19 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..attacks import ATTACKS
 from .batching import unlimited
-from .evaluation import StageCost
 from .state import State, Task
-from .suites import N_NEAREST, N_RANDOM, Stage
-
-# What a budget is spent on after the suite: the smallest margins, with other scores, more targets and new starts.
-EXTRA_ROUND = (
-    Stage("long", "apgd", settings={"steps": 100}, subset="nearest", fraction=0.3),
-    Stage("targets", "apgd", "dlr", targets=4, settings={"steps": 50}, subset="nearest", fraction=0.3),
-    Stage("md", "md", settings={"steps": 40}, subset="nearest", fraction=0.3),
-    Stage("square", "square", "margin", settings={"steps": 200}, subset="nearest", fraction=0.1),
-)
+from .suites import N_NEAREST, N_RANDOM
 
 
 def add_cost(task: Task, state: State, place: int, began: float, **counts: int) -> None:
@@ -52,16 +42,6 @@ def affordable(task: Task, state: State, number: int, n_processes: int) -> Calla
         return min(passes, (budget.seconds - seconds) * spent / max(seconds, 1e-9)) / each
 
     return limit
-
-
-def add_extra_stages(task: Task, state: State, count: int) -> None:
-    """Extend ``state.stages`` to so many: further rounds, for a budget that is larger than the suite needs."""
-    extra = [stage for stage in EXTRA_ROUND if task.threat.norm in ATTACKS[stage.attack].norms]
-    while len(state.stages) < count:
-        turn, place = divmod(len(state.stages) - len(task.stages(state.differs_off_grid)), len(extra))
-        state.stages.append(replace(extra[place], name=f"more {turn + 1}: {extra[place].name}"))
-    while len(state.costs) < len(state.stages) + 1:
-        state.costs.append(StageCost(state.stages[len(state.costs) - 1].name))
 
 
 def planned_passes(state: State, number: int, waiting: int, target: int) -> int:

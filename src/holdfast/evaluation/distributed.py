@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
-from .costs import add_extra_stages
 from .evaluation import StageCost, sum_over_processes
-from .state import Columns, State, Task
+from .state import Columns, State, Task, add_extra_stages
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,11 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what all of them have found."""
+        return self.rank == 0
 
     @staticmethod
     def current() -> Processes:
@@ -43,6 +47,23 @@ class Processes:
         return values
 
 
+class _Results(NamedTuple):
+    """What a process sends after its part of a stage: the columns of its rows, by name."""
+
+    rows: Tensor
+    columns: dict[str, Tensor]
+    budget_spent: bool
+
+
+class _Resumed(NamedTuple):
+    """What a process sends when it resumes: all columns by name, and how far it has come."""
+
+    columns: dict[str, Tensor]
+    chosen_for: int
+    n_rest: int
+    n_stages: int
+
+
 def exchange_results(task: Task, state: State, processes: Processes, rows: Tensor) -> None:
     """After a stage has run at one target: exchange results, and whether a budget is spent, with all processes."""
     mine, columns = processes.mine(rows, task.batch_size), state.columns
@@ -54,30 +75,30 @@ def exchange_results(task: Task, state: State, processes: Processes, rows: Tenso
         "done": columns.done,
         **{f"attack_correct/{name}": correct for name, correct in columns.attack_correct.items()},
     }
-    sent = mine.cpu(), {name: column[mine].cpu() for name, column in shared.items()}, state.budget_spent
-    for theirs, results, spent in processes.gather(sent):
-        for name, values in results.items():
-            shared[name][theirs.to(rows.device)] = values.to(rows.device)
-        state.budget_spent |= spent
+    sent = _Results(mine.cpu(), {name: column[mine].cpu() for name, column in shared.items()}, state.budget_spent)
+    for theirs in processes.gather(sent):
+        for name, values in theirs.columns.items():
+            shared[name][theirs.rows.to(rows.device)] = values.to(rows.device)
+        state.budget_spent |= theirs.budget_spent
 
 
 def synchronise(task: Task, state: State, processes: Processes) -> None:
     """When processes resume from checkpoints of different moments: each sample continues where it had come furthest."""
     tensors = state.columns.to_tensors()
-    sent = {name: tensor.cpu() for name, tensor in tensors.items()}, state.chosen_for, state.n_rest, len(state.stages)
-    received = processes.gather(sent)
-    furthest = torch.stack([theirs["done"] for theirs, *_ in received]).argmax(0)
-    latest = max(received, key=lambda theirs: theirs[1])
+    columns = {name: tensor.cpu() for name, tensor in tensors.items()}
+    received = processes.gather(_Resumed(columns, state.chosen_for, state.n_rest, len(state.stages)))
+    furthest = torch.stack([theirs.columns["done"] for theirs in received]).argmax(0)
+    latest = max(received, key=lambda theirs: theirs.chosen_for)
     merged = {}
     for name, tensor in tensors.items():
-        every = torch.stack([theirs[name] for theirs, *_ in received])
+        every = torch.stack([theirs.columns[name] for theirs in received])
         column = every[furthest, torch.arange(len(furthest))]
         if name in ("chosen", "spot_check"):  # decided for all samples at once
-            column = latest[0][name]
+            column = latest.columns[name]
         merged[name] = column.to(tensor.device)
     state.columns = Columns.from_tensors(merged)
-    state.chosen_for, state.n_rest = latest[1], latest[2]
-    add_extra_stages(task, state, max(theirs[3] for theirs in received))
+    state.chosen_for, state.n_rest = latest.chosen_for, latest.n_rest
+    add_extra_stages(task, state, max(theirs.n_stages for theirs in received))
 
 
 def total_costs(state: State, processes: Processes) -> list[StageCost]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attacks import ATTACKS
 from ..data import Data
 from ..losses import Loss
 from ..noise import Noise
@@ -19,7 +20,7 @@ from .batching import Batches
 from .budget import Budget
 from .evaluation import UNBROKEN, StageCost
 from .grid import OnGrid
-from .suites import Stage, on_grid_too
+from .suites import EXTRA_ROUND, Stage, on_grid_too
 
 MAX_TARGETS = 16  # more than any stage has: places reserved for a stage in ``Columns.done``
 
@@ -166,6 +167,16 @@ class State:
         """(N,) bool: broken by one of these stages."""
         by = self.columns.broken_by
         return torch.isin(by, torch.tensor(numbers).to(by))
+
+
+def add_extra_stages(task: Task, state: State, count: int) -> None:
+    """Extend ``state.stages`` to so many: further rounds, for a budget that is larger than the suite needs."""
+    extra = [stage for stage in EXTRA_ROUND if task.threat.norm in ATTACKS[stage.attack].norms]
+    while len(state.stages) < count:
+        turn, place = divmod(len(state.stages) - len(task.stages(state.differs_off_grid)), len(extra))
+        state.stages.append(replace(extra[place], name=f"more {turn + 1}: {extra[place].name}"))
+    while len(state.costs) < len(state.stages) + 1:
+        state.costs.append(StageCost(state.stages[len(state.costs) - 1].name))
 
 
 def attack_model(model: CountingModel, channels_last: bool, randomised: bool, on_grid: bool = False) -> Model:

@@ -237,6 +237,14 @@ def _full_length(subset: str, queries: int) -> tuple[Stage, ...]:
 
 # Stages were chosen on validation networks by what each attack breaks (benchmarks/choose_suites.py). Short attacks find
 # nearly all adversarial examples, the samples they miss have small margins, and the spot check tests that assumption.
+# What a budget is spent on after the suite: the smallest margins, with other scores, more targets and new starts.
+EXTRA_ROUND = (
+    Stage("long", "apgd", settings={"steps": 100}, subset="nearest", fraction=0.3),
+    Stage("targets", "apgd", "dlr", targets=4, settings={"steps": 50}, subset="nearest", fraction=0.3),
+    Stage("md", "md", settings={"steps": 40}, subset="nearest", fraction=0.3),
+    Stage("square", "square", "margin", settings={"steps": 200}, subset="nearest", fraction=0.1),
+)
+
 SUITES: dict[str, tuple[Stage, ...]] = {
     "quick": (
         Stage("sweep", "apgd", settings={"steps": 10}),

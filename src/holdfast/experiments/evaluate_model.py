@@ -17,6 +17,7 @@ from .. import bounds, run_folder
 from ..data import Split, pixels
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
+from ..evaluation.distributed import Processes
 from ..evaluation.suites import SUITES
 from ..importers.model_file import ModelSource, class_order, code_hash, open_model
 from ..importers.python_code import split_reference
@@ -84,7 +85,7 @@ def distributed_processes(device: str) -> Iterator[tuple[str, bool]]:
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
-        yield device, distributed.get_rank() == 0
+        yield device, Processes.current().is_first
     finally:
         distributed.destroy_process_group()
 
@@ -303,13 +304,12 @@ def evaluate_model(
     settings = {**subject.about, "threat": threat, "suite": suite, "seed": seed, "cut": subject.cut.to_json()}
     if budget:
         settings["budget"] = {name: value for name, value in asdict(budget).items() if value < math.inf}
-    first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
     check_classes(subject)  # nor must a model that cannot answer
     key = f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {subject.code}".strip()
     arguments: Any = {
         "trained_with": subject.loss.loss, "seed": seed, "batch_size": batch_size, "budget": budget, "key": key,
     }  # fmt: skip
-    if not first:
+    if not Processes.current().is_first:
         evaluate(subject.model, subject.split.test, against, suite, checkpoint=out / EVALUATION_FILE, **arguments)
         return None
     run_folder.reserve(out, settings)

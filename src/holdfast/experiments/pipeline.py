@@ -6,7 +6,6 @@ its NetworkResult is final.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from .. import __version__, region, run_folder
 from ..checks import CHECKS, PGD50, ROBUST, Audit, audit, name_of
@@ -26,8 +25,9 @@ from ..data import Data, pixels
 from ..errors import UserError
 from ..evaluation import Budget, Evaluation, Stage, StageCost, add_witnesses, evaluate
 from ..evaluation.checkpoint import CleanAnswers, load_clean_answers
+from ..evaluation.distributed import Processes
 from ..evaluation.suites import resolve
-from ..io import load_tensors, save_tensors, write_atomic
+from ..io import content_hash, load_tensors, save_tensors, write_atomic
 from ..losses import Loss, negative_margin
 from ..outputs import frozen_eval, out_of_memory
 from ..progress import Progress, silent
@@ -154,10 +154,11 @@ def evaluate_network(
     """
     cache = None if cache is None else Path(cache)
     if cache is not None and not key:
-        key = f"{_data_hash(data)} {run_folder.weights_hash(model)}"
-    whole = result_key(threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget)
-    if cache is not None and not _in_process_group():  # in a group, all processes must attack or none
-        finished = load_result(cache / RESULT_FILE, cache / EVALUATION_FILE, whole)
+        key = f"{content_hash(data.x, data.y, data.index)} {run_folder.weights_hash(model)}"
+    result_id = result_key(threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget)
+    processes = Processes.current()
+    if cache is not None and processes.count == 1:  # in a group, all processes must attack or none
+        finished = load_result(cache / RESULT_FILE, cache / EVALUATION_FILE, result_id)
         if finished is not None:
             check_answers(model, data, finished[0], cache, batch_size)
             return NetworkResult(*finished)
@@ -176,11 +177,11 @@ def evaluate_network(
         key=key,
         progress=lambda what, done, total: progress(f"{threat}, {what}", done, total),
     )
-    if cache is not None and _is_first():
-        write_atomic(cache / EVALUATED_FILE, json.dumps({"key": whole}))
+    if cache is not None and processes.is_first:
+        write_atomic(cache / EVALUATED_FILE, json.dumps({"key": result_id}))
     if callable(transfer_source):
         transfer_source = transfer_source()
-    cache = cache if _is_first() else None
+    cache = cache if processes.is_first else None
     audited = cached_audit(
         model, data, evaluation, trained_with=trained_with, transfer_source=transfer_source, seed=seed,
         path=None if cache is None else cache / AUDIT_FILE, key=key, progress=progress,
@@ -192,7 +193,7 @@ def evaluate_network(
     result = NetworkResult(final, replace(audited, evaluation=final), measured, projection)
     if cache is not None:
         files = cache / RESULT_FILE, cache / EVALUATION_FILE
-        save_result(*files, whole, result.audit, result.region, result.projection)
+        save_result(*files, result_id, result.audit, result.region, result.projection)
     return result
 
 
@@ -263,11 +264,7 @@ def result_key(
         "checks": [name_of(check) for check in CHECKS],
         "versions": [__version__, region.VERSION, REGION_VERSION],
     }
-    return _hash(identity)
-
-
-def _hash(identity: Any) -> str:
-    return hashlib.blake2b(json.dumps(identity, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    return content_hash(identity)
 
 
 def _name_of_loss(loss: Loss | None) -> str:
@@ -276,25 +273,6 @@ def _name_of_loss(loss: Loss | None) -> str:
     return (
         f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)} {settings}"
     )
-
-
-def _data_hash(data: Data) -> str:
-    mark = hashlib.blake2b(f"{tuple(data.x.shape)} {data.x.dtype}".encode(), digest_size=8)
-    for column in (data.x, data.y, data.index):
-        mark.update(column.cpu().contiguous().numpy().data)
-    return mark.hexdigest()
-
-
-def _tensor_hash(tensor: Tensor) -> str:
-    return hashlib.blake2b(tensor.detach().cpu().contiguous().numpy().data).hexdigest()
-
-
-def _in_process_group() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _is_first() -> bool:
-    return not _in_process_group() or distributed.get_rank() == 0
 
 
 def cached_audit(
@@ -330,11 +308,11 @@ def cached_audit(
         "key": key,
         "stages": [asdict(cost) for cost in evaluation.stages],
         "checks": [name_of(check) for check in CHECKS],
-        "transfer": None if transfer_source is None else _tensor_hash(transfer_source),
+        "transfer": None if transfer_source is None else content_hash(transfer_source),
         "seed": seed,
     }
-    mark = _hash(identity)
-    cached = None if file is None else load_audit(file, mark, evaluation)
+    stored_key = content_hash(identity)
+    cached = None if file is None else load_audit(file, stored_key, evaluation)
     if cached is not None:
         return cached
     made = audit(
@@ -347,7 +325,7 @@ def cached_audit(
         progress=lambda name, done, total: progress(f"checking: {name}", done, total),
     )
     if file is not None:
-        save_audit(file, mark, made)
+        save_audit(file, stored_key, made)
     return made
 
 
@@ -380,13 +358,9 @@ def cached_region(
         (the evaluation with that stage, the measures, the projection).
     """
     file = None if path is None else Path(path)
-    mark = hashlib.blake2b(
-        json.dumps([region.VERSION, key, evaluation.threat.describe(), seed, s]).encode(), digest_size=8
-    )
-    mark.update(evaluation.x_adv.cpu().numpy().tobytes())
-    name = mark.hexdigest()
-    broken, kept = _read(file)
-    if kept.get("key") != name:
+    stored_key = content_hash([region.VERSION, key, evaluation.threat.describe(), seed, s], evaluation.x_adv)
+    broken, stored = _read(file)
+    if stored.get("key") != stored_key:
         began = time.perf_counter()
         attempts: list[Witnesses] = []
         columns = model, data.x, data.y, evaluation.x_adv
@@ -399,11 +373,11 @@ def cached_region(
         measured["missed"] = None if evaluation.votes > 1 else 0  # they count from here on
         attacked, seconds = len(measured["distances"]["index"]), time.perf_counter() - began
         cost = StageCost("region", attacked, len(broken["rows"]), **measured["passes"], seconds=seconds)
-        kept = {"key": name, "region": measured, "projection": projection, "cost": asdict(cost)}
+        stored = {"key": stored_key, "region": measured, "projection": projection, "cost": asdict(cost)}
         if file is not None:
-            save_tensors(file, REGION, REGION_VERSION, broken, kept)
-    final = add_witnesses(evaluation, [Witnesses(**broken)], StageCost(**kept["cost"]))
-    return final, kept["region"], kept["projection"]
+            save_tensors(file, REGION, REGION_VERSION, broken, stored)
+    final = add_witnesses(evaluation, [Witnesses(**broken)], StageCost(**stored["cost"]))
+    return final, stored["region"], stored["projection"]
 
 
 def _read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,7 +6,6 @@ region, is in the file itself: no image is stored twice.
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from ..checks import Audit
 from ..errors import UserError
 from ..evaluation import Evaluation, StageCost, load_x_adv
-from ..io import load_tensors, save_tensors, understood
+from ..io import content_hash, load_tensors, save_tensors, understood
 from ..results import Finding, RemainingVulnerable, SpotCheck
 from ..threat import Threat
 
@@ -58,7 +57,7 @@ def save_result(
     spot_check = evaluation.spot_check
     about = {
         "key": key,
-        "x_adv": _hash(before),
+        "x_adv": content_hash(before),
         "columns_of": columns_of,
         "evaluation": {
             **plain,
@@ -76,10 +75,6 @@ def save_result(
         "projection": projection,
     }
     save_tensors(path, RESULT, RESULT_VERSION, tensors, about, packed=[_IMAGES])
-
-
-def _hash(x_adv: Tensor) -> str:
-    return hashlib.blake2b(x_adv.contiguous().numpy().data, digest_size=16).hexdigest()
 
 
 def load_result(
@@ -101,7 +96,7 @@ def load_result(
         if about["key"] == key:
             with understood(path):
                 x_adv = load_x_adv(checkpoint)
-                if _hash(x_adv) == about["x_adv"]:
+                if content_hash(x_adv) == about["x_adv"]:
                     x_adv[tensors.pop(_ROWS)] = tensors.pop(_IMAGES)
                     return _read({**tensors, "x_adv": x_adv}, about)
     return None

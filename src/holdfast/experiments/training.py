@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -55,6 +55,20 @@ class TrainSummary:
         write_atomic(folder / SUMMARY_FILE, json.dumps(asdict(self)))
 
 
+class Trained(NamedTuple):
+    """A job's network.
+
+    Attributes:
+        model: the network, on the job's device.
+        summary: how training ended.
+        split: the data.
+    """
+
+    model: nn.Module
+    summary: TrainSummary
+    split: Split
+
+
 def is_trained(job: Job, split: Split) -> bool:
     """Whether the job's network is in its folder, finished.
 
@@ -65,9 +79,7 @@ def is_trained(job: Job, split: Split) -> bool:
     return (job.folder / SUMMARY_FILE).exists()
 
 
-def train_network(
-    job: Job, split: Split | None = None, progress: Progress = silent
-) -> tuple[nn.Module, TrainSummary, Split]:
+def train_network(job: Job, split: Split | None = None, progress: Progress = silent) -> Trained:
     """Train a job's network, or load it if it is finished.
 
     Args:
@@ -76,7 +88,7 @@ def train_network(
         progress: called with ("training MODEL" and the time expected in all, epochs done, epochs).
 
     Returns:
-        (the network on the job's device, how training ended, the data).
+        The network, how training ended, and the data.
 
     Raises:
         UserError: the device cannot be used, the data cannot be read, or the folder belongs to another configuration.
@@ -87,7 +99,7 @@ def train_network(
         run_folder.note_paths(job.folder, _config(job, split).get(run_folder.PATHS, {}))
         # The command that asks for this network named its code.
         model, _ = run_folder.load(job.folder, device=job.device, run_code=True)
-        return model, TrainSummary.load(job.folder), split
+        return Trained(model, TrainSummary.load(job.folder), split)
     mean, std = standardisation(split.train)
     arguments = job.model_arguments(split)
     model = models.build(**arguments, mean=mean, std=std)
@@ -127,7 +139,7 @@ def train_network(
         model=arguments["name"],
     )
     summary.save(job.folder)
-    return model, summary, split
+    return Trained(model, summary, split)
 
 
 def _val_threat(job: Job, split: Split) -> Any:
