@@ -110,6 +110,18 @@ def test_a_check_speaks_of_its_own_claims_alone():
     assert judge(Claim(PGD50, [1]), [1], [finding(status="holds"), finding(status="not run")]).status == "tight"
 
 
+def test_what_is_certified_is_exact():
+    """Proved on every sample that counts: neither a check nor an estimate takes that back. Void is no proof."""
+    doubt, correct = finding(), [1, 1, 0]
+    certified = {"certified": [True, True, False]}
+    assert judge(Claim(ROBUST, correct), correct, [doubt], None, **certified).status == "exact"
+    assert judge(Claim(PGD50, correct), correct, [doubt], **certified).status == "exact"
+    assert judge(Claim(ROBUST, correct), correct, [finding(void=True)], **certified).status == "void"
+    assert judge(Claim(ROBUST, correct), correct, [], certified=[True, False, False]).status == "tight"
+    assert judge(Claim(PGD50, [1] * 3), correct, [], certified=[True, True, False]).status == "tight"  # one fell
+    assert judge(Claim(PGD50, [1] * 99), [1] * 66 + [0] * 33, [], certified=[1] * 66 + [0] * 33).status == "refuted"
+
+
 def test_the_same_gap_is_refuted_on_many_samples_and_too_few_to_tell_on_few():
     """56.1 to 54.2 on 360 images, 56.2 to 53.9 on 1,797: the word depends on n, so the sentence says n."""
     few = judge(Claim(PGD50, [1] * 202 + [0] * 158), [1] * 195 + [0] * 165, [])

@@ -157,13 +157,14 @@ class Audit:
         """
         if claim not in (PGD50, ROBUST):
             raise unknown("claim", claim, (PGD50, ROBUST))
-        correct = getattr(self.evaluation, claim).tolist()
+        correct, certified = getattr(self.evaluation, claim).tolist(), self.evaluation.certified
         return judge(
             Claim(claim, correct),
             self.evaluation.robust.tolist(),
             self.findings,
             remaining([self]),
             attack_kinds=self.evaluation.attack_kinds,
+            certified=None if certified is None else certified.tolist(),
         )
 
 

@@ -35,14 +35,16 @@ def judge(
     remaining: Remaining | None = None,
     *,
     attack_kinds: Sequence[str] = (),
+    certified: Sequence[Any] | None = None,
 ) -> Verdict:
     """What a claimed accuracy is worth.
 
     * void: a check found the evaluation invalid.
     * refuted: attacks broke samples that the claim counts as correct: significantly more than 1% of all samples, at
       99% confidence (Clopper-Pearson).
-    * loose: not refuted, but a check that applies to the claim fires, or more than 1% of the samples are expected to
-      be breakable still.
+    * exact: every sample that the claim counts is certified. This is a proof.
+    * loose: neither of these, but a check that applies to the claim fires, or more than 1% of the samples are expected
+      to be breakable still.
     * tight: none of these. It is empirical, of these samples and these attacks; only a certificate is a proof.
 
     Of several checks that fire, the reason is that of the first: checks are listed with the weightiest first.
@@ -56,6 +58,7 @@ def judge(
         findings: of the checks.
         remaining: estimate of the survivors that are still breakable; None if there is none.
         attack_kinds: the attacks that ran, for the reason of a tight verdict.
+        certified: one entry per sample, in the same order: proved to be robust; None where no bound is known.
 
     Returns:
         The verdict and its reason.
@@ -67,6 +70,8 @@ def judge(
 images to tell whether it is more than 1 point'
     >>> judge(Claim("robust", [1, 0]), [1, 0], [], attack_kinds=("apgd", "pgd", "square")).why
     'empirical: no attack of 3 kinds broke more of these 2 samples'
+    >>> judge(Claim("robust", [1, 0]), [1, 0], [], certified=[1, 0])
+    Verdict(status='exact', why='proved: all that survive of these 2 samples are certified')
     """
     invalid = [finding for finding in findings if finding.fires and finding.void]
     if invalid:
@@ -75,6 +80,9 @@ images to tell whether it is more than 1 point'
     broken = sum(bool(claimed) and not survived for claimed, survived in zip(claim.correct, robust, strict=True))
     if lower_bound_99(broken, n) > TOLERANCE:
         return Verdict("refuted", _gap(broken, n))
+    proofs = () if certified is None else tuple(zip(claim.correct, certified, strict=True))
+    if any(claim.correct) and proofs and all(proof for claimed, proof in proofs if claimed):
+        return Verdict("exact", f"proved: all that survive of these {n} samples are certified")
     firing = [finding for finding in findings if finding.fires and claim.name in finding.claims]
     if firing:
         others = f", and {len(firing) - 1} more checks fire" if len(firing) > 1 else ""

@@ -47,8 +47,8 @@ def compare(
 
     Each of the two has a verdict. *refuted*: stronger attacks broke significantly more than 1% of the samples beyond
     this figure. *loose*: not refuted, but a trust check fired, or more than 1% of the samples are estimated to have
-    survived although they can be broken. *tight*: none of these, which is empirical and no proof. *void*: the
-    measurement is invalid.
+    survived although they can be broken. *tight*: none of these, which is empirical and no proof. *exact*:
+    every survivor is certified, which is a proof. *void*: the measurement is invalid.
 
     A spec in --losses can name its own head after @, and its own objective, model and training settings after +:
     isce:s=2@cosine+adversarial:steps=5+fit:lr=5e-3.

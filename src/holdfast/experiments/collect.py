@@ -23,7 +23,7 @@ from ..environment import environment
 from ..evaluation import UNBROKEN, Evaluation, StageCost
 from ..io import save_tensors
 from ..replay import WITNESSES, WITNESSES_VERSION
-from ..results import Example, Interval, Results, Run, Samples, Stage, proportion, save
+from ..results import Example, Interval, Results, Run, Samples, Stage, Verdict, proportion, save
 from ..threat import Threat
 from .config import DataCut
 from .loss_spec import LossSpec
@@ -145,9 +145,9 @@ def _run(parts: list[TrainedNetwork]) -> Run:
 
     robust, clean, pgd50 = column("robust"), column("clean"), column("pgd50")
     stages = [_added([e.stages[i] for e in evaluations]) for i in range(len(evaluations[0].stages))]
-    verdicts = _verdicts(parts, pgd50, robust)
-    void = verdicts["verdict"].status == "void"
     certified = None if any(e.certified is None for e in evaluations) else column("certified")
+    verdicts = _verdicts(parts, pgd50, robust, certified)
+    void = verdicts["verdict"].status == "void"
     attacks = [e.attack_correct for e in evaluations]
     names = [name for name in attacks[0] if all(name in one for one in attacks)]
     return Run(
@@ -187,14 +187,20 @@ def _run(parts: list[TrainedNetwork]) -> Run:
     )
 
 
-def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor) -> dict[str, Any]:
+def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor, certified: Tensor | None) -> dict[str, Any]:
     """What the checks say of this row's two claims, the folds' samples counted together."""
     audits = [part.result.audit for part in parts]
     findings, left = merge([audit.findings for audit in audits]), remaining(audits)
     kinds = sorted({kind for part in parts for kind in part.result.evaluation.attack_kinds})
+    proofs = None if certified is None else certified.tolist()
+
+    def verdict(claim: str, correct: Tensor) -> Verdict:
+        survived = robust.tolist()
+        return judge(Claim(claim, correct.tolist()), survived, findings, left, attack_kinds=kinds, certified=proofs)
+
     return {
-        "verdict": judge(Claim(ROBUST, robust.tolist()), robust.tolist(), findings, left, attack_kinds=kinds),
-        "pgd50_verdict": judge(Claim(PGD50, pgd50.tolist()), robust.tolist(), findings, left, attack_kinds=kinds),
+        "verdict": verdict(ROBUST, robust),
+        "pgd50_verdict": verdict(PGD50, pgd50),
         "checks": tuple(result_of(finding) for finding in findings),
         "remaining": left,
         "measures": {key: _mean([audit.measures.get(key) for audit in audits]) for key in audits[0].measures},

@@ -19,7 +19,9 @@ def finding(results: Results) -> str:
     valid = [(r, r.robust) for r in rows(results) if r.robust is not None]
     if not valid:
         return "No robust accuracy can be reported: every measurement is void."
-    doubtful = [v for v in valid if v[0].pgd50_status != "tight"]  # a tight one is off by a sample or two
+    doubtful = [
+        v for v in valid if v[0].pgd50_status not in ("tight", "exact")
+    ]  # a tight one is off by a sample or two
     sentences = ["No PGD-50 accuracy is refuted."]
     if len(doubtful) == len(valid):
         sentences = ["No PGD-50 accuracy exceeds the robust accuracy."]

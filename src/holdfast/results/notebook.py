@@ -16,7 +16,7 @@ _RULE = "border-bottom:1px solid rgba(128,128,128,.5)"  # a grey that shows on w
 
 
 def notebook(results: Results) -> str:
-    """The table of results, and below it a line for each verdict that is not tight.
+    """The table of results, and below it a line for each verdict that is neither tight nor exact.
 
     Args:
         results: the results.

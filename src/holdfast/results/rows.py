@@ -13,7 +13,7 @@ from .schema import Interval, Results, Run, Verdict
 from .statistics import over_seeds, proportion
 
 LONGEST_NAME = 400  # characters of a loss, a network or an attack in a table
-_WORST_FIRST = ("void", "refuted", "loose", "tight")
+_WORST_FIRST = ("void", "refuted", "loose", "tight", "exact")
 
 
 @dataclass(frozen=True)

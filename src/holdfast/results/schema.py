@@ -44,7 +44,7 @@ class Verdict:
     """How far a claimed accuracy can be trusted.
 
     Attributes:
-        status: "tight", "loose", "refuted" or "void".
+        status: "exact", "tight", "loose", "refuted" or "void".
         why: the reason in one phrase.
     """
 

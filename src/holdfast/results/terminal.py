@@ -14,7 +14,7 @@ from .rows import rows
 from .schema import Results
 from .text import caption, cells
 
-_COLOURS = {"tight": "green", "loose": "yellow", "refuted": "red", "void": "bold red"}
+_COLOURS = {"exact": "green", "tight": "green", "loose": "yellow", "refuted": "red", "void": "bold red"}
 _COLUMN = 16  # a name column may cost the wider gap between columns up to this width
 _Line = tuple[str, ...]
 

@@ -125,14 +125,15 @@ def caption_notes(shown: Sequence[Row]) -> list[str]:
 
 
 def doubts(results: Results) -> list[str]:
-    """A line for each accuracy whose verdict is not tight, with the reason; for each gap that n is too small to judge;
-    and for each suite that a budget cut short.
+    """A line for each doubtful verdict, for each gap that n is too small to judge, and for each suite cut short.
+
+    A verdict is doubtful if it is neither tight nor exact. Suites are cut short by a budget.
 
     Args:
         results: the results.
 
     Returns:
-        The lines, what was observed first and the verdict last; none where every verdict is tight and every gap small.
+        The lines, what was observed first and the verdict last; none where no verdict is doubtful and every gap small.
     """
     verdicts = [
         (row.label, name, status, words, row.pgd50_excess.value if row.pgd50_excess and name != "robust" else 0.0)
@@ -145,7 +146,7 @@ def doubts(results: Results) -> list[str]:
     lines = [
         f"{label}: {name}, {words.partition(': ')[2] or 'no reason recorded'}: {status}"
         for label, name, status, words, gap in verdicts
-        if status not in ("", "tight") or (status and gap > SMALL_GAP)
+        if status not in ("", "tight", "exact") or (status and gap > SMALL_GAP)
     ]
     lines += [
         f"{run.name}: the attacks of the region measures broke {missed:,} more: robust is too high"
