@@ -153,6 +153,15 @@ def all_rows(y: Tensor) -> Tensor:
     return torch.arange(len(y), device=y.device)
 
 
+def those(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each tensor where the mask, (N,) bool, is true.
+
+    A mask as an index makes the host wait for the device once a tensor; here it waits once.
+    """
+    rows = torch.nonzero(mask)[:, 0]
+    return tuple(tensor[rows] for tensor in tensors)
+
+
 def should_drop_fooled(step: int, x: Tensor) -> bool:
     """Whether fooled samples leave the batch at this step: each step on the CPU, every fifth step on other devices.
 
