@@ -21,15 +21,14 @@ from __future__ import annotations
 import ctypes
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -86,7 +85,7 @@ def _refuse_mixed(op: torch._ops.OpOverload, args: tuple, leaves: list) -> None:
     host = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cpu"]
     if packet in INDEXING and _is_on_device(args[0]):
         host = [value for value in args[2:3] if isinstance(value, Tensor) and value.device.type == "cpu"]
-    if torch.Tag.pointwise in op.tags or packet in NUMBERS_MAY_BE_ON_CPU:
+    if host and _About.of(op).numbers_may_be_on_cpu:
         host = [tensor for tensor in host if tensor.ndim]
     if host and any(map(_is_on_device, leaves)):
         raise RuntimeError(
@@ -136,44 +135,84 @@ def synchronisations() -> Iterator[Counter[str]]:
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 
-def _fallback(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> object:
+def _fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Any operator: on the CPU, over the same memory."""
-    leaves, shape = tree_flatten((args, kwargs))
+    leaves = list(_flat((*args, *kwargs.values())))
     _refuse_mixed(op, args, leaves)
     if _waits_for_values(op, args, kwargs):
         _note_wait(str(op))
-    host = [_to_host(leaf, op) for leaf in leaves]
-    cpu_args, cpu_kwargs = tree_unflatten(host, shape)
-    random = torch.Tag.nondeterministic_seeded in op.tags and not any(isinstance(x, torch.Generator) for x in leaves)
-    with _from_own_generator() if random else nullcontext():
-        out = _overload_for(op, cpu_args)(*cpu_args, **cpu_kwargs)
-    given = {id(second): first for first, second in zip(leaves, host, strict=True) if _is_on_device(first)}
-    if op._schema.is_mutable:
-        for first, second in zip(leaves, host, strict=True):
-            if _is_on_device(first) and not _same_place(first, second):  # out= was resized, or squeeze_ and the like
-                first.data = on_device(second)
-    return tree_map(lambda x: given.get(id(x), on_device(x)) if isinstance(x, Tensor) else x, out)
+    about, pairs = _About.of(op), []
+
+    def to_host(leaf: Any) -> Any:
+        if isinstance(leaf, torch.device):
+            return torch.device("cpu") if leaf.type == NAME else leaf
+        if not _is_on_device(leaf):
+            return leaf
+        if leaf.numel() == 0 and about.mutable:  # may be resized, which borrowed memory cannot be
+            host = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype)
+        else:
+            host = on_host(leaf)
+        pairs.append((leaf, host))
+        return host
+
+    host_args = [_mapped(to_host, value) for value in args]
+    host_kwargs = {name: _mapped(to_host, value) for name, value in kwargs.items()}
+    random = about.random and not any(isinstance(leaf, torch.Generator) for leaf in leaves)
+    with _from_own_generator() if random else _nothing:
+        out = about.overload_for(host_args)(*host_args, **host_kwargs)
+    if about.mutable:
+        for leaf, host in pairs:
+            if not _same_place(leaf, host):  # out= was resized, or squeeze_ and the like
+                leaf.data = on_device(host)
+    given = {id(host): leaf for leaf, host in pairs}
+
+    def to_device(x: Any) -> Any:
+        return given[id(x)] if id(x) in given else on_device(x) if isinstance(x, Tensor) else x
+
+    if about.view and not args[0].is_inference():  # as on any device, in inference mode too
+        with torch.inference_mode(False):
+            return _mapped(to_device, out)
+    return _mapped(to_device, out)
 
 
-def _overload_for(op: torch._ops.OpOverload, args: tuple) -> Callable[..., object]:
-    """The operator, or where a tensor arrives as the number that it was, whichever of its overloads takes a number."""
-    given = zip(args, op._schema.arguments, strict=False)
-    return op.overloadpacket if any(isinstance(x, (int, float)) and _takes_tensor(a) for x, a in given) else op
+class _About:
+    """What the fallback asks of an operator."""
+
+    def __init__(self, op: torch._ops.OpOverload) -> None:
+        self.op = op
+        self.mutable = op._schema.is_mutable
+        self.view = not self.mutable and any(returned.alias_info for returned in op._schema.returns)
+        self.random = torch.Tag.nondeterministic_seeded in op.tags
+        self.numbers_may_be_on_cpu = torch.Tag.pointwise in op.tags or op.overloadpacket in NUMBERS_MAY_BE_ON_CPU
+        arguments = enumerate(op._schema.arguments)
+        self.tensors = [i for i, argument in arguments if isinstance(argument.type, torch._C.TensorType)]
+
+    @staticmethod
+    @cache
+    def of(op: torch._ops.OpOverload) -> _About:
+        return _About(op)
+
+    def overload_for(self, args: list) -> Callable[..., Any]:
+        """The operator, or where a tensor arrives as the number that it was, its overload that takes a number."""
+        numbers = any(isinstance(args[i], (int, float)) for i in self.tensors if i < len(args))
+        return self.op.overloadpacket if numbers else self.op
 
 
-@cache
-def _takes_tensor(argument: torch._C.Argument) -> bool:
-    return isinstance(argument.type, torch._C.TensorType)
+_nothing: AbstractContextManager = nullcontext()
 
 
-def _to_host(leaf: object, op: torch._ops.OpOverload) -> object:
-    if isinstance(leaf, torch.device):
-        return torch.device("cpu") if leaf.type == NAME else leaf
-    if not _is_on_device(leaf):
-        return leaf
-    if leaf.numel() == 0 and op._schema.is_mutable:  # may be resized, which borrowed memory cannot be
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype)
-    return on_host(leaf)
+def _flat(values: Iterable) -> Iterator:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(change, part) for part in value)
+    return change(value)
 
 
 def _same_place(first: Tensor, second: Tensor) -> bool:
@@ -207,16 +246,15 @@ def _under_autocast(op: torch._ops.OpOverload, dtype: torch.dtype | None):
     """An operator whose floating tensors are first converted: to this type, or to that of the autocast."""
     below = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
-    def run(*args: object, **kwargs: object) -> object:
+    def run(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(below):
             wanted = dtype or torch.get_autocast_dtype(NAME)
 
-            def converted(x: object) -> object:
+            def converted(x: Any) -> Any:
                 ours = _is_on_device(x) and x.is_floating_point() and x.dtype != torch.float64
                 return x.to(wanted) if ours else x
 
-            args, kwargs = tree_map(converted, (args, kwargs))
-            return op(*args, **kwargs)
+            return op(*_mapped(converted, args), **{name: _mapped(converted, value) for name, value in kwargs.items()})
 
     return run
 
