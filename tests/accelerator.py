@@ -6,7 +6,8 @@ the device is an ordinary tensor, with autograd, views and a storage, whose memo
 where a tensor lives, and changing that one field makes a second tensor over the same memory that lives elsewhere. So
 the fallback takes such second tensors on the CPU, runs the operator, and returns the results as the device's. Nothing
 is copied, which is why views and operators in place work. Autograd, autocast, generators, optimisers and
-``Module.to`` are torch's own, as they are for CUDA; the backward pass runs in a thread of the device.
+``Module.to`` are torch's own, as they are for CUDA. Only the backward pass must run in the caller's thread (under
+``torch.autograd.set_multithreading_enabled(False)``): the engine counts the devices at the first one of a process.
 
 What is as on CUDA: where devices mix an operator raises (but 0-dimensional numbers and indices may be on the CPU); a
 generator of the CPU is refused; ``numpy()`` is refused; autocast has CUDA's lists of operators, as far as networks
@@ -19,7 +20,9 @@ What is not modelled: kernels that CUDA lacks, their rounding, streams, memory t
 from __future__ import annotations
 
 import ctypes
+import os
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -74,6 +77,7 @@ WAITING = {
 }  # fmt: skip
 
 _waits: Counter[str] | None = None
+_nothing: AbstractContextManager = nullcontext()
 
 
 def _is_on_device(value: object) -> bool:
@@ -122,14 +126,30 @@ def _note_wait(what: str) -> None:
 def synchronisations() -> Iterator[Counter[str]]:
     """Counts what waits for the device inside, by the line of holdfast and the operator: ``.total()`` is their number.
 
-    In a backward pass, which runs in a thread of the device, the line is not known.
+    On CUDA torch's own warnings are counted, line by line.
     """
     global _waits
     before, _waits = _waits, Counter()
     try:
-        yield _waits
+        with _cuda_warnings(_waits) if torch.cuda.is_available() and is_real() else _nothing:
+            yield _waits
     finally:
         _waits = before
+
+
+@contextmanager
+def _cuda_warnings(counter: Counter[str]) -> Iterator[None]:
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    for warning in caught:
+        if "synchronizing CUDA operation" in str(warning.message):
+            counter[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
@@ -196,9 +216,6 @@ class _About:
         """The operator, or where a tensor arrives as the number that it was, its overload that takes a number."""
         numbers = any(isinstance(args[i], (int, float)) for i in self.tensors if i < len(args))
         return self.op.overloadpacket if numbers else self.op
-
-
-_nothing: AbstractContextManager = nullcontext()
 
 
 def _flat(values: Iterable) -> Iterator:
@@ -374,3 +391,13 @@ def install() -> torch.device:
     Tensor.__deepcopy__ = _deepcopy  # type: ignore[method-assign]
     install.libraries = everything, ours  # type: ignore[attr-defined]  # they end when they are collected
     return torch.device(NAME)
+
+
+def is_real() -> bool:
+    """Whether the tests of the device run on a real one: HOLDFAST_DEVICE=cuda names it."""
+    return "HOLDFAST_DEVICE" in os.environ
+
+
+def under_test() -> torch.device:
+    """The device of the tests: the pretended one, or the real one that HOLDFAST_DEVICE names."""
+    return torch.device(os.environ["HOLDFAST_DEVICE"]) if is_real() else install()
