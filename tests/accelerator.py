@@ -6,8 +6,8 @@ the device is an ordinary tensor, with autograd, views and a storage, whose memo
 where a tensor lives, and changing that one field makes a second tensor over the same memory that lives elsewhere. So
 the fallback takes such second tensors on the CPU, runs the operator, and returns the results as the device's. Nothing
 is copied, which is why views and operators in place work. Autograd, autocast, generators, optimisers and
-``Module.to`` are torch's own, as they are for CUDA. Only the backward pass must run in the caller's thread (under
-``torch.autograd.set_multithreading_enabled(False)``): the engine counts the devices at the first one of a process.
+``Module.to`` are torch's own, as they are for CUDA. Only the backward pass runs in the caller's thread, because the
+engine counts the devices at the first one of a process, which may have come before this device.
 
 What is as on CUDA: where devices mix an operator raises (but 0-dimensional numbers and indices may be on the CPU); a
 generator of the CPU is refused; ``numpy()`` is refused; autocast has CUDA's lists of operators, as far as networks
@@ -363,6 +363,14 @@ def _from_own_generator() -> Iterator[None]:
         torch.default_generator.set_state(cpu)
 
 
+_backward = torch.autograd._engine_run_backward
+
+
+def _backward_in_this_thread(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch.autograd.set_multithreading_enabled(False):
+        return _backward(outputs, *args, **kwargs)
+
+
 _deepcopy_by_storage = Tensor.__deepcopy__
 
 
@@ -388,6 +396,7 @@ def install() -> torch.device:
     for names, dtype in ((BFLOAT16, None), (FLOAT32, torch.float32)):
         for name in names:
             ours.impl(name, _under_autocast(_overload(name), dtype), "AutocastPrivateUse1")
+    torch.autograd._engine_run_backward = _backward_in_this_thread
     Tensor.__deepcopy__ = _deepcopy  # type: ignore[method-assign]
     install.libraries = everything, ours  # type: ignore[attr-defined]  # they end when they are collected
     return torch.device(NAME)

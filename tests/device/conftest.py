@@ -1,22 +1,14 @@
-"""The whole path on a device that is not the CPU: the pretended accelerator, or with HOLDFAST_DEVICE=cuda a real one."""
+"""The whole path on a device other than the CPU: the pretended accelerator, or with HOLDFAST_DEVICE=cuda a real one."""
 
 import copy
 
 import pytest
-import torch
 from tests.accelerator import under_test
 
 
 @pytest.fixture(scope="session")
 def device():
     return under_test()
-
-
-@pytest.fixture(autouse=True)
-def backward_in_this_thread():
-    """The engine counts the devices once: a backward pass of another test may have come before the pretended one."""
-    with torch.autograd.set_multithreading_enabled(False):
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,9 @@ def test_the_cpu_alone_waits_for_nothing():
 
 
 def test_a_forward_and_a_backward_pass_are_those_of_the_cpu(device):
-    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3, 2))
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3, 2)
+    )
     there, x = copy.deepcopy(net).to(device), torch.rand(5, 1, 4, 4)
     x.requires_grad_()
     x_there = x.detach().to(device).requires_grad_()

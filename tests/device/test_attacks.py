@@ -22,8 +22,8 @@ N = 8
 def most_waits(name, steps):
     """How often the host may wait in a call of so many steps.
 
-    At every fifth step fooled samples leave the batch, which asks once which are left. Minimal-norm attacks drop nobody.
-    A second restart asks once more. RayS is steered by labels: it asks for them at every step, and in bisections.
+    At every fifth step fooled samples leave the batch, which asks once who is left; minimal-norm attacks drop nobody. A
+    second restart asks once more. RayS is steered by labels: it asks for them at every step, and in bisections.
     """
     drops = steps // 5
     if name in ("cw", "lbfgs", "fmn", "fab"):
