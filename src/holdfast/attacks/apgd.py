@@ -8,7 +8,7 @@ from torch import Tensor
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat
-from .base import Model, MostAdversarial, attack, predict, score_and_grad, should_drop_fooled, targeted_score
+from .base import Model, MostAdversarial, attack, predict, score_and_grad, should_drop_fooled, targeted_score, those
 
 MOMENTUM = 0.75  # weight of the new step; the previous move has weight 1 - MOMENTUM
 RHO = 0.75  # the step size is halved unless more than this fraction of a period's steps increased the score
@@ -88,7 +88,7 @@ def apgd(
         since = 0
         for step in range(steps):
             if should_drop_fooled(step, x):
-                s = {name: t[unbroken] for name, t in s.items()}
+                s = dict(zip(s, those(unbroken, *s.values()), strict=True))
                 if len(s["rows"]) == 0:
                     break
             moved = s["x_adv"] + s["step_size"].view(wide) * threat.ascent(s["grad"], s["x_adv"])

@@ -32,6 +32,7 @@ class MostAdversarial:
         self.x = x.clone()
         self.fooled = torch.zeros_like(y, dtype=torch.bool)
         self.score = torch.full(y.shape, -torch.inf, dtype=x.dtype, device=x.device)
+        self.is_new = True
 
     def update(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
         """Take in new points for some samples.
@@ -44,6 +45,7 @@ class MostAdversarial:
         Returns:
             (M,) bool, which of these samples no point has fooled so far.
         """
+        self.is_new = False
         y, x_adv, logits = self.y[rows], x_adv.detach(), logits.detach()
         score = negative_margin(logits, y).to(self.score.dtype)
         now, before = fooled(logits, y), self.fooled[rows]
@@ -55,7 +57,7 @@ class MostAdversarial:
 
     def survivors(self) -> Tensor:
         """The rows of the samples that are not fooled yet, (M,) int64."""
-        return torch.nonzero(~self.fooled)[:, 0]
+        return all_rows(self.y) if self.is_new else torch.nonzero(~self.fooled)[:, 0]
 
 
 def attack(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -151,6 +153,15 @@ def predict(model: Model, x_adv: Tensor) -> Outputs:
 def all_rows(y: Tensor) -> Tensor:
     """Every row's number, (N,) int64."""
     return torch.arange(len(y), device=y.device)
+
+
+def those(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each tensor where the mask, (N,) bool, is true.
+
+    A mask as an index makes the host wait for the device once a tensor; here it waits once.
+    """
+    rows = torch.nonzero(mask)[:, 0]
+    return tuple(tensor[rows] for tensor in tensors)
 
 
 def should_drop_fooled(step: int, x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat, column
-from .base import Model, all_rows, attack, fooled, predict, should_drop_fooled
+from .base import Model, all_rows, attack, fooled, predict, should_drop_fooled, those
 from .minimal_norm import (
     NearestAdversarial,
     distance_to_boundary,
@@ -81,8 +81,9 @@ def deepfool(
         unbroken = ~fooled(logits, y[rows])
         if should_drop_fooled(step, x):  # a fooled sample stays where it is
             ends[rows] = x_adv
-            rows, base, on_boundary, x_adv = rows[unbroken], base[unbroken], on_boundary[unbroken], x_adv[unbroken]
-            values, grads, unbroken = values[unbroken], grads[unbroken], unbroken[unbroken]
+            rows, base, on_boundary, x_adv, values, grads, unbroken = those(
+                unbroken, rows, base, on_boundary, x_adv, values, grads, unbroken
+            )
             if len(rows) == 0:
                 break
         distance = distance_to_boundary(values.flatten(), grads.flatten(0, 1), threat).view_as(values)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat
-from .base import Model, MostAdversarial, attack, predict, should_drop_fooled
+from .base import Model, MostAdversarial, attack, predict, should_drop_fooled, those
 from .minimal_norm import scores_and_grads
 
 
@@ -58,7 +58,7 @@ def jsma(
         logits, _, grads = scores_and_grads(model, x_adv, target_and_rest)
         unbroken = best.update(rows, x_adv, logits)
         if should_drop_fooled(step, x):
-            rows, base, x_adv, unmoved, grads = (t[unbroken] for t in (rows, base, x_adv, unmoved, grads))
+            rows, base, x_adv, unmoved, grads = those(unbroken, rows, base, x_adv, unmoved, grads)
             if len(rows) == 0:
                 return best.x
         a, b = grads.flatten(2).unbind(1)

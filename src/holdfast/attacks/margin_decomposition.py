@@ -10,7 +10,7 @@ from ..losses import Loss, negative_margin
 from ..noise import Noise
 from ..outputs import Outputs, logits_of
 from ..threat import Threat
-from .base import Model, MostAdversarial, attack, predict, score_and_grad, should_drop_fooled, targeted_score
+from .base import Model, MostAdversarial, attack, predict, score_and_grad, should_drop_fooled, targeted_score, those
 
 
 def _negative_true_logit(out: Outputs | Tensor, y: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def md(
                 out, _, grad = score_and_grad(model, x_adv, _target_logit, target[rows])
             unbroken = best.update(rows, x_adv, out.logits)
             if should_drop_fooled(step, x):
-                rows, base, x_adv, grad = (t[unbroken] for t in (rows, base, x_adv, grad))
+                rows, base, x_adv, grad = those(unbroken, rows, base, x_adv, grad)
                 if len(rows) == 0:
                     break
             fraction = step / half if step < half else (step - half) / (steps - half)

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat, column
-from .base import Model, MostAdversarial, attack, predict, score_and_grad, should_drop_fooled, targeted_score
+from .base import Model, MostAdversarial, attack, predict, score_and_grad, should_drop_fooled, targeted_score, those
 
 
 @attack
@@ -86,7 +86,7 @@ def pgd(
             if iterate == "best":
                 unbroken = best.update(rows, x_adv, out.logits)
                 if should_drop_fooled(step, x):
-                    rows, base, x_adv, grad, velocity = (t[unbroken] for t in (rows, base, x_adv, grad, velocity))
+                    rows, base, x_adv, grad, velocity = those(unbroken, rows, base, x_adv, grad, velocity)
                     if len(rows) == 0:
                         break
             if momentum:

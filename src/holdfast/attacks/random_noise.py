@@ -7,7 +7,7 @@ from torch import Tensor
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat
-from .base import Model, MostAdversarial, attack, predict, should_drop_fooled
+from .base import Model, MostAdversarial, attack, predict, should_drop_fooled, those
 
 
 @attack
@@ -35,7 +35,7 @@ def random_noise(
             x_adv = threat.project(x[rows] + 2 * threat.eps * threat.ascent(stream.normal(tuple(x.shape[1:]))), x[rows])
         unbroken = best.update(rows, x_adv, predict(model, x_adv).logits)
         if should_drop_fooled(step, x):
-            rows = rows[unbroken]
+            (rows,) = those(unbroken, rows)
             if len(rows) == 0:
                 break
     return best.x

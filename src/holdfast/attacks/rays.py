@@ -8,7 +8,7 @@ from torch import Tensor
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat
-from .base import Model, MostAdversarial, all_rows, attack, fooled, predict, should_drop_fooled
+from .base import Model, MostAdversarial, all_rows, attack, fooled, predict, should_drop_fooled, those
 
 BISECTIONS = 8  # queries that shorten a ray once a better direction was found
 
@@ -54,8 +54,8 @@ def rays(
         """(M,) bool: misclassified at this distance along the rays. Points inside the threat are kept."""
         points = (flat[rows] + sign * (radius / unit)[:, None]).clamp(threat.lo, threat.hi).view_as(x[rows])
         logits = predict(model, points).logits
-        inside = radius <= threat.eps
-        if bool(inside.any()):
+        inside = torch.nonzero(radius <= threat.eps)[:, 0]
+        if len(inside):
             best.update(rows[inside], threat.project(points[inside], x[rows[inside]]), logits[inside])
         return fooled(logits, y[rows])
 
@@ -68,9 +68,8 @@ def rays(
             if block * width >= dim:
                 block, level = 0, level + 1 if width > 1 else 0
         tried = sign * flip
-        met = wrong(rows, tried, radius)
-        if bool(met.any()):
-            some = torch.nonzero(met)[:, 0]
+        some = torch.nonzero(wrong(rows, tried, radius))[:, 0]
+        if len(some):
             low, high = torch.zeros_like(radius[some]), radius[some]
             middle = torch.minimum(torch.full_like(high, threat.eps), high)  # the threat's own radius is asked first
             for _ in range(BISECTIONS):
@@ -79,8 +78,7 @@ def rays(
                 middle = (low + high) / 2
             sign[some], radius[some] = tried[some], high
         if should_drop_fooled(step, x):
-            keep = ~best.fooled[rows]
-            rows, sign, radius = rows[keep], sign[keep], radius[keep]
+            rows, sign, radius = those(~best.fooled[rows], rows, sign, radius)
             if len(rows) == 0:
                 break
     return best.x

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat
-from .base import Model, MostAdversarial, attack, predict, should_drop_fooled, targeted_score
+from .base import Model, MostAdversarial, attack, predict, should_drop_fooled, targeted_score, those
 from .minimal_norm import Adam
 
 
@@ -63,8 +63,7 @@ def spsa(
     for step in range(steps):
         unbroken = best.update(rows, x_adv, predict(model, x_adv).logits)
         if should_drop_fooled(step, x):
-            rows, base, x_adv = rows[unbroken], base[unbroken], x_adv[unbroken]
-            adam.mean, adam.square = adam.mean[unbroken], adam.square[unbroken]
+            rows, base, x_adv, adam.mean, adam.square = those(unbroken, rows, base, x_adv, adam.mean, adam.square)
             if len(rows) == 0:
                 return best.x
         grad = torch.zeros_like(x_adv)

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat
-from .base import Model, MostAdversarial, attack, predict, should_drop_fooled, targeted_score
+from .base import Model, MostAdversarial, attack, predict, should_drop_fooled, targeted_score, those
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the square's area is halved
 
@@ -69,7 +69,7 @@ def square(
     unbroken = best.update(rows, x_adv, out.logits)
     for query in range(1, steps):
         if should_drop_fooled(query, x):
-            rows, base, x_adv, value = (t[unbroken] for t in (rows, base, x_adv, value))
+            rows, base, x_adv, value = those(unbroken, rows, base, x_adv, value)
             if len(rows) == 0:
                 break
         side = _side(query, x.shape[2], x.shape[3], p_init)

@@ -20,7 +20,7 @@ from ..noise import Noise
 from ..outputs import Model, Outputs, frozen_eval, logits_of
 from ..progress import Progress, silent
 from ..queries import CountingModel, default_batch_size, device_of, exact_float32
-from ..threat import Threat
+from ..threat import Threat, column
 from .result import Bracket
 
 CHECKPOINT, CHECKPOINT_VERSION = "bracket checkpoint", 1
@@ -132,7 +132,8 @@ class _SmallestMargin:
         out: Outputs = self.model(x)
         worst = negative_margin(out.logits.detach(), self.y).to(self.worst.dtype)
         better = worst > self.worst  # NaN is never better
-        self.x_adv[better], self.worst[better] = x.detach()[better], worst[better]
+        self.x_adv = torch.where(column(better, x), x.detach(), self.x_adv)
+        self.worst = torch.where(better, worst, self.worst)
         return out
 
 

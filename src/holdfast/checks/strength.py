@@ -126,7 +126,7 @@ def decomposing_the_margin_breaks_no_survivor(probe: Probe) -> CheckCount | str:
     broken = torch.zeros_like(rows, dtype=torch.bool)
     logits = probe.logits(probe.x(rows)).scatter(1, probe.y(rows)[:, None], -torch.inf)
     for number, target in enumerate(logits.topk(min(9, logits.shape[1] - 1), dim=1).indices.unbind(1)):
-        left = ~broken
+        left = torch.nonzero(~broken)[:, 0]
         broken[left] = probe.attack("md", rows[left], SCORES["margin"], 40 + number, steps=10, target=target[left])
     k, n = int(broken.sum()), len(rows)
     return CheckCount(k, n, 0.02, f"margin decomposition towards every class breaks {k} of {n} survivors")

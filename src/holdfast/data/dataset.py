@@ -161,7 +161,7 @@ def augment(x: Tensor, rng: torch.Generator, *, pad: int, flip: bool) -> Tensor:
         return x
     n, c, h, w = x.shape
     down, right, mirror = (
-        torch.randint(high, (n, 1), generator=rng, device=rng.device).to(x.device)
+        torch.randint(high, (n, 1), generator=rng, device=rng.device).to(x.device, non_blocking=True)
         for high in (2 * pad + 1, 2 * pad + 1, 2 if flip else 1)
     )
     rows = down + torch.arange(h, device=x.device)

@@ -118,7 +118,8 @@ def verify_candidates(
     if task.grid and stage.passes(state.n_classes) >= LONG * stage.n_targets(state.n_classes):
         rounded = to_grid(x_adv, x, task.threat)
         left = (state.columns.broken_by[rows] == UNBROKEN) & (rounded != x_adv).flatten(1).any(1)
-        if bool(left.any()):
+        left = torch.nonzero(left)[:, 0]
+        if len(left):
             newly += _judge(task, state, number, rows[left], x[left], y[left], rounded[left])[1]
     return newly, outside
 
@@ -145,7 +146,8 @@ def _judge(
     columns.margin_adv[rows] = torch.where(better, margin, columns.margin_adv[rows])
     columns.prediction_adv[rows] = torch.where(better, prediction, columns.prediction_adv[rows])
     columns.broken_by[rows] = torch.where(newly, number, columns.broken_by[rows])
-    return broken, int(newly.sum()), int((~inside).sum())
+    n_newly, n_outside = torch.stack([newly.sum(), (~inside).sum()]).tolist()  # the host waits for the device once
+    return broken, n_newly, n_outside
 
 
 def result(task: Task, state: State, processes: Processes) -> Evaluation:

@@ -166,7 +166,7 @@ class State:
     def broken_by_stages(self, numbers: list[int]) -> Tensor:
         """(N,) bool: broken by one of these stages."""
         by = self.columns.broken_by
-        return torch.isin(by, torch.tensor(numbers).to(by))
+        return torch.isin(by, torch.tensor(numbers).to(by, non_blocking=True))
 
 
 def add_extra_stages(task: Task, state: State, count: int) -> None:

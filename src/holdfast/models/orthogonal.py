@@ -37,7 +37,8 @@ def cayley(free: Tensor) -> Tensor:
     with torch.autocast(free.device.type, enabled=False):  # half precision would not be orthogonal
         upper, lower = free[:columns], free[columns:]
         eye = torch.eye(columns, dtype=free.dtype, device=free.device)
-        twice = torch.linalg.solve(eye + upper - upper.T + lower.T @ lower, 2 * eye)  # 2 (I + S)^-1
+        inverse_of = eye + upper - upper.T + lower.T @ lower  # never singular: solve's check would wait for the device
+        twice = torch.linalg.solve_ex(inverse_of, 2 * eye).result  # 2 (I + S)^-1
         return torch.cat([twice - eye, -lower @ twice])  # (I + S)^-1 (I - S) = 2 (I + S)^-1 - I
 
 

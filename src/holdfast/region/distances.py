@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attacks import apgd, fmn
-from ..attacks.base import all_rows, predict
+from ..attacks.base import all_rows, predict, those
 from ..losses import negative_margin
 from ..noise import Noise
 from ..outputs import Model, fooled
@@ -182,7 +182,7 @@ def _attacked(
     base, labels = x[rows], y[rows]
     x_adv = apgd(model, base, labels, at, score=negative_margin, noise=noise[rows], steps=CHECK_STEPS)
     wrong = fooled(predict(model, x_adv).logits, labels)
-    rows, base, labels, x_adv = rows[wrong], base[wrong], labels[wrong], x_adv[wrong]
+    rows, base, labels, x_adv = those(wrong, rows, base, labels, x_adv)
     if len(rows) == 0:
         return nearest, size
     closest, distance = x_adv, at.size(x_adv - base)

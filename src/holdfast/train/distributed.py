@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import UserError
+from ..run_folder import check_device
 from .checkpoint import checkpointed_epochs
 
 # For a process that hangs; one that is killed closes its connections, which the others notice at once. It must exceed
@@ -24,8 +27,29 @@ _GROUP_ERRORS = ("gloo", "nccl", "connection", "broken pipe", "timed out", "proc
 
 
 def accelerator_on(device: str | None) -> Accelerator:
-    """Make the Accelerator of a device, or of the best there is; under torchrun its group has GROUP_TIMEOUT."""
-    return Accelerator(cpu=device == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)])
+    """Make the Accelerator of a device, or of the best there is; under torchrun its group has GROUP_TIMEOUT.
+
+    Accelerate keeps the device of the first one for good, and chooses among several GPUs itself: both are undone here,
+    so that a fit runs where it was told to. A device for which accelerate has no group of processes gets gloo.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ... or None. Under torchrun each process has the GPU of its own number.
+
+    Raises:
+        UserError: the device cannot be used.
+    """
+    if device is not None:
+        check_device(device)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    group = InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[group])
+    if accelerator.num_processes < int(os.environ.get("WORLD_SIZE", "1")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True, kwargs_handlers=[group])
+    where = accelerator.device if device is None else torch.device(device)
+    if accelerator.num_processes == 1 or where.type != accelerator.device.type:
+        accelerator.state.device = where
+    return accelerator
 
 
 @contextmanager

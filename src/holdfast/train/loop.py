@@ -151,7 +151,8 @@ class _TrainingState:
 
 
 def _set_up(model: nn.Module, config: FitConfig, accelerator: Accelerator) -> _TrainingState:
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions are faster this way
+    # The optimizer comes after the move, which may replace the parameters. Convolutions are faster in this format.
+    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(model, config)
     parallel_model = accelerator.prepare(model)
     model = accelerator.unwrap_model(parallel_model)
