@@ -208,6 +208,31 @@ def frozen_eval(model: Model) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def batch_norm_mode(model: Model, mode: str) -> Iterator[None]:
+    """With "train", batch norms use the statistics of the batch even in eval mode, and update nothing.
+
+    This holds for batch norms that are in train mode now; one that its owner froze stays frozen.
+
+    Args:
+        model: an nn.Module; any other callable is left as it is.
+        mode: "eval" or "train".
+    """
+    norms = [
+        module
+        for module in (model.modules() if mode == "train" and isinstance(model, nn.Module) else ())
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
+    saved = [(norm.running_mean, norm.running_var) for norm in norms]
+    try:
+        for norm in norms:
+            norm.running_mean = norm.running_var = None
+        yield
+    finally:
+        for norm, (mean, var) in zip(norms, saved, strict=True):
+            norm.running_mean, norm.running_var = mean, var
+
+
 def fooled(logits: Tensor, y: Tensor) -> Tensor:
     """Whether the model is fooled: argmax != y, and all logits are finite. NaN is never a success.
 

@@ -17,7 +17,7 @@ from ..attacks import ATTACKS, SCORES, cross_entropy, matched_score
 from ..errors import UserError, printable, type_of, unknown
 from ..losses import Loss
 from ..spec import accepts
-from ..user_input import flag, number, text, whole
+from ..user_input import flag, number, text, typed, whole
 
 N_NEAREST, N_RANDOM = 32, 32  # size of the spot check: survivors with the smallest margins, and random others
 # Which samples a stage attacks. A cascade spends its passes on the samples most likely to break; the spot check then
@@ -174,6 +174,7 @@ def resolve(suite: str | Sequence[Stage]) -> tuple[Stage, ...]:
     return stages
 
 
+@typed
 def with_pgd50(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """The stages as they are run: PGD50 first, and only once if the suite lists it too.
 
@@ -198,6 +199,7 @@ def on_grid_too(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return (*stages, *again)
 
 
+@typed
 def individual_names(stages: Sequence[Stage]) -> list[str]:
     """Names of the attacks with an accuracy of their own, in the suite's order; "pgd50" first unless it is listed.
 

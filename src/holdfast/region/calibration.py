@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import sce
+from ..user_input import typed
 
 
+@typed
 def reliability(logits: Tensor, y: Tensor, *, bins: int = 15) -> dict[str, Any]:
     """Expected calibration error, Brier score and negative log-likelihood, in float64.
 

@@ -11,6 +11,7 @@ from ..attacks.base import score_and_grad
 from ..losses import negative_margin
 from ..outputs import Model
 from ..threat import Threat
+from ..user_input import typed
 
 
 def input_margin(margin: Tensor, grad: Tensor, threat: Threat) -> Tensor:
@@ -54,6 +55,7 @@ def fraction_within(margin: Tensor, s: float) -> float:
     return float(((margin > 0) & (margin <= s)).double().mean()) if len(margin) else 0.0
 
 
+@typed
 def local_lipschitz(model: Model, x: Tensor, y: Tensor, threat: Threat, *, points: int = 6) -> Tensor:
     """A lower bound of the margin's Lipschitz constant in the threat's ball: the largest of a few gradient norms.
 

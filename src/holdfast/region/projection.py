@@ -13,6 +13,7 @@ from ..attacks.base import predict
 from ..models import Classifier
 from ..outputs import Model
 from ..queries import default_batch_size, logits_differ
+from ..user_input import typed
 from .feature_shift import class_centers
 from .samples import choose_samples, counted, features_of, json_number, to_float64
 
@@ -20,6 +21,7 @@ DIGITS = 4  # significant digits of the numbers in the JSON
 LogitsAt = Callable[[Tensor], Tensor]  # points of a space, (N, D), to logits, both float64 on the CPU
 
 
+@typed
 def projection(
     model: Model,
     x: Tensor,

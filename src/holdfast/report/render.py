@@ -35,6 +35,7 @@ from ..results import (
     rows,
     status_text,
 )
+from ..user_input import typed
 from .figures import (
     DEAD_ALL,
     DEAD_TRUE,
@@ -64,6 +65,7 @@ EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
 WHOLE, REGION_COLUMNS = 12, 5  # a name of that length stays on one line; columns of a table that a page has room for
 
 
+@typed
 def render(results_list: Results | str | Path | Sequence[Results | str | Path], path: str | Path) -> Path:
     """Write one self-contained HTML file. Results of the same data set are shown together.
 
@@ -109,6 +111,7 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
 TABLES = {"csv": csv, "tex": latex, "md": markdown}
 
 
+@typed
 def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[Path]:
     """Write each figure that the data allow as SVG (text stays text) and PNG, and the table as CSV, LaTeX and Markdown.
 
@@ -137,11 +140,13 @@ def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[
     return written
 
 
+@typed
 def identity(results: Results) -> str:
     """A key that is equal for results of the same data set: name, fingerprint and class names."""
     return repr([results.data.get(key) for key in ("name", "fingerprint", "classes")])
 
 
+@typed
 def merged(sources: Sequence[Results]) -> list[Results]:
     """One Results per data set; a run that is given twice counts once."""
     groups: dict[str, Results] = {}

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import UserError
+from ..run_folder import check_device
 from .checkpoint import checkpointed_epochs
 
 # For a process that hangs; one that is killed closes its connections, which the others notice at once. It must exceed
@@ -24,7 +25,13 @@ _GROUP_ERRORS = ("gloo", "nccl", "connection", "broken pipe", "timed out", "proc
 
 
 def accelerator_on(device: str | None) -> Accelerator:
-    """Make the Accelerator of a device, or of the best there is; under torchrun its group has GROUP_TIMEOUT."""
+    """Make the Accelerator of a device, or of the best there is; under torchrun its group has GROUP_TIMEOUT.
+
+    Raises:
+        UserError: the device cannot be used.
+    """
+    if device is not None:
+        check_device(device)
     return Accelerator(cpu=device == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)])
 
 

@@ -22,7 +22,7 @@ from ..noise import Noise
 from ..objectives import Schedule
 from ..outputs import Model, as_outputs, fooled, frozen_eval
 from ..threat import Threat, as_threat, check_eps
-from ..user_input import path
+from ..user_input import path, typed
 from .checkpoint import CHECKPOINT_FILE
 from .config import FitConfig
 from .fast_kernels import fast_input_gradients
@@ -31,6 +31,7 @@ ROBUST_VAL_IMAGES, ROBUST_VAL_STEPS = 1000, 10  # robust validation: the first s
 MAX_NAMED = 5  # how many samples an error names
 
 
+@typed
 def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
     """Measure the accuracy of a model in eval mode. A sample with a logit that is not finite counts as wrong.
 
@@ -54,6 +55,7 @@ def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
     return float(correct) / len(data)
 
 
+@typed
 def robust_accuracy(
     model: Model, data: Data, threat: Threat, *, seed: int = 0, steps: int = ROBUST_VAL_STEPS, batch_size: int = 250
 ) -> float:
