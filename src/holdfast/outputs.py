@@ -233,6 +233,25 @@ def batch_norm_mode(model: Model, mode: str) -> Iterator[None]:
             norm.running_mean, norm.running_var = mean, var
 
 
+def check_samples(x: Tensor, y: Tensor) -> None:
+    """Refuse what is no batch of images with a label each; no value is read, which would wait for the device.
+
+    Args:
+        x: (N, ...), floats or uint8.
+        y: (N,), integers.
+
+    Raises:
+        UserError: another rank, length or type.
+    """
+    if x.ndim < 2 or y.shape != x.shape[:1] or not (x.is_floating_point() or x.dtype == torch.uint8):
+        raise UserError(
+            f"x must be (N, ...) images, float or uint8, and y (N,) labels, got {tuple(x.shape)} {x.dtype} and "
+            f"{tuple(y.shape)}."
+        )
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise UserError(f"y must hold integers, got {y.dtype}.")
+
+
 def fooled(logits: Tensor, y: Tensor) -> Tensor:
     """Whether the model is fooled: argmax != y, and all logits are finite. NaN is never a success.
 

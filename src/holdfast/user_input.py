@@ -27,6 +27,7 @@ LONGEST_TEXT = 10_000  # characters of one argument: a list of several hundred l
 LONGEST_NUMBER = 60  # characters
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes, as on Linux
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
+LARGEST = 2**63 - 1  # in size, of any whole number: what torch can hold
 MOST = 2**53  # the largest whole number: up to here float64 and JSON hold every one
 
 
@@ -333,13 +334,15 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin.__name__ == "Callable":
         return callable(value) and not isinstance(value, type)
     if origin in (int, float):
-        return isinstance(value, numbers.Integral if origin is int else numbers.Real) and not isinstance(value, bool)
+        whole = isinstance(value, numbers.Integral)
+        real = whole if origin is int else isinstance(value, numbers.Real)
+        return real and not isinstance(value, bool) and not (whole and abs(value) > LARGEST)
     if origin is Path:
         return isinstance(value, (str, os.PathLike))
     if origin in (list, tuple, Sequence, Iterable):
         listed = isinstance(value, (list, tuple))
         plural = hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping, type))
-        if not plural or (origin in (list, tuple) and not listed) or getattr(value, "ndim", 1) == 0:
+        if not plural or (origin in (list, tuple) and not listed) or getattr(value, "ndim", 1) != 1:
             return False
         if not listed or not inner:
             return True

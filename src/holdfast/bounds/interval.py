@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..outputs import check_samples
 from ..threat import Threat
 from ..user_input import typed
 from .chain import ROWS, chain_of, in_float64
@@ -109,6 +110,7 @@ def worst_logit_difference(model: nn.Module, x: Tensor, y: Tensor, threat: Threa
     >>> print(f"{bound.item():.4f}")
     -0.4000
     """
+    check_samples(x, y)
     model, x, y = in_float64(model, x, y)
     forgiven = replace(threat, eps=threat.farthest(math.prod(x.shape[1:])))
     worst = []

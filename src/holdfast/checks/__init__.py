@@ -230,6 +230,11 @@ def audit(
     data, trained_with = as_data(data), as_loss(trained_with)
     seed, size, progress = any_seed(seed), whole("size", size, 1), as_progress(progress)
     of_type("transfer_source", transfer_source, Tensor | None)
+    if transfer_source is not None and transfer_source.shape != data.x.shape:
+        raise UserError(
+            f"transfer_source must be images of the same samples, {tuple(data.x.shape)}, got "
+            f"{tuple(transfer_source.shape)}."
+        )
     if len(data) != len(evaluation.y) or not torch.equal(data.index.cpu(), evaluation.index):
         raise UserError("the evaluation is of other samples: audit the samples that were evaluated, in the same order.")
     began = time.perf_counter()

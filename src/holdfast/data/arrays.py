@@ -164,6 +164,8 @@ def check_source(
             train and test differ in shape or dtype.
     """
     classes = given_names(classes, what)
+    for name, pair in (("the training data", train), ("test", test)):
+        of_type(name, pair, tuple[Any, Any] | None)
     data = check_arrays(*train, classes=classes, what=f"{what} (train)" if test else what)
     classes = class_names(data.y, classes, what)
     test_data = None if test is None else check_arrays(*test, classes=classes, what=f"{what} (test)")

@@ -329,6 +329,7 @@ def evaluate_model(
         subject.cut,
         result,
         name=None if subject.folder else subject.name,
+        notes=tuple(getattr(subject.model, "notes", ())),
     )
     return collect([network], out, subject.data, settings, command)
 

@@ -159,8 +159,9 @@ def evaluate_network(
     if cache is not None and not key:
         key = f"{_data_hash(data)} {run_folder.weights_hash(model)}"
     whole = result_key(threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget)
-    if cache is not None and not _in_process_group():  # in a group, all processes must attack or none
-        finished = load_result(cache / RESULT_FILE, cache / EVALUATION_FILE, whole)
+    if cache is not None:
+        alone = not _in_process_group()  # in a group, all processes must attack or none
+        finished = load_result(cache / RESULT_FILE, cache / EVALUATION_FILE, whole) if alone else None
         if finished is not None:
             check_answers(model, data, finished[0], cache, batch_size)
             return NetworkResult(*finished)

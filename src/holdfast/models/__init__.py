@@ -94,6 +94,8 @@ def default_model(shape: Sequence[int], device: str = "cuda") -> str:
     >>> default_model((3, 64, 64), "cpu")
     'convnet'
     """
+    if len(shape) != 3:
+        raise UserError(f"shape must be (channels, height, width) of the images, got {tuple(shape)}.")
     side = min(shape[1:])
     if side < 4:
         return "mlp"

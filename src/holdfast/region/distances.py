@@ -13,7 +13,7 @@ from ..attacks import apgd, fmn
 from ..attacks.base import all_rows, predict
 from ..losses import negative_margin
 from ..noise import Noise
-from ..outputs import Model, fooled
+from ..outputs import Model, check_samples, fooled
 from ..progress import Progress, as_progress
 from ..queries import CountingModel
 from ..threat import Threat, column
@@ -85,6 +85,7 @@ def smallest_perturbation(
     >>> print(f"{float(size):.3f}")
     0.300
     """
+    check_samples(x, y)
     whole_box = replace(threat, eps=_box_size(x, threat))
     by_fmn = fmn(model, x, y, whole_box, score=negative_margin, noise=Noise(0, all_rows(y)), steps=steps)
     # FMN may end exactly on the boundary, where the point does not fool; 0.1% further out it does.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..attacks.base import score_and_grad
 from ..losses import negative_margin
-from ..outputs import Model
+from ..outputs import Model, check_samples
 from ..threat import Threat
 from ..user_input import typed
 
@@ -81,6 +81,7 @@ def local_lipschitz(model: Model, x: Tensor, y: Tensor, threat: Threat, *, point
     >>> local_lipschitz(model, torch.tensor([[0.8]]), torch.tensor([0]), Threat("linf", 0.1))
     tensor([4.])
     """
+    check_samples(x, y)
     point, largest = x, torch.zeros(len(x), dtype=x.dtype, device=x.device)
     for _ in range(points):
         _, _, grad = score_and_grad(model, point, negative_margin, y)

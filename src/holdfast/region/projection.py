@@ -13,7 +13,7 @@ from ..attacks.base import predict
 from ..models import Classifier
 from ..outputs import Model
 from ..queries import default_batch_size, logits_differ
-from ..user_input import typed
+from ..user_input import typed, whole
 from .feature_shift import class_centers
 from .samples import choose_samples, counted, features_of, json_number, to_float64
 
@@ -73,8 +73,9 @@ def projection(
     Raises:
         UserError: for no samples, or columns of different length.
     """
+    whole("grid", grid, 2)
     samples = choose_samples(model, x, y, x_adv, index, limit, seed)
-    batch_size = batch_size or default_batch_size(samples.x)
+    batch_size = default_batch_size(samples.x) if batch_size is None else whole("batch_size", batch_size, 1)
     with counted(model) as counting, torch.no_grad():
         outputs, outputs_adv = (
             [predict(counting, batch) for batch in images.split(batch_size)] for images in (samples.x, samples.x_adv)

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..io import write_atomic
 from ..results import (
     CheckResult,
@@ -62,6 +62,7 @@ from .summary import (
 )
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
+ASSUMED = 20  # sentences on data and network that a page shows
 WHOLE, REGION_COLUMNS = 12, 5  # a name of that length stays on one line; columns of a table that a page has room for
 
 
@@ -154,7 +155,9 @@ def merged(sources: Sequence[Results]) -> list[Results]:
         key = identity(r)
         have = groups.get(key)
         new = r.runs if have is None else (*have.runs, *(run for run in r.runs if run not in have.runs))
-        groups[key] = dataclasses.replace(have or r, runs=new)
+        notes = [one for part in (have, r) if part for one in part.data.get("notes") or ()]
+        data = {**(have or r).data, **({"notes": list(dict.fromkeys(map(str, notes)))} if notes else {})}
+        groups[key] = dataclasses.replace(have or r, runs=new, data=data)
     return list(groups.values())
 
 
@@ -166,6 +169,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
     return {
         "title": str(results.data.get("name", "not recorded")),
         "facts": _facts(results, shown),
+        "assumed": _assumed(results),
         "finding": finding(results),
         "rows": shown,
         "notes": caption_notes(shown),
@@ -241,6 +245,14 @@ def _facts(results: Results, shown: Sequence[Row]) -> list[tuple[str, str]]:
         ("cost of the evaluation", _cost(results)),
     ]
     return [(k, v) for k, v in facts if v]
+
+
+def _assumed(results: Results) -> list[str]:
+    """What was assumed, converted or skipped when data and network were read; the last line counts those left out."""
+    notes = results.data.get("notes")
+    notes = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+    more = [f"and {len(notes) - ASSUMED:,} more, in results.json"] if len(notes) > ASSUMED else []
+    return [printable(note) for note in notes[:ASSUMED]] + more
 
 
 def _eps_notes(results: Results) -> list[tuple[str, str]]:

@@ -61,7 +61,9 @@ class FitConfig:
         flag("flip", self.flip)
         for name in ("lr", "weight_decay", "momentum", "ema"):
             number(name, getattr(self, name), 0, above=name == "lr")
-        if self.checkpoint_seconds != math.inf:  # never before the end
+        if not (
+            isinstance(self.checkpoint_seconds, float) and self.checkpoint_seconds == math.inf
+        ):  # never before the end
             number("checkpoint_seconds", self.checkpoint_seconds, 0)
         for name in ("optimizer", "schedule", "precision", "checkpoint"):
             text(name, getattr(self, name))

@@ -22,7 +22,7 @@ from ..noise import Noise
 from ..objectives import Schedule
 from ..outputs import Model, as_outputs, fooled, frozen_eval
 from ..threat import Threat, as_threat, check_eps
-from ..user_input import path, typed
+from ..user_input import path, typed, whole
 from .checkpoint import CHECKPOINT_FILE
 from .config import FitConfig
 from .fast_kernels import fast_input_gradients
@@ -47,6 +47,7 @@ def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
     >>> accuracy(lambda x: torch.tensor([[1.0, 0.0]]).expand(len(x), 2), data)
     0.5
     """
+    whole("batch_size", batch_size, 1)
     correct = torch.zeros((), dtype=torch.int64, device=data.y.device)
     with frozen_eval(model), torch.no_grad():
         for x, y in zip(data.x.split(batch_size), data.y.split(batch_size), strict=True):
@@ -80,6 +81,7 @@ def robust_accuracy(
     >>> robust_accuracy(model, data, Threat("linf", 0.04)), robust_accuracy(model, data, Threat("linf", 0.2))
     (0.5, 0.0)
     """
+    whole("batch_size", batch_size, 1)
     correct, noise = torch.zeros((), dtype=torch.int64, device=data.y.device), Noise(seed, data.index)
     for start in range(0, len(data), batch_size):
         rows = slice(start, start + batch_size)
