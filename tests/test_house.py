@@ -34,11 +34,11 @@ LAYERS = (
 )
 # What a room may know, where its layer alone would allow more.
 KNOWS = {
-    "report": {"results", "errors", "io"},
+    "report": {"results", "errors", "io", "user_input"},
     "results": {"errors", "io", "user_input"},
     "io": {"errors", "user_input"},
-    "attacks": {"losses", "threat", "noise", "outputs", "errors"},
-    "bounds": {"models", "importers", "threat", "outputs", "errors", "io"},
+    "attacks": {"losses", "threat", "noise", "outputs", "errors", "user_input"},
+    "bounds": {"models", "importers", "threat", "outputs", "errors", "io", "user_input"},
 }
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FORBIDDEN = {

@@ -22,10 +22,11 @@ from .attacks import Model, pgd
 from .bounds import box_of, logit_difference_bounds
 from .errors import UserError, at_least
 from .information.sources import Source, SourceContext, check_fraction, ramp_fraction
-from .losses import Loss, isce, score_of
+from .losses import Loss, isce, required_loss, score_of
 from .noise import Noise
-from .outputs import as_outputs, frozen_eval, logits_of
-from .threat import Threat
+from .outputs import as_outputs, batch_norm_mode, frozen_eval, logits_of
+from .threat import Threat, as_threat
+from .user_input import typed
 
 
 def _no_weight_context(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
@@ -71,11 +72,12 @@ def _outer_loss(loss: Loss, s: Source | None) -> OuterLoss:
     return outer_loss
 
 
-def standard(loss: Loss, *, s: Source | None = None) -> Schedule:
+@typed
+def standard(loss: Loss | str, *, s: Source | None = None) -> Schedule:
     """Standard training: the loss on clean images.
 
     Args:
-        loss: (out, y) -> (N,).
+        loss: (out, y) -> (N,), or its name, such as "isce:s=3".
         s: a source of I-SCE's s, used instead of the loss's own number.
 
     Returns:
@@ -86,7 +88,7 @@ def standard(loss: Loss, *, s: Source | None = None) -> Schedule:
     """
     if s is not None and s.needs_attack:
         raise UserError("this s is measured by an attack, and objective 'standard' has none: take 'adversarial'.")
-    outer_loss = _outer_loss(loss, s)
+    outer_loss = _outer_loss(required_loss(loss), s)
 
     def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
         return x
@@ -97,14 +99,15 @@ def standard(loss: Loss, *, s: Source | None = None) -> Schedule:
     return schedule
 
 
+@typed
 def adversarial(
-    loss: Loss,
-    threat: Threat,
+    loss: Loss | str,
+    threat: Threat | str,
     *,
     s: Source | None = None,
     steps: int = 10,
     step_size: float | None = None,
-    score: Loss | None = None,
+    score: Loss | str | None = None,
     ramp: float = 0.0,
     factor: float = 1.0,
     batch_norm: str = "eval",
@@ -113,8 +116,8 @@ def adversarial(
     """Adversarial training (Madry et al. 2018): the loss at the last iterate of PGD with one random start.
 
     Args:
-        loss: the outer loss, (out, y) -> (N,).
-        threat: the threat of the inner attack.
+        loss: the outer loss, (out, y) -> (N,), or its name.
+        threat: the threat of the inner attack, or its text, such as "linf:8/255".
         s: a source of I-SCE's s.
         steps: steps of PGD, >= 1.
         step_size: of PGD, in pixels; default 2.5 eps / steps.
@@ -133,10 +136,10 @@ def adversarial(
     Raises:
         UserError: for a setting out of range, and for a loss without a known score where none is given.
     """
-    score_fn = score_of(loss) if score is None else score
-    attack = _InnerAttack(threat, steps, step_size, ramp, factor, batch_norm)
+    score_fn = required_loss(score) if score is not None else score_of(required_loss(loss))
+    attack = _InnerAttack(as_threat(threat), steps, step_size, ramp, factor, batch_norm)
     at_least("awp", awp)
-    outer_loss = _outer_loss(loss, s)
+    outer_loss = _outer_loss(required_loss(loss), s)
 
     def schedule(progress: float) -> Objective:
         return _with_awp(partial(attack, progress, score=score_fn), partial(_at_x_adv, outer_loss, progress), awp)
@@ -144,14 +147,15 @@ def adversarial(
     return schedule
 
 
+@typed
 def fast(
-    loss: Loss,
-    threat: Threat,
+    loss: Loss | str,
+    threat: Threat | str,
     *,
     s: Source | None = None,
     start: float = 2.0,
     step: float = 1.0,
-    score: Loss | None = None,
+    score: Loss | str | None = None,
     ramp: float = 0.0,
     batch_norm: str = "eval",
     awp: float = 0.0,
@@ -178,15 +182,16 @@ def fast(
     """
     at_least("start", start)
     at_least("step", step, above=True)
-    score_fn = score_of(loss) if score is None else score
+    score_fn = required_loss(score) if score is not None else score_of(required_loss(loss))
     # PGD's ball lies around the random start here and is as wide as the step, so only the box limits the step.
-    attack = _InnerAttack(threat, 1, threat.eps, ramp, step, batch_norm, random_start=False)
+    ball = as_threat(threat)
+    attack = _InnerAttack(ball, 1, ball.eps, ramp, step, batch_norm, random_start=False)
     at_least("awp", awp)
-    outer_loss = _outer_loss(loss, s)
+    outer_loss = _outer_loss(required_loss(loss), s)
 
     def schedule(progress: float) -> Objective:
-        start_eps = start * ramp_fraction(progress, ramp, MIN_EPS_FRACTION) * threat.eps
-        start_threat = replace(threat, eps=start_eps) if start else None
+        start_eps = start * ramp_fraction(progress, ramp, MIN_EPS_FRACTION) * ball.eps
+        start_threat = replace(ball, eps=start_eps) if start else None
 
         def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
             x_start = x if start_threat is None else start_threat.random_start(x, noise)
@@ -197,9 +202,10 @@ def fast(
     return schedule
 
 
+@typed
 def trades(
-    loss: Loss,
-    threat: Threat,
+    loss: Loss | str,
+    threat: Threat | str,
     *,
     s: Source | None = None,
     beta: float = 6.0,
@@ -224,13 +230,13 @@ def trades(
         UserError: for a setting out of range.
     """
     at_least("beta", beta)
-    attack = _InnerAttack(threat, steps, step_size, ramp, 1.0, batch_norm)
+    attack = _InnerAttack(as_threat(threat), steps, step_size, ramp, 1.0, batch_norm)
     at_least("awp", awp)
-    outer_loss = _outer_loss(loss, s)
+    outer_loss = _outer_loss(required_loss(loss), s)
 
     def schedule(progress: float) -> Objective:
         def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-            with _batch_norm(model, batch_norm), frozen_eval(model), torch.no_grad():
+            with batch_norm_mode(model, batch_norm), frozen_eval(model), torch.no_grad():
                 z = _logits(model(x))
             return attack(progress, model, x, y, noise, score=lambda out, y: divergence(z, _logits(out)))
 
@@ -243,15 +249,16 @@ def trades(
     return schedule
 
 
+@typed
 def mart(
-    loss: Loss,
-    threat: Threat,
+    loss: Loss | str,
+    threat: Threat | str,
     *,
     s: Source | None = None,
     weight: float = 5.0,
     steps: int = 10,
     step_size: float | None = None,
-    score: Loss | None = None,
+    score: Loss | str | None = None,
     ramp: float = 0.0,
     batch_norm: str = "eval",
     awp: float = 0.0,
@@ -279,10 +286,10 @@ def mart(
             "objective 'mart' computes its loss at x_adv, but an s from an attack needs the loss at x: "
             "take 'adversarial' or 'trades'."
         )
-    score_fn = score_of(loss) if score is None else score
-    attack = _InnerAttack(threat, steps, step_size, ramp, 1.0, batch_norm)
+    score_fn = required_loss(score) if score is not None else score_of(required_loss(loss))
+    attack = _InnerAttack(as_threat(threat), steps, step_size, ramp, 1.0, batch_norm)
     at_least("awp", awp)
-    outer_loss = _outer_loss(loss, s)
+    outer_loss = _outer_loss(required_loss(loss), s)
 
     def schedule(progress: float) -> Objective:
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
@@ -295,7 +302,10 @@ def mart(
     return schedule
 
 
-def interval(loss: Loss, threat: Threat, *, kappa: float = 0.5, ramp: float = 0.55, factor: float = 1.0) -> Schedule:
+@typed
+def interval(
+    loss: Loss | str, threat: Threat | str, *, kappa: float = 0.5, ramp: float = 0.55, factor: float = 1.0
+) -> Schedule:
     """Interval-bound training (Gowal et al. 2019): the loss of the worst case by interval bounds; no attack.
 
         (1 - k) loss(bounds of the logit differences over the threat) + k loss(x)
@@ -319,16 +329,17 @@ def interval(loss: Loss, threat: Threat, *, kappa: float = 0.5, ramp: float = 0.
     check_fraction("ramp, over which eps increases,", ramp)
     check_fraction("kappa, the weight of the clean loss,", kappa)
     at_least("factor", factor, above=True)
+    ball, loss_fn = as_threat(threat), required_loss(loss)
 
     def schedule(progress: float) -> Objective:
         fraction = ramp_fraction(progress, ramp)
-        current, k = replace(threat, eps=fraction * factor * threat.eps), 1 - fraction * (1 - kappa)
+        current, k = replace(ball, eps=fraction * factor * ball.eps), 1 - fraction * (1 - kappa)
 
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-            clean = loss(model(x), y)
+            clean = loss_fn(model(x), y)
             network: Any = getattr(model, "module", model)  # without the wrapper of distributed training
             worst = logit_difference_bounds(network, *box_of(x, current), y)
-            return k * clean + (1 - k) * loss(worst, y)
+            return k * clean + (1 - k) * loss_fn(worst, y)
 
         return Objective(lambda model, x, y, noise: x, outer)
 
@@ -402,7 +413,7 @@ class _InnerAttack:
 
     def __call__(self, progress: float, model: Model, x: Tensor, y: Tensor, noise: Noise, *, score: Loss) -> Tensor:
         fraction = self.factor * ramp_fraction(progress, self.ramp, MIN_EPS_FRACTION)
-        with _batch_norm(model, self.batch_norm):
+        with batch_norm_mode(model, self.batch_norm):
             return pgd(
                 model,
                 x,
@@ -464,27 +475,6 @@ def _perturbed_weights(model: Model, loss: Callable[[], Tensor], gamma: float) -
         with torch.no_grad():
             for w, before in zip(weights, saved, strict=True):
                 w.copy_(before)
-
-
-@contextmanager
-def _batch_norm(model: Model, mode: str) -> Iterator[None]:
-    """With "train", batch norms use the statistics of the batch even in eval mode, and update nothing.
-
-    This holds for batch norms that are in train mode now; one that its owner froze stays frozen.
-    """
-    norms = [
-        module
-        for module in (model.modules() if mode == "train" and isinstance(model, nn.Module) else ())
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-    ]
-    saved = [(norm.running_mean, norm.running_var) for norm in norms]
-    try:
-        for norm in norms:
-            norm.running_mean = norm.running_var = None
-        yield
-    finally:
-        for norm, (mean, var) in zip(norms, saved, strict=True):
-            norm.running_mean, norm.running_var = mean, var
 
 
 OBJECTIVES: dict[str, Callable[..., Schedule]] = {

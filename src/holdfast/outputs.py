@@ -208,6 +208,50 @@ def frozen_eval(model: Model) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def batch_norm_mode(model: Model, mode: str) -> Iterator[None]:
+    """With "train", batch norms use the statistics of the batch even in eval mode, and update nothing.
+
+    This holds for batch norms that are in train mode now; one that its owner froze stays frozen.
+
+    Args:
+        model: an nn.Module; any other callable is left as it is.
+        mode: "eval" or "train".
+    """
+    norms = [
+        module
+        for module in (model.modules() if mode == "train" and isinstance(model, nn.Module) else ())
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
+    saved = [(norm.running_mean, norm.running_var) for norm in norms]
+    try:
+        for norm in norms:
+            norm.running_mean = norm.running_var = None
+        yield
+    finally:
+        for norm, (mean, var) in zip(norms, saved, strict=True):
+            norm.running_mean, norm.running_var = mean, var
+
+
+def check_samples(x: Tensor, y: Tensor) -> None:
+    """Refuse what is no batch of images with a label each; no value is read, which would wait for the device.
+
+    Args:
+        x: (N, ...), floats or uint8.
+        y: (N,), integers.
+
+    Raises:
+        UserError: another rank, length or type.
+    """
+    if x.ndim < 2 or y.shape != x.shape[:1] or not (x.is_floating_point() or x.dtype == torch.uint8):
+        raise UserError(
+            f"x must be (N, ...) images, float or uint8, and y (N,) labels, got {tuple(x.shape)} {x.dtype} and "
+            f"{tuple(y.shape)}."
+        )
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise UserError(f"y must hold integers, got {y.dtype}.")
+
+
 def fooled(logits: Tensor, y: Tensor) -> Tensor:
     """Whether the model is fooled: argmax != y, and all logits are finite. NaN is never a success.
 

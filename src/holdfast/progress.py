@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+from .errors import UserError, type_of
 
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 JobProgress = Callable[[str, str, int, int], None]  # the same of one job among several, its name first
@@ -12,9 +15,27 @@ NETWORK_DONE = "network done"  # a job's last report: the units are then network
 EXPECTED = "expected: "  # in what is being done: how long it will take in all; a log shows it at once
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """Report nothing."""
+def silent(*report: Any) -> None:
+    """Report nothing, of one job or of several."""
 
 
-def silent_job(job: str, what: str, done: int, total: int) -> None:
-    """Report nothing of any job."""
+def as_progress(progress: Any) -> Callable[..., None]:
+    """The callback that an argument is; None is silent.
+
+    Args:
+        progress: what a caller gave.
+
+    Returns:
+        The callback.
+
+    Raises:
+        UserError: it cannot be called.
+
+    >>> as_progress(None) is silent
+    True
+    """
+    if progress is None:
+        return silent
+    if not callable(progress) or isinstance(progress, type):
+        raise UserError(f"progress must be a function that is told what is done, or None, got {type_of(progress)}.")
+    return progress

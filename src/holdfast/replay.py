@@ -23,6 +23,7 @@ from .outputs import frozen_eval
 from .queries import CountingModel, exact_float32, is_misclassified, majority_vote
 from .results import Run
 from .threat import Threat
+from .user_input import typed
 
 WITNESSES, WITNESSES_VERSION = "witnesses", 1
 VERDICTS = "verdicts, trust checks, the inference region, pictures, costs"  # they need attacks
@@ -90,6 +91,7 @@ class _Recount(NamedTuple):
     failed: int
 
 
+@typed
 def replay(folder: str | Path, *, device: str = "cpu", batch_size: int = 1024, run_code: bool = False) -> list[Replay]:
     """Recount the runs of a results file: classify clean images and adversarial examples again, and certify again.
 

@@ -21,6 +21,7 @@ from .errors import UserError
 from .importers.model_file import ModelSource, code_hash, open_model
 from .importers.python_code import split_reference
 from .io import RESTORE, inside, load_tensors, read_json, understood, write_atomic
+from .user_input import typed
 
 MODEL_FILE = "model_file"  # the key of config.json that holds the ModelSource of a user's own model
 PATHS = "paths"  # the key of config.json for where data and code were found: no part of what the run is
@@ -28,15 +29,17 @@ LATER = "resumed_in"  # the key of env.json for the environments that the run wa
 MOST_PIXELS = 2**24  # values of an image that config.json may ask for
 
 
+@typed
 def check_device(device: str) -> None:
     """Raise UserError unless a tensor can be made on this device."""
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).cpu()  # a device without values, such as meta, fails here
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the device '{device}' cannot be used here: {reason} Try --device cpu.") from None
 
 
+@typed
 def folder_name(loss: str, seed: int, fold: int) -> str:
     """The folder of one network, in characters that every file system accepts.
 
@@ -47,6 +50,7 @@ def folder_name(loss: str, seed: int, fold: int) -> str:
     return f"{plain}-seed{seed}-fold{fold}"
 
 
+@typed
 def reserve(out: str | Path, config: dict[str, Any], *, write: bool = True) -> None:
     """Make ``out`` the folder of this configuration, or refuse it if it belongs to another one.
 
@@ -80,6 +84,7 @@ def reserve(out: str | Path, config: dict[str, Any], *, write: bool = True) -> N
         _note_environment(out / "env.json")
 
 
+@typed
 def note_paths(out: str | Path, paths: dict[str, str]) -> None:
     """Note in config.json where data and code were found this time, if that has changed."""
     out = Path(out)
@@ -88,6 +93,7 @@ def note_paths(out: str | Path, paths: dict[str, str]) -> None:
         write_atomic(out / "config.json", json.dumps({**there, PATHS: paths}, indent=1))
 
 
+@typed
 def environments(folder: str | Path) -> list[dict[str, Any]]:
     """The environments that a folder was worked on in, the first one first, as env.json holds them.
 
@@ -158,6 +164,7 @@ class RunConfig(TypedDict, total=False):
     logit_scale: float
 
 
+@typed
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The configuration of a run folder, checked.
 
@@ -172,6 +179,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+@typed
 def load(folder: str | Path, *, device: str = "cpu", run_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The network in a run folder, and its configuration.
 
@@ -268,6 +276,7 @@ def _allow_code(config: Path, reference: str, run_code: bool) -> None:
     print(f"executing {file}, which {config} names", file=sys.stderr)
 
 
+@typed
 def data_of(folder: str | Path, config: dict[str, Any]) -> str:
     """The name or path of the data that a run folder names.
 
@@ -331,6 +340,7 @@ def data_hash(split: Split) -> str:
     return mark.hexdigest()
 
 
+@typed
 def copy_network(folder: str | Path, to: str | Path) -> Path:
     """Copy what ``load`` needs to another folder, so that what refers to the network can be moved with it.
 
@@ -355,11 +365,13 @@ def copy_network(folder: str | Path, to: str | Path) -> Path:
     return to
 
 
+@typed
 def weights_hash(model: nn.Module) -> str:
     """A short hash of all weights, buffers and the logit scale: it says which network a cached file belongs to."""
     return _hash(model.state_dict(), getattr(model, "logit_scale", 1.0))
 
 
+@typed
 def stored_weights_hash(folder: str | Path) -> str:
     """``weights_hash`` of the network in a finished run folder, read from its files: no model is built.
 

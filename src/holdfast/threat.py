@@ -50,7 +50,7 @@ class Threat:
     hi: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
+        if not isinstance(self.norm, str) or self.norm not in NORMS:
             raise unknown("norm", str(self.norm), NORMS)
         object.__setattr__(self, "eps", number("eps", self.eps, 0, above=True))
         object.__setattr__(self, "lo", number("lo, an edge of the box of pixels,", self.lo))

@@ -6,20 +6,28 @@ Nothing is converted that could mean something else: ``True`` is no number, ``"0
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import numbers
 import os
 import re
 import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, is_typeddict
 
 from .errors import UserError, plain, printable, type_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LONGEST_TEXT = 10_000  # characters of one argument: a list of several hundred losses
 LONGEST_NUMBER = 60  # characters
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes, as on Linux
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
+LARGEST = 2**63 - 1  # in size, of any whole number: what torch can hold
 MOST = 2**53  # the largest whole number: up to here float64 and JSON hold every one
 
 
@@ -211,3 +219,162 @@ def path(name: str, value: Any) -> Path:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UserError(f"{name} '{written}' is a device, a pipe or a socket: name a file or a folder.")
     return found
+
+
+def typed(function: Callable[P, R]) -> Callable[P, R]:
+    """A public function that checks the type of every argument against its annotation before it does anything.
+
+    Ranges and meanings are the function's own matter. What is annotated as text or Path is a path, as ``path`` checks
+    it.
+
+    Args:
+        function: any function with annotated arguments.
+
+    Returns:
+        The same function; it raises UserError for an argument of another type.
+
+    >>> @typed
+    ... def repeat(text: str, times: int = 2) -> str: return text * times
+    >>> repeat("ab", "3")
+    Traceback (most recent call last):
+    holdfast.errors.UserError: times must be a whole number, got '3'.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_call(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
+
+
+def check_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Refuse a call with an argument of another type than the function's annotation says, as ``typed`` does.
+
+    Args:
+        function: what is to be called.
+        args: its arguments.
+        kwargs: its named arguments.
+
+    Raises:
+        UserError: an argument is of another type.
+    """
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError:
+        return  # Python itself says which arguments are missing or too many
+    kinds = _kinds(function)
+    for name, value in given.items():
+        if name in kinds:
+            of_type(name, value, kinds[name])
+
+
+@functools.lru_cache(maxsize=1000)
+def _kinds(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a function's arguments; not of those that ``*`` and ``**`` collect."""
+    return {
+        name: _kind(parameter.annotation, inspect.unwrap(function).__globals__)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+
+
+def check_fields(made: Any) -> None:
+    """Check the fields of a dataclass as ``typed`` checks arguments: for ``__post_init__``. Raises UserError."""
+    for name, annotation in type(made).__annotations__.items():
+        of_type(name, getattr(made, name), _kind(annotation, type(made).__init__.__globals__))
+
+
+def of_type(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value of another type.
+
+    Args:
+        name: the argument's name, for the error.
+        value: what arrived.
+        kind: the type; Any accepts everything, ``str | Path`` is a path, a float may be whole.
+
+    Raises:
+        UserError: the value is of another type, or no path where one is due.
+
+    >>> of_type("seed", True, int)
+    Traceback (most recent call last):
+    holdfast.errors.UserError: seed must be a whole number, got True.
+    """
+    if not _fits(value, kind):
+        short = isinstance(value, (str, bytes, int, float, NoneType, list, tuple)) and len(repr(value)) < 80
+        shown = repr(value) if short else type_of(value)
+        raise UserError(f"{name} must be {' or '.join(dict.fromkeys(_words(kind)))}, got {shown}.")
+    if Path in _alternatives(kind) and isinstance(value, (str, os.PathLike)):
+        path(name, value)
+
+
+def _kind(annotation: Any, names: dict[str, Any]) -> Any:
+    """An annotation as a type; Any where its module cannot name it at run time."""
+    if not isinstance(annotation, str):
+        return Any if annotation is inspect.Parameter.empty else annotation
+    try:
+        return eval(annotation, names)
+    except NameError:
+        return Any
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type."""
+    if len(_alternatives(kind)) > 1:
+        return any(_fits(value, one) for one in _alternatives(kind))
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if kind is None or not isinstance(origin, type) or is_typeddict(kind):
+        return kind is not None or value is None
+    if origin in (Any, object):
+        return True
+    if origin.__name__ == "Callable":
+        return callable(value) and not isinstance(value, type)
+    if origin in (int, float):
+        whole = isinstance(value, numbers.Integral)
+        real = whole if origin is int else isinstance(value, numbers.Real)
+        return real and not isinstance(value, bool) and not (whole and abs(value) > LARGEST)
+    if origin is Path:
+        return isinstance(value, (str, os.PathLike))
+    if origin in (list, tuple, Sequence, Iterable):
+        listed = isinstance(value, (list, tuple))
+        plural = hasattr(value, "__iter__") and not isinstance(value, (str, bytes, Mapping, type))
+        if not plural or (origin in (list, tuple) and not listed) or getattr(value, "ndim", 1) != 1:
+            return False
+        if not listed or not inner:
+            return True
+        if origin is tuple and inner[-1] is not ...:
+            return len(value) == len(inner) and all(map(_fits, value, inner))
+        return all(_fits(one, inner[0]) for one in value)
+    return isinstance(value, origin)
+
+
+def _words(kind: Any) -> list[str]:
+    """What a type is called in an error, one entry for each alternative."""
+    every = _alternatives(kind)
+    if Path in every:
+        return ["a path", *(word for one in every if one not in (str, Path, os.PathLike) for word in _words(one))]
+    if len(every) > 1:
+        return [word for one in every for word in _words(one)]
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin in _PLURAL:
+        return [_SINGULAR[origin]]
+    if origin in _SEVERAL:
+        count = f"{len(inner)} " if origin is tuple and ... not in inner else ""
+        return [f"{_SEVERAL[origin]} of {count}{_PLURAL.get(inner[0], 'values')}" if inner else _SEVERAL[origin]]
+    if getattr(origin, "__name__", "") == "Callable":
+        return ["a function"]
+    name = "None" if kind in (None, NoneType) else _with_article(getattr(origin, "__name__", str(origin)))
+    return ["a tensor" if name == "a Tensor" else name]
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0].lower() in 'aeio' else 'a'} {name}"
+
+
+_SINGULAR = {str: "a text", int: "a whole number", float: "a number", bool: "True or False"}
+_PLURAL = {str: "texts", int: "whole numbers", float: "numbers", bool: "True or False"}
+_SEVERAL = {Sequence: "a list", list: "a list", Iterable: "a list", tuple: "a tuple"}

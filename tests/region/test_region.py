@@ -597,7 +597,9 @@ def keys_of(result, path=""):
 def test_samples_that_do_not_fit_are_refused(linear):
     model, x, y, x_adv, threat = linear
     for bad in ((x[:0], y[:0], x_adv[:0]), (x, y, x_adv[:5]), (x, y[:5], x_adv), (x, y, x_adv.flatten(2))):
-        with pytest.raises(UserError, match=r"nothing to measure|of the same samples"):
+        with pytest.raises(
+            UserError, match=r"nothing to measure|of the same samples|one label for each image|labels, got"
+        ):
             measure(model, *bad, threat)
 
 

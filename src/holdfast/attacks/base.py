@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, type_of
+from ..errors import UserError
 from ..losses import Loss, is_targeted, negative_margin, targeted
 from ..outputs import Model, Outputs, as_outputs, fooled, frozen_eval
 from ..threat import Threat, column
+from ..user_input import check_call
 
 
 class MostAdversarial:
@@ -74,16 +75,25 @@ def attack(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         The same function under the contract.
 
     Raises:
-        UserError: in the returned function, for steps or restarts below 1, for a targeted score without target classes,
-            and inside ``torch.inference_mode``.
+        UserError: in the returned function, for arguments of another type or shape, for steps or restarts below 1, for
+            a targeted score without target classes, and inside ``torch.inference_mode``.
     """
 
     @functools.wraps(function)
     def run(model: Model, x: Tensor, y: Tensor, threat: Threat, **settings: Any) -> Tensor:
+        if isinstance(y, tuple):
+            raise UserError("y must be a tensor of (N,) labels, got a tuple: give target classes as target=.")
+        check_call(function, model, x, y, threat, **settings)
         if settings.get("steps", 1) < 1 or settings.get("restarts", 1) < 1:
             raise UserError(f"{function.__name__} needs steps >= 1 and restarts >= 1, got {settings}.")
-        if not isinstance(y, Tensor):
-            raise UserError(f"y must be a tensor of (N,) labels, got {type_of(y)}; give target classes as target=.")
+        for name, labels in (("y", y), ("target", settings.get("target"))):
+            if labels is not None and (labels.shape != x.shape[:1] or labels.dtype != torch.int64):
+                raise UserError(
+                    f"{name} must be ({len(x) if x.ndim else 'N'},) int64 classes, one for each image of x, got "
+                    f"{tuple(labels.shape)} {labels.dtype}."
+                )
+        if not x.is_floating_point():
+            raise UserError(f"x must be float images in the threat's box, got {x.dtype}. Divide by 255 first.")
         if settings.get("target") is None and is_targeted(settings.get("score", negative_margin)):
             raise UserError(
                 f"{function.__name__} got a targeted score and no target classes: give target=, (N,) classes, or an "

@@ -21,11 +21,13 @@ from ..errors import UserError
 from ..losses import Loss, negative_margin, targeted
 from ..outputs import Outputs, as_outputs, logits_of
 from ..threat import Threat, column
+from ..user_input import typed
 from .base import Model, MostAdversarial, all_rows, fooled, predict
 
 INITIAL_TEMPERATURE = 0.2  # of the soft maximum over the wrong classes in cw and fmn, relative to the margin at x
 
 
+@typed
 def distances(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
     """||x_adv - x|| of each sample: (N, ...), (N, ...) -> (N,).
 

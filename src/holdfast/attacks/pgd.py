@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..losses import Loss
 from ..noise import Noise
 from ..threat import Threat, column
+from ..user_input import typed
 from .base import Model, MostAdversarial, attack, predict, score_and_grad, should_drop_fooled, targeted_score, those
 
 
@@ -102,6 +103,7 @@ def pgd(
     return best.x
 
 
+@typed
 def fgsm(
     model: Model, x: Tensor, y: Tensor, threat: Threat, *, score: Loss, noise: Noise, **settings: object
 ) -> Tensor:
@@ -117,6 +119,7 @@ def fgsm(
     return pgd(model, x, y, threat, score=score, noise=noise, random_start=False, **settings)
 
 
+@typed
 def bim(
     model: Model,
     x: Tensor,
@@ -139,6 +142,7 @@ def bim(
     return pgd(model, x, y, threat, score=score, noise=noise, steps=steps, random_start=False, **settings)
 
 
+@typed
 def mim(
     model: Model,
     x: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import UserError, type_of
 from ..outputs import Model, as_outputs, frozen_eval
 from ..threat import Threat, as_threat, check_images
+from ..user_input import typed
 from .chain import ROWS, chain_of, in_float64
 from .interval import worst_logit_difference
 from .layers import HUGE, CannotBound, gamma, underflow
@@ -35,7 +36,7 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat | str) -> Tensor 
         x is not what its layers compute, nothing is proved.
 
     Raises:
-        UserError: Images outside the threat's box, or not float.
+        UserError: Images outside the threat's box, or not float; a label without a logit.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # right while x > 0
@@ -57,6 +58,9 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat | str) -> Tensor 
     if x.dtype != torch.float32 or why_not(model):
         return None
     with frozen_eval(model), torch.no_grad():
+        classes = as_outputs(model(x[:1])).logits.shape[1] if len(x) else 0
+        if len(x) and int(y.max()) >= classes:
+            raise UserError(f"labels must be 0 .. K-1: the network returns {classes} logits, a label is {y.max()}.")
         network, images, labels = in_float64(model, x, y)
         try:
             proved = worst_logit_difference(network, images, labels, threat) < 0
@@ -66,6 +70,7 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat | str) -> Tensor 
             return None
 
 
+@typed
 def why_not(model: Model) -> str:
     """Why no bound is known for a model, in one sentence; "" where one is.
 

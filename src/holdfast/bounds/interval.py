@@ -8,11 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..outputs import check_samples
 from ..threat import Threat
+from ..user_input import typed
 from .chain import ROWS, chain_of, in_float64
 from .layers import HUGE, CannotBound, gamma, underflow
 
 
+@typed
 def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, *, slack: bool = False) -> Tensor:
     """Bound logit_j - logit_y from above over all x with lo <= x <= hi, by interval propagation.
 
@@ -66,6 +69,7 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
     return bounds.scatter(1, y[:, None], 0.0)
 
 
+@typed
 def box_of(x: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
     """Give the smallest box that holds all of the threat.
 
@@ -82,6 +86,7 @@ def box_of(x: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
     return (x - threat.eps).clamp_min(threat.lo), (x + threat.eps).clamp_max(threat.hi)
 
 
+@typed
 def worst_logit_difference(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
     """Bound max_{j != y} logit_j - logit_y over the threat, as float32 computes it. Below zero it is a proof.
 
@@ -105,6 +110,7 @@ def worst_logit_difference(model: nn.Module, x: Tensor, y: Tensor, threat: Threa
     >>> print(f"{bound.item():.4f}")
     -0.4000
     """
+    check_samples(x, y)
     model, x, y = in_float64(model, x, y)
     forgiven = replace(threat, eps=threat.farthest(math.prod(x.shape[1:])))
     worst = []

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..threat import Threat
+from ..user_input import typed
 from .chain import chain_of
 from .layers import Layer
 
 
+@typed
 def lipschitz_constant(model: nn.Module, shape: tuple[int, ...], *, proved: bool = False) -> Tensor:
     """Bound or estimate the l2 Lipschitz constant L of images -> features, the product of the layers' constants.
 
@@ -49,6 +51,7 @@ def layer_constants(layers: list[Layer], probe: Tensor, proved: bool) -> list[Te
     return constants
 
 
+@typed
 def l2_radius(threat: Threat, dim: int, size: float | None = None) -> float:
     """The l2 norm of the largest perturbation: eps for l2 and l1, sqrt(dim) eps for linf.
 
@@ -68,6 +71,7 @@ def l2_radius(threat: Threat, dim: int, size: float | None = None) -> float:
     return (threat.eps if size is None else size) * (math.sqrt(dim) if threat.norm == "linf" else 1.0)
 
 
+@typed
 def s_lipschitz_pairwise(constant: float | Tensor, eps: float, weight: Tensor, y: Tensor) -> Tensor:
     """The inference information s_j = L eps ||w_j - w_y||_2 of a linear head on L-Lipschitz features.
 
@@ -90,6 +94,7 @@ def s_lipschitz_pairwise(constant: float | Tensor, eps: float, weight: Tensor, y
     return constant * eps * distances[y]
 
 
+@typed
 def lipschitz_s(model: nn.Module, shape: tuple[int, ...], threat: Threat, y: Tensor) -> Tensor:
     """The inference information of a network: s_j = L r ||w_j - w_y||_2, with r the threat's ``l2_radius``.
 

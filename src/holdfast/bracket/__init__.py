@@ -13,9 +13,10 @@ from pathlib import Path
 from .. import run_folder
 from ..errors import at_least
 from ..experiments.evaluate_model import ModelUnderTest, from_run
-from ..progress import Progress, silent
+from ..progress import Progress
 from ..spec import threat_file_name
 from ..threat import Threat
+from ..user_input import typed
 from .measure import bracket
 from .plot import figure, save, sentence
 from .result import STATUS, Bracket
@@ -23,6 +24,7 @@ from .result import STATUS, Bracket
 __all__ = ["STATUS", "Bracket", "bracket", "bracket_run", "bracket_subject", "figure", "save", "sentence"]
 
 
+@typed
 def bracket_run(
     run: str | Path,
     threat: str,
@@ -33,7 +35,7 @@ def bracket_run(
     seed: int = 0,
     device: str = "cpu",
     run_code: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> tuple[Bracket, list[Path]]:
     """Bracket a run folder's network on its test images; write bracket.json, .svg and .png.
 
@@ -48,7 +50,7 @@ def bracket_run(
         seed: Seed of the attacks' random starts.
         device: "cpu", "cuda", ...
         run_code: As for ``from_run``.
-        progress: Called with (what is being done, samples done, samples).
+        progress: None, or called with (what is being done, samples done, samples).
 
     Returns:
         (the Bracket, the files written).
@@ -62,6 +64,7 @@ def bracket_run(
     return bracket_subject(subject, threat, folder, seconds=seconds, limit=limit, seed=seed, progress=progress)
 
 
+@typed
 def bracket_subject(
     subject: ModelUnderTest,
     threat: str,
@@ -70,7 +73,7 @@ def bracket_subject(
     seconds: float = 10.0,
     limit: int = 100,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> tuple[Bracket, list[Path]]:
     """Bracket any network on its test images: what ``from_run`` or ``from_file`` opened.
 

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from ..attacks import pgd
 from ..bounds import CannotBound, worst_logit_difference
 from ..data import Data, pixels
+from ..data.arguments import as_data
 from ..errors import UserError, at_least
 from ..io import load_tensors, save_tensors, understood
 from ..losses import negative_margin
 from ..milp import layers_of, maximize
 from ..noise import Noise
 from ..outputs import Model, Outputs, frozen_eval, logits_of
-from ..progress import Progress, silent
+from ..progress import Progress, as_progress
 from ..queries import CountingModel, default_batch_size, device_of, exact_float32
-from ..threat import Threat, column
+from ..threat import Threat, as_threat, column
+from ..user_input import typed
 from .result import Bracket
 
 CHECKPOINT, CHECKPOINT_VERSION = "bracket checkpoint", 1
@@ -28,17 +30,18 @@ STEPS = 50  # of each attack
 RESTARTS = 10  # of the attack on the largest difference; each single difference is attacked from two starts
 
 
+@typed
 def bracket(
     model: Model,
     data: Data,
-    threat: Threat,
+    threat: Threat | str,
     *,
     seconds: float = 10.0,
     seed: int = 0,
     trained_s: float | None = None,
     checkpoint: str | Path | None = None,
     key: str = "",
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Bracket:
     """Bracket the worst-case margin drop of each sample: attacks below, bounds above, the exact answer between.
 
@@ -55,7 +58,7 @@ def bracket(
     Args:
         model: Images to logits or Outputs, deterministic.
         data: At least one sample.
-        threat: Of any norm.
+        threat: Of any norm, or its text.
         seconds: The time limit per sample for the exact answer, >= 0; 0 for none. A sample that is not solved in time
             has s* in [s_low, s_high].
         seed: Seed of the attacks' random starts.
@@ -83,6 +86,7 @@ def bracket(
     ('certified', 'attacked')
     """
     at_least("seconds", seconds)
+    data, threat, progress = as_data(data), as_threat(threat), as_progress(progress)
     checkpoint = None if checkpoint is None else Path(checkpoint)
     if not len(data):
         raise UserError("a bracket needs at least one sample.")

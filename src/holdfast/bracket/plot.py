@@ -17,6 +17,7 @@ from .. import report
 from ..io import write_atomic
 from ..report.figures import RULE
 from ..results import percent
+from ..user_input import typed
 from .result import STATUS, Bracket
 
 COLOURS = {
@@ -60,6 +61,7 @@ def sentence(bracket: Bracket) -> str:
     return " ".join(sentences)
 
 
+@typed
 def figure(bracket: Bracket, name: str = "") -> Figure:
     """Draw a bracket. Above: s_att, s* and s_cert as curves, each margin as a dot. Below: the share of each status.
 
@@ -157,6 +159,7 @@ def _shares(ax: Axes, bracket: Bracket) -> None:
               handlelength=1.2, columnspacing=1.4, borderaxespad=0.3)  # fmt: skip
 
 
+@typed
 def save(bracket: Bracket, folder: str | Path, name: str = "") -> list[Path]:
     """Write bracket.json, bracket.svg and bracket.png.
 

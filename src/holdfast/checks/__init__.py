@@ -21,10 +21,10 @@ from ..errors import UserError, type_of, unknown
 from ..evaluation import Evaluation, StageCost, add_witnesses
 from ..losses import Loss, as_loss
 from ..outputs import Model
-from ..progress import Progress, silent
+from ..progress import Progress, as_progress
 from ..queries import device_of, exact_float32
 from ..results import Finding, Remaining, RemainingVulnerable, Verdict, remaining_vulnerable
-from ..user_input import any_seed, whole
+from ..user_input import any_seed, of_type, whole
 from . import gradients, soundness, strength
 from .findings import CheckCount, lower_bound_99, merge, result_of
 from .probe import Probe, Recapture
@@ -204,7 +204,7 @@ def audit(
     transfer_source: Tensor | None = None,
     seed: int = 0,
     size: int = 64,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Audit:
     """Run every check on an evaluation, and estimate how many of its survivors are still breakable.
 
@@ -217,7 +217,7 @@ def audit(
             check; None skips it.
         seed: of the audit's own noise.
         size: number of samples that a check looks at, >= 1; checks on survivors use up to half as many again.
-        progress: called before each check with (its name, its number from 1, number of checks).
+        progress: None, or called before each check with (its name, its number from 1, number of checks).
 
     Returns:
         An Audit. Adversarial examples that checks find are part of its evaluation.
@@ -228,7 +228,13 @@ def audit(
     if not isinstance(evaluation, Evaluation):
         raise UserError(f"evaluation must be what holdfast.evaluate returned, got {type_of(evaluation)}.")
     data, trained_with = as_data(data), as_loss(trained_with)
-    seed, size = any_seed(seed), whole("size", size, 1)
+    seed, size, progress = any_seed(seed), whole("size", size, 1), as_progress(progress)
+    of_type("transfer_source", transfer_source, Tensor | None)
+    if transfer_source is not None and transfer_source.shape != data.x.shape:
+        raise UserError(
+            f"transfer_source must be images of the same samples, {tuple(data.x.shape)}, got "
+            f"{tuple(transfer_source.shape)}."
+        )
     if len(data) != len(evaluation.y) or not torch.equal(data.index.cpu(), evaluation.index):
         raise UserError("the evaluation is of other samples: audit the samples that were evaluated, in the same order.")
     began = time.perf_counter()

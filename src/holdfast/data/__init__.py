@@ -21,6 +21,7 @@ import torch
 
 from .. import user_input
 from ..errors import UserError, unknown
+from ..user_input import typed
 from .arrays import check_arrays, check_source
 from .dataset import Data, DataWarning, Source, Split, augment, pixels, standardisation
 from .folders import IMAGE_SUFFIXES, SPLITS, find
@@ -35,6 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@typed
 def local_path(name: str) -> Path | None:
     """The file or folder of this name, if there is one.
 
@@ -112,6 +114,7 @@ DATASETS: dict[str, DatasetEntry] = {
 }
 
 
+@typed
 def default_folds(name: str) -> int:
     """Number of folds that test every sample once: 5 for digits, 1 for data with an official test split.
 

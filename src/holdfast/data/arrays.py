@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..user_input import of_type, typed
 from .dataset import Data, Source
 from .labels import MAX_CLASSES, check_names, count
 
@@ -19,6 +20,7 @@ DARK = 0.1  # images whose largest pixel is below this share of the range are pr
 FEWEST = 16  # samples of fewer values than this may be equal by chance
 
 
+@typed
 def check_arrays(x: Any, y: Any, *, classes: Sequence[str] | None = None, what: str = "the data") -> Data:
     """Check a user's own arrays and convert them.
 
@@ -105,6 +107,7 @@ def given_names(classes: Sequence[str] | None, what: str) -> Sequence[str] | Non
     if isinstance(classes, str):
         raise UserError(f"classes of {what} is the text '{classes[:40]}': expected a list of K names.")
     if classes is not None:
+        of_type(f"classes of {what}", classes, Sequence)
         classes = classes if len(classes) > MAX_CLASSES else [str(name) for name in classes]
         check_names(classes, what)
     return classes
@@ -161,6 +164,8 @@ def check_source(
             train and test differ in shape or dtype.
     """
     classes = given_names(classes, what)
+    for name, pair in (("the training data", train), ("test", test)):
+        of_type(name, pair, tuple[Any, Any] | None)
     data = check_arrays(*train, classes=classes, what=f"{what} (train)" if test else what)
     classes = class_names(data.y, classes, what)
     test_data = None if test is None else check_arrays(*test, classes=classes, what=f"{what} (test)")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
+from ..user_input import typed
 
 
 class DataWarning(UserWarning):
@@ -110,6 +111,7 @@ def pixels(x: Tensor) -> Tensor:
     return x
 
 
+@typed
 def standardisation(data: Data) -> tuple[Tensor, Tensor]:
     """Compute mean and standard deviation of each channel's pixels in [0, 1], for layer 0 of a model.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..user_input import any_seed
+from ..user_input import any_seed, flag, of_type
 from ..user_input import whole as whole_number
 from .dataset import Data, Source, Split
 
@@ -77,7 +77,7 @@ def split_source(
     """
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device '{device}' cannot be used ({reason}): use 'cpu' or one that torch sees.") from error
     whole_pair = isinstance(fold, (tuple, list)) and len(fold) == 2 and all(type(part) is int for part in fold)
@@ -92,7 +92,8 @@ def split_source(
             except UserError:
                 raise UserError(f"{key} must be a number of samples >= 1, or None for all, got {count!r}.") from None
     any_seed(seed)
-
+    flag("whole", whole)
+    of_type("eval_split", eval_split, str)
     if eval_split not in ("test", "val"):
         raise UserError(f"eval_split must be 'test' or 'val', got '{eval_split}'.")
     if eval_split == "val" and (whole or not val):

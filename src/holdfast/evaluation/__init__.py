@@ -16,10 +16,10 @@ from ..errors import UserError, type_of
 from ..losses import Loss, as_loss
 from ..noise import Noise
 from ..outputs import Model, frozen_eval
-from ..progress import Progress, silent
+from ..progress import Progress, as_progress, silent
 from ..queries import CountingModel, copied, default_batch_size, device_of, exact_float32
 from ..threat import Threat, as_threat
-from ..user_input import any_seed, path, whole
+from ..user_input import any_seed, of_type, path, whole
 from . import cascade
 from .batching import Batches
 from .budget import Budget
@@ -58,7 +58,7 @@ def evaluate(
     budget: Budget | None = None,
     checkpoint: str | Path | None = None,
     key: str = "",
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Attack a model with a suite and report, sample by sample, what survives.
 
@@ -100,6 +100,8 @@ def evaluate(
             not finite, unknown suites, attacks or scores, and a checkpoint of another evaluation.
     """
     data, threat, trained_with = as_data(data), as_threat(threat), as_loss(trained_with)
+    report = as_progress(progress)
+    of_type("key", key, str)
     stages = tuple(stage for stage in resolve(suite) if threat.norm in ATTACKS[stage.attack].norms)
     if len(data) == 0:
         raise UserError("there is nothing to evaluate: the data set is empty.")
@@ -119,7 +121,7 @@ def evaluate(
         batch_size=size,
         batches=Batches(size),
         grid=is_8bit(data, threat),
-        progress=progress if Processes.current().is_first else silent,
+        progress=report if Processes.current().is_first else silent,
     )
     with exact_float32(), frozen_eval(model):
         pristine = copied(model)  # before the first query

@@ -30,7 +30,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, value in (("passes", self.passes), ("seconds", self.seconds)):
-            if value != math.inf:
+            if not (isinstance(value, float) and value == math.inf):
                 number(f"{name} of a budget", value, above=True, low=0)
 
     @staticmethod

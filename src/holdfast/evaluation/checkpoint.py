@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..io import load_tensors, save_tensors, understood
 from ..queries import VOTES
+from ..user_input import typed
 from .evaluation import StageCost
 from .state import Columns, State, Task, add_extra_stages
 
@@ -117,6 +118,7 @@ def load_clean_answers(checkpoint: Path) -> CleanAnswers:
         return CleanAnswers(tensors["margin"], VOTES if about["state"]["randomised"] else 1)
 
 
+@typed
 def load_x_adv(checkpoint: str | Path) -> Tensor:
     """The adversarial images in a checkpoint.
 

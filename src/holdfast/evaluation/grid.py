@@ -17,6 +17,7 @@ from ..data import Data, pixels
 from ..noise import Noise
 from ..outputs import Model, Outputs, as_outputs
 from ..threat import TOLERANCE, Threat, column
+from ..user_input import typed
 
 LEVELS = 255
 LONG = 40  # passes of an attack from which on one more for the rounded candidate costs little
@@ -25,6 +26,7 @@ CLOSE, FAR = 0.2, 0.45  # how far from the grid, in levels, the points lie that 
 RATIO, SHARE = 5.0, 0.01  # see ``differs_off_grid``
 
 
+@typed
 def is_8bit(data: Data, threat: Threat) -> bool:
     """Whether the images are 8-bit: uint8, or multiples of 1/255 up to rounding, under a threat with the box [0, 1].
 
@@ -113,6 +115,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+@typed
 def differs_off_grid(model: Model, data: Data, threat: Threat, noise: Noise) -> Tensor:
     """Whether the model answers other things on the 8-bit grid than beside it, at a random point of the threat.
 

@@ -17,7 +17,7 @@ from ..attacks import ATTACKS, SCORES, cross_entropy, matched_score
 from ..errors import UserError, printable, type_of, unknown
 from ..losses import Loss
 from ..spec import accepts
-from ..user_input import flag, number, text, whole
+from ..user_input import flag, number, of_type, text, typed, whole
 
 N_NEAREST, N_RANDOM = 32, 32  # size of the spot check: survivors with the smallest margins, and random others
 # Which samples a stage attacks. A cascade spends its passes on the samples most likely to break; the spot check then
@@ -79,11 +79,17 @@ class Stage:
 
     def __post_init__(self) -> None:
         what = f"stage '{text('the name of a stage', self.name, 200)}'"
-        for key, value in (("targets", self.targets), ("round", self.round), ("noise_stream", self.noise_stream or 0)):
+        for key, value in (
+            ("targets", self.targets),
+            ("round", self.round),
+            ("noise_stream", 0 if self.noise_stream is None else self.noise_stream),
+        ):
             whole(f"{key} of {what}", value)
         number(f"fraction of {what}", self.fraction, 0, 1, above=True)
         if self.step is not None:
             number(f"step of {what}", self.step, 0, above=True)
+        for key in ("attack", "subset", "target"):
+            of_type(f"{key} of {what}", getattr(self, key), str)
         flag(f"individual of {what}", self.individual)
         if not isinstance(self.settings, dict):
             raise UserError(
@@ -174,6 +180,7 @@ def resolve(suite: str | Sequence[Stage]) -> tuple[Stage, ...]:
     return stages
 
 
+@typed
 def with_pgd50(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """The stages as they are run: PGD50 first, and only once if the suite lists it too.
 
@@ -198,6 +205,7 @@ def on_grid_too(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return (*stages, *again)
 
 
+@typed
 def individual_names(stages: Sequence[Stage]) -> list[str]:
     """Names of the attacks with an accuracy of their own, in the suite's order; "pgd50" first unless it is listed.
 

@@ -46,6 +46,7 @@ class TrainedNetwork:
         cut: how ``data.load`` made that split.
         result: its final answer.
         name: of its row; default: loss and seed.
+        notes: what was assumed or converted when the network was opened.
     """
 
     loss: LossSpec
@@ -56,6 +57,7 @@ class TrainedNetwork:
     cut: DataCut
     result: NetworkResult
     name: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def row_name(self) -> str:
@@ -92,6 +94,7 @@ def collect(
             "n": runs[0].n,
             "shape": list(splits[0].shape),
             "fingerprint": "+".join(split.fingerprint for split in splits),
+            "notes": list(dict.fromkeys(note for one in networks for note in (*one.split.notes, *one.notes))),
         },
         command=command,
         settings=json.loads(json.dumps(settings)),

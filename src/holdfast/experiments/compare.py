@@ -17,9 +17,10 @@ from ..data import Split
 from ..errors import UserError
 from ..evaluation import load_x_adv
 from ..io import read_json
-from ..progress import NETWORK_DONE, JobProgress, Progress, silent_job
+from ..progress import NETWORK_DONE, JobProgress, Progress, as_progress
 from ..results import Results
 from ..threat import Threat
+from ..user_input import typed
 from .collect import TrainedNetwork, collect
 from .config import Comparison, DataCut, Job, default_out, own_model_identity
 from .pipeline import (
@@ -40,6 +41,7 @@ TRANSFER_LOSS = "sce"  # the loss whose adversarial examples are tried on every 
 POLL = 0.2  # seconds between looks for the SCE network's adversarial examples
 
 
+@typed
 def compare(
     comparison: Comparison,
     out: str | Path,
@@ -47,7 +49,7 @@ def compare(
     command: str = "",
     device: str = "cpu",
     workers: int = 1,
-    progress: JobProgress = silent_job,
+    progress: JobProgress | None = None,
 ) -> Results:
     """Train and evaluate every network of a comparison; write results.json and witnesses.safetensors.
 
@@ -69,7 +71,7 @@ def compare(
     Raises:
         UserError: ``out`` belongs to another comparison, or as ``Comparison.checked`` does.
     """
-    comparison, out = comparison.checked(), Path(out)
+    comparison, out, report = comparison.checked(), Path(out), as_progress(progress)
     split = _try_out(comparison, device)
     run_folder.reserve(out, _config(comparison, split))
 
@@ -78,15 +80,15 @@ def compare(
     remaining = [job for job in jobs if stored_results(job, data[job.cut]) is None]
     done = [job for job in jobs if job not in remaining]
     for number, job in enumerate(done, 1):
-        progress(job.name, NETWORK_DONE, number, len(jobs))
+        report(job.name, NETWORK_DONE, number, len(jobs))
 
     def on_done(job: Job) -> None:
         done.append(job)
-        progress(job.name, NETWORK_DONE, len(done), len(jobs))
+        report(job.name, NETWORK_DONE, len(done), len(jobs))
 
     # The networks whose adversarial examples others wait for come first.
     remaining.sort(key=lambda job: job.loss.text != TRANSFER_LOSS)
-    process_pool.run(run_job, remaining, workers=workers, progress=progress, on_done=on_done)
+    process_pool.run(run_job, remaining, workers=workers, progress=report, on_done=on_done)
     return collect(_rows(comparison, jobs, data), out, _title(comparison), comparison.to_json(), command)
 
 

@@ -21,7 +21,7 @@ from ..io import decode, existing_file
 from ..objectives import OBJECTIVES, Schedule
 from ..threat import Threat
 from ..train import FitConfig
-from ..user_input import whole
+from ..user_input import check_fields, typed, whole
 from . import loss_spec
 from .loss_spec import LossSpec
 
@@ -135,6 +135,7 @@ class Comparison:
         Raises:
             UserError: an unknown name, a value out of its range, a loss or a threat named twice, no loss at all.
         """
+        check_fields(self)
         if len(set(self.threats)) < len(self.threats):
             raise UserError(f"the threats '{self.threat}' name one twice: name each once.")
         if not self.losses:
@@ -330,6 +331,7 @@ def fit_config(comparison: Comparison, row: LossSpec, seed: int = 0) -> FitConfi
         raise UserError(f"the training settings of '{row.text}' cannot be read: {row.fit}.") from None
 
 
+@typed
 def default_out(comparison: Comparison) -> Path:
     """out/DATA-THREAT-HASH, with a hash of the whole comparison: the same command finds its own work again."""
     whole = json.dumps(comparison.checked().to_json(), sort_keys=True)

@@ -23,11 +23,11 @@ from ..importers.model_file import ModelSource, class_order, code_hash, open_mod
 from ..importers.python_code import split_reference
 from ..io import understood
 from ..outputs import frozen_eval
-from ..progress import Progress, silent
+from ..progress import Progress
 from ..queries import CountingModel
 from ..results import Results
 from ..threat import Threat
-from ..user_input import whole
+from ..user_input import typed, whole
 from . import loss_spec
 from .collect import TrainedNetwork, collect
 from .config import DataCut
@@ -90,6 +90,7 @@ def distributed_processes(device: str) -> Iterator[tuple[str, bool]]:
         distributed.destroy_process_group()
 
 
+@typed
 def from_run(run: str | Path, *, limit: int = 1000, device: str = "cpu", run_code: bool = False) -> ModelUnderTest:
     """The network in a run folder, and the test images of the data it was trained on.
 
@@ -145,6 +146,7 @@ def _identity(model: nn.Module, split: Split, code: str) -> dict[str, Any]:
     }
 
 
+@typed
 def from_file(
     source: ModelSource,
     data: str,
@@ -245,6 +247,7 @@ def check_classes(subject: ModelUnderTest) -> None:
         )
 
 
+@typed
 def why_uncertified(subject: ModelUnderTest, results: Results) -> str:
     """Why the table of an evaluation has no certified column, in one sentence; "" where it has one.
 
@@ -264,6 +267,7 @@ def why_uncertified(subject: ModelUnderTest, results: Results) -> str:
     return ""
 
 
+@typed
 def evaluate_model(
     subject: ModelUnderTest,
     threat: str,
@@ -273,7 +277,7 @@ def evaluate_model(
     seed: int = 0,
     budget: Budget | None = None,
     batch_size: int | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     command: str = "",
 ) -> Results | None:
     """Evaluate a network with ``evaluate_network``; write results.json and witnesses.safetensors.
@@ -325,6 +329,7 @@ def evaluate_model(
         subject.cut,
         result,
         name=None if subject.folder else subject.name,
+        notes=tuple(getattr(subject.model, "notes", ())),
     )
     return collect([network], out, subject.data, settings, command)
 

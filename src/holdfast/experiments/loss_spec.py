@@ -22,6 +22,7 @@ from ..objectives import OBJECTIVES
 from ..outputs import Outputs
 from ..spec import accepts, value_of
 from ..spec import parse as parse_spec
+from ..user_input import typed
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class LossSpec:
         return parse, (self.text,)  # a worker process has its own functions
 
 
+@typed
 def parse(text: str) -> LossSpec:
     """Parse a loss spec: ``name:settings``, with another head than the loss's own after @, and more after * and +.
 

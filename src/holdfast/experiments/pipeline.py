@@ -28,12 +28,13 @@ from ..evaluation.checkpoint import CleanAnswers, load_clean_answers
 from ..evaluation.distributed import Processes
 from ..evaluation.suites import resolve
 from ..io import content_hash, load_tensors, save_tensors, write_atomic
-from ..losses import Loss, negative_margin
+from ..losses import Loss, as_loss, negative_margin
 from ..outputs import frozen_eval, out_of_memory
-from ..progress import Progress, silent
+from ..progress import Progress, as_progress
 from ..queries import LOGIT_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32
 from ..results import Verdict, notebook_counts, percent, proportion
-from ..threat import Threat
+from ..threat import Threat, as_threat
+from ..user_input import typed
 from ..witnesses import Witnesses
 from .stored_result import load_result, save_result
 
@@ -106,13 +107,14 @@ def _words(verdict: Verdict) -> str:
     return f"{verdict.why}: {verdict.status}" if verdict.why else verdict.status
 
 
+@typed
 def evaluate_network(
     model: nn.Module,
     data: Data,
-    threat: Threat,
+    threat: Threat | str,
     suite: str | tuple[Stage, ...] = "standard",
     *,
-    trained_with: Loss | None = None,
+    trained_with: Loss | str | None = None,
     s: float | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -120,7 +122,7 @@ def evaluate_network(
     cache: str | Path | None = None,
     key: str = "",
     transfer_source: Tensor | Callable[[], Tensor | None] | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> NetworkResult:
     """Attack a network, audit the evaluation, and measure its inference region: the final answer, with its verdict.
 
@@ -133,9 +135,9 @@ def evaluate_network(
     Args:
         model: images in the threat's box to logits or Outputs.
         data: the samples, uint8 or float in [0, 1].
-        threat: what the adversary may do.
+        threat: what the adversary may do, or its text, such as "linf:8/255".
         suite: a key of ``SUITES``, or stages.
-        trained_with: the loss the network was trained with; default SCE. Attacks also maximise its score.
+        trained_with: the loss the network was trained with, or its name; default SCE. Attacks also maximise its score.
         s: the constant inference information of the loss in units of the logits; None where there is none.
         seed: of the noise of attacks and checks.
         batch_size: of the attacks, >= 1; default by image size, halved when memory runs out.
@@ -152,13 +154,15 @@ def evaluate_network(
     Raises:
         UserError: as ``evaluate`` and ``audit`` do; and for a cache that belongs to other data or weights.
     """
+    report, threat, trained_with = as_progress(progress), as_threat(threat), as_loss(trained_with)
     cache = None if cache is None else Path(cache)
     if cache is not None and not key:
         key = f"{content_hash(data.x, data.y, data.index)} {run_folder.weights_hash(model)}"
     result_id = result_key(threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget)
     processes = Processes.current()
-    if cache is not None and processes.count == 1:  # in a group, all processes must attack or none
-        finished = load_result(cache / RESULT_FILE, cache / EVALUATION_FILE, result_id)
+    if cache is not None:
+        alone = processes.count == 1  # in a group, all processes must attack or none
+        finished = load_result(cache / RESULT_FILE, cache / EVALUATION_FILE, result_id) if alone else None
         if finished is not None:
             check_answers(model, data, finished[0], cache, batch_size)
             return NetworkResult(*finished)
@@ -175,7 +179,7 @@ def evaluate_network(
         budget=budget,
         checkpoint=None if cache is None else cache / EVALUATION_FILE,
         key=key,
-        progress=lambda what, done, total: progress(f"{threat}, {what}", done, total),
+        progress=lambda what, done, total: report(f"{threat}, {what}", done, total),
     )
     if cache is not None and processes.is_first:
         write_atomic(cache / EVALUATED_FILE, json.dumps({"key": result_id}))
@@ -285,7 +289,7 @@ def cached_audit(
     seed: int,
     path: str | Path | None,
     key: str,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Audit:
     """``checks.audit``, read from the file at ``path`` where it was made before, else written there.
 
@@ -303,7 +307,7 @@ def cached_audit(
     Returns:
         The Audit.
     """
-    file = None if path is None else Path(path)
+    report, file = as_progress(progress), None if path is None else Path(path)
     identity = {
         "key": key,
         "stages": [asdict(cost) for cost in evaluation.stages],
@@ -322,7 +326,7 @@ def cached_audit(
         trained_with=trained_with,
         transfer_source=transfer_source,
         seed=seed,
-        progress=lambda name, done, total: progress(f"checking: {name}", done, total),
+        progress=lambda name, done, total: report(f"checking: {name}", done, total),
     )
     if file is not None:
         save_audit(file, stored_key, made)
@@ -338,7 +342,7 @@ def cached_region(
     seed: int,
     path: str | Path | None,
     key: str,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> tuple[Evaluation, dict[str, Any], dict[str, Any]]:
     """The inference region, read from the file at ``path`` where it was measured before, else written there.
 

@@ -10,6 +10,7 @@ from ..data import DATASETS, default_folds
 from ..errors import UserError, unknown
 from ..results import Results, rows
 from ..train import FitConfig
+from ..user_input import typed
 from .config import Comparison
 
 PHOTOGRAPHS = FitConfig(
@@ -67,6 +68,7 @@ class Expectation:
         return self.value is not None and self.low <= self.value <= self.high
 
 
+@typed
 def compare_to_expected(recipe: Recipe, results: Results) -> list[Expectation]:
     """Each expectation of the recipe beside the measured value, in the recipe's order."""
     table = rows(results)
@@ -222,6 +224,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 }
 
 
+@typed
 def named(name: str, data: str = "") -> Recipe:
     """The recipe of this name.
 
@@ -245,6 +248,7 @@ def named(name: str, data: str = "") -> Recipe:
     return RECIPES[name](data) if data else RECIPES[name]()
 
 
+@typed
 def resized(comparison: Comparison, **changes: object) -> Comparison:
     """The comparison at another size. A row that names its own model or epochs keeps them.
 
@@ -263,6 +267,7 @@ def resized(comparison: Comparison, **changes: object) -> Comparison:
     return replace(comparison, **given, fit=override(comparison.fit, epochs=epochs))  # type: ignore[arg-type]
 
 
+@typed
 def fit_for(data: str) -> FitConfig:
     """A training configuration that suits small networks on this data: Adam, or SGD with crops and flips for CIFAR.
 
@@ -279,6 +284,7 @@ def fit_for(data: str) -> FitConfig:
     return FitConfig(epochs=10, lr=2e-3)
 
 
+@typed
 def override(fit: FitConfig, **changes: object) -> FitConfig:
     """The configuration with those changes that are not None.
 

@@ -13,7 +13,7 @@ from torch import nn
 from .. import models, run_folder
 from ..data import Split, standardisation
 from ..io import read_json, write_atomic
-from ..progress import Progress, silent
+from ..progress import Progress, as_progress
 from ..train import accuracy, expected_config, fit
 from .config import Job, schedule_of
 from .expected import expected_time
@@ -79,7 +79,7 @@ def is_trained(job: Job, split: Split) -> bool:
     return (job.folder / SUMMARY_FILE).exists()
 
 
-def train_network(job: Job, split: Split | None = None, progress: Progress = silent) -> Trained:
+def train_network(job: Job, split: Split | None = None, progress: Progress | None = None) -> Trained:
     """Train a job's network, or load it if it is finished.
 
     Args:
@@ -93,6 +93,7 @@ def train_network(job: Job, split: Split | None = None, progress: Progress = sil
     Raises:
         UserError: the device cannot be used, the data cannot be read, or the folder belongs to another configuration.
     """
+    report = as_progress(progress)
     run_folder.check_device(job.device)
     split = split or job.cut.load(job.comparison.data)
     if is_trained(job, split):
@@ -114,7 +115,7 @@ def train_network(job: Job, split: Split | None = None, progress: Progress = sil
     )
     if ahead:
         what += f", {ahead}"
-        progress(what, 0, job.fit_config.epochs)
+        report(what, 0, job.fit_config.epochs)
     counts = torch.bincount(split.train.y, minlength=len(split.classes))
     fitted = fit(
         model,
@@ -125,7 +126,7 @@ def train_network(job: Job, split: Split | None = None, progress: Progress = sil
         val_threat=_val_threat(job, split),
         out=job.folder,
         about=job.about(split),
-        progress=lambda line, done, total: progress(what, done, total),
+        progress=lambda line, done, total: report(what, done, total),
         device=job.device,
     )
     model = model.to(job.device)

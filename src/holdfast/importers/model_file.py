@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import UserError
 from ..io import existing_file
 from ..outputs import Model
-from ..user_input import text
+from ..user_input import of_type, text, typed
 from .exported import load_exported
 from .layout import check_layout
 from .onnx import load_onnx
@@ -61,6 +61,7 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         for name in ("path", "weights"):
+            of_type(name, getattr(self, name), str | os.PathLike)
             object.__setattr__(self, name, os.fspath(getattr(self, name)))
         input_range, mean, std = check_preprocessing(self.input_range, self.mean, self.std)
         for name, value in (("input_range", input_range), ("mean", mean), ("std", std)):
@@ -71,6 +72,7 @@ class ModelSource:
         object.__setattr__(self, "class_order", check_order(self.class_order))
 
 
+@typed
 def is_model_file(text: str | Path) -> bool:
     """Whether a text names a model file, by its suffix, and not a run folder.
 
@@ -118,6 +120,7 @@ def class_order(network: Sequence[str], data: Sequence[str]) -> tuple[int, ...]:
     return () if list(network) == list(data) else tuple(order)
 
 
+@typed
 def code_hash(source: ModelSource) -> str:
     """Hash the file that a network comes from, with what it imports: a changed forward pass does not show in weights.
 
@@ -134,6 +137,7 @@ def code_hash(source: ModelSource) -> str:
     return source_hash(path) if path.suffix == ".py" else hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
+@typed
 def open_model(source: ModelSource, device: str | torch.device = "cpu") -> nn.Module:
     """Open a network from its file. Python code is executed: open only files that you trust.
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError, type_of
 from ..outputs import IN_OWN_DTYPE, Model, as_outputs, ask, own_dtype
-from ..user_input import whole
+from ..user_input import of_type, typed, whole
 from .layout import FileNetwork, arrange, check_layout
 from .python_code import user_code_errors
 
 
+@typed
 def wrap(
     model: Model,
     *,
@@ -158,6 +159,7 @@ def check_order(class_order: Sequence[int]) -> tuple[int, ...]:
     >>> check_order([1, 0])
     (1, 0)
     """
+    of_type("class_order", class_order, Sequence)
     order = tuple(whole("class_order", place) for place in class_order)
     if sorted(order) != list(range(len(order))):
         raise UserError(f"class_order must hold the number of each logit once, got {order}.")

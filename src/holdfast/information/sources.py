@@ -22,6 +22,7 @@ from ..errors import UserError, at_least, unknown
 from ..losses import negative_margin
 from ..outputs import Outputs, as_outputs
 from ..threat import Threat
+from ..user_input import typed
 from .formulas import logit_differences, s_att, s_cert
 
 
@@ -61,6 +62,7 @@ class Source:
     needs_attack: bool = False
 
 
+@typed
 def per_class(threat: Threat, s: float, counts: Tensor | None = None) -> Source:
     """A number for each class, largest for the rarest (LDAM, Cao et al. 2019); on balanced data it is s.
 
@@ -85,6 +87,7 @@ def per_class(threat: Threat, s: float, counts: Tensor | None = None) -> Source:
     return Source(infer)
 
 
+@typed
 def gradient(threat: Threat, kappa: float = 0.5, counts: Tensor | None = None, stopped: bool = False) -> Source:
     """s = kappa eps ||grad_x margin||_dual: the margin that the threat can remove, to first order.
 
@@ -110,6 +113,7 @@ def gradient(threat: Threat, kappa: float = 0.5, counts: Tensor | None = None, s
     return Source(infer)
 
 
+@typed
 def lipschitz(threat: Threat, factor: float = 1.0, counts: Tensor | None = None, capped: bool = False) -> Source:
     """Lipschitz-margin training (Tsuzuku et al. 2018).
 
@@ -139,6 +143,7 @@ def lipschitz(threat: Threat, factor: float = 1.0, counts: Tensor | None = None,
     return Source(infer)
 
 
+@typed
 def ibp(threat: Threat, ramp: float = 0.5, counts: Tensor | None = None) -> Source:
     """s_cert from interval bounds: with it I-SCE is interval-bound training (Gowal et al. 2019).
 
@@ -159,6 +164,7 @@ def ibp(threat: Threat, ramp: float = 0.5, counts: Tensor | None = None) -> Sour
     return Source(infer)
 
 
+@typed
 def attack(threat: Threat, counts: Tensor | None = None) -> Source:
     """s_att from the objective's attack: with it I-SCE is adversarial training, SCE(x_adv).
 
@@ -172,6 +178,7 @@ def attack(threat: Threat, counts: Tensor | None = None) -> Source:
     return Source(_measured, needs_attack=True)
 
 
+@typed
 def mix(threat: Threat, kappa: float = 0.3, counts: Tensor | None = None, ramp: float = 0.5) -> Source:
     """s = (1 - kappa) s_att + kappa s_cert, the best known form of certified training (De Palma et al. 2024).
 
@@ -242,6 +249,7 @@ SOURCES: dict[str, tuple[Callable[..., Source], str]] = {
 }
 
 
+@typed
 def source(text: str, threat: Threat, counts: Tensor | None = None) -> Source:
     """A source from its spec.
 

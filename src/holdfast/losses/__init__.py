@@ -33,6 +33,7 @@ __all__ = [
     "mmc",
     "negative_log_odds",
     "negative_margin",
+    "required_loss",
     "scaled_log_odds",
     "sce",
     "score_of",
@@ -97,7 +98,12 @@ def as_loss(loss: Loss | str | None) -> Loss | None:
     >>> as_loss("sce") is sce, as_loss(sce) is sce, as_loss("isce:s=3").keywords
     (True, True, {'s': 3})
     """
-    if loss is None or (callable(loss) and not isinstance(loss, type)):
+    return None if loss is None else required_loss(loss)
+
+
+def required_loss(loss: Loss | str) -> Loss:
+    """The loss that an argument is, as ``as_loss`` reads it, where there must be one. Raises UserError for None too."""
+    if callable(loss) and not isinstance(loss, type):
         return loss
     if not isinstance(loss, str):
         raise UserError(f"a loss must be a function (out, y) -> (N,) or a name such as 'sce', got {type_of(loss)}.")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import at_least
 from ..threat import Threat
+from ..user_input import typed
 from .network import Affine, Array, box_around, checked, forward, logit_differences_of, scaled
 from .program import TIE, Program, preactivation_bounds, tighten
 
@@ -51,6 +52,7 @@ class Decision:
         return torch.tensor([status == name for status in self.status], dtype=torch.bool)
 
 
+@typed
 def decide(
     layers: Sequence[tuple[Tensor, Tensor]], x: Tensor, y: Tensor, threat: Threat, *, seconds: float = 60.0
 ) -> Decision:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError, at_least
 from ..threat import Threat
+from ..user_input import typed
 from .network import Affine, Array, box_around, checked, forward, logit_differences_of, scaled
 from .program import ACCURACY, TIE, Program, preactivation_bounds, tighten
 
@@ -35,6 +36,7 @@ class WorstLogitDifferences:
     seconds: Tensor
 
 
+@typed
 def maximize(
     layers: Sequence[tuple[Tensor, Tensor]],
     x: Tensor,

@@ -17,12 +17,14 @@ from ..models.convnets import Linear as Pixels
 from ..models.convnets import Mlp
 from ..models.heads import Linear as LinearHead
 from ..threat import Threat
+from ..user_input import typed
 
 Array = NDArray[np.float64]
 Affine = tuple[Array, Array]  # weight (out, in), bias (out,)
 PLAIN = ("", "nchw", "flat")  # input layouts that leave the order of the pixels
 
 
+@typed
 def layers_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Read a fully connected ReLU network as affine layers.
 

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from .. import spec
 from ..errors import UserError, unknown
 from ..outputs import Outputs
-from ..user_input import MOST, any_seed, whole
+from ..user_input import MOST, any_seed, typed, whole
 from ..user_input import text as checked_text
 from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet, StepNet
 from .densenet import DenseNet
@@ -82,6 +82,7 @@ class Classifier(nn.Module):
         return out if self.logit_scale == 1 else out._replace(logits=out.logits * self.logit_scale)
 
 
+@typed
 def default_model(shape: Sequence[int], device: str = "cuda") -> str:
     """The network for images of this size on this device: small images, and a CPU, get a small one.
 
@@ -93,6 +94,8 @@ def default_model(shape: Sequence[int], device: str = "cuda") -> str:
     >>> default_model((3, 64, 64), "cpu")
     'convnet'
     """
+    if len(shape) != 3:
+        raise UserError(f"shape must be (channels, height, width) of the images, got {tuple(shape)}.")
     side = min(shape[1:])
     if side < 4:
         return "mlp"
@@ -101,6 +104,7 @@ def default_model(shape: Sequence[int], device: str = "cuda") -> str:
     return "convnet" if shape[0] == 1 or side < 32 or device.startswith("cpu") else "preactresnet18"
 
 
+@typed
 def check(text: str) -> None:
     """Raise UserError unless ``build`` knows this model: its name and settings, not yet their values. Opens no file.
 
@@ -145,6 +149,7 @@ def _check_size(text: str, shape: tuple[int, int, int], head: str, classes: int)
         hook.remove()
 
 
+@typed
 def build(
     name: str,
     shape: Sequence[int],

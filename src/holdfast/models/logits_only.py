@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, type_of
 from ..outputs import Outputs, as_outputs
+from ..user_input import typed
 
 
 class LogitsOnly(nn.Module):
@@ -26,6 +27,7 @@ class LogitsOnly(nn.Module):
         return answer.logits if isinstance(answer, Outputs) else as_outputs(answer).logits
 
 
+@typed
 def logits_only(model: nn.Module) -> LogitsOnly:
     """The same network with a tensor for its output: what foolbox, torchattacks, jit.trace and torch.export take.
 

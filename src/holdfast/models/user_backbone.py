@@ -18,9 +18,11 @@ from ..importers.python_code import (
 )
 from ..io import existing_file
 from ..outputs import frozen_eval
+from ..user_input import typed
 from .common import Shape
 
 
+@typed
 def is_own(text: str) -> bool:
     """Whether a model's name refers to a user's file.
 
@@ -30,6 +32,7 @@ def is_own(text: str) -> bool:
     return re.search(r"\.py(:|$)", text) is not None
 
 
+@typed
 def own_code_hash(text: str) -> str:
     """``source_hash`` of the user's file that a model's name refers to. The file is executed.
 

@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import sce
+from ..outputs import check_samples
+from ..user_input import typed, whole
 
 
+@typed
 def reliability(logits: Tensor, y: Tensor, *, bins: int = 15) -> dict[str, Any]:
     """Expected calibration error, Brier score and negative log-likelihood, in float64.
 
@@ -30,6 +33,8 @@ def reliability(logits: Tensor, y: Tensor, *, bins: int = 15) -> dict[str, Any]:
     >>> result["ece"], result["brier"], round(result["nll"], 4), result["bins"]["n"][7]
     (0.0, 0.5, 0.6931, 2)
     """
+    whole("bins", bins, 1)
+    check_samples(logits, y)
     z = logits.double()
     p = z.softmax(1)
     confidences, predictions = p.max(1)

@@ -13,10 +13,11 @@ from ..attacks import apgd, fmn
 from ..attacks.base import all_rows, predict, those
 from ..losses import negative_margin
 from ..noise import Noise
-from ..outputs import Model, fooled
-from ..progress import Progress, silent
+from ..outputs import Model, check_samples, fooled
+from ..progress import Progress, as_progress
 from ..queries import CountingModel
 from ..threat import Threat, column
+from ..user_input import typed
 from ..witnesses import Witnesses
 from .margins import local_lipschitz
 from .samples import Samples, to_float64
@@ -59,6 +60,7 @@ class Distances(NamedTuple):
     checks: tuple[EpsCheck, ...]
 
 
+@typed
 def smallest_perturbation(
     model: Model, x: Tensor, y: Tensor, threat: Threat, *, x_adv: Tensor | None = None, steps: int = 50
 ) -> tuple[Tensor, Tensor]:
@@ -83,6 +85,7 @@ def smallest_perturbation(
     >>> print(f"{float(size):.3f}")
     0.300
     """
+    check_samples(x, y)
     whole_box = replace(threat, eps=_box_size(x, threat))
     by_fmn = fmn(model, x, y, whole_box, score=negative_margin, noise=Noise(0, all_rows(y)), steps=steps)
     # FMN may end exactly on the boundary, where the point does not fool; 0.1% further out it does.
@@ -101,7 +104,7 @@ def measure_distances(
     steps: int = 50,
     seed: int = 0,
     batch_size: int = 256,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Distances:
     """The smallest perturbation of each sample, by three kinds of attacks, and the local Lipschitz constant.
 
@@ -121,7 +124,7 @@ def measure_distances(
     Returns:
         The Distances.
     """
-    total = len(samples.y)
+    progress, total = as_progress(progress), len(samples.y)
     none = samples.take(slice(0))
     found = [Witnesses(none.rows, none.x.cpu(), none.x.new_zeros(0).cpu(), none.y.cpu())]
     parts: list[tuple[Tensor, ...]] = []

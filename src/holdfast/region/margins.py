@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..attacks.base import score_and_grad
 from ..losses import negative_margin
-from ..outputs import Model
+from ..outputs import Model, check_samples
 from ..threat import Threat
+from ..user_input import typed
 
 
 def input_margin(margin: Tensor, grad: Tensor, threat: Threat) -> Tensor:
@@ -54,6 +55,7 @@ def fraction_within(margin: Tensor, s: float) -> float:
     return float(((margin > 0) & (margin <= s)).double().mean()) if len(margin) else 0.0
 
 
+@typed
 def local_lipschitz(model: Model, x: Tensor, y: Tensor, threat: Threat, *, points: int = 6) -> Tensor:
     """A lower bound of the margin's Lipschitz constant in the threat's ball: the largest of a few gradient norms.
 
@@ -79,6 +81,7 @@ def local_lipschitz(model: Model, x: Tensor, y: Tensor, threat: Threat, *, point
     >>> local_lipschitz(model, torch.tensor([[0.8]]), torch.tensor([0]), Threat("linf", 0.1))
     tensor([4.])
     """
+    check_samples(x, y)
     point, largest = x, torch.zeros(len(x), dtype=x.dtype, device=x.device)
     for _ in range(points):
         _, _, grad = score_and_grad(model, point, negative_margin, y)

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..attacks.base import predict, score_and_grad
 from ..losses import negative_margin
 from ..outputs import Model
-from ..progress import Progress, silent
+from ..progress import Progress, as_progress
 from ..queries import CountingModel, default_batch_size
 from ..threat import Threat
+from ..user_input import typed, whole
 from ..witnesses import Witnesses
 from .calibration import reliability
 from .distances import measure_distances
@@ -29,6 +30,7 @@ N_DISTANCES = 256  # samples whose distance and local Lipschitz constant are mea
 STRAYED = ("strayed_before", "strayed_after")
 
 
+@typed
 def measure(
     model: Model,
     x: Tensor,
@@ -43,7 +45,7 @@ def measure(
     seed: int = 0,
     batch_size: int | None = None,
     on_witnesses: Callable[[Witnesses], None] | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The inference region of a network, and how its features are misaligned under attack, ready for JSON.
 
@@ -105,8 +107,9 @@ def measure(
     Raises:
         UserError: for no samples, or columns of different length.
     """
+    progress = as_progress(progress)
     samples = choose_samples(model, x, y, x_adv, index, limit, seed)
-    batch_size = batch_size or default_batch_size(samples.x)
+    batch_size = default_batch_size(samples.x) if batch_size is None else whole("batch_size", batch_size, 1)
     with counted(model) as counting:
         columns, space = _outputs(counting, samples, threat, batch_size, progress)
         found = measure_distances(

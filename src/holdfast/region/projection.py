@@ -13,6 +13,7 @@ from ..attacks.base import predict
 from ..models import Classifier
 from ..outputs import Model
 from ..queries import default_batch_size, logits_differ
+from ..user_input import typed, whole
 from .feature_shift import class_centers
 from .samples import choose_samples, counted, features_of, json_number, to_float64
 
@@ -20,6 +21,7 @@ DIGITS = 4  # significant digits of the numbers in the JSON
 LogitsAt = Callable[[Tensor], Tensor]  # points of a space, (N, D), to logits, both float64 on the CPU
 
 
+@typed
 def projection(
     model: Model,
     x: Tensor,
@@ -71,8 +73,9 @@ def projection(
     Raises:
         UserError: for no samples, or columns of different length.
     """
+    whole("grid", grid, 2)
     samples = choose_samples(model, x, y, x_adv, index, limit, seed)
-    batch_size = batch_size or default_batch_size(samples.x)
+    batch_size = default_batch_size(samples.x) if batch_size is None else whole("batch_size", batch_size, 1)
     with counted(model) as counting, torch.no_grad():
         outputs, outputs_adv = (
             [predict(counting, batch) for batch in images.split(batch_size)] for images in (samples.x, samples.x_adv)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import Data, pixels
 from ..errors import UserError
 from ..noise import Noise
-from ..outputs import Model, Outputs, frozen_eval
+from ..outputs import Model, Outputs, check_samples, frozen_eval
 from ..queries import CountingModel, device_of, exact_float32
 
 
@@ -71,6 +71,7 @@ def choose_samples(
     model: Model, x: Tensor, y: Tensor, x_adv: Tensor, index: Tensor | None, limit: int, seed: int
 ) -> Samples:
     """The samples that are measured, chosen by ``choose``; UserError for none, or for columns that do not match."""
+    check_samples(x, y)
     if len(y) == 0 or limit < 1:
         raise UserError(f"there is nothing to measure: {len(y)} samples, of which at most {limit} are used.")
     if not len(x) == len(x_adv) == len(y) or x.shape != x_adv.shape:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..results import Results, rows
+from ..user_input import typed
 from .figures import INK, MUTED, PGD50, RULE, WIDTH, legend, short
 from .summary import EpsCurve, confusion, eps_curves
 
@@ -89,6 +90,7 @@ def _fading(colour: str) -> Any:
     return ListedColormap([(r, g, b, a) for a in np.linspace(0, 1, 64)])
 
 
+@typed
 def draw_eps(results: Results) -> Figure | None:
     """Robust accuracy over eps, from the smallest perturbation found for each measured sample; a panel for each norm.
 

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..io import write_atomic
 from ..results import (
     CheckResult,
@@ -35,6 +35,7 @@ from ..results import (
     rows,
     status_text,
 )
+from ..user_input import typed
 from .figures import (
     DEAD_ALL,
     DEAD_TRUE,
@@ -61,9 +62,11 @@ from .summary import (
 )
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
+ASSUMED = 20  # sentences on data and network that a page shows
 WHOLE, REGION_COLUMNS = 12, 5  # a name of that length stays on one line; columns of a table that a page has room for
 
 
+@typed
 def render(results_list: Results | str | Path | Sequence[Results | str | Path], path: str | Path) -> Path:
     """Write one self-contained HTML file. Results of the same data set are shown together.
 
@@ -109,6 +112,7 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
 TABLES = {"csv": csv, "tex": latex, "md": markdown}
 
 
+@typed
 def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[Path]:
     """Write each figure that the data allow as SVG (text stays text) and PNG, and the table as CSV, LaTeX and Markdown.
 
@@ -137,11 +141,13 @@ def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[
     return written
 
 
+@typed
 def identity(results: Results) -> str:
     """A key that is equal for results of the same data set: name, fingerprint and class names."""
     return repr([results.data.get(key) for key in ("name", "fingerprint", "classes")])
 
 
+@typed
 def merged(sources: Sequence[Results]) -> list[Results]:
     """One Results per data set; a run that is given twice counts once."""
     groups: dict[str, Results] = {}
@@ -149,7 +155,9 @@ def merged(sources: Sequence[Results]) -> list[Results]:
         key = identity(r)
         have = groups.get(key)
         new = r.runs if have is None else (*have.runs, *(run for run in r.runs if run not in have.runs))
-        groups[key] = dataclasses.replace(have or r, runs=new)
+        notes = [one for part in (have, r) if part for one in part.data.get("notes") or ()]
+        data = {**(have or r).data, **({"notes": list(dict.fromkeys(map(str, notes)))} if notes else {})}
+        groups[key] = dataclasses.replace(have or r, runs=new, data=data)
     return list(groups.values())
 
 
@@ -161,6 +169,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
     return {
         "title": str(results.data.get("name", "not recorded")),
         "facts": _facts(results, shown),
+        "assumed": _assumed(results),
         "finding": finding(results),
         "rows": shown,
         "notes": caption_notes(shown),
@@ -236,6 +245,14 @@ def _facts(results: Results, shown: Sequence[Row]) -> list[tuple[str, str]]:
         ("cost of the evaluation", _cost(results)),
     ]
     return [(k, v) for k, v in facts if v]
+
+
+def _assumed(results: Results) -> list[str]:
+    """What was assumed, converted or skipped when data and network were read; the last line counts those left out."""
+    notes = results.data.get("notes")
+    notes = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+    more = [f"and {len(notes) - ASSUMED:,} more, in results.json"] if len(notes) > ASSUMED else []
+    return [printable(note) for note in notes[:ASSUMED]] + more
 
 
 def _eps_notes(results: Results) -> list[tuple[str, str]]:

@@ -8,8 +8,10 @@ import math
 from typing import Any
 
 from ..results import Results, Row, Run, holm, mcnemar, paired_t, percent, rows
+from ..user_input import typed
 
 
+@typed
 def finding(results: Results) -> str:
     """The main finding in one sentence or two: the PGD-50 accuracy that is most wrong, and the most robust loss.
 
@@ -68,6 +70,7 @@ class RowDifference:
     p_holm: float | None = None
 
 
+@typed
 def compare_rows(results: Results) -> list[RowDifference]:
     """Compare each row with the first of its threat: on the same samples (one run each), or on the seeds both have.
 
@@ -109,6 +112,7 @@ def _compare(results: Results, row: Row, base: Row) -> RowDifference:
     return RowDifference(row.label, base.label, f"paired t over {t.n} seeds{few}", t.difference, t.low, t.high, t.p)
 
 
+@typed
 def per_class(results: Results) -> tuple[list[str], list[tuple[str, int, list[float | None]]]]:
     """Robust accuracy per class.
 
@@ -135,6 +139,7 @@ def per_class(results: Results) -> tuple[list[str], list[tuple[str, int, list[fl
     ]
 
 
+@typed
 def confusion(results: Results, row: Row) -> tuple[list[str], list[list[int]]]:
     """Confusion matrix under attack.
 
@@ -204,6 +209,7 @@ class EpsCurve:
         return any(low <= eps <= high for low, high in self.doubtful)
 
 
+@typed
 def eps_curves(results: Results) -> list[EpsCurve]:
     """The curves of accuracy over eps, of the rows that are not void and have distances.
 
@@ -266,6 +272,7 @@ MEASURES = (
 )
 
 
+@typed
 def region_table(results: Results) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """The measures of the inference region as a table.
 

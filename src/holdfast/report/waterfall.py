@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..results import Run, heading, percent, proportion
+from ..user_input import typed
 from .figures import CLEAN, INK, LOST, MUTED, PAPER, PGD50, ROBUST, axes, percent_axis, style, write_figure
 
 # What each stage of the suite "explain" changes. Every stage attacks the survivors of those before it; the one on the
@@ -53,6 +54,7 @@ class Step:
         return self.correct / self.n
 
 
+@typed
 def steps(run: Run) -> list[Step]:
     """The waterfall of one run, from the clean images to the last stage.
 
@@ -78,6 +80,7 @@ def steps(run: Run) -> list[Step]:
     return out
 
 
+@typed
 def table(run: Run, bar: int = 24) -> Table:
     """The waterfall as a table for a terminal of 80 columns.
 
@@ -109,6 +112,7 @@ def table(run: Run, bar: int = 24) -> Table:
     return out
 
 
+@typed
 def sentence(run: Run) -> str:
     """The waterfall in words: how much of the PGD-50 accuracy is lost, and to which change most.
 
@@ -142,6 +146,7 @@ def sentence(run: Run) -> str:
     )
 
 
+@typed
 def figure(run: Run) -> Figure:
     """The waterfall as a chart: a bar for each change, what it broke in colour, lines join the accuracies.
 
@@ -182,6 +187,7 @@ def figure(run: Run) -> Figure:
     return chart
 
 
+@typed
 def save(run: Run, folder: str | Path) -> list[Path]:
     """Write waterfall.svg and waterfall.png.
 

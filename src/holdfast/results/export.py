@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from csv import writer as csv_writer
 from io import StringIO
 
+from ..user_input import typed
 from .rows import name_text, rows
 from .schema import Results
 from .text import any_certified, cells, other_attacks
 
 
+@typed
 def markdown(results: Results) -> str:
     """The table in Markdown.
 
@@ -35,6 +37,7 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_<>\[\]|&~$#])", r"\\\1", text)
 
 
+@typed
 def csv(results: Results) -> str:
     """The rows as CSV: proportions unrounded, empty where there is no value.
 
@@ -78,6 +81,7 @@ def _tex(text: str) -> str:
     return "".join(_TEX.get(ch, ch) for ch in text)
 
 
+@typed
 def latex(results: Results) -> str:
     """The table as a LaTeX tabular.
 

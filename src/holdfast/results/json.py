@@ -11,11 +11,13 @@ from typing import Any
 from ..errors import UserError
 from ..io import decode, parse_json, write_atomic
 from ..user_input import path as checked_path
+from ..user_input import typed
 from .schema import SCHEMA, Results, Samples
 
 FILE = "results.json"
 
 
+@typed
 def save(results: Results, dir: str | Path) -> Path:
     """Write ``dir/results.json`` atomically.
 
@@ -32,6 +34,7 @@ def save(results: Results, dir: str | Path) -> Path:
     return write_atomic(Path(dir) / FILE, to_json(results))
 
 
+@typed
 def to_json(results: Results) -> str:
     """The text of a results file, one run a line.
 
@@ -72,6 +75,7 @@ def _encode(value: Any, where: str) -> Any:
     return value
 
 
+@typed
 def load(path: str | Path) -> Results:
     """Read a results file.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ..user_input import typed
 from .rows import rows
 from .schema import Results
 from .statistics import proportion
@@ -15,6 +16,7 @@ _CELL = "padding:.15em .6em;white-space:nowrap;text-align:"
 _RULE = "border-bottom:1px solid rgba(128,128,128,.5)"  # a grey that shows on white and on black; no other colour
 
 
+@typed
 def notebook(results: Results) -> str:
     """The table of results, and below it a line for each verdict that is neither tight nor exact.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import printable
+from ..user_input import typed
 from .schema import Interval, Results, Run, Verdict
 from .statistics import over_seeds, proportion
 
@@ -76,6 +77,7 @@ def name_text(name: str) -> str:
     return printable(name, LONGEST_NAME)
 
 
+@typed
 def rows(results: Results) -> list[Row]:
     """One row per loss and threat, in order of first appearance.
 

@@ -10,9 +10,11 @@ from typing import Any
 from scipy import stats
 
 from ..errors import UserError
+from ..user_input import typed
 from .schema import Interval
 
 
+@typed
 def proportion(k: int, n: int) -> Interval:
     """k of n, with the exact 95% interval.
 
@@ -42,6 +44,7 @@ def proportion(k: int, n: int) -> Interval:
     return Interval(k / n, min(low, k / n), max(high, k / n))
 
 
+@typed
 def over_seeds(values: Iterable[float]) -> Interval:
     """The mean over seeds and its 95% t interval, mean +- t_{0.975, n-1} sd / sqrt(n), clipped to [0, 1].
 
@@ -81,6 +84,7 @@ def _mean_half(x: Sequence[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
 
 
+@typed
 def mcnemar(a: Sequence[Any], b: Sequence[Any]) -> float:
     """Exact two-sided McNemar test of two networks on the same samples.
 
@@ -129,6 +133,7 @@ class Paired:
     n: int
 
 
+@typed
 def paired_t(a: Sequence[float], b: Sequence[float]) -> Paired:
     """Paired t test over seeds: d_i = a_i - b_i, t = mean(d) sqrt(n) / sd(d), n - 1 degrees of freedom.
 
@@ -162,6 +167,7 @@ def paired_t(a: Sequence[float], b: Sequence[float]) -> Paired:
     return Paired(2 * float(stats.t.sf(abs(mean) / error, n - 1)), mean, mean - half, mean + half, n)
 
 
+@typed
 def holm(ps: Sequence[float]) -> list[float]:
     """p-values adjusted for m comparisons.
 

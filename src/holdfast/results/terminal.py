@@ -10,6 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
+from ..user_input import typed
 from .rows import rows
 from .schema import Results
 from .text import caption, cells
@@ -44,6 +45,7 @@ class Printed:
             yield Text(self.caption + "\n", style="dim")
 
 
+@typed
 def table(results: Results) -> Printed:
     """The table for a terminal of 80 columns or more, in percent; with several threats, a part for each.
 

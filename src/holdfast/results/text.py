@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ..user_input import typed
 from .rows import Row, name_text, rows
 from .schema import Interval, Results, Run
 
@@ -13,6 +14,7 @@ SMALL_GAP = 0.01  # between PGD-50 and robust accuracy: a tight verdict needs no
 _HEADINGS = {"pgd50": "PGD-50", TRAIN_LOSS: "PGD-50, train loss"}
 
 
+@typed
 def heading(name: str) -> str:
     """The heading of an accuracy: "PGD-50" for pgd50, "PGD-50, train loss" for pgd50-train-loss, else its name.
 
@@ -22,6 +24,7 @@ def heading(name: str) -> str:
     return _HEADINGS.get(name, name_text(name))
 
 
+@typed
 def percent(v: float) -> str:
     """A proportion in percent with one decimal, as text.
 
@@ -31,6 +34,7 @@ def percent(v: float) -> str:
     return f"{100 * v:.1f}"
 
 
+@typed
 def robust_text(row: Row) -> str:
     """The robust accuracy with its interval, as a cell: '43.0 [39.9, 46.1]'; '<= ' before a loose one; or 'void'."""
     if row.robust is None:
@@ -39,6 +43,7 @@ def robust_text(row: Row) -> str:
     return f"{sign}{percent(r.value)} [{percent(r.low)}, {percent(r.high)}]"
 
 
+@typed
 def status_text(status: str, alike: int, runs: int) -> str:
     """A verdict's word, as a cell: 'loose', or '1/5 loose' where 1 of 5 seeds has the row's, the worst.
 
@@ -48,6 +53,7 @@ def status_text(status: str, alike: int, runs: int) -> str:
     return f"{alike}/{runs} {status}" if status and alike < runs else status or "-"
 
 
+@typed
 def pgd50_verdict_text(row: Row) -> str:
     """The verdict on PGD-50 as a cell: the points that other attacks take off it, then the word: '-32.5 refuted'."""
     word = status_text(row.pgd50_status, row.pgd50_status_seeds, len(row.runs))
@@ -56,17 +62,20 @@ def pgd50_verdict_text(row: Row) -> str:
     return f"{'-' * (row.pgd50_excess.value > 0)}{percent(row.pgd50_excess.value)} {word}"
 
 
+@typed
 def any_certified(shown: Sequence[Row]) -> bool:
     """Whether any sample is certified: a certificate that covers none needs no column."""
     return any(row.certified is not None and row.certified.value > 0 for row in shown)
 
 
+@typed
 def other_attacks(shown: Sequence[Row]) -> list[str]:
     """Names of the attacks other than PGD-50, in order of first appearance; PGD-50 on the training loss last."""
     names = dict.fromkeys(name for row in shown for name in row.attacks)
     return sorted(names.keys() - {"pgd50"}, key=lambda name: (name == TRAIN_LOSS, list(names).index(name)))
 
 
+@typed
 def cells(shown: Sequence[Row]) -> list[tuple[str, ...]]:
     """The table as text: a head, then a line for each row. Every output format shows these columns.
 
@@ -97,6 +106,7 @@ def _share(figure: Interval | None) -> str:
     return percent(figure.value) if figure else "-"
 
 
+@typed
 def caption(results: Results, shown: Sequence[Row]) -> str:
     """What a table shows: data set, number of samples, threat if there is only one, intervals, how to read verdicts."""
     threats = list(dict.fromkeys(row.threat for row in shown))
@@ -112,6 +122,7 @@ def caption(results: Results, shown: Sequence[Row]) -> str:
     return f"{', '.join(filter(None, parts))}; {'; '.join(notes)}"
 
 
+@typed
 def caption_notes(shown: Sequence[Row]) -> list[str]:
     """How to read the verdicts of these rows: the number before that on PGD-50, and the share of seeds."""
     notes = []
@@ -124,6 +135,7 @@ def caption_notes(shown: Sequence[Row]) -> list[str]:
     return notes
 
 
+@typed
 def doubts(results: Results) -> list[str]:
     """A line for each doubtful verdict, for each gap that n is too small to judge, and for each suite cut short.
 
@@ -161,6 +173,7 @@ def doubts(results: Results) -> list[str]:
     ]
 
 
+@typed
 def remaining_text(run: Run) -> str:
     """How many survivors may still be breakable, in sentences; "" without an audit."""
     left = run.remaining

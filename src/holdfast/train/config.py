@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..threat import Threat
-from ..user_input import any_seed, flag, number, whole
+from ..user_input import any_seed, flag, number, text, whole
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,12 @@ class FitConfig:
         flag("flip", self.flip)
         for name in ("lr", "weight_decay", "momentum", "ema"):
             number(name, getattr(self, name), 0, above=name == "lr")
-        if self.checkpoint_seconds != math.inf:  # never before the end
+        if not (
+            isinstance(self.checkpoint_seconds, float) and self.checkpoint_seconds == math.inf
+        ):  # never before the end
             number("checkpoint_seconds", self.checkpoint_seconds, 0)
+        for name in ("optimizer", "schedule", "precision", "checkpoint"):
+            text(name, getattr(self, name))
         checks = {
             "optimizer": (self.optimizer in ("adam", "sgd"), "'adam' or 'sgd'"),
             "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),

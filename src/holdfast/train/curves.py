@@ -15,6 +15,7 @@ from .. import report, run_folder
 from ..errors import UserError
 from ..io import decode, parse_json
 from ..results import percent
+from ..user_input import typed
 from .checkpoint import LOG_FILE, LogLine
 from .config import best_epoch
 
@@ -58,6 +59,7 @@ class Curve:
         return None if not known or self.robust[-1] is None else max(known) - self.robust[-1]
 
 
+@typed
 def read(run: str | Path) -> Curve:
     """Read the log of a run folder, finished or not.
 
@@ -90,6 +92,7 @@ def read(run: str | Path) -> Curve:
     return Curve(name, tuple(lines))
 
 
+@typed
 def folders(path: str | Path) -> list[Path]:
     """Find the run folders that a path stands for: itself, or those in the output folder of a comparison.
 
@@ -111,6 +114,7 @@ def folders(path: str | Path) -> list[Path]:
     return runs
 
 
+@typed
 def sentence(curve: Curve) -> str:
     """Describe a curve in one line: epochs, loss, accuracies, and what the best epoch had."""
     epochs = len(curve.loss)
@@ -125,6 +129,7 @@ def sentence(curve: Curve) -> str:
     return text + ", the best of all epochs."
 
 
+@typed
 def figure(curves: Sequence[Curve]) -> Figure:
     """Draw curves: training loss above, validation accuracy below (clean grey, robust blue, a dot at the best epoch).
 
@@ -162,6 +167,7 @@ def figure(curves: Sequence[Curve]) -> Figure:
     return chart
 
 
+@typed
 def save(curves: Sequence[Curve], folder: str | Path) -> list[Path]:
     """Write curves.svg and curves.png to a folder.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data import Data, augment, pixels
 from ..noise import Noise
 from ..objectives import Schedule
-from ..progress import Progress, silent
+from ..progress import Progress, as_progress
 from ..run_folder import reserve
 from ..threat import Threat
 from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint, save_final, write_log
@@ -37,7 +37,7 @@ def fit(
     val_threat: Threat | str | None = None,
     out: Path | str | None = None,
     about: dict[str, Any] | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     device: str | None = None,
 ) -> Fitted:
     """Train a model in place, and resume where a run in ``out`` was stopped: bit for bit on a CPU.
@@ -61,7 +61,7 @@ def fit(
             as val_robust, and choose the best epoch by it.
         out: the run folder; without one nothing is written and nothing can be resumed.
         about: further entries of config.json, such as how the model is built (``run_folder.load`` reads "model").
-        progress: called after each epoch with its log line in words, the epochs done and all epochs.
+        progress: None, or called after each epoch with its log line in words, the epochs done and all epochs.
         device: "cpu", "cuda", ...; default: the best there is.
 
     Returns:
@@ -70,9 +70,9 @@ def fit(
     Raises:
         UserError: the data is empty, a label has no logit, the folder holds another configuration or a checkpoint of
             another version, a loss is not finite (the message names the samples, and the last good checkpoint stays),
-            or another process of the group was lost.
+            the device cannot be used, or another process of the group was lost.
     """
-    start_time = time.perf_counter()
+    start_time, progress = time.perf_counter(), as_progress(progress)
     train, val, val_threat, out = check_arguments(train, val, objective, config, val_threat, out)
     check_task(model, train)
     if val_threat is not None or config.checkpoint == "best":

@@ -22,7 +22,7 @@ from ..noise import Noise
 from ..objectives import Schedule
 from ..outputs import Model, as_outputs, fooled, frozen_eval
 from ..threat import Threat, as_threat, check_eps
-from ..user_input import path
+from ..user_input import path, typed, whole
 from .checkpoint import CHECKPOINT_FILE
 from .config import FitConfig
 from .fast_kernels import fast_input_gradients
@@ -31,6 +31,7 @@ ROBUST_VAL_IMAGES, ROBUST_VAL_STEPS = 1000, 10  # robust validation: the first s
 MAX_NAMED = 5  # how many samples an error names
 
 
+@typed
 def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
     """Measure the accuracy of a model in eval mode. A sample with a logit that is not finite counts as wrong.
 
@@ -46,6 +47,7 @@ def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
     >>> accuracy(lambda x: torch.tensor([[1.0, 0.0]]).expand(len(x), 2), data)
     0.5
     """
+    whole("batch_size", batch_size, 1)
     correct = torch.zeros((), dtype=torch.int64, device=data.y.device)
     with frozen_eval(model), torch.no_grad():
         for x, y in zip(data.x.split(batch_size), data.y.split(batch_size), strict=True):
@@ -54,6 +56,7 @@ def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
     return float(correct) / len(data)
 
 
+@typed
 def robust_accuracy(
     model: Model, data: Data, threat: Threat, *, seed: int = 0, steps: int = ROBUST_VAL_STEPS, batch_size: int = 250
 ) -> float:
@@ -78,6 +81,7 @@ def robust_accuracy(
     >>> robust_accuracy(model, data, Threat("linf", 0.04)), robust_accuracy(model, data, Threat("linf", 0.2))
     (0.5, 0.0)
     """
+    whole("batch_size", batch_size, 1)
     correct, noise = torch.zeros((), dtype=torch.int64, device=data.y.device), Noise(seed, data.index)
     for start in range(0, len(data), batch_size):
         rows = slice(start, start + batch_size)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...user_input import typed
 from .network import OPERATORS, OnnxNet, compute_node
 from .node import FLOATS, INTEGERS, Node, PassSettings
 
@@ -18,6 +19,7 @@ INT4 = (21, 22)  # onnx's numbers for uint4 and int4
 SHAPE_OPERATORS = ("Identity", "Reshape", "Flatten", "Squeeze", "Cast")  # allowed between a last Softmax and the output
 
 
+@typed
 def load_onnx(path: str | Path, *, strip_softmax: bool = True) -> OnnxNet:
     """Load the network of an ONNX file, with gradients with respect to its images.
 
