@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 from .rows import rows
-from .schema import Results
+from .schema import Results, StageCost
 from .statistics import proportion
 from .text import caption, cells, doubts, heading, percent
 
@@ -43,7 +42,7 @@ def notebook(results: Results) -> str:
 
 
 def notebook_counts(
-    about: str, n: int, counts: Mapping[str, int | None], stages: Sequence[Any] = (), note: str = ""
+    about: str, n: int, counts: Mapping[str, int | None], stages: Sequence[StageCost] = (), note: str = ""
 ) -> str:
     """One evaluation, from plain numbers.
 
@@ -51,7 +50,7 @@ def notebook_counts(
         about: what was evaluated, such as the threat; part of the caption.
         n: number of samples.
         counts: name of an accuracy ("clean", "pgd50", ...) -> number of correct samples; None is left out.
-        stages: objects with name, attacked, broken, forwards, backwards and seconds.
+        stages: the attack cascade in order.
         note: a sentence below the table.
 
     Returns:
@@ -66,10 +65,7 @@ def notebook_counts(
     out = _html_table(_html_row(head, head, "th"), lines, f"{about}, {n:,} samples; Clopper-Pearson intervals")
     if stages:
         heads = ("stage", "attacked", "broken", "passes", "seconds")
-        texts = [
-            (s.name, f"{s.attacked:,}", f"{s.broken:,}", f"{s.forwards + s.backwards:,}", f"{s.seconds:.1f}")
-            for s in stages
-        ]
+        texts = [(s.name, f"{s.attacked:,}", f"{s.broken:,}", f"{s.passes:,}", f"{s.seconds:.1f}") for s in stages]
         whole = _html_table(_html_row(heads, heads, "th"), [_html_row(heads, line, "td") for line in texts], "")
         out += f"<details><summary>stages: {len(texts)}</summary>{whole}</details>"
     return out + (f"<p>{escape(note)}</p>" if note else "")
