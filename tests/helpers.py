@@ -53,7 +53,7 @@ def right_ones(net, split, most):
 def unaudited(evaluation):
     """A NetworkResult of this evaluation in which no check was run and no region measured, to test what follows it."""
     nothing = remaining_vulnerable(0, 0, 0, 0, 0)
-    return NetworkResult(evaluation, Audit(evaluation, (), nothing, {}, StageCost("audit")), {}, {})
+    return NetworkResult(evaluation, Audit(evaluation, (), nothing, None, StageCost("audit")), None, None)
 
 
 # ------------------------------------------------------------------------------------------------- attacks on models

@@ -35,10 +35,10 @@ def per_seed(runs) -> None:
         for r in runs:
             m = r.measures
             write([
-                r.threat_text, r.loss, r.seed, r.n, f"{r.train['accuracy']:.4f}", f"{r.clean.value:.4f}",
+                r.threat_text, r.loss, r.seed, r.n, f"{r.train.accuracy:.4f}", f"{r.clean.value:.4f}",
                 f"{r.pgd50.value:.4f}", f"{r.attacks['pgd50-train-loss'].value:.4f}",
                 "" if r.robust is None else f"{r.robust.value:.4f}",
-                f"{m['zero_gradient']:.4f}", f"{m['zero_gradient_training_loss']:.4f}", f"{m['input_margin']:.5f}",
+                f"{m.zero_gradient:.4f}", f"{m.zero_gradient_training_loss:.4f}", f"{m.input_margin:.5f}",
                 r.pgd50_verdict.status, r.verdict.status, f"{r.remaining.expected:.2f}", r.remaining.high,
             ])  # fmt: skip
 
@@ -84,16 +84,16 @@ def row(loss, runs, test) -> str:
     t, p = test if test else (None, None)
     cells = [
         loss.replace("*", r"\*"),
-        mean(r.train["accuracy"] for r in runs),
+        mean(r.train.accuracy for r in runs),
         mean(r.clean.value for r in runs),
         mean(r.pgd50.value for r in runs),
         mean(r.attacks["pgd50-train-loss"].value for r in runs),
         f"{100 * robust.value:.1f} [{100 * robust.low:.1f}, {100 * robust.high:.1f}]",
         f"{100 * t.difference:+.1f} [{100 * t.low:+.1f}, {100 * t.high:+.1f}]" if t else "",
         f"{p:.2g}" if t else "",
-        mean(r.measures["zero_gradient"] for r in runs)
-        + f" ({mean(r.measures['zero_gradient_training_loss'] for r in runs)})",
-        f"{fmean(r.measures['input_margin'] for r in runs):.3f}",
+        mean(r.measures.zero_gradient for r in runs)
+        + f" ({mean(r.measures.zero_gradient_training_loss for r in runs)})",
+        f"{fmean(r.measures.input_margin for r in runs):.3f}",
         verdicts(r.pgd50_verdict.status for r in runs),
         verdicts(r.verdict.status for r in runs),
     ]

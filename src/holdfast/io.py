@@ -156,6 +156,9 @@ def parse_json(text: str) -> Any:
     return json.loads(text, parse_constant=refuse, parse_int=integer, parse_float=real)
 
 
+_PLAIN: dict[Any, set[type]] = {int: {int}, float: {int, float}, float | None: {int, float, type(None)}}
+
+
 def decode(kind: Any, value: Any, where: str) -> Any:
     """A value that JSON can hold as a type, checked at every level.
 
@@ -189,8 +192,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         return {k: decode(get_args(kind)[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin in (tuple, list):
         item = get_args(kind)[0]
-        plain: set[Any] = {int} if item is int else {int, float, type(None)} if item == float | None else set()
-        if value and set(map(type, value)) <= plain:  # a long column at once
+        if value and set(map(type, value)) <= _PLAIN.get(item, set()):  # a long column at once
             return origin(value)
         return origin(decode(item, v, f"{where}[{i}]") for i, v in enumerate(value))
     return value

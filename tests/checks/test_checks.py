@@ -411,8 +411,8 @@ def test_saturation_by_training_is_refuted_by_the_bench_alone(split, some):
     assert judge(Claim(PGD50, found.pgd50.tolist()), robust, judged.findings).status == "refuted"
     assert judge(Claim(ROBUST, robust), robust, judged.findings).status == "tight"
     assert {"gradients of cross entropy are not zero", "the choice of score agrees"} <= fires(judged)
-    assert judged.measures["zero_gradient"] > 0.3
-    assert math.isfinite(judged.measures["input_margin"])
+    assert judged.measures.zero_gradient > 0.3
+    assert math.isfinite(judged.measures.input_margin)
 
 
 def test_images_of_a_twin_are_tried(honest, some, clean_evaluation):

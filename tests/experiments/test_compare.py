@@ -11,6 +11,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from tests.helpers import write_parquet
+from tests.results.factory import make_projection, make_region
 
 from holdfast import results, run_folder
 from holdfast.data import load
@@ -161,15 +162,15 @@ def test_examples_are_broken_samples_as_pictures(original):
 def test_the_inference_region_is_measured_in_every_fold(original):
     found, _ = original
     for run in found.runs:
-        assert run.region["n"] == 2 * 512  # of each fold
-        assert len(run.region["distances"]["distance"]) == 2 * measures.N_DISTANCES
-        assert run.region["space"] == "features"
-        assert 0 <= run.region["two_sample"]["auc"] <= 1
-        assert run.projection["classes"] == 10
-        assert run.region["s"] == (10 if run.loss == "isce:s=10" else None)
+        assert run.region.n == 2 * 512  # of each fold
+        assert len(run.region.distances.distance) == 2 * measures.N_DISTANCES
+        assert run.region.space == "features"
+        assert 0 <= run.region.two_sample.auc <= 1
+        assert run.projection.classes == 10
+        assert run.region.s == (10 if run.loss == "isce:s=10" else None)
     column = dict(zip(found.runs[0].samples.index, found.runs[0].samples.clean, strict=True))
-    told = found.runs[0].region["distances"]
-    for index, distance in zip(told["index"], told["distance"], strict=True):
+    told = found.runs[0].region.distances
+    for index, distance in zip(told.index, told.distance, strict=True):
         assert (distance == 0) == (not column[index])  # wrong already: no distance at all
 
 
@@ -232,7 +233,6 @@ def test_what_the_minimal_attack_breaks_counts(copied, original, monkeypatch):
     for was, run in zip(original[0].runs, found, strict=True):
         assert run.stages[-1].broken > 0
         assert sum(run.samples.robust) == sum(was.samples.robust) - run.stages[-1].broken
-        assert run.region["missed"] == 0
     assert [run.robust for run in compare(TINY, copied).runs] == [run.robust for run in found]  # read from the record
 
 
@@ -245,19 +245,18 @@ def test_of_what_the_minimal_attack_breaks_only_what_stood_counts(votes, copied,
 
     def everything(model, x, y, *_, on_witnesses, **__):
         on_witnesses(Witnesses(torch.arange(n), evaluation.x_adv, torch.full((n,), -1.0), y))
-        return {"missed": n, "distances": {"index": []}, "passes": {"forwards": 3, "backwards": 2}}
+        return make_region(passes=results.Passes(3, 2))
 
     monkeypatch.setattr(pipeline.region, "measure", everything)
-    monkeypatch.setattr(pipeline.region, "projection", lambda *_, **__: {})
+    monkeypatch.setattr(pipeline.region, "projection", lambda *_, **__: make_projection())
     survivors = int(evaluation.robust.sum())
     assert 0 < survivors < n
     for _ in range(2):  # measured, then read
-        found, measures, _ = pipeline.cached_region(
+        found = pipeline.cached_region(
             model, some, evaluation, s=None, seed=0, path=copied / "region", key=""
-        )
+        ).evaluation
         assert found.stages[-1].broken == (survivors if votes == 1 else 0)
         assert int(found.robust.sum()) == (0 if votes == 1 else survivors)
-        assert measures["missed"] == (0 if votes == 1 else None)
 
 
 def test_what_is_complete_is_skipped_and_the_rest_is_run(original, copied, monkeypatch):

@@ -57,7 +57,7 @@ def test_there_is_one_final_answer(result):
     assert result.audit.evaluation is result.evaluation
     assert result.verdict("robust") == result.audit.verdict("robust")
     assert result.verdict("pgd50").status in ("tight", "loose", "refuted", "void")
-    assert result.region["s"] == 1.0
+    assert result.region.s == 1.0
     with pytest.raises(UserError, match="unknown claim"):
         result.verdict("clean")
 

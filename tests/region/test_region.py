@@ -1,10 +1,10 @@
-"""The inference region: every measure against a case whose answer is known, and the dicts that reports are made of."""
+"""The inference region: every measure against a case whose answer is known, and the data that reports are made of."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from torch import nn
 from holdfast import data, models, run_folder
 from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
+from holdfast.io import decode
 from holdfast.models.heads import HEADS
 from holdfast.outputs import Outputs
 from holdfast.region import (
@@ -39,6 +40,7 @@ from holdfast.region import (
     shrunk_covariance,
     smallest_perturbation,
 )
+from holdfast.results import Spread
 from holdfast.threat import NORMS, Threat
 
 
@@ -279,33 +281,33 @@ def binary(confidence, right):
 
 def test_calibrated_predictions_have_no_error():
     result = reliability(*binary([0.75] * 4 + [0.9] * 10, [True] * 3 + [False] + [True] * 9 + [False]))
-    assert result["ece"] == pytest.approx(0, abs=1e-12)
-    assert result["brier"] == pytest.approx(2 * (4 * 0.75 * 0.25 + 10 * 0.9 * 0.1) / 14)  # 2 p (1 - p)
+    assert result.ece == pytest.approx(0, abs=1e-12)
+    assert result.brier == pytest.approx(2 * (4 * 0.75 * 0.25 + 10 * 0.9 * 0.1) / 14)  # 2 p (1 - p)
     p = torch.softmax(2 * draw(40_000, 4, seed=1), 1)
     y = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0]
     drawn = reliability(p.log(), y)
-    assert drawn["ece"] < 0.01
-    assert sum(drawn["bins"]["n"]) == 40_000
+    assert drawn.ece < 0.01
+    assert sum(drawn.bins.n) == 40_000
 
 
 def test_overconfident_predictions():
     result = reliability(*binary([0.95] * 100, [True] * 60 + [False] * 40))
-    assert result["ece"] == pytest.approx(0.35)
-    assert result["brier"] == pytest.approx(2 * (0.6 * 0.05**2 + 0.4 * 0.95**2))
-    assert result["nll"] == pytest.approx(-0.6 * math.log(0.95) - 0.4 * math.log(0.05))
-    (bin_,) = [b for b, n in enumerate(result["bins"]["n"]) if n]
+    assert result.ece == pytest.approx(0.35)
+    assert result.brier == pytest.approx(2 * (0.6 * 0.05**2 + 0.4 * 0.95**2))
+    assert result.nll == pytest.approx(-0.6 * math.log(0.95) - 0.4 * math.log(0.05))
+    (bin_,) = [b for b, n in enumerate(result.bins.n) if n]
     assert bin_ == 14
-    assert (result["bins"]["n"][14], result["bins"]["accuracy"][14]) == (100, pytest.approx(0.6))
-    assert result["bins"]["confidence"][:14] == [None] * 14
+    assert (result.bins.n[14], result.bins.accuracy[14]) == (100, pytest.approx(0.6))
+    assert result.bins.confidence[:14] == (None,) * 14
 
 
 def test_a_confidence_on_a_border_is_in_the_lower_bin():
-    assert reliability(torch.zeros(3, 2), torch.zeros(3).long(), bins=2)["bins"]["n"] == [3, 0]
+    assert reliability(torch.zeros(3, 2), torch.zeros(3).long(), bins=2).bins.n == (3, 0)
 
 
 def test_calibration_of_huge_logits_is_a_number():
     result = reliability(torch.tensor([[1e4, 0.0], [1e4, 0.0]]), torch.tensor([0, 1]))
-    assert (result["ece"], result["brier"], result["nll"]) == (0.5, 1.0, 5000.0)
+    assert (result.ece, result.brier, result.nll) == (0.5, 1.0, 5000.0)
 
 
 # ---------------------------------------------------------------------------------------------------- what is looked at
@@ -348,7 +350,7 @@ def everything(value):
     if isinstance(value, dict):
         for part in value.values():
             yield from everything(part)
-    elif isinstance(value, list):
+    elif isinstance(value, tuple):
         for part in value:
             yield from everything(part)
     else:
@@ -356,9 +358,10 @@ def everything(value):
 
 
 def is_json(result, most=120_000):
-    text = json.dumps(result, allow_nan=False)  # raises for NaN and infinity
-    assert json.loads(text) == result
-    assert {type(value) for value in everything(result)} <= {int, float, str, bool, type(None)}
+    plain = asdict(result)
+    text = json.dumps(plain, allow_nan=False)  # raises for NaN and infinity
+    assert decode(type(result), json.loads(text), "it") == result
+    assert {type(value) for value in everything(plain)} <= {int, float, str, bool, type(None)}
     return len(text) < most
 
 
@@ -366,8 +369,8 @@ def test_measure_of_a_linear_network(linear):
     model, x, y, x_adv, threat = linear
     result = measure(model, x, y, x_adv, threat, s=0.1)
     assert is_json(result)
-    assert (result["n"], result["right"], result["not_finite"], result["missed"]) == (120, 120, 0, 0)
-    assert (result["space"], result["dim"], result["norm"], result["eps"], result["s"]) == (
+    assert (result.n, result.right, result.not_finite) == (120, 120, 0)
+    assert (result.space, result.dim, result.norm, result.eps, result.s) == (
         "features",
         6,
         "linf",
@@ -379,22 +382,22 @@ def test_measure_of_a_linear_network(linear):
             model(x), model(x_adv)
         ))  # fmt: skip
         slope = float((model.head.linear.weight[0] - model.head.linear.weight[1]).abs().sum())
-    assert result["lipschitz"]["q10"] == pytest.approx(slope, rel=1e-4) == result["lipschitz"]["q90"]
+    assert result.lipschitz.q10 == pytest.approx(slope, rel=1e-4) == result.lipschitz.q90
     middle = float(margin.quantile(0.5, interpolation="nearest"))
-    assert result["margin"]["median"] == pytest.approx(middle, rel=1e-4)
-    assert result["input_margin"]["median"] == pytest.approx(middle / slope, rel=1e-4)
-    assert result["distance"]["median"] == pytest.approx(middle / slope, rel=2e-3)
+    assert result.margin.median == pytest.approx(middle, rel=1e-4)
+    assert result.input_margin.median == pytest.approx(middle / slope, rel=1e-4)
+    assert result.distance.median == pytest.approx(middle / slope, rel=2e-3)
     for key, values in (("inference_region", margin), ("inference_region_adv", margin_adv)):
         expected = float(((values > 0) & (values <= 0.1)).double().mean())
         assert 0 < expected < 1
-        assert result[key] == pytest.approx(expected, abs=1e-5)
-    found = dict(zip(result["distances"]["index"], result["distances"]["distance"], strict=True))
+        assert getattr(result, key) == pytest.approx(expected, abs=1e-5)
+    found = dict(zip(result.distances.index, result.distances.distance, strict=True))
     assert found == pytest.approx({i: float(margin[i]) / slope for i in range(120)}, rel=2e-3)
-    assert result["movement"]["moved"]["q90"] == pytest.approx(0.02 * 6**0.5, rel=1e-4)  # features are the pixels
+    assert result.movement.moved.q90 == pytest.approx(0.02 * 6**0.5, rel=1e-4)  # features are the pixels
     standing = [sum(d > eps for d in found.values()) for eps in (0.01, 0.02, 0.03, 0.04)]
-    assert [(c["n"], c["minimal_norm"], c["robust"]) for c in result["eps_checks"]] == [(120, k, k) for k in standing]
+    assert [(c.n, c.minimal_norm, c.robust) for c in result.eps_checks] == [(120, k, k) for k in standing]
     attacked = sum(standing) - standing[1]  # at eps itself the evaluation has attacked
-    assert sum(result["passes"].values()) == 3 * 120 + 2 * (50 + 10) * 120 + 26 * attacked
+    assert result.passes.passes == 3 * 120 + 2 * (50 + 10) * 120 + 26 * attacked
 
 
 def test_of_what_is_wrong_already_there_is_no_twin():
@@ -405,11 +408,11 @@ def test_of_what_is_wrong_already_there_is_no_twin():
     x = torch.linspace(0.05, 0.95, 40).view(-1, 1, 1, 1)
     x_adv = torch.where(x > 0.5, x - 0.01, x)
     result = measure(model, x, torch.zeros(40).long(), x_adv, Threat("linf", 0.01))
-    assert (result["n"], result["right"], result["per_class"]["n"]) == (40, 20, [20, 0])
-    assert result["lipschitz"] == dict.fromkeys(result["lipschitz"], 10.0)
-    assert result["movement"]["moved"]["q10"] == result["movement"]["moved"]["q90"] == pytest.approx(0.01, rel=1e-3)
-    assert result["input_margin"]["q10"] > 0 > result["margin"]["q10"]
-    assert sorted(result["distances"]["distance"])[:21].count(0.0) == 20
+    assert (result.n, result.right, result.per_class.n) == (40, 20, (20, 0))
+    assert result.lipschitz == Spread(10.0, 10.0, 10.0, 10.0, 10.0)
+    assert result.movement.moved.q10 == result.movement.moved.q90 == pytest.approx(0.01, rel=1e-3)
+    assert result.input_margin.q10 > 0 > result.margin.q10
+    assert sorted(result.distances.distance)[:21].count(0.0) == 20
 
 
 def test_the_curve_that_distances_make_is_the_accuracy_under_attack(linear):
@@ -420,7 +423,7 @@ def test_the_curve_that_distances_make_is_the_accuracy_under_attack(linear):
         slope = (line.weight[0] - line.weight[1]).abs().sum()
         with torch.no_grad():
             stands = (model(x).logits[:, 0] - model(x).logits[:, 1]).abs() > eps * slope
-        curve = np.mean([d is None or d > eps for d in result["distances"]["distance"]])
+        curve = np.mean([d is None or d > eps for d in result.distances.distance])
         assert curve == pytest.approx(float(stands.float().mean()), abs=0.01)
 
 
@@ -430,17 +433,17 @@ def test_measure_is_the_same_every_time_and_in_every_batch(digits):
     threat = Threat("linf", 0.1)
     result = measure(model, x, y, x_adv, threat, s=1.0, steps=10)
     assert result == measure(model, x, y, x_adv, threat, s=1.0, steps=10)
-    assert result["space"] == "logits"
-    assert result["dim"] == 10
+    assert result.space == "logits"
+    assert result.dim == 10
     split = measure(model, x, y, x_adv, threat, s=1.0, steps=10, batch_size=7)
-    assert split["distances"]["distance"] == pytest.approx(result["distances"]["distance"], rel=0.05)
-    assert split["two_sample"]["auc"] == pytest.approx(result["two_sample"]["auc"], abs=1e-3)
+    assert split.distances.distance == pytest.approx(result.distances.distance, rel=0.05)
+    assert split.two_sample.auc == pytest.approx(result.two_sample.auc, abs=1e-3)
     few = measure(model, x, y, x_adv, threat, limit=15, steps=10)
-    assert few["n"] == 15
-    assert few["distances"]["index"] == result["distances"]["index"][:15]
+    assert few.n == 15
+    assert few.distances.index == result.distances.index[:15]
     numbered = measure(model, x, y, x_adv, threat, index=torch.arange(len(y)) + 500, steps=10)
-    assert min(numbered["distances"]["index"]) == 500
-    assert numbered["inference_region"] is None
+    assert min(numbered.distances.index) == 500
+    assert numbered.inference_region is None
 
 
 def test_measure_reports_its_progress(linear):
@@ -467,10 +470,10 @@ def test_what_the_evaluation_missed_is_counted(linear):
         falls = int((model(x_adv).logits.argmax(1) != y).sum())
     assert 0 < falls < 120
     kept = []  # x_adv = x: the evaluation has found nothing at all
-    result = measure(model, x, y, x, threat, on_witnesses=kept.append)
-    assert abs(result["missed"] - falls) <= 1
+    measure(model, x, y, x, threat, on_witnesses=kept.append)
     (rows, points, margin, prediction), *more = kept
-    assert (len(rows), more) == (result["missed"], [])
+    assert abs(len(rows) - falls) <= 1
+    assert not more
     assert bool((threat.violation(points, x[rows]) == 0).all())
     with torch.no_grad():
         logits = model(points).logits
@@ -484,7 +487,7 @@ def test_what_the_evaluation_missed_is_counted(linear):
 
 def curve_at(result, eps):
     """The samples that stand at eps, read off the distances as the report does."""
-    return sum(d is None or d > eps for d in result["distances"]["distance"])
+    return sum(d is None or d > eps for d in result.distances.distance)
 
 
 def test_what_the_minimal_norm_attack_misses_an_attack_on_a_radius_finds():
@@ -498,9 +501,9 @@ def test_what_the_minimal_norm_attack_misses_an_attack_on_a_radius_finds():
     assert smallest_perturbation(model, x, y, threat)[1].isinf().all()
     kept = []
     result = measure(model, x, y, x, threat, on_witnesses=kept.append)
-    assert [(c["minimal_norm"], c["robust"]) for c in result["eps_checks"]] == [(40, 40), (40, 0), (40, 0), (40, 0)]
-    assert all(0.05099 <= d <= 0.054 for d in result["distances"]["distance"])
-    assert result["missed"] == len(kept[0].rows) == 40  # moved back, they lie in the threat
+    assert [(c.minimal_norm, c.robust) for c in result.eps_checks] == [(40, 40), (40, 0), (40, 0), (40, 0)]
+    assert all(0.05099 <= d <= 0.054 for d in result.distances.distance)
+    assert len(kept[0].rows) == 40  # moved back, they lie in the threat
     assert (curve_at(result, 0.05), curve_at(result, 0.06)) == (40, 0)
 
 
@@ -511,7 +514,7 @@ def test_what_the_evaluation_broke_at_eps_does_not_stand_at_eps(eps):
     model = lambda x: torch.stack([0.29 + eps - x.mean((1, 2, 3)).detach(), 0 * x.sum((1, 2, 3))], 1)  # noqa: E731
     result = measure(model, x, y, x_adv, Threat("linf", eps))
     assert curve_at(result, eps) <= 4
-    assert result["eps_checks"][1]["robust"] == curve_at(result, eps)
+    assert result.eps_checks[1].robust == curve_at(result, eps)
 
 
 @pytest.mark.parametrize("threat", [Threat("linf", 0.1), Threat("l2", 0.5)], ids=str)
@@ -521,10 +524,10 @@ def test_the_curve_of_cosine_logits_is_that_of_evaluations(trained_runs, threat)
     some = split.test.take(slice(0, 64))
     x_adv = evaluate(model, some, threat, "quick").x_adv
     result = measure(model, some.x, some.y, x_adv, threat)
-    for share, check in zip((0.5, 1.0, 1.5, 2.0), result["eps_checks"], strict=True):
+    for share, check in zip((0.5, 1.0, 1.5, 2.0), result.eps_checks, strict=True):
         eps = share * threat.eps
         stands = int(evaluate(model, some, replace(threat, eps=eps), "quick").robust.sum())
-        assert check["robust"] == curve_at(result, check["eps"])
+        assert check.robust == curve_at(result, check.eps)
         assert curve_at(result, eps) <= stands + 5
 
 
@@ -535,13 +538,13 @@ def test_misalignment_is_seen_and_its_absence_too():
     y = model(x).logits.argmax(1)
     shifted = (x + torch.tensor([0.5, 0.0, 0.0, 0.0]).view(1, 2, 2)) / 1.5  # not along the boundary alone
     threat = Threat("linf", 0.5)
-    seen, same = (measure(model, x, y, x_adv, threat, steps=2)["two_sample"] for x_adv in (shifted, x))
-    assert seen["auc"] > 0.75
-    assert seen["mmd2"] > 0.05
-    assert seen["frechet"] > 5 * seen["frechet_chance"]
-    assert same["auc"] == 0.5
-    assert (same["mmd2"], same["frechet"]) == (0.0, pytest.approx(0, abs=1e-9))
-    assert seen["frechet_relative"] == pytest.approx(seen["frechet"] / (4 / 12), rel=0.1)
+    seen, same = (measure(model, x, y, x_adv, threat, steps=2).two_sample for x_adv in (shifted, x))
+    assert seen.auc > 0.75
+    assert seen.mmd2 > 0.05
+    assert seen.frechet > 5 * seen.frechet_chance
+    assert same.auc == 0.5
+    assert (same.mmd2, same.frechet) == (0.0, pytest.approx(0, abs=1e-9))
+    assert seen.frechet_relative == pytest.approx(seen.frechet / (4 / 12), rel=0.1)
 
 
 class Odd(nn.Module):
@@ -576,22 +579,13 @@ def test_degenerate_input_gives_no_odd_numbers(kind, labels, attacked):
     result = measure(model, x, y, x_adv, Threat("l2", 3.0), s=0.5, steps=3)
     assert is_json(result)
     assert is_json(merge([result, result]))
-    usual = measure(Odd("plain"), x, y, x_adv, Threat("l2", 3.0), steps=1)
-    assert set(keys_of(result)) == set(keys_of(usual))
     drawn = projection(model, x, y, x_adv, s=0.5, grid=5)
     assert is_json(drawn)
     if kind == "nan":
-        assert result["not_finite"] > 0 or labels == "one sample"
-    if not attacked and result["right"] >= 10:
-        assert result["two_sample"]["mmd2"] == 0.0
-        assert result["two_sample"]["auc"] == 0.5
-
-
-def keys_of(result, path=""):
-    for key, value in result.items():
-        yield f"{path}/{key}"
-        if isinstance(value, dict) and key not in ("clean", "adv"):
-            yield from keys_of(value, f"{path}/{key}")
+        assert result.not_finite > 0 or labels == "one sample"
+    if not attacked and result.right >= 10:
+        assert result.two_sample.mmd2 == 0.0
+        assert result.two_sample.auc == 0.5
 
 
 def test_samples_that_do_not_fit_are_refused(linear):
@@ -610,15 +604,15 @@ def test_merged_networks(linear):
     ))  # fmt: skip
     both = merge([one, two])
     assert is_json(both)
-    assert set(keys_of(both)) == set(keys_of(one))
-    assert (both["n"], both["dim"], both["eps"], both["s"], both["space"]) == (120, 6, 0.02, 0.1, "features")
-    assert both["margin"]["median"] == pytest.approx((one["margin"]["median"] + two["margin"]["median"]) / 2, rel=1e-5)
-    assert len(both["distances"]["index"]) == len(both["distances"]["distance"]) == 120
-    whole, bins = reliability(model(x).logits.detach(), y), both["calibration"]["clean"]["bins"]
-    assert bins["n"] == whole["bins"]["n"]
+    assert (both.n, both.dim, both.eps, both.s, both.space) == (120, 6, 0.02, 0.1, "features")
+    assert both.margin.median == pytest.approx((one.margin.median + two.margin.median) / 2, rel=1e-5)
+    assert len(both.distances.index) == len(both.distances.distance) == 120
+    whole, bins = reliability(model(x).logits.detach(), y), both.calibration.clean.bins
+    assert bins.n == whole.bins.n
     for key in ("accuracy", "confidence"):
-        assert [v or 0 for v in bins[key]] == pytest.approx([v or 0 for v in whole["bins"][key]], rel=1e-4)
-    assert both["per_class"]["n"] == y.bincount().tolist()
+        mine, all_at_once = ([v or 0 for v in getattr(part, key)] for part in (bins, whole.bins))
+        assert mine == pytest.approx(all_at_once, rel=1e-4)
+    assert both.per_class.n == tuple(y.bincount().tolist())
 
 
 # ----------------------------------------------------------------------------------------------------------- projection
@@ -649,44 +643,44 @@ def test_the_plane_shows_what_the_head_decides(head):
     y = torch.arange(60) % 4
     drawn = projection(model, x, y, x.flip(3), s=1.0, limit=40, grid=9)
     assert is_json(drawn)
-    assert (drawn["exact"], drawn["space"], drawn["classes"], drawn["s"]) == (False, "features", 4, 1.0)
-    assert 0 < drawn["explained"] < 1
+    assert (drawn.exact, drawn.space, drawn.classes, drawn.s) == (False, "features", 4, 1.0)
+    assert 0 < drawn.explained < 1
     rows = choose(y, torch.arange(60), 40, seed=0)
     with torch.no_grad():
         out, out_adv = model(x[rows]), model(x.flip(3)[rows])
-    assert drawn["y"] == y[rows].tolist()
-    assert drawn["prediction"] == out.logits.argmax(1).tolist()
-    assert drawn["prediction_adv"] == out_adv.logits.argmax(1).tolist()
+    assert drawn.y == tuple(y[rows].tolist())
+    assert drawn.prediction == tuple(out.logits.argmax(1).tolist())
+    assert drawn.prediction_adv == tuple(out_adv.logits.argmax(1).tolist())
     # A backbone that hands on points of the plane: its network must say what the grid says.
     h = out.features.double()
     origin, axes, _ = plane(h, y[rows])
-    assert np.allclose(drawn["points_adv"], (out_adv.features.double() - origin) @ axes.T, rtol=1e-3, atol=1e-3)
-    grid = drawn["grid"]
-    assert (len(grid["across"]), len(grid["up"]), len(grid["margin"]), len(grid["margin"][0])) == (9, 9, 9, 9)
-    across, up = (torch.tensor(grid[key], dtype=torch.float64) for key in ("across", "up"))
+    assert np.allclose(drawn.points_adv, (out_adv.features.double() - origin) @ axes.T, rtol=1e-3, atol=1e-3)
+    grid = drawn.grid
+    assert (len(grid.across), len(grid.up), len(grid.margin), len(grid.margin[0])) == (9, 9, 9, 9)
+    across, up = (torch.tensor(values, dtype=torch.float64) for values in (grid.across, grid.up))
     at = (origin + across[6] * axes[0] + up[2] * axes[1]).float()[None]
     if head == "mmc":
         logits = -(at[:, None] - model.head.centers).square().sum(2)  # half of it, twice by the scale
     else:
         logits = 2 * model.head(at).logits.detach()
     top = logits[0].topk(2)
-    assert grid["prediction"][2][6] == int(top.indices[0])
-    assert grid["margin"][2][6] == pytest.approx(float(top.values[0] - top.values[1]), rel=2e-2, abs=1e-3)
+    assert grid.prediction[2][6] == int(top.indices[0])
+    assert grid.margin[2][6] == pytest.approx(float(top.values[0] - top.values[1]), rel=2e-2, abs=1e-3)
 
 
 def test_the_projection_of_a_model_of_another_make(digits):
     model, x, y = digits
     drawn = projection(model, x, y, x, grid=7)
-    assert drawn["space"] == "logits"  # whose plane needs no head
-    at = np.array([(u, v) for v in drawn["grid"]["up"] for u in drawn["grid"]["across"]])
+    assert drawn.space == "logits"  # whose plane needs no head
+    at = np.array([(u, v) for v in drawn.grid.up for u in drawn.grid.across])
     rows = choose(y, torch.arange(len(y)), 200, 0)
     with torch.no_grad():
         origin, axes, _ = plane(model(x[rows]).double(), y[rows])
     decided = (origin.numpy() + at @ axes.numpy()).argmax(1)
-    assert (decided.reshape(7, 7) == np.array(drawn["grid"]["prediction"])).mean() > 0.9  # four digits of a coordinate
+    assert (decided.reshape(7, 7) == np.array(drawn.grid.prediction)).mean() > 0.9  # four digits of a coordinate
     hidden = projection(lambda images: Outputs(model(images), images.flatten(1)), x, y, x)
-    assert hidden["space"] == "features"
-    assert hidden["grid"] is None
+    assert hidden.space == "features"
+    assert hidden.grid is None
 
 
 def test_a_head_that_does_not_read_its_features_is_not_drawn():
@@ -696,9 +690,9 @@ def test_a_head_that_does_not_read_its_features_is_not_drawn():
 
     model = models.build("mlp:width=8", (1, 2, 2), 2)
     x, y = draw(30, 1, 2, 2).sigmoid().float(), torch.arange(30) % 2
-    assert projection(model, x, y, x)["grid"] is not None
+    assert projection(model, x, y, x).grid is not None
     model.head = Twice(8, 2)
-    assert projection(model, x, y, x)["grid"] is None
+    assert projection(model, x, y, x).grid is None
 
 
 def test_images_of_two_values_are_drawn_as_they_are():
@@ -708,16 +702,16 @@ def test_images_of_two_values_are_drawn_as_they_are():
     x_adv = (x + 0.05).clamp(0, 1)
     drawn = projection(model, x, y, x_adv, s=0.5, grid=61)
     assert is_json(drawn)
-    assert drawn["exact"] is True
-    assert drawn["space"] == "pixels"
-    assert len(drawn["y"]) == 200
+    assert drawn.exact is True
+    assert drawn.space == "pixels"
+    assert len(drawn.y) == 200
     rows = choose(y, torch.arange(300), 200, seed=0)
-    assert np.allclose(drawn["points"], x[rows].flatten(1), atol=1e-3)
-    assert np.allclose(drawn["points_adv"], x_adv[rows].flatten(1), atol=1e-3)
-    grid = drawn["grid"]
-    assert (grid["across"][0], grid["across"][-1], grid["up"][0], grid["up"][-1]) == (0, 1, 0, 1)
+    assert np.allclose(drawn.points, x[rows].flatten(1), atol=1e-3)
+    assert np.allclose(drawn.points_adv, x_adv[rows].flatten(1), atol=1e-3)
+    grid = drawn.grid
+    assert (grid.across[0], grid.across[-1], grid.up[0], grid.up[-1]) == (0, 1, 0, 1)
     with torch.no_grad():
         z = model(torch.tensor([[[[10 / 60, 45 / 60]]]])).logits[0]
-    assert grid["prediction"][45][10] == int(z.argmax())
-    assert grid["margin"][45][10] == pytest.approx(float((z[0] - z[1]).abs()), rel=1e-3)
-    assert {p for row in grid["prediction"] for p in row} <= {0, 1}
+    assert grid.prediction[45][10] == int(z.argmax())
+    assert grid.margin[45][10] == pytest.approx(float((z[0] - z[1]).abs()), rel=1e-3)
+    assert {p for row in grid.prediction for p in row} <= {0, 1}

@@ -48,7 +48,7 @@ def make_run(loss="sce", seed=0, n=200, clean=0.97, pgd50=0.4, robust=0.3, scale
     for j, name in enumerate(STAGES):
         broken = int((stage == j).sum())
         stages.append(
-            R.Stage(name, alive, broken, alive * 20 * (j + 1), alive * (0 if name == "square" else 20), 1.5 * j)
+            R.StageCost(name, alive, broken, alive * 20 * (j + 1), alive * (0 if name == "square" else 20), 1.5 * j)
         )
         alive -= broken
     pictures = []
@@ -74,19 +74,42 @@ def make_run(loss="sce", seed=0, n=200, clean=0.97, pgd50=0.4, robust=0.3, scale
             make_check("more steps change nothing", "holds", 0, 100, "0 of 100 more broken"),
             make_check("transfer is not stronger", "not run", why="needs a second network"),
         ],
-        "cost": {
-            "forwards": sum(s.forwards for s in stages),
-            "backwards": sum(s.backwards for s in stages),
-            "seconds": 9.0,
-        },
+        "cost": R.Cost(sum(s.forwards for s in stages), sum(s.backwards for s in stages), 9.0),
         "stages": stages,
         "examples": pictures,
-        "train": {"accuracy": 0.991, "epochs": 10, "seconds": 61.5},
+        "train": R.Training(epochs=10, accuracy=0.991, seconds=61.5),
         "samples": R.Samples(
             range(n), y, prediction, correct, pgd50_correct, unbroken, stage, margin, margin * 0.3 - 2
         ),
     }
     return R.Run(**{**fields, **more})
+
+
+def make_region(**more) -> R.RegionMeasures:
+    """Measures of four samples, few of which are known."""
+    spread, nothing = R.Spread(), (None,) * 10
+    fields = {
+        "n": 4, "right": 3, "not_finite": 0, "space": "features", "dim": 8, "norm": "linf", "eps": 0.1, "s": 3.0,
+        "margin": spread, "margin_adv": spread, "inference_region": 0.25, "inference_region_adv": 0.5,
+        "input_margin": R.Spread(median=0.031), "distance": spread,
+        "distances": R.Distances((0, 1, 2, 3), (0.05, 0.15, None, 0.0)), "lipschitz": spread,
+        "movement": R.FeatureShift(), "scatter": None, "scatter_adv": None, "two_sample": R.TwoSample(0.01, auc=0.8),
+        "per_class": R.TwoSamplePerClass((0,) * 10, *[nothing] * 4), "calibration": R.Calibration(None, None),
+        "eps_checks": (), "passes": R.Passes(40, 30),
+    }  # fmt: skip
+    return R.RegionMeasures(**{**fields, **more})
+
+
+def make_projection(**more) -> R.Projection:
+    """Four points of ten classes in a plane."""
+    points = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
+    grid = R.DecisionGrid((-0.5, 0.5, 1.5), (-0.5, 1.5), ((0, 1, 1), (1, 1, 0)), ((5.0, 1.0, None), (1.0, 9.0, 2.0)))
+    fields = {
+        "exact": False, "space": "features", "explained": 0.625, "s": 3.0, "classes": 10, "y": (0, 1, 2, 0),
+        "prediction": (0, 1, 2, 0), "prediction_adv": (1, 1, 0, 0), "points": points, "points_adv": points[::-1],
+        "centers": (None,) * 10, "grid": grid,
+    }  # fmt: skip
+    return R.Projection(**{**fields, **more})
 
 
 def make_results(runs=None, classes=None, **more) -> R.Results:

@@ -23,7 +23,7 @@ from ..losses import Loss, as_loss
 from ..outputs import Model
 from ..progress import Progress, as_progress
 from ..queries import device_of, exact_float32
-from ..results import Finding, Remaining, RemainingVulnerable, Verdict, remaining_vulnerable
+from ..results import CleanMeasures, Finding, Remaining, RemainingVulnerable, Verdict, remaining_vulnerable
 from ..user_input import any_seed, of_type, whole
 from . import gradients, soundness, strength
 from .findings import CheckCount, lower_bound_99, merge, result_of
@@ -136,14 +136,14 @@ class Audit:
         evaluation: the audited one, with one more stage, "audit": the samples that checks broke.
         findings: one per check.
         remaining: estimate of the survivors that are still breakable.
-        measures: see ``gradients.measures``.
+        measures: gradients and distances at the clean images; None where no sample is correct, or the model failed.
         cost: passes and seconds of the audit.
     """
 
     evaluation: Evaluation
     findings: tuple[Finding, ...]
     remaining: RemainingVulnerable
-    measures: dict[str, float | None]
+    measures: CleanMeasures | None
     cost: StageCost
 
     def verdict(self, claim: str = ROBUST) -> Verdict:
@@ -245,7 +245,7 @@ def audit(
             progress(name_of(check), number + 1, len(CHECKS))
             findings.append(_run(check, probe))
         estimate = _estimate(probe)
-        measures: dict[str, float | None] = {}
+        measures = None
         with suppress(UserError):  # the model failed, as the checks say
             measures = gradients.measures(probe)
         for number, check in enumerate(CHECKS):

@@ -4,16 +4,42 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 
 from ..evaluation import Evaluation, StageCost, add_witnesses
 from ..io import load_tensors, save_tensors, understood
-from ..results import Finding, RemainingVulnerable
+from ..results import CleanMeasures, Finding, RemainingVulnerable
 from ..witnesses import Witnesses
 from . import Audit
 
 NAME, VERSION = "audit cache", 2
+
+
+class StoredAudit(TypedDict):
+    """An audit without its evaluation, as files hold it."""
+
+    findings: tuple[Finding, ...]
+    remaining: RemainingVulnerable
+    measures: CleanMeasures | None
+    cost: StageCost
+
+
+class _About(StoredAudit):
+    """What the cache holds beside tensors."""
+
+    key: str
+
+
+def stored_audit(audit: Audit) -> dict[str, Any]:
+    """What ``StoredAudit`` describes, as JSON can hold it."""
+    return {
+        "findings": [asdict(finding) for finding in audit.findings],
+        "remaining": asdict(audit.remaining),
+        "measures": None if audit.measures is None else asdict(audit.measures),
+        "cost": asdict(audit.cost),
+    }
 
 
 def save_audit(path: Path, key: str, audit: Audit) -> None:
@@ -27,14 +53,7 @@ def save_audit(path: Path, key: str, audit: Audit) -> None:
     evaluation = audit.evaluation
     rows = torch.nonzero(evaluation.broken_by == len(evaluation.stages) - 1)[:, 0]
     witnesses = Witnesses(rows, evaluation.x_adv[rows], evaluation.margin_adv[rows], evaluation.prediction_adv[rows])
-    about = {
-        "key": key,
-        "findings": [asdict(finding) for finding in audit.findings],
-        "remaining": asdict(audit.remaining),
-        "measures": audit.measures,
-        "cost": asdict(audit.cost),
-    }
-    save_tensors(path, NAME, VERSION, witnesses._asdict(), about)
+    save_tensors(path, NAME, VERSION, witnesses._asdict(), {"key": key, **stored_audit(audit)})
 
 
 def load_audit(path: Path, key: str, evaluation: Evaluation) -> Audit | None:
@@ -53,15 +72,8 @@ def load_audit(path: Path, key: str, evaluation: Evaluation) -> Audit | None:
     """
     if not path.exists():
         return None
-    tensors, about = load_tensors(path, NAME, VERSION)
-    if about.get("key") != key:
+    tensors, about = load_tensors(path, NAME, VERSION, _About)
+    if about.pop("key") != key:
         return None
     with understood(path):
-        cost = StageCost(**about["cost"])
-        return Audit(
-            add_witnesses(evaluation, [Witnesses(**tensors)], cost),
-            tuple(Finding.from_dict(finding) for finding in about["findings"]),
-            RemainingVulnerable(**about["remaining"]),
-            about["measures"],
-            cost,
-        )
+        return Audit(add_witnesses(evaluation, [Witnesses(**tensors)], about["cost"]), **about)

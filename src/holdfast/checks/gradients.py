@@ -9,6 +9,7 @@ from ..attacks import cross_entropy
 from ..attacks.base import score_and_grad
 from ..losses import Loss, negative_log_odds
 from ..region import input_margin, spread
+from ..results import CleanMeasures
 from ..threat import column
 from .findings import CheckCount
 from .probe import Probe
@@ -85,7 +86,7 @@ def gradients_of_the_logits_are_balanced(probe: Probe) -> CheckCount:
     )
 
 
-def measures(probe: Probe, most: int = 512) -> dict[str, float | None]:
+def measures(probe: Probe, most: int = 512) -> CleanMeasures | None:
     """Measures reported beside the verdict, at the clean images.
 
     Args:
@@ -93,18 +94,17 @@ def measures(probe: Probe, most: int = 512) -> dict[str, float | None]:
         most: number of correctly classified samples to use, at most.
 
     Returns:
-        zero_gradient: fraction of samples where the input gradient of F.cross_entropy is exactly zero.
-        zero_gradient_training_loss: the same for the training loss.
-        input_margin: median of ``region.input_margin`` with m = -u, where u is the negative log odds; None if infinite.
-        Empty if no sample is classified correctly.
+        The CleanMeasures; input_margin is that of ``region.input_margin`` with m = -u, where u is the negative log
+        odds. None if no sample is classified correctly.
     """
     rows = torch.nonzero(probe.evaluation.clean.to(probe.data.y.device))[:most, 0]
     if len(rows) == 0:
-        return {}
+        return None
     x = probe.x(rows)
-    values: dict[str, float | None] = {}
-    for name, score in (("zero_gradient", cross_entropy), ("zero_gradient_training_loss", probe.loss)):
-        values[name] = float((probe.gradient(score, x, rows) == 0).flatten(1).all(1).double().mean())
+    zero_gradient, zero_gradient_training_loss = (
+        float((probe.gradient(score, x, rows) == 0).flatten(1).all(1).double().mean())
+        for score in (cross_entropy, probe.loss)
+    )
     _, value, grad = score_and_grad(probe.model, x, negative_log_odds, probe.y(rows))
-    values["input_margin"] = spread(input_margin(-value, grad, probe.threat))["median"]
-    return values
+    distance = spread(input_margin(-value, grad, probe.threat)).median
+    return CleanMeasures(zero_gradient, zero_gradient_training_loss, distance)

@@ -23,7 +23,7 @@ def add_cost(task: Task, state: State, place: int, began: float, **counts: int) 
 
 def passes_spent(state: State) -> int:
     """Forward and backward passes so far, in this process."""
-    return sum(cost.forwards + cost.backwards for cost in state.costs)
+    return sum(cost.passes for cost in state.costs)
 
 
 def affordable(task: Task, state: State, number: int, n_processes: int) -> Callable[[], float]:

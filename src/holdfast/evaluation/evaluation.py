@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor, nn
 
+from .. import results
 from ..results import SpotCheck, notebook_counts
 from ..threat import Threat
 from ..witnesses import Witnesses
@@ -16,22 +17,21 @@ MISCLASSIFIED = -2  # misclassified before any attack
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """What one stage did and what it cost.
+class StageCost(results.StageCost):
+    """What one stage did and what it cost, with counts of its candidates that only the trust checks need.
 
     Args:
         name: of the stage; "clean" for the pass over the clean images.
         attacked: number of samples attacked.
-        candidates: number of candidates that were verified; one for each sample and target class.
         broken: number of samples the stage broke that no earlier stage had.
         forwards: samples sent forward through the model.
         backwards: input gradients computed, counted in samples.
         seconds: wall-clock time.
         outside: candidates that lie outside the threat; they never count as adversarial.
         nonfinite: points whose logits contain NaN or infinity.
+        candidates: number of candidates that were verified; one for each sample and target class.
     """
 
-    name: str
     attacked: int = 0
     broken: int = 0
     forwards: int = 0

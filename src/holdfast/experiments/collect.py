@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,27 @@ from .. import __version__, region, run_folder
 from ..checks import PGD50, ROBUST, Claim, judge, merge, remaining, result_of
 from ..data import Split, pixels
 from ..environment import environment
-from ..evaluation import UNBROKEN, Evaluation, StageCost
+from ..evaluation import UNBROKEN, Evaluation
 from ..io import save_tensors
 from ..replay import WITNESSES, WITNESSES_VERSION
-from ..results import Example, Interval, Results, Run, Samples, Stage, Verdict, proportion, save
+from ..results import (
+    CleanMeasures,
+    Cost,
+    Example,
+    Interval,
+    Results,
+    Run,
+    Samples,
+    Training,
+    Verdict,
+    proportion,
+    save,
+    total_cost,
+)
 from ..threat import Threat
 from .config import DataCut
 from .loss_spec import LossSpec
-from .pipeline import NetworkResult
+from .network_result import NetworkResult
 from .training import TrainSummary
 
 ENVIRONMENT = ("holdfast", "torch", "python", "gpu", "processor")  # where one of these differs, it is another one
@@ -140,14 +153,15 @@ def _environment(networks: Sequence[TrainedNetwork], out: Path) -> dict[str, Any
 
 def _run(parts: list[TrainedNetwork]) -> Run:
     """One row of the table: the folds' samples put together, their costs added up."""
-    results, trained = [part.result for part in parts], [part.trained for part in parts]
-    evaluations = [result.evaluation for result in results]
+    networks, trained = [part.result for part in parts], [part.trained for part in parts]
+    evaluations = [network.evaluation for network in networks]
+    measured = [network.region for network in networks if network.region is not None]
 
     def column(which: str) -> Any:
         return torch.cat([getattr(evaluation, which) for evaluation in evaluations])
 
     robust, clean, pgd50 = column("robust"), column("clean"), column("pgd50")
-    stages = [_added([e.stages[i] for e in evaluations]) for i in range(len(evaluations[0].stages))]
+    stages = [total_cost([e.stages[i] for e in evaluations]) for i in range(len(evaluations[0].stages))]
     certified = None if any(e.certified is None for e in evaluations) else column("certified")
     verdicts = _verdicts(parts, pgd50, robust, certified)
     void = verdicts["verdict"].status == "void"
@@ -164,12 +178,12 @@ def _run(parts: list[TrainedNetwork]) -> Run:
         robust=None if void else _share(robust),
         certified=None if void or certified is None else _share(certified),
         **verdicts,
-        cost={
-            "forwards": sum(e.forwards for e in evaluations),
-            "backwards": sum(e.backwards for e in evaluations),
-            "seconds": round(sum(e.seconds for e in evaluations), 2),
-        },
-        stages=tuple(Stage(s.name, s.attacked, s.broken, s.forwards, s.backwards, round(s.seconds, 3)) for s in stages),
+        cost=Cost(
+            forwards=sum(e.forwards for e in evaluations),
+            backwards=sum(e.backwards for e in evaluations),
+            seconds=round(sum(e.seconds for e in evaluations), 2),
+        ),
+        stages=tuple(replace(stage, seconds=round(stage.seconds, 3)) for stage in stages),
         samples=Samples(
             **{key: column(key) for key in ("index", "y", "prediction", "clean", "pgd50", "robust")},
             stage=column("broken_by"),
@@ -179,14 +193,17 @@ def _run(parts: list[TrainedNetwork]) -> Run:
             prediction_adv=column("prediction_adv"),
         ),
         examples=tuple(_examples(evaluations[0], parts[0].split)),
-        region=region.merge([result.region for result in results]),
-        projection=results[0].projection,
-        train={
-            **{key: value for key, value in asdict(trained[0]).items() if value is not None},
-            **{key: _mean([getattr(t, key) for t in trained]) for key in ("accuracy", "val")},
-            "seconds": round(sum(t.seconds for t in trained), 2),
-            "networks": len(trained),
-        },
+        region=region.merge(measured) if measured else None,
+        projection=networks[0].projection,
+        train=Training(
+            epochs=trained[0].epochs,
+            accuracy=_mean([t.accuracy for t in trained]),
+            val=_mean([t.val for t in trained]),
+            best_epoch=trained[0].best_epoch,
+            seconds=round(sum(t.seconds for t in trained), 2),
+            model=trained[0].model,
+            networks=len(trained),
+        ),
     )
 
 
@@ -206,8 +223,14 @@ def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor, certif
         "pgd50_verdict": verdict(PGD50, pgd50),
         "checks": tuple(result_of(finding) for finding in findings),
         "remaining": left,
-        "measures": {key: _mean([audit.measures.get(key) for audit in audits]) for key in audits[0].measures},
+        "measures": _mean_measures([audit.measures for audit in audits if audit.measures is not None]),
     }
+
+
+def _mean_measures(parts: list[CleanMeasures]) -> CleanMeasures | None:
+    """The mean over networks."""
+    columns = ([getattr(part, f.name) for part in parts] for f in fields(CleanMeasures))
+    return CleanMeasures(*map(_mean, columns)) if parts else None
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -217,11 +240,6 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _share(correct: Tensor) -> Interval:
     return proportion(int(correct.sum()), len(correct))
-
-
-def _added(costs: list[StageCost]) -> StageCost:
-    total = {key: sum(getattr(cost, key) for cost in costs) for key in vars(costs[0]) if key != "name"}
-    return StageCost(costs[0].name, **total)
 
 
 def _examples(evaluation: Evaluation, split: Split, most: int = 6) -> list[Example]:

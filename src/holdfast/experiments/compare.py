@@ -169,7 +169,7 @@ def stored_results(job: Job, split: Split) -> list[NetworkResult] | None:
         stored = load_result(folder / RESULT_FILE, folder / EVALUATION_FILE, _result_key(job, threat, split))
         if stored is None:
             return None
-        results.append(NetworkResult(*stored))
+        results.append(stored)
     if models.is_own(job.model_arguments(split)["name"]):  # weights alone do not say how the user's code answers
         model, _ = run_folder.load(job.folder, device=job.device, run_code=True)
         for result in results:

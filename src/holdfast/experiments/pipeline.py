@@ -10,16 +10,17 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import __version__, region, run_folder
-from ..checks import CHECKS, PGD50, ROBUST, Audit, audit, name_of
+from ..checks import CHECKS, Audit, audit, name_of
 from ..checks.cache import load_audit, save_audit
 from ..data import Data, pixels
 from ..errors import UserError
@@ -32,79 +33,16 @@ from ..losses import Loss, as_loss, negative_margin
 from ..outputs import frozen_eval, out_of_memory
 from ..progress import Progress, as_progress
 from ..queries import LOGIT_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32
-from ..results import Verdict, notebook_counts, percent, proportion
+from ..results import Projection, RegionMeasures
 from ..threat import Threat, as_threat
 from ..user_input import typed
 from ..witnesses import Witnesses
+from .network_result import NetworkResult
 from .stored_result import load_result, save_result
 
 EVALUATION_FILE, AUDIT_FILE, REGION_FILE = (f"{name}.safetensors" for name in ("evaluation", "audit", "region"))
 RESULT_FILE, EVALUATED_FILE = "result.safetensors", "evaluated.json"
 REGION, REGION_VERSION = "region cache", 2
-
-
-@dataclass(frozen=True)
-class NetworkResult:
-    """The final answer on one network under one threat.
-
-    Args:
-        evaluation: per-sample columns and costs, with whatever the audit and the region measurement broke.
-        audit: the findings of the trust checks and the estimate of remaining vulnerable samples; its ``evaluation`` is
-            the final one too.
-        region: the inference region, as ``region.measure`` returns it.
-        projection: what a figure of the region needs, as ``region.projection`` returns it.
-    """
-
-    evaluation: Evaluation
-    audit: Audit
-    region: dict[str, Any]
-    projection: dict[str, Any]
-
-    def verdict(self, claim: str = ROBUST) -> Verdict:
-        """What a figure is worth: "robust", or "pgd50" for the usual protocol. Raises UserError for another name."""
-        return self.audit.verdict(claim)
-
-    def __str__(self) -> str:
-        """The accuracies, the interval of the robust one, and the two verdicts."""
-        evaluation, robust = self.evaluation, self.verdict()
-        void = robust.status == "void"
-        figures = {
-            "clean": _percent(evaluation.clean),
-            "PGD-50": f"{_percent(evaluation.pgd50)}  {_words(self.verdict(PGD50))}",
-            "robust": f"{'-' if void else _bound(evaluation.robust)}  {_words(robust)}",
-        }
-        if evaluation.certified is not None and not void:
-            figures["certified"] = _percent(evaluation.certified)
-        head = f"{evaluation.threat}, {len(evaluation.y):,} samples, in percent; 95% Clopper-Pearson interval"
-        return "\n".join([head, *(f"{name:<10}{figure}" for name, figure in figures.items())])
-
-    def _repr_html_(self) -> str:
-        """The same as a table in a notebook, with the cost of each stage."""
-        robust, pgd50, evaluation = self.verdict(), self.verdict(PGD50), self.evaluation
-        void = robust.status == "void"
-        columns = {
-            "clean": evaluation.clean,
-            f"PGD-50 ({pgd50.status})": evaluation.pgd50,
-            "certified": None if void else evaluation.certified,
-            f"robust, at most ({robust.status})": None if void else evaluation.robust,
-        }
-        counts = {name: None if column is None else int(column.sum()) for name, column in columns.items()}
-        note = f"PGD-50: {_words(pgd50)}. robust: {_words(robust)}"
-        return notebook_counts(str(evaluation.threat), len(evaluation.y), counts, evaluation.stages, note)
-
-
-def _percent(correct: Tensor) -> str:
-    return percent(proportion(int(correct.sum()), len(correct)).value)
-
-
-def _bound(correct: Tensor) -> str:
-    """An upper bound with its interval: <= 41.0 [34.1, 48.2]."""
-    interval = proportion(int(correct.sum()), len(correct))
-    return f"<= {percent(interval.value)} [{percent(interval.low)}, {percent(interval.high)}]"
-
-
-def _words(verdict: Verdict) -> str:
-    return f"{verdict.why}: {verdict.status}" if verdict.why else verdict.status
 
 
 @typed
@@ -164,8 +102,8 @@ def evaluate_network(
         alone = processes.count == 1  # in a group, all processes must attack or none
         finished = load_result(cache / RESULT_FILE, cache / EVALUATION_FILE, result_id) if alone else None
         if finished is not None:
-            check_answers(model, data, finished[0], cache, batch_size)
-            return NetworkResult(*finished)
+            check_answers(model, data, finished.evaluation, cache, batch_size)
+            return finished
         if (cache / EVALUATION_FILE).exists():
             check_answers(model, data, load_clean_answers(cache / EVALUATION_FILE), cache, batch_size)
     evaluation = evaluate(
@@ -190,14 +128,14 @@ def evaluate_network(
         model, data, evaluation, trained_with=trained_with, transfer_source=transfer_source, seed=seed,
         path=None if cache is None else cache / AUDIT_FILE, key=key, progress=progress,
     )  # fmt: skip
-    final, measured, projection = cached_region(
+    measured = cached_region(
         model, data, audited.evaluation, s=s, seed=seed,
         path=None if cache is None else cache / REGION_FILE, key=key, progress=progress,
     )  # fmt: skip
-    result = NetworkResult(final, replace(audited, evaluation=final), measured, projection)
+    audited = replace(audited, evaluation=measured.evaluation)
+    result = NetworkResult(measured.evaluation, audited, measured.region, measured.projection)
     if cache is not None:
-        files = cache / RESULT_FILE, cache / EVALUATION_FILE
-        save_result(*files, result_id, result.audit, result.region, result.projection)
+        save_result(cache / RESULT_FILE, cache / EVALUATION_FILE, result_id, result)
     return result
 
 
@@ -333,6 +271,29 @@ def cached_audit(
     return made
 
 
+class MeasuredRegion(NamedTuple):
+    """What ``cached_region`` returns.
+
+    Attributes:
+        evaluation: with one more stage, "region", for what the measurement broke on its way.
+        region: the measures.
+        projection: what a figure of the region needs.
+    """
+
+    evaluation: Evaluation
+    region: RegionMeasures
+    projection: Projection
+
+
+class _StoredRegion(TypedDict):
+    """What a region cache holds beside tensors."""
+
+    key: str
+    region: RegionMeasures
+    projection: Projection
+    cost: StageCost
+
+
 def cached_region(
     model: nn.Module,
     data: Data,
@@ -343,7 +304,7 @@ def cached_region(
     path: str | Path | None,
     key: str,
     progress: Progress | None = None,
-) -> tuple[Evaluation, dict[str, Any], dict[str, Any]]:
+) -> MeasuredRegion:
     """The inference region, read from the file at ``path`` where it was measured before, else written there.
 
     What the minimal attack breaks on its way counts, as one more stage, "region"; not for a model whose answers vary.
@@ -359,12 +320,14 @@ def cached_region(
         progress: called after each batch.
 
     Returns:
-        (the evaluation with that stage, the measures, the projection).
+        The MeasuredRegion.
     """
     file = None if path is None else Path(path)
     stored_key = content_hash([region.VERSION, key, evaluation.threat.describe(), seed, s], evaluation.x_adv)
-    broken, stored = _read(file)
-    if stored.get("key") != stored_key:
+    stored = _read(file)
+    if stored is not None and stored[1]["key"] == stored_key:
+        broken, about = stored
+    else:
         began = time.perf_counter()
         attempts: list[Witnesses] = []
         columns = model, data.x, data.y, evaluation.x_adv
@@ -374,25 +337,29 @@ def cached_region(
         witnesses = attempts[-1]  # of the batch size that fitted in memory
         counts = evaluation.robust[witnesses.rows] & (evaluation.votes == 1)
         broken = {name: column[counts] for name, column in zip(Witnesses._fields, witnesses, strict=True)}
-        measured["missed"] = None if evaluation.votes > 1 else 0  # they count from here on
-        attacked, seconds = len(measured["distances"]["index"]), time.perf_counter() - began
-        cost = StageCost("region", attacked, len(broken["rows"]), **measured["passes"], seconds=seconds)
-        stored = {"key": stored_key, "region": measured, "projection": projection, "cost": asdict(cost)}
+        passes, seconds = asdict(measured.passes), time.perf_counter() - began
+        cost = StageCost("region", len(measured.distances.index), len(broken["rows"]), **passes, seconds=seconds)
+        about = {"key": stored_key, "region": measured, "projection": projection, "cost": cost}
         if file is not None:
-            save_tensors(file, REGION, REGION_VERSION, broken, stored)
-    final = add_witnesses(evaluation, [Witnesses(**broken)], StageCost(**stored["cost"]))
-    return final, stored["region"], stored["projection"]
+            plain = {"key": stored_key, **{part: asdict(about[part]) for part in ("region", "projection", "cost")}}
+            save_tensors(file, REGION, REGION_VERSION, broken, plain)
+    final = add_witnesses(evaluation, [Witnesses(**broken)], about["cost"])
+    return MeasuredRegion(final, about["region"], about["projection"])
 
 
-def _read(path: Path | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, about) of a region cache; empty where it is missing or damaged: it is then measured again."""
-    try:
-        return ({}, {}) if path is None or not path.exists() else load_tensors(path, REGION, REGION_VERSION)
-    except UserError:
-        return {}, {}
+def _read(path: Path | None) -> tuple[dict[str, Tensor], _StoredRegion] | None:
+    """(tensors, about) of a region cache; None where it is missing or damaged: it is then measured again."""
+    if path is None or not path.exists():
+        return None
+    with suppress(UserError):
+        return load_tensors(path, REGION, REGION_VERSION, _StoredRegion)
+    return None
 
 
-def _fitting(measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+_Measured = TypeVar("_Measured")
+
+
+def _fitting(measure: Callable[..., _Measured]) -> _Measured:
     """What ``measure(batch_size=...)`` returns: with its own batch size, with smaller ones where memory runs out."""
     for size in (None, 64, 16, 4):
         try:

@@ -15,30 +15,28 @@ import torch
 from torch import Tensor
 
 from ..checks import Audit
+from ..checks.cache import StoredAudit, stored_audit
 from ..errors import UserError
 from ..evaluation import Evaluation, StageCost, load_x_adv
 from ..io import content_hash, load_tensors, save_tensors, understood
-from ..results import Finding, RemainingVulnerable, SpotCheck
+from ..results import Projection, RegionMeasures, SpotCheck
 from ..threat import Threat
+from .network_result import NetworkResult
 
 RESULT, RESULT_VERSION = "network result", 3  # 2: the images that the checkpoint has are not repeated
 _ROWS, _IMAGES = "later/rows", "later/x_adv"
 
 
-def save_result(
-    path: Path, checkpoint: Path, key: str, audit: Audit, region: dict[str, Any], projection: dict[str, Any]
-) -> None:
+def save_result(path: Path, checkpoint: Path, key: str, result: NetworkResult) -> None:
     """Write a result, whole or not at all.
 
     Args:
         path: the file.
         checkpoint: the file of the evaluation.
         key: what the result belongs to, as ``pipeline.result_key`` returns it.
-        audit: with the final evaluation.
-        region: as ``region.measure`` returned it.
-        projection: as ``region.projection`` returned it.
+        result: to be written.
     """
-    evaluation = audit.evaluation
+    evaluation = result.evaluation
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     columns_of: dict[str, list[str]] = {}  # the fields that are dicts of columns, with their keys in order
@@ -65,21 +63,14 @@ def save_result(
             "stages": [asdict(cost) for cost in evaluation.stages],
             "spot_check": None if spot_check is None else asdict(spot_check),
         },
-        "audit": {
-            "findings": [asdict(finding) for finding in audit.findings],
-            "remaining": asdict(audit.remaining),
-            "measures": audit.measures,
-            "cost": asdict(audit.cost),
-        },
-        "region": region,
-        "projection": projection,
+        "audit": stored_audit(result.audit),
+        "region": None if result.region is None else asdict(result.region),
+        "projection": None if result.projection is None else asdict(result.projection),
     }
     save_tensors(path, RESULT, RESULT_VERSION, tensors, about, packed=[_IMAGES])
 
 
-def load_result(
-    path: Path, checkpoint: Path, key: str
-) -> tuple[Evaluation, Audit, dict[str, Any], dict[str, Any]] | None:
+def load_result(path: Path, checkpoint: Path, key: str) -> NetworkResult | None:
     """Read a result back.
 
     Args:
@@ -88,8 +79,7 @@ def load_result(
         key: what the result must belong to.
 
     Returns:
-        (evaluation, audit, region, projection), the fields of a NetworkResult; None where the file is missing, damaged,
-        of another version, or belongs to something else.
+        The NetworkResult; None where the file is missing, damaged, of another version, or belongs to something else.
     """
     with suppress(UserError):
         tensors, about = load_tensors(path, RESULT, RESULT_VERSION, _About)
@@ -102,43 +92,35 @@ def load_result(
     return None
 
 
+class _StoredEvaluation(TypedDict):
+    """An evaluation without its columns."""
+
+    threat: dict[str, Any]
+    stages: tuple[StageCost, ...]
+    spot_check: SpotCheck | None
+    votes: int
+    unfinished: bool
+    attack_kinds: tuple[str, ...]
+
+
 class _About(TypedDict):
     """What the file holds beside tensors."""
 
     key: str
     x_adv: str
     columns_of: dict[str, list[str]]
-    evaluation: dict[str, Any]
-    audit: dict[str, Any]
-    region: dict[str, Any]
-    projection: dict[str, Any]
+    evaluation: _StoredEvaluation
+    audit: StoredAudit
+    region: RegionMeasures | None
+    projection: Projection | None
 
 
-def _read(tensors: dict[str, Tensor], about: _About) -> tuple[Evaluation, Audit, dict[str, Any], dict[str, Any]]:
-    plain, audited = dict(about["evaluation"]), about["audit"]
-    spot_check = plain.pop("spot_check")
-    columns = {name: column for name, column in tensors.items() if "/" not in name}
+def _read(tensors: dict[str, Tensor], about: _About) -> NetworkResult:
     if any(len(column) != len(tensors["x_adv"]) for column in tensors.values()):
         raise ValueError("columns of different lengths")
-    evaluation = Evaluation(
-        **{
-            **plain,
-            **columns,
-            "threat": Threat(**plain["threat"]),
-            "stages": tuple(StageCost(**cost) for cost in plain["stages"]),
-            "attack_kinds": tuple(plain["attack_kinds"]),
-            "spot_check": None if spot_check is None else SpotCheck(**spot_check),
-            **{
-                field: {name: tensors[f"{field}/{name}"] for name in names}
-                for field, names in about["columns_of"].items()
-            },
-        }
-    )
-    audit = Audit(
-        evaluation,
-        tuple(Finding.from_dict(finding) for finding in audited["findings"]),
-        RemainingVulnerable(**audited["remaining"]),
-        audited["measures"],
-        StageCost(**audited["cost"]),
-    )
-    return evaluation, audit, about["region"], about["projection"]
+    columns: dict[str, Any] = {name: column for name, column in tensors.items() if "/" not in name}
+    for field, names in about["columns_of"].items():
+        columns[field] = {name: tensors[f"{field}/{name}"] for name in names}
+    plain: dict[str, Any] = {**about["evaluation"], "threat": Threat(**about["evaluation"]["threat"])}
+    evaluation = Evaluation(**plain, **columns)
+    return NetworkResult(evaluation, Audit(evaluation, **about["audit"]), about["region"], about["projection"])

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import sce
 from ..outputs import check_samples
+from ..results import CalibrationBins, Reliability
 from ..user_input import typed, whole
 
 
 @typed
-def reliability(logits: Tensor, y: Tensor, *, bins: int = 15) -> dict[str, Any]:
+def reliability(logits: Tensor, y: Tensor, *, bins: int = 15) -> Reliability:
     """Expected calibration error, Brier score and negative log-likelihood, in float64.
 
         ece = sum_b n_b / N |accuracy_b - confidence_b|,   brier = mean sum_k (p_k - [k = y])^2,   nll = mean -log p_y
@@ -25,12 +24,12 @@ def reliability(logits: Tensor, y: Tensor, *, bins: int = 15) -> dict[str, Any]:
         bins: number of bins of equal width over the confidence max_k p_k. A value on an edge is in the lower bin.
 
     Returns:
-        A dict of ece, brier, nll and bins; bins holds n, confidence and accuracy of each bin, None where it is empty.
+        The Reliability.
 
     Source: Guo et al. 2017; Brier 1950.
 
     >>> result = reliability(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
-    >>> result["ece"], result["brier"], round(result["nll"], 4), result["bins"]["n"][7]
+    >>> result.ece, result.brier, round(result.nll, 4), result.bins.n[7]
     (0.0, 0.5, 0.6931, 2)
     """
     whole("bins", bins, 1)
@@ -46,16 +45,12 @@ def reliability(logits: Tensor, y: Tensor, *, bins: int = 15) -> dict[str, Any]:
     )
     brier = (p - F.one_hot(y, z.shape[1])).square().sum(1).mean()
 
-    def means(sums: Tensor) -> list[float | None]:
-        return [float(v) if count else None for v, count in zip(sums / n.clamp_min(1), n, strict=True)]
+    def means(sums: Tensor) -> tuple[float | None, ...]:
+        return tuple(float(v) if count else None for v, count in zip(sums / n.clamp_min(1), n, strict=True))
 
-    return {
-        "ece": float((accuracy - confidence).abs().sum() / len(y)),
-        "brier": float(brier),
-        "nll": float(sce(z, y).mean()),
-        "bins": {
-            "n": [int(count) for count in n],
-            "confidence": means(confidence),
-            "accuracy": means(accuracy),
-        },
-    }
+    return Reliability(
+        ece=float((accuracy - confidence).abs().sum() / len(y)),
+        brier=float(brier),
+        nll=float(sce(z, y).mean()),
+        bins=CalibrationBins(tuple(map(int, n)), means(confidence), means(accuracy)),
+    )

@@ -16,6 +16,7 @@ from ..noise import Noise
 from ..outputs import Model, check_samples, fooled
 from ..progress import Progress, as_progress
 from ..queries import CountingModel
+from ..results import EpsCheck
 from ..threat import Threat, column
 from ..user_input import typed
 from ..witnesses import Witnesses
@@ -27,23 +28,7 @@ CHECK_STEPS = 12  # of the attack on a radius; at eps itself it is the evaluatio
 HALVINGS = 6  # of the way back to x from a point that such an attack found
 
 
-class EpsCheck(NamedTuple):
-    """Robust accuracy at one radius, by the minimal-norm attack alone and by every attack, in samples.
-
-    Attributes:
-        eps: the radius.
-        n: number of samples.
-        minimal_norm: how many of them are robust at this radius by the minimal-norm attack alone.
-        robust: how many are by every attack; where it is smaller, the minimal-norm attack did not converge.
-    """
-
-    eps: float
-    n: int
-    minimal_norm: int
-    robust: int
-
-
-class Distances(NamedTuple):
+class MeasuredDistances(NamedTuple):
     """What ``measure_distances`` returns.
 
     Attributes:
@@ -105,7 +90,7 @@ def measure_distances(
     seed: int = 0,
     batch_size: int = 256,
     progress: Progress | None = None,
-) -> Distances:
+) -> MeasuredDistances:
     """The smallest perturbation of each sample, by three kinds of attacks, and the local Lipschitz constant.
 
     A minimal-norm attack can stall where attacks on a fixed radius do not. So a distance is the smallest that any of
@@ -122,7 +107,7 @@ def measure_distances(
         progress: called after each batch.
 
     Returns:
-        The Distances.
+        The MeasuredDistances.
     """
     progress, total = as_progress(progress), len(samples.y)
     none = samples.take(slice(0))
@@ -153,7 +138,7 @@ def measure_distances(
         EpsCheck(float(radius), total, int((by_fmn > radius).sum()), int((distance > radius).sum())) for radius in radii
     )
     witnesses = Witnesses(*(torch.cat(columns) for columns in zip(*found, strict=True)))
-    return Distances(distance, lipschitz, witnesses, tuple(checks))
+    return MeasuredDistances(distance, lipschitz, witnesses, tuple(checks))
 
 
 def _box_size(x: Tensor, threat: Threat) -> float:

@@ -1,9 +1,10 @@
-"""All measures of one network on one set of samples, as plain data; and their average over networks."""
+"""All measures of one network on one set of samples; and their average over networks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -14,20 +15,31 @@ from ..losses import negative_margin
 from ..outputs import Model
 from ..progress import Progress, as_progress
 from ..queries import CountingModel, default_batch_size
+from ..results import (
+    Calibration,
+    CalibrationBins,
+    Distances,
+    FeatureShift,
+    Passes,
+    RegionMeasures,
+    Reliability,
+    Spread,
+    TwoSample,
+    TwoSamplePerClass,
+)
 from ..threat import Threat
 from ..user_input import typed, whole
 from ..witnesses import Witnesses
 from .calibration import reliability
 from .distances import measure_distances
-from .feature_shift import Movement, movement, scatter_ratio
+from .feature_shift import movement, scatter_ratio
 from .margins import fraction_within, input_margin
 from .misalignment import auc, frechet, mmd2
 from .samples import Samples, choose_samples, counted, features_of, json_number, to_float64
 
-QUANTILES = {"q10": 0.1, "q25": 0.25, "median": 0.5, "q75": 0.75, "q90": 0.9}
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)  # of a Spread
 MIN_SAMPLES = 10  # fewer samples than this are not compared as distributions
 N_DISTANCES = 256  # samples whose distance and local Lipschitz constant are measured: most of the passes
-STRAYED = ("strayed_before", "strayed_after")
 
 
 @typed
@@ -46,43 +58,11 @@ def measure(
     batch_size: int | None = None,
     on_witnesses: Callable[[Witnesses], None] | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """The inference region of a network, and how its features are misaligned under attack, ready for JSON.
+) -> RegionMeasures:
+    """The inference region of a network, and how its features are misaligned under attack.
 
     It costs 3 passes for each sample, 2 (steps + 10) more for each of the first 256, and for each of these at each
     radius of ``eps_checks`` but eps 26 more where it stands there, and 6 more where it falls.
-
-    Figures are floats, or None where there is none. A *spread* is a dict of q10, q25, median, q75, q90.
-
-    The result has these keys:
-
-    * n, right, not_finite: samples used, those classified correctly, those left out because of NaN or infinity.
-    * space, dim: "features", or "logits" for a model that returns no features; their dimension.
-    * norm, eps, s: as given.
-    * margin, margin_adv: spreads of logit_y - largest other logit, clean and under attack.
-    * inference_region, inference_region_adv: fractions with 0 < margin <= s, None without s.
-    * input_margin: spread of the first-order distance to the boundary, over correct samples (``input_margin``).
-    * distance: spread of the smallest perturbation found by any attack (``measure_distances``); 0 for misclassified
-      samples. It is an upper bound.
-    * distances: index and distance of each of these samples, None where nothing was found; they give robust
-      accuracy over eps.
-    * eps_checks: for eps / 2, eps, 3 eps / 2 and 2 eps: eps; n, the samples with a distance; minimal_norm, how many of
-      them are robust at this eps by FMN alone; robust, how many by every attack. Where minimal_norm is larger, FMN did
-      not converge, and between the neighbouring radii the distances may be too large.
-    * missed: how many of these samples are broken within the threat although x_adv does not fool. If it is not 0, the
-      evaluation's robust accuracy is too high.
-    * lipschitz: spread of a lower bound of the margin's local Lipschitz constant, over correct samples.
-    * movement: spreads of the columns of ``Movement``, and the fractions strayed_before and strayed_after, over
-      correct samples. So are all measures below, because a sample that is misclassified already has no adversarial
-      example.
-    * scatter, scatter_adv: scatter within over between classes (``scatter_ratio``).
-    * two_sample: mmd2 (about 0 by chance); frechet; frechet_chance, the distance between two halves of the clean
-      samples (above the chance level of frechet, since a half has fewer samples); frechet_relative, over the
-      scatter of the clean features (independent of scale); auc (about 0.5 by chance). None for fewer than 10
-      samples.
-    * per_class: n, mmd2, frechet, frechet_chance, auc: lists with one entry for each class.
-    * calibration: for clean and adv: ece, brier, nll, bins (``reliability``).
-    * passes: forwards, backwards.
 
     Args:
         model: images to logits or Outputs.
@@ -102,7 +82,7 @@ def measure(
         progress: called after each batch.
 
     Returns:
-        A dict of plain data, with the keys above.
+        The RegionMeasures.
 
     Raises:
         UserError: for no samples, or columns of different length.
@@ -118,63 +98,44 @@ def measure(
         )  # fmt: skip
     if on_witnesses is not None:
         on_witnesses(found.witnesses)
-    return {
-        **_measures(samples, columns, space, found.distance, found.lipschitz, threat, s),
-        "eps_checks": [check._asdict() for check in found.checks],
-        "missed": len(found.witnesses.rows),
-        "passes": {"forwards": counting.forwards, "backwards": counting.backwards},
-    }
-
-
-def _measures(
-    samples: Samples,
-    columns: dict[str, Tensor],
-    space: str,
-    distance: Tensor,
-    lipschitz: Tensor,
-    threat: Threat,
-    s: float | None,
-) -> dict[str, Any]:
-    """The measures as plain data, from the columns of ``_outputs`` and ``measure_distances``."""
-    labels = samples.y.cpu()
+    labels, z, margin = samples.y.cpu(), columns["z"], columns["margin"]
     finite = torch.stack([columns[key].isfinite().all(1) for key in ("z", "z_adv", "h", "h_adv")]).all(0)
-    right = finite & (columns["margin"] > 0)
-    h, h_adv, y_right = (part[right] for part in (columns["h"], columns["h_adv"], labels))
+    right = finite & (margin > 0)
+    h, h_adv, y_right = columns["h"][right], columns["h_adv"][right], labels[right]
+    margin, margin_adv = margin[finite], columns["margin_adv"][finite]
     s = None if s is None else float(s)
-    return {
-        "n": len(labels),
-        "right": int(right.sum()),
-        "not_finite": int((~finite).sum()),
-        "space": space,
-        "dim": h.shape[1],
-        "norm": threat.norm,
-        "eps": float(threat.eps),
-        "s": s,
-        **{key: spread(columns[key][finite]) for key in ("margin", "margin_adv")},
-        **{
-            f"inference_region{end}": None
-            if s is None
-            else json_number(fraction_within(columns[f"margin{end}"][finite], s))
-            for end in ("", "_adv")
-        },
-        "input_margin": spread(columns["input_margin"][right]),
-        "distance": spread(distance),
-        "distances": {
-            "index": samples.indices[: len(distance)].tolist(),
+    return RegionMeasures(
+        n=len(labels),
+        right=int(right.sum()),
+        not_finite=int((~finite).sum()),
+        space=space,
+        dim=h.shape[1],
+        norm=threat.norm,
+        eps=float(threat.eps),
+        s=s,
+        margin=spread(margin),
+        margin_adv=spread(margin_adv),
+        inference_region=None if s is None else json_number(fraction_within(margin, s)),
+        inference_region_adv=None if s is None else json_number(fraction_within(margin_adv, s)),
+        input_margin=spread(columns["input_margin"][right]),
+        distance=spread(found.distance),
+        distances=Distances(
+            tuple(samples.indices[: len(found.distance)].tolist()),
             # Unrounded: a distance of eps, rounded up, would be a sample that stands at eps.
-            "distance": [float(value) if value.isfinite() else None for value in distance],
-        },
-        "lipschitz": spread(lipschitz[right[: len(lipschitz)]]),
-        "movement": _movement(h, h_adv, y_right),
-        "scatter": json_number(scatter_ratio(h, y_right)) if len(h) else None,
-        "scatter_adv": json_number(scatter_ratio(h_adv, y_right)) if len(h) else None,
-        "two_sample": _two_sample(h, h_adv),
-        "per_class": _per_class(h, h_adv, y_right, columns["z"].shape[1]),
-        "calibration": {
-            "clean": _reliability(columns["z"][finite], labels[finite]),
-            "adv": _reliability(columns["z_adv"][finite], labels[finite]),
-        },
-    }
+            tuple(value if math.isfinite(value) else None for value in found.distance.tolist()),
+        ),
+        lipschitz=spread(found.lipschitz[right[: len(found.lipschitz)]]),
+        movement=_feature_shift(h, h_adv, y_right),
+        scatter=json_number(scatter_ratio(h, y_right)) if len(h) else None,
+        scatter_adv=json_number(scatter_ratio(h_adv, y_right)) if len(h) else None,
+        two_sample=_two_sample(h, h_adv),
+        per_class=_per_class(h, h_adv, y_right, z.shape[1]),
+        calibration=Calibration(
+            clean=_reliability(z[finite], labels[finite]), adv=_reliability(columns["z_adv"][finite], labels[finite])
+        ),
+        eps_checks=found.checks,
+        passes=Passes(counting.forwards, counting.backwards),
+    )
 
 
 def _outputs(
@@ -204,90 +165,97 @@ def _outputs(
     return columns, space
 
 
-def spread(values: Tensor) -> dict[str, float | None]:
+def spread(values: Tensor) -> Spread:
     """Quantiles, each the value of one sample, so that infinite values do no harm.
 
     Args:
         values: (N,); NaN is left out.
 
     Returns:
-        A dict of q10, q25, median, q75 and q90; None where the quantile is infinite, or there are no values.
+        The Spread.
 
     >>> spread(torch.tensor([1.0, 2.0, 3.0, 4.0, float("inf")]))
-    {'q10': 1.0, 'q25': 2.0, 'median': 3.0, 'q75': 4.0, 'q90': None}
+    Spread(q10=1.0, q25=2.0, median=3.0, q75=4.0, q90=None)
     """
     values = values.double()
     values = values[~values.isnan()]
     if len(values) == 0:
-        return dict.fromkeys(QUANTILES)
-    return {key: json_number(values.quantile(q, interpolation="nearest")) for key, q in QUANTILES.items()}
+        return Spread()
+    return Spread(*(json_number(values.quantile(q, interpolation="nearest")) for q in QUANTILES))
 
 
-def _movement(h: Tensor, h_adv: Tensor, y: Tensor) -> dict[str, Any]:
-    """``Movement`` as spreads and fractions."""
+def _feature_shift(h: Tensor, h_adv: Tensor, y: Tensor) -> FeatureShift:
+    """``Movement`` as spreads and shares."""
     if len(h) == 0:
-        return {**{key: dict.fromkeys(QUANTILES) for key in Movement._fields}, **dict.fromkeys(STRAYED)}
+        return FeatureShift()
     moves = movement(h, h_adv, y)
     several_classes = bool(moves.other_before.isfinite().all())
-    fractions = {key: json_number(getattr(moves, key).double().mean()) if several_classes else None for key in STRAYED}
-    return {**{key: spread(getattr(moves, key)) for key in moves._fields}, **fractions}
+    spreads = {name: spread(getattr(moves, name)) for name in moves._fields}
+    return FeatureShift(
+        **spreads,
+        strayed_before=json_number(moves.strayed_before.double().mean()) if several_classes else None,
+        strayed_after=json_number(moves.strayed_after.double().mean()) if several_classes else None,
+    )
 
 
-def _two_sample(h: Tensor, h_adv: Tensor) -> dict[str, float | None]:
+def _two_sample(h: Tensor, h_adv: Tensor) -> TwoSample:
     """The three two-sample statistics, and the reference values of the Frechet distance."""
     if len(h) < MIN_SAMPLES:
-        return dict.fromkeys(("mmd2", "frechet", "frechet_chance", "frechet_relative", "auc"))
+        return TwoSample()
     distance = frechet(h, h_adv)
     scatter = float(h.var(0).sum())
-    return {
-        "mmd2": json_number(mmd2(h, h_adv)),
-        "frechet": json_number(distance),
-        "frechet_chance": json_number(frechet(h[::2], h[1::2])),
-        "frechet_relative": json_number(distance / scatter) if scatter > 0 else None,
-        "auc": json_number(auc(h, h_adv)),
-    }
+    return TwoSample(
+        mmd2=json_number(mmd2(h, h_adv)),
+        frechet=json_number(distance),
+        frechet_chance=json_number(frechet(h[::2], h[1::2])),
+        frechet_relative=json_number(distance / scatter) if scatter > 0 else None,
+        auc=json_number(auc(h, h_adv)),
+    )
 
 
-def _per_class(h: Tensor, h_adv: Tensor, y: Tensor, classes: int) -> dict[str, list[Any]]:
-    """The two-sample statistics of each class, as lists."""
+def _per_class(h: Tensor, h_adv: Tensor, y: Tensor, classes: int) -> TwoSamplePerClass:
+    """The two-sample statistics of each class."""
     members = [y == k for k in range(classes)]
     statistics = [_two_sample(h[rows], h_adv[rows]) for rows in members]
-    return {
-        "n": [int(rows.sum()) for rows in members],
-        **{key: [one[key] for one in statistics] for key in ("mmd2", "frechet", "frechet_chance", "auc")},
-    }
+    return TwoSamplePerClass(
+        n=tuple(int(rows.sum()) for rows in members),
+        mmd2=tuple(one.mmd2 for one in statistics),
+        frechet=tuple(one.frechet for one in statistics),
+        frechet_chance=tuple(one.frechet_chance for one in statistics),
+        auc=tuple(one.auc for one in statistics),
+    )
 
 
-def _reliability(z: Tensor, y: Tensor) -> dict[str, Any] | None:
-    return _mapped(json_number, reliability(z, y)) if len(y) else None
+def _reliability(z: Tensor, y: Tensor) -> Reliability | None:
+    return _rounded(reliability(z, y)) if len(y) else None
 
 
-def _mapped(function: Callable[[float], Any], value: Any) -> Any:
-    """The same structure with the function applied to each float in it."""
-    if isinstance(value, dict):
-        return {key: _mapped(function, part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_mapped(function, part) for part in value]
-    return function(value) if isinstance(value, float) else value
+def _rounded(value: Any) -> Any:
+    """The same data with each float as ``json_number``."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _rounded(getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, tuple):
+        return tuple(map(_rounded, value))
+    return json_number(value) if isinstance(value, float) else value
 
 
-def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The measures of several networks (the folds of a cross-validation) as one dict.
+EQUAL = ("dim", "eps", "s")  # numbers that the networks of a cross-validation share
+
+
+def merge(parts: Sequence[RegionMeasures]) -> RegionMeasures:
+    """The measures of several networks (the folds of a cross-validation) as one.
 
     Counts are added, and figures are averaged over the networks that have one. Quantiles are averaged too, because the
     feature spaces of different networks cannot be pooled. Distances are concatenated, and bins of calibration are
     weighted by their samples.
 
     Args:
-        results: what ``measure`` returned for each network.
+        parts: what ``measure`` returned for each network, at least one.
 
     Returns:
-        A dict with the same keys.
-
-    >>> merge([{"n": 2, "auc": 0.5, "space": "logits"}, {"n": 3, "auc": None, "space": "logits"}])
-    {'n': 5, 'auc': 0.5, 'space': 'logits'}
+        The RegionMeasures of all.
     """
-    merged: dict[str, Any] = _merged(list(results))
+    merged: RegionMeasures = _merged(list(parts))
     return merged
 
 
@@ -295,33 +263,30 @@ def _merged(values: list[Any]) -> Any:
     known = [value for value in values if value is not None]
     if not known or isinstance(known[0], str):
         return known[0] if known else None
-    if isinstance(known[0], dict):
-        merge_of: dict[str, Callable[[list[Any]], Any]] = {
-            "distances": _concatenated, "bins": _pooled_bins, "dim": _first, "eps": _first, "s": _first,
-        }  # fmt: skip
-        return {key: merge_of.get(key, _merged)([one[key] for one in known]) for key in known[0]}
-    if isinstance(known[0], list):
-        return [_merged(list(items)) for items in zip(*known, strict=True)]
+    if isinstance(known[0], CalibrationBins):
+        return _pooled_bins(known)
+    if isinstance(known[0], Distances):
+        index, distance = (sum((getattr(part, name) for part in known), ()) for name in ("index", "distance"))
+        return Distances(index, distance)
+    if is_dataclass(known[0]):
+        columns = {f.name: [getattr(part, f.name) for part in known] for f in fields(known[0])}
+        merged = {name: column[0] if name in EQUAL else _merged(column) for name, column in columns.items()}
+        return replace(known[0], **merged)  # type: ignore[type-var]
+    if isinstance(known[0], tuple):
+        return tuple(_merged(list(items)) for items in zip(*known, strict=True))
     return sum(known) if isinstance(known[0], int) else json_number(math.fsum(known) / len(known))
 
 
-def _first(values: list[Any]) -> Any:
-    return values[0]
-
-
-def _concatenated(parts: list[dict[str, list[Any]]]) -> dict[str, list[Any]]:
-    """Columns one after the other."""
-    return {key: [value for part in parts for value in part[key]] for key in parts[0]}
-
-
-def _pooled_bins(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _pooled_bins(parts: list[CalibrationBins]) -> CalibrationBins:
     """The calibration bins of the samples of all networks together."""
-    counts = [part["n"] for part in parts]
-    pooled: dict[str, Any] = {"n": [sum(bins) for bins in zip(*counts, strict=True)]}
-    for key in ("confidence", "accuracy"):
+    counts = list(zip(*(part.n for part in parts), strict=True))
+
+    def means(name: str) -> tuple[float | None, ...]:
+        figures = zip(*(getattr(part, name) for part in parts), strict=True)
         sums = [
-            sum(n * (part[key][b] or 0.0) for n, part in zip(bins, parts, strict=True))
-            for b, bins in enumerate(zip(*counts, strict=True))
+            sum(n * (v or 0.0) for n, v in zip(bins, values, strict=True))
+            for bins, values in zip(counts, figures, strict=True)
         ]
-        pooled[key] = [json_number(total / n) if n else None for total, n in zip(sums, pooled["n"], strict=True)]
-    return pooled
+        return tuple(json_number(total / sum(n)) if sum(n) else None for total, n in zip(sums, counts, strict=True))
+
+    return CalibrationBins(tuple(map(sum, counts)), means("confidence"), means("accuracy"))

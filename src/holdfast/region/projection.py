@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..attacks.base import predict
 from ..models import Classifier
 from ..outputs import Model
 from ..queries import default_batch_size, logits_differ
+from ..results import DecisionGrid, Projection
 from ..user_input import typed, whole
 from .feature_shift import class_centers
 from .samples import choose_samples, counted, features_of, json_number, to_float64
@@ -34,26 +35,13 @@ def projection(
     grid: int = 61,
     seed: int = 0,
     batch_size: int | None = None,
-) -> dict[str, Any]:
-    """Clean and adversarial points in a plane, and the network's decisions on that plane, ready for JSON.
+) -> Projection:
+    """Clean and adversarial points in a plane, and the network's decisions on that plane.
 
     For images of two values the plane is the box of pixels [0, 1]^2, and every decision is exact. Otherwise it is the
     plane in feature space through the mean of the class centers, along the two directions in which the centers are
     farthest apart. Points are projected onto it, so a point may lie on the other side of a boundary than the network's
     decision, which is in ``prediction``.
-
-    The result has these keys:
-
-    * exact: whether the plane is the box of pixels.
-    * space: "pixels", "features" or "logits".
-    * explained: the fraction of the scatter between class centers that lies in the plane; None for one class.
-    * s: as given.
-    * classes: number of classes.
-    * y, prediction, prediction_adv: a class for each point.
-    * points, points_adv, centers: [across, up] of each point, and of each class (None where it does not occur).
-    * grid: across and up (``grid`` values each); prediction[i][j] and margin[i][j] (largest logit - second largest)
-      at (across[j], up[i]), where 0 < margin <= s is the inference region. None where the head cannot be applied to
-      features alone, as for models that are not this package's.
 
     Args:
         model: images to logits or Outputs.
@@ -68,7 +56,7 @@ def projection(
         batch_size: samples at a time; default by the device and the image size.
 
     Returns:
-        A dict of plain data, with the keys above.
+        The Projection.
 
     Raises:
         UserError: for no samples, or columns of different length.
@@ -103,27 +91,41 @@ def projection(
             low, high = _rectangle(torch.cat([points, points_adv]))
         else:
             logits_at = None
-        if logits_at is not None:
+        if logits_at is not None and bool((high - low).isfinite().all()):
             decisions = _decisions(logits_at, origin, axes, low, high, grid)
     centers, _ = class_centers(points, labels)
     center_of = dict(zip(labels.unique().tolist(), _rounded(centers), strict=True))
-    return {
-        "exact": space == "pixels",
-        "space": space,
-        "explained": None if explained is None else json_number(explained),
-        "s": None if s is None else float(s),
-        "classes": z.shape[1],
-        "y": labels.tolist(),
-        "prediction": z.argmax(1).tolist(),
-        "prediction_adv": z_adv.argmax(1).tolist(),
-        "points": _rounded(points),
-        "points_adv": _rounded(points_adv),
-        "centers": [center_of.get(k) for k in range(z.shape[1])],
-        "grid": decisions,
-    }
+    return Projection(
+        exact=space == "pixels",
+        space=space,
+        explained=None if explained is None else json_number(explained),
+        s=None if s is None else float(s),
+        classes=z.shape[1],
+        y=tuple(labels.tolist()),
+        prediction=tuple(z.argmax(1).tolist()),
+        prediction_adv=tuple(z_adv.argmax(1).tolist()),
+        points=_rounded(points),
+        points_adv=_rounded(points_adv),
+        centers=tuple(center_of.get(k) for k in range(z.shape[1])),
+        grid=decisions,
+    )
 
 
-def plane(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float | None]:
+class Plane(NamedTuple):
+    """A plane in feature space.
+
+    Attributes:
+        origin: (D,), a point of it.
+        axes: (2, D), two orthonormal directions.
+        explained: the share of the class centers' scatter that lies in it; None where the centers coincide.
+    """
+
+    origin: Tensor
+    axes: Tensor
+    explained: float | None
+
+
+def plane(h: Tensor, y: Tensor) -> Plane:
     """The plane through the class centers.
 
     The origin is the mean of the centers. The directions are those in which the centers scatter most. Where the centers
@@ -135,8 +137,7 @@ def plane(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float | None]:
         y: (N,) labels.
 
     Returns:
-        (origin (D,), two orthonormal directions (2, D), the fraction of the centers' scatter in the plane). The last is
-        None where the centers coincide.
+        The Plane.
 
     >>> h = torch.tensor([[0.0, 0.0, 0.0], [4.0, 0.0, 0.0], [0.0, 2.0, 0.0], [4.0, 2.0, 0.0]])
     >>> origin, axes, explained = plane(h, torch.tensor([0, 0, 1, 1]))  # centers (2, 0, 0) and (2, 2, 0)
@@ -156,7 +157,7 @@ def plane(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float | None]:
     axes = torch.cat([axes, h.new_zeros(2 - len(axes), h.shape[1])])  # zeros where all samples lie on a line
     scatter = float((centers - origin).square().sum())
     explained = float(((centers - origin) @ axes.T).square().sum()) / scatter if scatter > 0 else None
-    return origin, axes, explained
+    return Plane(origin, axes, explained)
 
 
 def _network(model: Model, like: Tensor, batch_size: int) -> LogitsAt:
@@ -192,23 +193,21 @@ def _rectangle(points: Tensor) -> tuple[Tensor, Tensor]:
     return low - border, high + border
 
 
-def _decisions(
-    logits_at: LogitsAt, origin: Tensor, axes: Tensor, low: Tensor, high: Tensor, grid: int
-) -> dict[str, Any]:
+def _decisions(logits_at: LogitsAt, origin: Tensor, axes: Tensor, low: Tensor, high: Tensor, grid: int) -> DecisionGrid:
     """Predicted class and margin on a grid of the plane."""
     across, up = (torch.linspace(float(low[i]), float(high[i]), grid, dtype=torch.float64) for i in (0, 1))
     points = torch.stack([across.repeat(grid), up.repeat_interleave(grid)], 1)  # row by row
     top = logits_at(origin + points @ axes).topk(2, dim=1)
-    return {
-        "across": _rounded(across),
-        "up": _rounded(up),
-        "prediction": top.indices[:, 0].view(grid, grid).tolist(),
-        "margin": _rounded((top.values[:, 0] - top.values[:, 1]).view(grid, grid)),
-    }
+    return DecisionGrid(
+        across=_rounded(across),
+        up=_rounded(up),
+        prediction=tuple(map(tuple, top.indices[:, 0].view(grid, grid).tolist())),
+        margin=_rounded((top.values[:, 0] - top.values[:, 1]).view(grid, grid)),
+    )
 
 
-def _rounded(values: Tensor) -> list[Any]:
-    """Nested lists of numbers with four digits; None for NaN and infinity."""
+def _rounded(values: Tensor) -> tuple[Any, ...]:
+    """Nested tuples of numbers with four digits; None for NaN and infinity."""
     if values.ndim > 1:
-        return [_rounded(row) for row in values]
-    return [float(f"{v:.{DIGITS}g}") if math.isfinite(v) else None for v in values.tolist()]
+        return tuple(map(_rounded, values))
+    return tuple(float(f"{v:.{DIGITS}g}") if math.isfinite(v) else None for v in values.tolist())

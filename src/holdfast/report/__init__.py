@@ -22,10 +22,24 @@ from .figures import (
 )
 from .panels import draw_eps
 from .render import figures, identity, merged, render
-from .summary import EpsCurve, RowDifference, compare_rows, confusion, eps_curves, finding, per_class, region_table
+from .summary import (
+    ClassAccuracy,
+    Confusion,
+    EpsCurve,
+    PerClass,
+    RegionTable,
+    RowDifference,
+    compare_rows,
+    confusion,
+    eps_curves,
+    finding,
+    per_class,
+    region_table,
+)
 
 __all__ = [
     "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PGD50", "ROBUST", "RULE",
-    "WIDTH", "EpsCurve", "RowDifference", "axes", "compare_rows", "confusion", "draw_eps", "eps_curves", "figures",
-    "finding", "identity", "merged", "per_class", "percent_axis", "region_table", "render", "style", "write_figure",
+    "WIDTH", "ClassAccuracy", "Confusion", "EpsCurve", "PerClass", "RegionTable", "RowDifference", "axes",
+    "compare_rows", "confusion", "draw_eps", "eps_curves", "figures", "finding", "identity", "merged", "per_class",
+    "percent_axis", "region_table", "render", "style", "write_figure",
 ]  # fmt: skip

@@ -134,20 +134,20 @@ def legend(ax: Axes, handles: Sequence[Any], columns: int) -> None:
 def draw_stages(results: Results) -> Figure | None:
     """Share of samples misclassified, broken by each stage, or robust, for each row; None without stages."""
     shown = [(row, stage_totals(results, row)) for row in rows(results) if row.robust is not None]
-    shown = [(row, totals) for row, totals in shown if totals]
+    shown = [(row, stages) for row, stages in shown if stages]
     if not shown:
         return None
-    names = list(dict.fromkeys(name for _, totals in shown for name, total in totals.items() if total[1]))
+    names = list(dict.fromkeys(stage.name for _, stages in shown for stage in stages if stage.broken))
     ramp = mpl.colormaps["YlOrRd"](np.linspace(0.25, 0.95, max(2, len(names))))
     colours = {"misclassified": CLEAN, **{n: to_hex(c) for n, c in zip(names, ramp, strict=False)}, "robust": ROBUST}
     figure, ax = axes(len(shown), 0.5, 0.1 + 0.17 * math.ceil((len(names) + 2) / 3))
-    for i, (row, totals) in enumerate(shown):
+    for i, (row, stages) in enumerate(shown):
         n = row.n * len(row.runs)
         wrong = round((1 - row.clean.value) * n)
-        parts = {"misclassified": wrong, **{k: t[1] for k, t in totals.items() if t[1]}}
+        parts = {"misclassified": wrong, **{stage.name: stage.broken for stage in stages if stage.broken}}
         parts["robust"] = max(0, n - sum(parts.values()))
         ax.text(0, i + 0.3, short(row.label, 34), va="center", fontweight="bold")
-        cost = f"{sum(t[2] for t in totals.values()) / n:,.0f} passes per sample"
+        cost = f"{sum(stage.passes for stage in stages) / n:,.0f} passes per sample"
         ax.text(100, i + 0.3, cost, va="center", ha="right", color=MUTED)
         left = 0.0
         for name, count in parts.items():
@@ -206,17 +206,18 @@ def draw_margins(results: Results) -> Figure | None:
 
 def draw_classes(results: Results) -> Figure | None:
     """Robust accuracy of each class as a heat map; None without samples."""
-    labels, classes = per_class(results)
+    found = per_class(results)
+    labels, classes = found.labels, found.classes
     if not classes:
         return None
     figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(classes)), layout="constrained")
     ax = figure.add_subplot()
-    grid = np.array([[np.nan if v is None else 100 * v for v in values] for _, _, values in classes])
+    grid = np.array([[np.nan if v is None else 100 * v for v in one.robust] for one in classes])
     mesh = ax.pcolormesh(grid, cmap="Blues", vmin=0, vmax=100, edgecolors=PAPER, linewidth=1)
     ax.set_xticks(
         [j + 0.5 for j in range(len(labels))], [short(label, 16) for label in labels], rotation=30, ha="right"
     )
-    ax.set_yticks([i + 0.5 for i in range(len(classes))], [short(name, 24) for name, _, _ in classes])
+    ax.set_yticks([i + 0.5 for i in range(len(classes))], [short(one.name, 24) for one in classes])
     ax.invert_yaxis()
     figure.colorbar(mesh, label="robust accuracy, %")
     return figure

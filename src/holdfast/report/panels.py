@@ -52,24 +52,25 @@ def panels(count: int, draw: Callable[[int, Axes], None], height: float, across:
 
 def draw_confusion(results: Results) -> Figure | None:
     """Confusion matrix under attack of each row, in shares of a class; None without the column or for many classes."""
-    every = [(row, *confusion(results, row)) for row in rows(results)]
-    shown = [(row, names, np.array(counts, dtype=float)) for row, names, counts in every if counts][:MOST_PANELS]
-    if not shown or not 1 < len(shown[0][1]) <= MOST_CLASSES:
+    every = [(row.label, confusion(results, row)) for row in rows(results)]
+    shown = [(label, matrix) for label, matrix in every if matrix is not None][:MOST_PANELS]
+    if not shown or not 1 < len(shown[0][1].classes) <= MOST_CLASSES:
         return None
-    for _, _, share in shown:
+    shares = [np.array(matrix.counts, dtype=float) for _, matrix in shown]
+    for share in shares:
         share /= np.maximum(1, share.sum(1, keepdims=True))
         np.fill_diagonal(share, np.nan)
-    most = max(0.01, *(float(np.nanmax(share)) for _, _, share in shown))
+    most = max(0.01, *(float(np.nanmax(share)) for share in shares))
 
     def draw(i: int, ax: Axes) -> None:
-        row, names, share = shown[i]
-        ax.imshow(100 * share, cmap=_fading(PGD50), vmin=0, vmax=100 * most)
+        label, names = shown[i][0], shown[i][1].classes
+        ax.imshow(100 * shares[i], cmap=_fading(PGD50), vmin=0, vmax=100 * most)
         k = len(names)
         step = 1 if k <= 10 else 2
         ax.set_xticks(range(0, k, step), [short(n, 6) for n in names[::step]], fontsize=6, rotation=90 * (k > 10))
         ax.set_yticks(range(0, k, step), [short(n, 6) for n in names[::step]], fontsize=6)
         ax.tick_params(length=0, pad=1)
-        ax.set_title(short(row.label, 30), fontsize=7, fontweight="bold", color=INK)
+        ax.set_title(short(label, 30), fontsize=7, fontweight="bold", color=INK)
         if i % ACROSS == 0:
             ax.set_ylabel("class", fontsize=7)
         ax.set_xlabel("prediction", fontsize=7, labelpad=1)
@@ -153,23 +154,27 @@ def _draw_curve(ax: Axes, curve: EpsCurve, low: float, high: float, colour: str)
 def draw_features(results: Results) -> Figure | None:
     """Clean features joined to their adversarial ones, over the decision regions; None without projections."""
     first = [(row, results.runs[row.runs[0]]) for row in rows(results)]
-    shown = [(row, run.projection) for row, run in first if run.projection and row.robust is not None][:MOST_PANELS]
+    shown = [(row, run.projection) for row, run in first if run.projection is not None and row.robust is not None][
+        :MOST_PANELS
+    ]
     if not shown:
         return None
 
     def draw(i: int, ax: Axes) -> None:
         row, projection = shown[i]
-        grid, s, y = projection["grid"], projection["s"], np.array(projection["y"])[:MOST_POINTS]
-        colours = class_colours(projection["classes"])
+        grid, s, y = projection.grid, projection.s, np.array(projection.y)[:MOST_POINTS]
+        colours = class_colours(projection.classes)
         if grid is not None:
-            paint = colours[np.array(grid["prediction"])].copy()
-            margin = np.array([[np.nan if m is None else m for m in line] for line in grid["margin"]])
+            paint = colours[np.array(grid.prediction)].copy()
+            margin = np.array(grid.margin, dtype=float)  # None becomes NaN
             paint[..., 3] = 0.14 if s is None else np.where(margin <= s, 0.5, 0.14)
-            box = (grid["across"][0], grid["across"][-1], grid["up"][0], grid["up"][-1])
+            box = (grid.across[0], grid.across[-1], grid.up[0], grid.up[-1])
             ax.imshow(paint, origin="lower", extent=box, aspect="auto", interpolation="nearest")
             ax.set_xlim(box[:2])
             ax.set_ylim(box[2:])
-        start, end = (np.array(projection[key], dtype=float)[:MOST_POINTS] for key in ("points", "points_adv"))
+        start, end = (
+            np.array(points, dtype=float)[:MOST_POINTS] for points in (projection.points, projection.points_adv)
+        )
         joined = np.stack([start, end, np.full_like(start, np.nan)], 1).reshape(-1, 2)
         ax.plot(joined[:, 0], joined[:, 1], color=INK, linewidth=0.35, alpha=0.45)
         for k in np.unique(y):
@@ -178,11 +183,11 @@ def draw_features(results: Results) -> Figure | None:
         ax.set_title(short(row.label, 30), fontsize=7, fontweight="bold", color=INK)
         ax.set_xticks([])
         ax.set_yticks([])
-        if projection["exact"]:
+        if projection.exact:
             ax.set_xlabel("first pixel", fontsize=7)
             ax.set_ylabel("second pixel", fontsize=7)
-        elif projection["explained"] is not None:
-            explained = f"{100 * projection['explained']:.0f}% of the variance of class centers"
+        elif projection.explained is not None:
+            explained = f"{100 * projection.explained:.0f}% of the variance of class centers"
             ax.set_xlabel(explained, fontsize=5.5, labelpad=2)
         for spine in ax.spines.values():
             spine.set_color(RULE)

@@ -49,12 +49,12 @@ from .figures import (
 )
 from .panels import draw_confusion, draw_eps, draw_features
 from .summary import (
+    RegionTable,
     class_name,
     compare_rows,
     eps_curves,
     finding,
     frequent_confusions,
-    missed,
     per_class,
     region_table,
     runs_of,
@@ -164,8 +164,8 @@ def merged(sources: Sequence[Results]) -> list[Results]:
 def _part(results: Results, prefix: str) -> dict[str, Any]:
     """What the template shows of one data set; ``prefix`` keeps the ids of its figures apart."""
     shown = rows(results)
-    labels, classes = per_class(results)
-    lowest = sorted(classes, key=lambda c: sum(v or 0 for v in c[2]))[:CLASSES]
+    classes = per_class(results)
+    lowest = sorted(classes.classes, key=lambda one: sum(v or 0 for v in one.robust))[:CLASSES]
     return {
         "title": str(results.data.get("name", "not recorded")),
         "facts": _facts(results, shown),
@@ -179,15 +179,14 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "stages": inline(draw_stages, results, prefix + "s"),
         "stage_rows": [(row.label, stage_totals(results, row)) for row in shown],
         "margins": inline(draw_margins, results, prefix + "m"),
-        "class_labels": labels,
-        "classes": lowest if len(classes) > CLASSES else classes,
-        "class_count": len(classes),
+        "class_labels": classes.labels,
+        "classes": lowest if len(classes.classes) > CLASSES else classes.classes,
+        "class_count": len(classes.classes),
         "eps": inline(draw_eps, results, prefix + "e"),
         "eps_notes": _eps_notes(results),
         "features": inline(draw_features, results, prefix + "f"),
-        "exact": any(run.projection.get("exact") for run in results.runs),
-        "region": _columns(*region_table(results)),
-        "missed": missed(results),
+        "exact": any(run.projection is not None and run.projection.exact for run in results.runs),
+        "regions": _fitting(region_table(results)),
         "confusion": inline(draw_confusion, results, prefix + "w"),
         "frequent_confusions": frequent_confusions(results),
         "examples": _examples(results, shown),
@@ -198,9 +197,9 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
                 "accuracies": _accuracies(r),
                 "checks": [_check(c) for c in r.checks],
                 "remaining": remaining_text(r),
-                "measures": _flat(r.measures),
-                "cost": _flat(r.cost),
-                "train": _flat(r.train),
+                "measures": _fields(r.measures),
+                "cost": _fields(r.cost),
+                "train": _fields(r.train),
             }
             for r in results.runs
         ],
@@ -220,13 +219,16 @@ def breakable(name: str) -> Markup:
     return Markup("<wbr>").join(map(escape, parts))
 
 
-def _columns(labels: list[str], lines: list[tuple[str, list[str]]]) -> list[tuple[list[str], list[Any]]]:
+def _fitting(table: RegionTable) -> list[RegionTable]:
     """A wide table as several of equal width, with at most REGION_COLUMNS columns each."""
-    if not labels:
+    count = len(table.labels)
+    if not count:
         return []
-    wide = math.ceil(len(labels) / math.ceil(len(labels) / REGION_COLUMNS))
-    cuts = [slice(start, start + wide) for start in range(0, len(labels), wide)]
-    return [(labels[cut], [(what, cells[cut]) for what, cells in lines]) for cut in cuts]
+    wide = math.ceil(count / math.ceil(count / REGION_COLUMNS))
+    cuts = [slice(start, start + wide) for start in range(0, count, wide)]
+    return [
+        RegionTable(table.labels[cut], {measure: cells[cut] for measure, cells in table.lines.items()}) for cut in cuts
+    ]
 
 
 def _facts(results: Results, shown: Sequence[Row]) -> list[tuple[str, str]]:
@@ -272,11 +274,10 @@ def _certified(shown: Sequence[Row]) -> str:
 
 def _cost(results: Results) -> str:
     """Passes and time of all evaluations together; empty where none was recorded."""
-    costs = [run.cost for run in results.runs if {"forwards", "backwards", "seconds"} <= run.cost.keys()]
+    costs = [run.cost for run in results.runs if run.cost is not None]
     if not costs:
         return ""
-    passes = sum(cost["forwards"] + cost["backwards"] for cost in costs)
-    seconds = sum(cost["seconds"] for cost in costs)
+    passes, seconds = sum(cost.passes for cost in costs), sum(cost.seconds for cost in costs)
     time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     return f"{passes / 1e6:.1f} million passes, {time}" if passes >= 1e5 else f"{passes:,} passes, {time}"
 
@@ -338,6 +339,13 @@ def _source(r: Results) -> dict[str, Any]:
         "data": _flat({k: v for k, v in r.data.items() if k != "classes"}),
         "seeds": ", ".join(dict.fromkeys(str(run.seed) for run in r.runs)),
     }
+
+
+def _fields(value: Any) -> list[tuple[str, str]]:
+    """The fields of a dataclass that are known, as lines; none for None."""
+    if value is None:
+        return []
+    return _flat({name: figure for name, figure in dataclasses.asdict(value).items() if figure is not None})
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:

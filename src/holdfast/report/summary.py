@@ -5,9 +5,21 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from ..results import Results, Row, Run, holm, mcnemar, paired_t, percent, rows
+from ..results import (
+    RegionMeasures,
+    Results,
+    Row,
+    Run,
+    StageCost,
+    holm,
+    mcnemar,
+    paired_t,
+    percent,
+    rows,
+    total_cost,
+)
 from ..user_input import typed
 
 
@@ -112,17 +124,37 @@ def _compare(results: Results, row: Row, base: Row) -> RowDifference:
     return RowDifference(row.label, base.label, f"paired t over {t.n} seeds{few}", t.difference, t.low, t.high, t.p)
 
 
-@typed
-def per_class(results: Results) -> tuple[list[str], list[tuple[str, int, list[float | None]]]]:
-    """Robust accuracy per class.
+@dataclasses.dataclass(frozen=True)
+class ClassAccuracy:
+    """Robust accuracy of one class.
 
-    Args:
-        results: the runs.
-
-    Returns:
-        The labels of the rows that have per-sample columns, and for each class its name, its number of samples and one
-        accuracy per such row (None where the row has no sample of it).
+    Attributes:
+        name: of the class.
+        n: number of samples.
+        robust: the accuracy in each row of a PerClass; None where the row has no sample of the class.
     """
+
+    name: str
+    n: int
+    robust: tuple[float | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PerClass:
+    """Robust accuracy class by class.
+
+    Attributes:
+        labels: of the rows that have per-sample columns.
+        classes: one entry for each class that occurs.
+    """
+
+    labels: tuple[str, ...]
+    classes: tuple[ClassAccuracy, ...]
+
+
+@typed
+def per_class(results: Results) -> PerClass:
+    """Robust accuracy per class, of the rows that are not void and have per-sample columns."""
     shown = [
         (row.label, [r.samples for r in runs_of(results, row) if r.samples is not None])
         for row in rows(results)
@@ -133,14 +165,30 @@ def per_class(results: Results) -> tuple[list[str], list[tuple[str, int, list[fl
     for j, (_, samples) in enumerate(shown):
         for y, unbroken in ((y, unbroken) for s in samples for y, unbroken in zip(s.y, s.robust, strict=True)):
             robust.setdefault(y, [[] for _ in shown])[j].append(unbroken)
-    return [label for label, _ in shown], [
-        (class_name(results, y), max(map(len, columns)), [sum(c) / len(c) if c else None for c in columns])
+    classes = [
+        ClassAccuracy(
+            class_name(results, y), max(map(len, columns)), tuple(sum(c) / len(c) if c else None for c in columns)
+        )
         for y, columns in sorted(robust.items())
     ]
+    return PerClass(tuple(label for label, _ in shown), tuple(classes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusion:
+    """A confusion matrix.
+
+    Attributes:
+        classes: names of the classes.
+        counts: counts[i][j], how many samples of class i are classified as j.
+    """
+
+    classes: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
 
 
 @typed
-def confusion(results: Results, row: Row) -> tuple[list[str], list[list[int]]]:
+def confusion(results: Results, row: Row) -> Confusion | None:
     """Confusion matrix under attack.
 
     A robust sample counts on the diagonal, one that is misclassified without an attack at its clean prediction.
@@ -150,31 +198,33 @@ def confusion(results: Results, row: Row) -> tuple[list[str], list[list[int]]]:
         row: one of its rows.
 
     Returns:
-        The class names, and counts[i][j]: how many samples of class i are classified as j under attack. Both are empty
-        where no prediction is recorded, or the row is void.
+        The matrix; None where no prediction is recorded, or the row is void.
     """
     columns = [run.samples for run in runs_of(results, row) if run.samples is not None and run.robust is not None]
     triples = [(s.y, s.prediction_adv, s.robust) for s in columns if s.prediction_adv is not None]
     samples = [sample for triple in triples for sample in zip(*triple, strict=True)]
     if not samples:
-        return [], []
+        return None
     names = results.data.get("classes")
     k = max([1 + max(max(y, j) for y, j, _ in samples), len(names) if isinstance(names, list) else 0])
     counts = [[0] * k for _ in range(k)]
     for y, j, unbroken in samples:
         counts[y][y if unbroken else j] += 1
-    return [class_name(results, y) for y in range(k)], counts
+    return Confusion(tuple(class_name(results, y) for y in range(k)), tuple(map(tuple, counts)))
 
 
 def frequent_confusions(results: Results, most: int = 5) -> list[tuple[str, str]]:
     """Each row's most frequent confusions under attack: ('sce', '8 as 3 (24), 1 as 7 (11)')."""
     out = []
     for row in rows(results):
-        names, counts = confusion(results, row)
-        pairs = [(n, i, j) for i, line in enumerate(counts) for j, n in enumerate(line) if i != j and n]
+        matrix = confusion(results, row)
+        if matrix is None:
+            continue
+        pairs = [(n, i, j) for i, line in enumerate(matrix.counts) for j, n in enumerate(line) if i != j and n]
         pairs.sort(key=lambda p: (-p[0], p[1], p[2]))
-        if pairs:
-            out.append((row.label, ", ".join(f"{names[i]} as {names[j]} ({n:,})" for n, i, j in pairs[:most])))
+        texts = [f"{matrix.classes[i]} as {matrix.classes[j]} ({n:,})" for n, i, j in pairs[:most]]
+        if texts:
+            out.append((row.label, ", ".join(texts)))
     return out
 
 
@@ -213,36 +263,32 @@ class EpsCurve:
 def eps_curves(results: Results) -> list[EpsCurve]:
     """The curves of accuracy over eps, of the rows that are not void and have distances.
 
-    A curve is held against attacks on a few fixed radii (``Run.region["eps_checks"]``; at eps that is the evaluation).
+    A curve is held against attacks on a few fixed radii (``RegionMeasures.eps_checks``; at eps that is the evaluation).
     Where these break more samples than the minimal-norm attack, by more than 2% of all, it is in doubt between the
     neighbouring radii. It is in doubt everywhere for a row whose robust accuracy is loose, and where no such checks
     were recorded; and beyond the last radius.
     """
     out = []
     for row in rows(results):
-        runs = [run for run in runs_of(results, row) if "distances" in run.region]
-        columns = [run.region["distances"]["distance"] for run in runs]
-        if row.robust is None or not any(columns):
-            continue
-        known = sorted(math.inf if d is None else float(d) for distances in columns for d in distances)
-        eps = float(runs[0].threat["eps"])
-        out.append(EpsCurve(row, eps, tuple(known), *_doubts_over_eps(row, [run.region for run in runs])))
+        regions = regions_of(results, row)
+        distances = sorted(math.inf if d is None else d for region in regions for d in region.distances.distance)
+        if row.robust is not None and distances:
+            eps = float(results.runs[row.runs[0]].threat["eps"])
+            out.append(EpsCurve(row, eps, tuple(distances), *_doubts_over_eps(row, regions)))
     return out
 
 
-def _doubts_over_eps(
-    row: Row, regions: list[dict[str, Any]]
-) -> tuple[tuple[tuple[float, float], ...], tuple[str, ...]]:
+def _doubts_over_eps(row: Row, regions: list[RegionMeasures]) -> tuple[tuple[_Part, ...], tuple[str, ...]]:
     """The parts of a row's curve that are in doubt, and why."""
     if row.status == "loose":
         return ((0.0, math.inf),), ("its robust accuracy is loose, so the curve is no more than an upper bound",)
-    if not all(region.get("eps_checks") for region in regions):
+    if not all(region.eps_checks for region in regions):
         return ((0.0, math.inf),), ("no other attack was run at these eps",)
-    checks = list(zip(*(region["eps_checks"] for region in regions), strict=True))
-    radii = [0.0, *(float(check[0]["eps"]) for check in checks), math.inf]
+    checks = list(zip(*(region.eps_checks for region in regions), strict=True))
+    radii = [0.0, *(check[0].eps for check in checks), math.inf]
     doubtful, notes = [], []
     for i, check in enumerate(checks):
-        n, alone, robust = (sum(one[key] for one in check) for key in ("n", "minimal_norm", "robust"))
+        n, alone, robust = (sum(getattr(one, name) for one in check) for name in ("n", "minimal_norm", "robust"))
         if alone - robust > UNCONVERGED * n:
             high = radii[i + 2] if math.isfinite(radii[i + 2]) else radii[i + 1]
             doubtful.append((radii[i], high))
@@ -255,64 +301,82 @@ def _doubts_over_eps(
 
 
 SMALLEST = "smallest perturbation found, median (misclassified: 0)"
-# The lines of the region table: heading, and the path in ``Run.region``, clean and where there is one adversarial.
-MEASURES = (
-    ("distance to the decision boundary, first-order estimate, median", ("input_margin.median",)),
-    (SMALLEST, ("distance.median",)),
-    ("share with 0 < margin ≤ s", ("inference_region", "inference_region_adv")),
-    ("feature shift, relative to the distance between class centers, median", ("movement.relative.median",)),
-    ("share nearer to another class's center", ("movement.strayed_before", "movement.strayed_after")),
-    ("scatter within / between classes", ("scatter", "scatter_adv")),
-    ("separability of clean and adversarial features, AUC", ("two_sample.auc",)),
-    ("the same within a class, mean AUC", ("per_class.auc",)),
-    ("MMD²", ("two_sample.mmd2",)),
-    ("Fréchet distance, relative", ("two_sample.frechet_relative",)),
-    ("local Lipschitz constant of the margin, median", ("lipschitz.median",)),
-    ("expected calibration error", ("calibration.clean.ece", "calibration.adv.ece")),
-)
+_Value = float | None | tuple[float | None, ...]  # several: one for each class
+# The lines of the region table: the measure, clean and where there is one adversarial.
+MEASURES: dict[str, Callable[[RegionMeasures], tuple[_Value, ...]]] = {
+    "distance to the decision boundary, first-order estimate, median": lambda r: (r.input_margin.median,),
+    SMALLEST: lambda r: (r.distance.median,),
+    "share with 0 < margin ≤ s": lambda r: (r.inference_region, r.inference_region_adv),
+    "feature shift, relative to the distance between class centers, median": lambda r: (r.movement.relative.median,),
+    "share nearer to another class's center": lambda r: (r.movement.strayed_before, r.movement.strayed_after),
+    "scatter within / between classes": lambda r: (r.scatter, r.scatter_adv),
+    "separability of clean and adversarial features, AUC": lambda r: (r.two_sample.auc,),
+    "the same within a class, mean AUC": lambda r: (r.per_class.auc,),
+    "MMD²": lambda r: (r.two_sample.mmd2,),
+    "Fréchet distance, relative": lambda r: (r.two_sample.frechet_relative,),
+    "local Lipschitz constant of the margin, median": lambda r: (r.lipschitz.median,),
+    "expected calibration error": lambda r: tuple(
+        None if one is None else one.ece for one in (r.calibration.clean, r.calibration.adv)
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionTable:
+    """The measures of the inference region as text.
+
+    Attributes:
+        labels: of the rows of results, which are the columns here.
+        lines: measure -> one cell for each label.
+    """
+
+    labels: tuple[str, ...]
+    lines: dict[str, tuple[str, ...]]
 
 
 @typed
-def region_table(results: Results) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The measures of the inference region as a table.
+def region_table(results: Results) -> RegionTable:
+    """The measures of the inference region as a table: means over runs, "clean → adversarial" where both are measured.
+
+    A measure that no row has is left out. "≤" stands before a smallest perturbation where the curve over eps is in
+    doubt.
 
     Args:
         results: the runs.
 
     Returns:
-        The labels of the rows that have any, and (measure, one cell per such row): means over runs, "clean →
-        adversarial" where both are measured. A measure that no row has is left out. "≤" stands before a smallest
-        perturbation where the curve over eps is in doubt.
+        The table; without labels where nothing was measured.
     """
-    shown, curves = [], {curve.row.label: curve for curve in eps_curves(results)}
-    for row in rows(results):
-        regions = [run.region for run in runs_of(results, row) if run.region and row.robust is not None]
-        if regions:
-            shown.append((row.label, regions))
-    lines = [(what, [[_mean_at(regions, path) for path in paths] for _, regions in shown]) for what, paths in MEASURES]
-
-    def text(what: str, label: str, cell: list[float | None]) -> str:
-        curve = curves.get(label)
-        doubtful = what == SMALLEST and curve is not None and cell[0] is not None and curve.is_doubtful(cell[0])
-        return "≤ " * doubtful + " → ".join(map(_figure, cell)) if any(v is not None for v in cell) else "–"
-
-    labels = [label for label, _ in shown]
-    return labels, [
-        (what, [text(what, label, cell) for label, cell in zip(labels, line, strict=True)])
-        for what, line in lines
-        if any(value is not None for cell in line for value in cell)
-    ]
+    curves = {curve.row.label: curve for curve in eps_curves(results)}
+    columns = {row.label: regions_of(results, row) for row in rows(results) if row.robust is not None}
+    columns = {label: regions for label, regions in columns.items() if regions}
+    lines = {}
+    for measure, figures_of in MEASURES.items():
+        cells = {
+            label: [_mean(column) for column in zip(*map(figures_of, regions), strict=True)]
+            for label, regions in columns.items()
+        }
+        if any(figure is not None for cell in cells.values() for figure in cell):
+            lines[measure] = tuple(
+                _cell(cell, curves.get(label) if measure == SMALLEST else None) for label, cell in cells.items()
+            )
+    return RegionTable(tuple(columns), lines)
 
 
-def _mean_at(regions: list[dict[str, Any]], path: str) -> float | None:
-    """Mean over runs of the number, or numbers, at a dotted path."""
-    values = []
-    for region in regions:
-        at: Any = region
-        for name in path.split("."):
-            at = at.get(name) if isinstance(at, dict) else None
-        values += [v for v in (at if isinstance(at, list) else [at]) if isinstance(v, int | float)]
-    return sum(values) / len(values) if values else None
+def _cell(figures: Sequence[float | None], curve: EpsCurve | None) -> str:
+    """Figures as text; after "≤" where they are distances, and the curve that these give is in doubt."""
+    if all(figure is None for figure in figures):
+        return "–"
+    at = figures[0]
+    doubtful = curve is not None and at is not None and curve.is_doubtful(at)
+    return "≤ " * doubtful + " → ".join(map(_figure, figures))
+
+
+def _mean(values: Sequence[_Value]) -> float | None:
+    """The mean over runs, and over classes, of the figures that there are."""
+    figures = [figure for value in values for figure in (value if isinstance(value, tuple) else (value,))]
+    known = [figure for figure in figures if figure is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _figure(value: float | None) -> str:
@@ -320,16 +384,14 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.2g}" if abs(value) < 99.5 else f"{value:,.0f}"
 
 
-def missed(results: Results) -> list[tuple[str, int]]:
-    """Rows whose minimal-norm attack broke samples that count as robust, and how many."""
-    shown = [row for row in rows(results) if row.robust is not None]
-    counts = [(row.label, sum(run.region.get("missed") or 0 for run in runs_of(results, row))) for row in shown]
-    return [(label, count) for label, count in counts if count]
-
-
 def runs_of(results: Results, row: Row) -> list[Run]:
     """The runs that a row was merged from."""
     return [results.runs[i] for i in row.runs]
+
+
+def regions_of(results: Results, row: Row) -> list[RegionMeasures]:
+    """The inference regions of a row's runs, of those that have one."""
+    return [run.region for run in runs_of(results, row) if run.region is not None]
 
 
 def class_name(results: Results, y: int) -> str:
@@ -338,12 +400,9 @@ def class_name(results: Results, y: int) -> str:
     return str(names[y]) if isinstance(names, list) and 0 <= y < len(names) else str(y)
 
 
-def stage_totals(results: Results, row: Row) -> dict[str, list[float]]:
-    """Stage name -> [attacked, broken, passes, seconds], summed over the row's runs."""
-    out: dict[str, list[float]] = {}
-    for run in runs_of(results, row):
-        for s in run.stages:
-            total = out.setdefault(s.name, [0, 0, 0, 0])
-            for k, v in enumerate((s.attacked, s.broken, s.forwards + s.backwards, s.seconds)):
-                total[k] += v
-    return out
+def stage_totals(results: Results, row: Row) -> list[StageCost]:
+    """The cost of each stage, summed over the row's runs."""
+    by_name: dict[str, list[StageCost]] = {}
+    for stage in (stage for run in runs_of(results, row) for stage in run.stages):
+        by_name.setdefault(stage.name, []).append(stage)
+    return [total_cost(parts) for parts in by_name.values()]

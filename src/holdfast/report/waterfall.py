@@ -76,7 +76,7 @@ def steps(run: Run) -> list[Step]:
     out = []
     for stage in run.stages:
         correct -= stage.broken
-        out.append(Step(stage.name, correct, run.n, stage.forwards + stage.backwards))
+        out.append(Step(stage.name, correct, run.n, stage.passes))
     return out
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 from ..user_input import typed
 from .rows import rows
-from .schema import Results
+from .schema import Results, StageCost
 from .statistics import proportion
 from .text import caption, cells, doubts, heading, percent
 
@@ -45,7 +44,7 @@ def notebook(results: Results) -> str:
 
 
 def notebook_counts(
-    about: str, n: int, counts: Mapping[str, int | None], stages: Sequence[Any] = (), note: str = ""
+    about: str, n: int, counts: Mapping[str, int | None], stages: Sequence[StageCost] = (), note: str = ""
 ) -> str:
     """One evaluation, from plain numbers.
 
@@ -53,7 +52,7 @@ def notebook_counts(
         about: what was evaluated, such as the threat; part of the caption.
         n: number of samples.
         counts: name of an accuracy ("clean", "pgd50", ...) -> number of correct samples; None is left out.
-        stages: objects with name, attacked, broken, forwards, backwards and seconds.
+        stages: the attack cascade in order.
         note: a sentence below the table.
 
     Returns:
@@ -68,10 +67,7 @@ def notebook_counts(
     out = _html_table(_html_row(head, head, "th"), lines, f"{about}, {n:,} samples; Clopper-Pearson intervals")
     if stages:
         heads = ("stage", "attacked", "broken", "passes", "seconds")
-        texts = [
-            (s.name, f"{s.attacked:,}", f"{s.broken:,}", f"{s.forwards + s.backwards:,}", f"{s.seconds:.1f}")
-            for s in stages
-        ]
+        texts = [(s.name, f"{s.attacked:,}", f"{s.broken:,}", f"{s.passes:,}", f"{s.seconds:.1f}") for s in stages]
         whole = _html_table(_html_row(heads, heads, "th"), [_html_row(heads, line, "td") for line in texts], "")
         out += f"<details><summary>stages: {len(texts)}</summary>{whole}</details>"
     return out + (f"<p>{escape(note)}</p>" if note else "")

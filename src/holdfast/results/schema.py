@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
+from .region import Passes, Projection, RegionMeasures
 from .remaining import Remaining
 
 SCHEMA = 4
@@ -83,12 +84,6 @@ class Finding:
         """Whether the fault was found."""
         return self.status == "fires"
 
-    @staticmethod
-    def from_dict(stored: Mapping[str, Any]) -> Finding:
-        """A finding from ``dataclasses.asdict`` of one, which may have passed through JSON."""
-        values = {f.name: stored[f.name] for f in dataclasses.fields(Finding)}
-        return Finding(**{**values, "claims": tuple(stored["claims"])})
-
 
 @dataclass(frozen=True)
 class CheckResult(Finding):
@@ -161,7 +156,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageCost:
     """What one stage of the attack cascade did and cost.
 
     Attributes:
@@ -179,6 +174,76 @@ class Stage:
     forwards: int
     backwards: int
     seconds: float
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes together."""
+        return self.forwards + self.backwards
+
+
+def total_cost(parts: Sequence[StageCost]) -> StageCost:
+    """The cost of one stage in several evaluations, added up.
+
+    Args:
+        parts: at least one, of one name.
+
+    Returns:
+        The sums, seconds included.
+
+    >>> total_cost([StageCost("pgd50", 9, 2, 450, 450, 1.5), StageCost("pgd50", 7, 1, 350, 350, 1.0)])
+    StageCost(name='pgd50', attacked=16, broken=3, forwards=800, backwards=800, seconds=2.5)
+    """
+    counts = [f.name for f in dataclasses.fields(StageCost) if f.name != "name"]
+    return StageCost(parts[0].name, **{name: sum(getattr(part, name) for part in parts) for name in counts})
+
+
+@dataclass(frozen=True)
+class Cost(Passes):
+    """What an evaluation cost: the passes of all its stages, and their time.
+
+    Attributes:
+        seconds: wall-clock time.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CleanMeasures:
+    """Measures at the clean image, over at most 512 correctly classified samples.
+
+    Attributes:
+        zero_gradient: share of samples whose input gradient of F.cross_entropy is exactly zero.
+        zero_gradient_training_loss: the same for the training loss.
+        input_margin: median first-order distance to the decision boundary in the threat's norm; None where infinite.
+    """
+
+    zero_gradient: float | None
+    zero_gradient_training_loss: float | None
+    input_margin: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network was trained; None where that is not known, as for one that holdfast did not train.
+
+    Attributes:
+        epochs: epochs trained.
+        accuracy: on the training images, the mean over networks.
+        val: on the validation images, the mean over networks.
+        best_epoch: the epoch with the best (robust) validation accuracy, counted from 1.
+        seconds: of all networks together.
+        model: the spec of the network.
+        networks: how many networks share the run, one per fold of a cross-validation.
+    """
+
+    epochs: int | None = None
+    accuracy: float | None = None
+    val: float | None = None
+    best_epoch: int | None = None
+    seconds: float | None = None
+    model: str | None = None
+    networks: int = 1
 
 
 @dataclass(frozen=True)
@@ -222,15 +287,15 @@ class Run:
         pgd50_verdict: verdict on the PGD-50 accuracy; None without an audit.
         checks: the trust checks; empty without an audit.
         remaining: how many survivors may still be breakable; None without an audit.
-        measures: input_margin, zero_gradient, zero_gradient_training_loss.
-        cost: forwards and backwards (summed over samples), seconds.
+        measures: gradients and distances at the clean image; None without an audit, and where no sample is correct.
+        cost: of all stages together; None where it was not recorded.
         stages: the attack cascade in order.
         samples: per-sample columns.
         examples: pictures of broken samples.
-        train: how the network was trained: accuracy, epochs, seconds, ...
+        train: how the network was trained; None where that was not recorded.
         interval: which interval the accuracies carry.
-        region: measures of the inference region, as ``holdfast.region.measure`` returns them.
-        projection: features in two dimensions, for the figure.
+        region: measures of the inference region, the mean over folds where there are several; None where not measured.
+        projection: features in two dimensions, for the figure; of the first fold.
 
     Raises:
         UserError: ``n`` < 1, ``attacks`` lacks "pgd50", ``threat`` lacks a key or is none, or ``samples`` has another
@@ -250,15 +315,15 @@ class Run:
     pgd50_verdict: Verdict | None = None
     checks: tuple[CheckResult, ...] = ()
     remaining: Remaining | None = None
-    measures: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, Any] = field(default_factory=dict)
-    stages: tuple[Stage, ...] = ()
+    measures: CleanMeasures | None = None
+    cost: Cost | None = None
+    stages: tuple[StageCost, ...] = ()
     samples: Samples | None = None
     examples: tuple[Example, ...] = ()
-    train: dict[str, Any] = field(default_factory=dict)
+    train: Training | None = None
     interval: str = CLOPPER_PEARSON
-    region: dict[str, Any] = field(default_factory=dict)
-    projection: dict[str, Any] = field(default_factory=dict)
+    region: RegionMeasures | None = None
+    projection: Projection | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checks", tuple(self.checks))

@@ -160,11 +160,6 @@ def doubts(results: Results) -> list[str]:
         for label, name, status, words, gap in verdicts
         if status not in ("", "tight", "exact") or (status and gap > SMALL_GAP)
     ]
-    lines += [
-        f"{run.name}: the attacks of the region measures broke {missed:,} more: robust is too high"
-        for run in results.runs
-        if run.robust is not None and (missed := run.region.get("missed"))
-    ]
     return lines + [
         f"{run.name}: the budget ran out before the suite was complete; an estimated {run.remaining.expected:.1f} "
         f"more of {run.n:,} are still breakable, at most {run.remaining.high:.0f}"
