@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +50,7 @@ def accelerator_on(device: str | None) -> Accelerator:
     where = accelerator.device if device is None else torch.device(device)
     if accelerator.num_processes == 1 or where.type != accelerator.device.type:
         accelerator.state.device = where
-    if accelerator.num_processes > 1:
-        _leave_group_at_exit()
     return accelerator
-
-
-@cache
-def _leave_group_at_exit() -> None:
-    """A process that ends while its group's threads run is now and then aborted, with all its work done."""
-    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
 
 
 @contextmanager
