@@ -383,6 +383,24 @@ def _deepcopy(tensor: Tensor, memo: dict) -> Tensor:
     return memo[id(tensor)]
 
 
+COLLECTIVES = ("allreduce_", "broadcast_", "allgather_", "_allgather_base_", "reduce_", "gather_", "barrier")
+
+
+def _collective(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """Over gloo, in the same memory: what is on the device is reached through tensors of the host."""
+    found: dict[int, Tensor] = {}
+
+    def to_host(x: Any) -> Any:
+        if not _is_on_device(x):
+            return x
+        host = on_host(x)
+        found[id(host)] = x
+        return host
+
+    out = op(*[_mapped(to_host, arg) for arg in args])
+    return _mapped(lambda x: found.get(id(x), x), out)
+
+
 @cache
 def install() -> torch.device:
     """Register the backend, once in a process, and return its device."""
@@ -400,6 +418,14 @@ def install() -> torch.device:
     Tensor.__deepcopy__ = _deepcopy  # type: ignore[method-assign]
     install.libraries = everything, ours  # type: ignore[attr-defined]  # they end when they are collected
     return torch.device(NAME)
+
+
+@cache
+def install_groups() -> None:
+    """Let processes exchange tensors of the device. Torch warns that kernels are replaced: for a process of its own."""
+    groups = install_groups.library = torch.library.Library("c10d", "IMPL")  # type: ignore[attr-defined]
+    for name in COLLECTIVES:
+        groups.impl(name, partial(_collective, getattr(torch.ops.c10d, name).default), "PrivateUse1")
 
 
 def is_real() -> bool:

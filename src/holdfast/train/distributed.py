@@ -42,8 +42,9 @@ def accelerator_on(device: str | None) -> Accelerator:
         check_device(device)
     AcceleratorState._reset_state(reset_partial_state=True)
     group = InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)
-    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[group])
-    if accelerator.num_processes < int(os.environ.get("WORLD_SIZE", "1")):
+    on_gpu = device is None or torch.device(device).type in ("cuda", "xpu")
+    accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[group])
+    if accelerator.num_processes < int(os.environ.get("WORLD_SIZE", "1")):  # it found no GPU, and made no group
         AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = Accelerator(cpu=True, kwargs_handlers=[group])
     where = accelerator.device if device is None else torch.device(device)
