@@ -258,11 +258,12 @@ def check_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
     Raises:
         UserError: an argument is of another type.
+        TypeError: one is missing, or there are too many, as Python says it.
     """
     try:
         given = inspect.signature(function).bind(*args, **kwargs).arguments
-    except TypeError:
-        return  # Python itself says which arguments are missing or too many
+    except TypeError as error:
+        raise TypeError(f"{function.__name__}(): {error}") from None
     kinds = _kinds(function)
     for name, value in given.items():
         if name in kinds:
