@@ -369,7 +369,7 @@ def _words(kind: Any) -> list[str]:
     if getattr(origin, "__name__", "") == "Callable":
         return ["a function"]
     name = "None" if kind in (None, NoneType) else _with_article(getattr(origin, "__name__", str(origin)))
-    return ["a tensor" if name == "a Tensor" else name]
+    return [{"a Tensor": "a tensor", "a Module": "a torch module"}.get(name, name)]
 
 
 def _with_article(name: str) -> str:
