@@ -47,6 +47,10 @@ def test_a_message_is_a_few_lines(name):
     assert time.perf_counter() - began < 5
 
 
+def test_an_error_is_one_line_whatever_it_quotes():
+    assert str(UserError("it cannot be read (first\n  second\n).\n")) == "it cannot be read (first second )."
+
+
 def test_a_list_of_known_names_is_short():
     assert "and 99940 more" in str(unknown("class", "cat", map(str, range(100_000))))
 

@@ -60,11 +60,11 @@ class UserError(ValueError):
     """An error that the caller can fix: the message says what was wrong, what was expected and what to do.
 
     The command line prints it without a traceback; in Python it is a plain ``ValueError``. What the message echoes of
-    a user's input is made ``printable``.
+    a user's input, or of another library's reason, is made ``printable`` and one line.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(printable(message))
+        super().__init__(re.sub(r"\s*\n\s*", " ", printable(message).strip()))
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

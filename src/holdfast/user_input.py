@@ -258,11 +258,12 @@ def check_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
     Raises:
         UserError: an argument is of another type.
+        TypeError: one is missing, or there are too many, as Python says it.
     """
     try:
         given = inspect.signature(function).bind(*args, **kwargs).arguments
-    except TypeError:
-        return  # Python itself says which arguments are missing or too many
+    except TypeError as error:
+        raise TypeError(f"{function.__name__}(): {error}") from None
     kinds = _kinds(function)
     for name, value in given.items():
         if name in kinds:
@@ -368,7 +369,7 @@ def _words(kind: Any) -> list[str]:
     if getattr(origin, "__name__", "") == "Callable":
         return ["a function"]
     name = "None" if kind in (None, NoneType) else _with_article(getattr(origin, "__name__", str(origin)))
-    return ["a tensor" if name == "a Tensor" else name]
+    return [{"a Tensor": "a tensor", "a Module": "a torch module"}.get(name, name)]
 
 
 def _with_article(name: str) -> str:

@@ -114,6 +114,11 @@ def test_a_folder_that_is_none(command, word, why, holdfast_, tmp_path):
     assert why in refused(holdfast_(command, word))
 
 
+@pytest.mark.parametrize("option", [("--epochs", "3"), ("--data", "mnist"), ("--suite", "quick"), ("--out", "x")])
+def test_options_of_no_recipe_are_refused(option, holdfast_):
+    assert f"{option[0]} belongs to a recipe" in refused(holdfast_("recipe", *option))
+
+
 def test_a_number_with_an_underscore_may_be_a_name(holdfast_):
     assert "2024_01" in refused(holdfast_("replay", "2024_01"))  # there is no such folder, and that is all
 

@@ -641,3 +641,28 @@ def test_real_architectures(path, tmp_path):
     assert grad.isfinite().all()
     assert grad.abs().max() > 0
     assert net.batching in ("as exported", "rescaled")
+
+
+@pytest.mark.parametrize(
+    ("op", "constants"),
+    [
+        ("Tile", {"r": np.array([1, 1, 2**20, 2**20])}),
+        ("Expand", {"r": np.array([2**30, 2, 4, 9, 8])}),
+        ("Pad", {"r": np.array([0, 0, 2**40, 0, 0, 0, 0, 0])}),
+        ("Resize", {"a": np.zeros(0, np.float32), "b": np.array([1, 1, 2**30, 2**30], np.float32)}),
+    ],
+)
+def test_a_file_may_not_ask_for_any_size(op, constants, tmp_path):
+    model = build([helper.make_node(op, ["x", *constants], ["y"])], constants=constants)
+    with pytest.raises(UserError, match=r"at most 1,073,741,824 are made"):
+        load_onnx(saved(model, tmp_path))
+
+
+def test_an_input_may_not_have_any_size(tmp_path):
+    model = build([helper.make_node("Relu", ["x"], ["y"])], shape=(1, 2**40, 9, 8))
+    with pytest.raises(UserError, match=r"net.onnx: an input of [\d,]+ values is asked for"):
+        load_onnx(saved(model, tmp_path))
+    shape = {"s": np.array([2**20, 2**20])}
+    nodes = [helper.make_node("ConstantOfShape", ["s"], ["c"]), helper.make_node("Add", ["x", "c"], ["y"])]
+    with pytest.raises(UserError, match="at most"):
+        load_onnx(saved(build(nodes, constants=shape), tmp_path))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..errors import UserError
 from . import options as o
 from .app import app, exits
 from .common import percent_text, print_json, run_comparison
@@ -40,6 +41,17 @@ def recipe(
     from ..experiments import recipes
 
     if not name:
+        given: dict[str, Any] = {
+            "data": data or None,
+            "seeds": seeds,
+            "epochs": epochs,
+            "limit": limit,
+            "limit-train": limit_train,
+        }
+        given |= {"model": model, "suite": suite, "out": out}
+        for option_name, value in given.items():
+            if value is not None:
+                raise UserError(f"--{option_name} belongs to a recipe: name one of those that `holdfast recipe` lists.")
         _list(quiet, as_json)
         return
     chosen = recipes.named(name, data)

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from ..errors import UserError, printable
+from ..errors import UserError, plain, printable
 from ..io import write_atomic
 from ..results import (
     CheckResult,
@@ -90,6 +90,7 @@ def render(results_list: Results | str | Path | Sequence[Results | str | Path], 
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
+        finalize=lambda value: plain(value) if type(value) is str else value,  # markup of ours is none
     )
     page.filters |= {
         "percent": percent,
@@ -212,6 +213,7 @@ def breakable(name: str) -> Markup:
     >>> breakable("isce:s=10+adversarial:steps=5"), breakable("isce:s=100")
     (Markup('isce:<wbr>s=10+<wbr>adversarial:<wbr>steps=5'), Markup('<span class="whole">isce:s=100</span>'))
     """
+    name = plain(name)
     if len(name) <= WHOLE:
         return Markup('<span class="whole">{}</span>').format(name)
     parts = re.findall(r"[^-+@,:/ ]*[-+@,:/ ]*", name)
@@ -336,7 +338,7 @@ def _source(r: Results) -> dict[str, Any]:
         "holdfast": r.holdfast,
         "settings": _flat(r.settings),
         "environment": _flat(r.environment),
-        "data": _flat({k: v for k, v in r.data.items() if k != "classes"}),
+        "data": _flat({k: v for k, v in r.data.items() if k not in ("classes", "notes")}),
         "seeds": ", ".join(dict.fromkeys(str(run.seed) for run in r.runs)),
     }
 

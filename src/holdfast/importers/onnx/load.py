@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ...outputs import out_of_memory
 from ...user_input import typed
 from .network import OPERATORS, OnnxNet, compute_node
-from .node import FLOATS, INTEGERS, Node, PassSettings
+from .node import FLOATS, INTEGERS, Node, PassSettings, limited
 
 INT4 = (21, 22)  # onnx's numbers for uint4 and int4
 SHAPE_OPERATORS = ("Identity", "Reshape", "Flatten", "Squeeze", "Cast")  # allowed between a last Softmax and the output
@@ -57,9 +58,14 @@ def load_onnx(path: str | Path, *, strip_softmax: bool = True) -> OnnxNet:
             f"{path} cannot be read as ONNX ({type(error).__name__}: {error}). It is cut short, damaged, or lacks the "
             "file that holds its weights: export it again."
         ) from None
-    net = _convert(proto, path, strip_softmax)
-    net.path, net.output_of_file = str(path.resolve()), proto.graph.output[0].name
-    _choose_batching(net)
+    try:
+        net = _convert(proto, path, strip_softmax)
+        net.path, net.output_of_file = str(path.resolve()), proto.graph.output[0].name
+        _choose_batching(net)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"{path} holds a network that takes more memory than there is ({error}).") from None
     return net.eval()
 
 
@@ -82,6 +88,7 @@ def _convert(proto: Any, path: Path, strip_softmax: bool) -> OnnxNet:
             "without image decoding or tokens."
         )
     shape = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
+    limited([size or 1 for size in shape], f"{path}: an input")
     if kind.HasField("shape") and not shape:
         raise UserError(f"the input '{name}' of {path} must hold images, it is a single number.")
     opset = max([entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")], default=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ...errors import UserError
 
 FLOATS = (1, 10, 11, 16)  # onnx's numbers for float32, float16, float64 and bfloat16
+MOST_VALUES = 2**30  # of a tensor that a file asks for by its size alone: 4 GB
 # Its numbers for the integers that quantisation uses: their type says where they saturate. All others are int64 here.
 INTEGERS = {2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16}
 
@@ -84,6 +86,12 @@ class Context(NamedTuple):
 
 
 Operator = Callable[..., Tensor | tuple[Tensor, ...]]  # (context, *inputs) -> output, or a tuple of outputs
+
+
+def limited(sizes: Iterable[int], what: str = "a tensor") -> None:
+    """Refuse a size that a file asks for before memory is taken for it. Raises UserError."""
+    if (values := math.prod(sizes)) > MOST_VALUES:
+        raise UserError(f"{what} of {values:,} values is asked for: at most {MOST_VALUES:,} are made. Is it damaged?")
 
 
 def integers(values: Tensor | Sequence[int] | None) -> list[int]:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .node import Context, Operator, integers
+from .node import Context, Operator, integers, limited
 
 
 def _coordinates(ctx: Context, n: int, out: int, scale: float) -> Tensor:
@@ -38,6 +38,7 @@ def _nearest(ctx: Context, coordinates: Tensor, scale: float) -> Tensor:
 
 def _resize_axis(ctx: Context, x: Tensor, axis: int, out: int, scale: float) -> Tensor:
     n = x.shape[axis]
+    limited([x.numel() // max(n, 1), out])
     coordinates = _coordinates(ctx, n, out, scale)
     if ctx.get("mode", "nearest") == "nearest":
         return x.index_select(axis, _nearest(ctx, coordinates, scale).long().clamp(0, n - 1).to(x.device))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .node import FLOATS, INTEGERS, Context, Operator, axes_of, integers, on_one_device
+from .node import FLOATS, INTEGERS, Context, Operator, axes_of, integers, limited, on_one_device
 
 
 def _reshape(ctx: Context, x: Tensor, shape: Tensor | None = None) -> Tensor:
@@ -97,8 +97,10 @@ def _pad(
         if not (before or after):
             continue
         if mode == "constant" or (before <= 0 and after <= 0):
+            limited([*x.shape[:dim], size + before + after, *x.shape[dim + 1 :]])
             x = F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [before, after], value=fill)
             continue
+        limited([*x.shape[:dim], size + before + after, *x.shape[dim + 1 :]])
         rows = torch.arange(-before, size + after)
         if mode == "reflect":
             rows = rows.abs() if size > 1 else rows * 0
@@ -126,6 +128,7 @@ def _constant(ctx: Context) -> Tensor:
 
 
 def _constant_of_shape(ctx: Context, shape: Tensor) -> Tensor:
+    limited(integers(shape))
     value = ctx.get("value")
     if value is None or value.is_floating_point():
         fill = 0.0 if value is None else value.item()
@@ -160,10 +163,13 @@ def _expand(ctx: Context, x: Tensor, shape: Tensor) -> Tensor:
         and size[0] == ctx.settings.batch[1]
     ):
         size[0] = ctx.settings.batch[0]
-    return x.expand(torch.broadcast_shapes(x.shape, size))
+    size = list(torch.broadcast_shapes(x.shape, size))
+    limited(size)
+    return x.expand(size)
 
 
 def _range(ctx: Context, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
+    limited([math.ceil(abs((limit.item() - start.item()) / (delta.item() or 1)))])
     return torch.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype, device=start.device)
 
 
@@ -182,6 +188,7 @@ def _space_to_depth(ctx: Context, x: Tensor) -> Tensor:
 
 
 def _tile(ctx: Context, x: Tensor, repeats: Tensor) -> Tensor:
+    limited([x.numel(), *integers(repeats)])
     return x.repeat(integers(repeats))
 
 
@@ -190,6 +197,7 @@ def _dropout(ctx: Context, x: Tensor, *rest: Tensor | None) -> tuple[Tensor, Ten
 
 
 def _one_hot(ctx: Context, index: Tensor, depth: Tensor, values: Tensor) -> Tensor:
+    limited([index.numel(), abs(int(depth.reshape(-1)[0]))])
     classes = torch.arange(int(depth.reshape(-1)[0]), device=index.device)
     axis = ctx.get("axis", -1) % (index.ndim + 1)
     index = torch.where(index < 0, index + len(classes), index).unsqueeze(axis)
