@@ -337,7 +337,7 @@ def test_the_inference_region_is_shown(tmp_path):
     assert page.tags.count("svg") == 5
     assert "62% of the variance of class centers" in page.text
     table = report.region_table(results)
-    assert table.labels == ("sce", "mmc")
+    assert table.columns == ("sce", "mmc")
     assert table.lines == {
         "distance to the decision boundary, first-order estimate, median": ("0.031", "0.031"),
         "share with 0 < margin ≤ s": ("0.25 → 0.5", "– → 0.5"),

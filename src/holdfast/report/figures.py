@@ -207,7 +207,7 @@ def draw_margins(results: Results) -> Figure | None:
 def draw_classes(results: Results) -> Figure | None:
     """Robust accuracy of each class as a heat map; None without samples."""
     found = per_class(results)
-    labels, classes = found.labels, found.classes
+    labels, classes = found.rows, found.classes
     if not classes:
         return None
     figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(classes)), layout="constrained")

@@ -170,7 +170,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "stages": inline(draw_stages, results, prefix + "s"),
         "stage_rows": [(row.label, stage_totals(results, row)) for row in shown],
         "margins": inline(draw_margins, results, prefix + "m"),
-        "class_labels": classes.labels,
+        "class_labels": classes.rows,
         "classes": lowest if len(classes.classes) > CLASSES else classes.classes,
         "class_count": len(classes.classes),
         "eps": inline(draw_eps, results, prefix + "e"),
@@ -212,13 +212,13 @@ def breakable(name: str) -> Markup:
 
 def _fitting(table: RegionTable) -> list[RegionTable]:
     """A wide table as several of equal width, with at most REGION_COLUMNS columns each."""
-    count = len(table.labels)
+    count = len(table.columns)
     if not count:
         return []
     wide = math.ceil(count / math.ceil(count / REGION_COLUMNS))
     cuts = [slice(start, start + wide) for start in range(0, count, wide)]
     return [
-        RegionTable(table.labels[cut], {measure: cells[cut] for measure, cells in table.lines.items()}) for cut in cuts
+        RegionTable(table.columns[cut], {measure: cells[cut] for measure, cells in table.lines.items()}) for cut in cuts
     ]
 
 

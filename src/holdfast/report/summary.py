@@ -140,11 +140,11 @@ class PerClass:
     """Robust accuracy class by class.
 
     Attributes:
-        labels: of the rows that have per-sample columns.
+        rows: labels of the rows that have per-sample columns.
         classes: one entry for each class that occurs.
     """
 
-    labels: tuple[str, ...]
+    rows: tuple[str, ...]
     classes: tuple[ClassAccuracy, ...]
 
 
@@ -300,11 +300,11 @@ class RegionTable:
     """The measures of the inference region as text.
 
     Attributes:
-        labels: of the rows of results, which are the columns here.
-        lines: measure -> one cell for each label.
+        columns: labels of the rows of results, which are the columns here.
+        lines: measure -> one cell for each column.
     """
 
-    labels: tuple[str, ...]
+    columns: tuple[str, ...]
     lines: dict[str, tuple[str, ...]]
 
 
@@ -318,7 +318,7 @@ def region_table(results: Results) -> RegionTable:
         results: the runs.
 
     Returns:
-        The table; without labels where nothing was measured.
+        The table; without columns where nothing was measured.
     """
     curves = {curve.row.label: curve for curve in eps_curves(results)}
     columns = {row.label: regions_of(results, row) for row in rows(results) if row.robust is not None}
