@@ -112,9 +112,9 @@ def draw_eps(results: Results) -> Figure | None:
         handles = []
         for curve, rgba in zip(curves, class_colours(len(curves)), strict=True):
             colour = to_hex(rgba)
-            looks = [_draw_curve(ax, curve, *part, colour) for part in _parts_of(curve, most)]
+            styles = [_draw_curve(ax, curve, *part, colour) for part in _parts_of(curve, most)]
             handles.append(Line2D([], [], color=colour, label=_with_verdict(curve), linewidth=1.2,
-                                  linestyle="-" if "-" in looks else DASHED))  # fmt: skip
+                                  linestyle="-" if "-" in styles else DASHED))  # fmt: skip
             if curve.row.robust is not None:
                 ax.plot([curve.eps], [100 * curve.row.robust.value], "o", color=colour, markersize=4, zorder=3)
         ax.set_xlim(0, most)
@@ -146,10 +146,10 @@ def _parts_of(curve: EpsCurve, most: float) -> list[tuple[float, float]]:
 
 def _draw_curve(ax: Axes, curve: EpsCurve, low: float, high: float, colour: str) -> str | tuple[int, tuple[float, ...]]:
     """Draw one part of a curve, and return its line style."""
-    look = DASHED if curve.is_doubtful((low + high) / 2) else "-"
+    style = DASHED if curve.is_doubtful((low + high) / 2) else "-"
     at = [low, *(d for d in curve.distances if low < d < high), high]
-    ax.step(at, [100 * curve.at(eps) for eps in at], where="post", color=colour, linestyle=look, linewidth=1.2)
-    return look
+    ax.step(at, [100 * curve.at(eps) for eps in at], where="post", color=colour, linestyle=style, linewidth=1.2)
+    return style
 
 
 def draw_features(results: Results) -> Figure | None:

@@ -61,7 +61,8 @@ from .summary import (
 )
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
-WHOLE, REGION_COLUMNS = 12, 5  # a name of that length stays on one line; columns of a table that a page has room for
+WHOLE = 12  # a name of at most this length stays on one line
+REGION_COLUMNS = 5  # a page has room for this many
 
 
 def render(results_list: Results | str | Path | Sequence[Results | str | Path], path: str | Path) -> Path:
@@ -147,9 +148,9 @@ def merged(sources: Sequence[Results]) -> list[Results]:
     groups: dict[str, Results] = {}
     for r in sources:
         key = identity(r)
-        have = groups.get(key)
-        new = r.runs if have is None else (*have.runs, *(run for run in r.runs if run not in have.runs))
-        groups[key] = dataclasses.replace(have or r, runs=new)
+        before = groups.get(key)
+        new = r.runs if before is None else (*before.runs, *(run for run in r.runs if run not in before.runs))
+        groups[key] = dataclasses.replace(before or r, runs=new)
     return list(groups.values())
 
 
@@ -250,7 +251,7 @@ def _eps_notes(results: Results) -> list[tuple[str, str]]:
 
 
 def _certified(shown: Sequence[Row]) -> str:
-    """That bounds were computed and prove nothing, which needs no column; empty without bounds, and with a column."""
+    """A line where bounds were computed but prove nothing, since the table then has no column for them; else empty."""
     tried = any(row.certified for row in shown) and not any_certified(shown)
     return "no sample: the bounds that were computed prove none" if tried else ""
 
@@ -276,7 +277,7 @@ def _accuracies(run: Run) -> list[tuple[str, str]]:
 def _examples(results: Results, shown: Sequence[Row]) -> dict[str, Any]:
     """The pictures of each row, as many as the page has room for, and how many were left out."""
     groups: list[tuple[str, list[dict[str, Any]]]] = []
-    room, skipped = EXAMPLE_BYTES, 0
+    bytes_left, skipped = EXAMPLE_BYTES, 0
     for row in shown:
         every = [] if row.robust is None else [e for r in runs_of(results, row) for e in r.examples]
         chosen: list[dict[str, Any]] = []
@@ -284,10 +285,10 @@ def _examples(results: Results, shown: Sequence[Row]) -> dict[str, Any]:
             pictures = [s.removeprefix("data:image/png;base64,") for s in (e.x_png, e.delta_png, e.x_adv_png)]
             size = sum(map(len, pictures))
             valid = all(re.fullmatch(r"[A-Za-z0-9+/]+=*", s) for s in pictures)
-            if len(chosen) == EXAMPLES or size > room or not valid:
+            if len(chosen) == EXAMPLES or size > bytes_left or not valid:
                 skipped += 1
                 continue
-            room -= size
+            bytes_left -= size
             clean, adversarial, y = (class_name(results, c) for c in (e.prediction, e.prediction_adv, e.y))
             label = "" if clean == y else f", label {y}"
             chosen.append({"index": e.index, "pictures": pictures, "text": f"{clean} → {adversarial}{label}"})
