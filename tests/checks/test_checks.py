@@ -19,6 +19,7 @@ from holdfast.checks.cache import load_audit, save_audit
 from holdfast.errors import UserError
 from holdfast.evaluation import UNBROKEN, evaluate
 from holdfast.evaluation.suites import SUITES
+from holdfast.io import decode
 from holdfast.losses import isce, sce
 from holdfast.objectives import standard
 from holdfast.outputs import as_outputs
@@ -179,7 +180,7 @@ def test_folds_are_counted_together():
 
 def test_a_finding_comes_back_from_json():
     one = finding()
-    assert Finding.from_dict(json.loads(json.dumps(asdict(one)))) == one
+    assert decode(Finding, json.loads(json.dumps(asdict(one))), "it") == one
     assert result_of(one).value == 0.5
     assert result_of(finding(k=0, n=0)).value is None
 

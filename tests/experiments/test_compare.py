@@ -91,7 +91,7 @@ def test_every_image_is_judged_once_for_every_loss(original):
     for run in found.runs:
         assert sorted(run.samples.index) == list(range(1797))
         assert len(results.rows(found)) == 2
-        assert run.train["networks"] == 2
+        assert run.train.networks == 2
     truth = load_digits().target
     for run in found.runs:
         assert [truth[i] for i in run.samples.index] == list(run.samples.y)
@@ -123,8 +123,8 @@ def test_the_columns_tell_one_story(original):
         assert [st.name for st in run.stages[1:]] == ["pgd50", "apgd", "apgd-dlr-t", "audit", "region"]
         for number, st in enumerate(run.stages[1:], 1):
             assert st.broken == int((stage == number).sum()), st.name
-        assert run.cost["forwards"] == sum(st.forwards for st in run.stages)
-        assert run.cost["backwards"] == sum(st.backwards for st in run.stages)
+        assert run.cost.forwards == sum(st.forwards for st in run.stages)
+        assert run.cost.backwards == sum(st.backwards for st in run.stages)
 
 
 def test_the_json_has_the_promised_fields(original):

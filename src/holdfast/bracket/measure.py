@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -95,20 +96,22 @@ def bracket(
     if not bool(((x >= threat.lo) & (x <= threat.hi)).all()):
         raise UserError(f"x must lie in the threat's box [{threat.lo}, {threat.hi}].")
     with exact_float32(), frozen_eval(model):
-        clean, x_adv, worst, rival = _attack(CountingModel(model), x, data, threat, seed, progress)
+        attacked = _attack(CountingModel(model), x, data, threat, seed, progress)
         cert = _upper_bound(model, x, y, threat)
-    margin = -clean
+    margin, worst = -attacked.clean, attacked.worst
     low, high, solved = None, None, None
     layers = _layers_or_none(model) if seconds and threat.norm == "linf" else None
     if layers is not None:
-        low, high, solved = _exact(layers, x, data, threat, x_adv, seconds, checkpoint, key, progress)
+        low, high, solved = _exact(layers, x, data, threat, attacked.x_adv, seconds, checkpoint, key, progress)
         _check_order(worst, high, data, "the exact answer")
         low = torch.maximum(low, worst)  # float32 and float64 measure the same point
         high = torch.maximum(high if cert is None else torch.minimum(high, cert), low)
     if cert is not None:
         _check_order(worst if low is None else low, cert, data, "the interval bound")
     low, high, cert = (None if bound is None else bound + margin for bound in (low, high, cert))
-    return Bracket(threat, data.index.cpu(), y.cpu(), rival, margin, worst + margin, low, high, solved, cert, trained_s)
+    return Bracket(
+        threat, data.index.cpu(), y.cpu(), attacked.rival, margin, worst + margin, low, high, solved, cert, trained_s
+    )
 
 
 def _check_order(reached: Tensor, proved: Tensor, data: Data, what: str) -> None:
@@ -147,10 +150,20 @@ def _difference_to(target: Tensor, out: Outputs | Tensor, y: Tensor) -> Tensor:
     return z.gather(1, target[:, None])[:, 0] - z.gather(1, y[:, None])[:, 0]
 
 
-def _attack(
-    model: CountingModel, x: Tensor, data: Data, threat: Threat, seed: int, progress: Progress
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(largest difference at x, x_adv, largest difference there, strongest competitor at x), on the CPU but x_adv."""
+class _Attacked(NamedTuple):
+    """What the attacks found: columns of N samples, on the CPU but x_adv.
+
+    clean: the largest logit difference at x; worst: the same at x_adv; rival: the strongest other class at x.
+    """
+
+    clean: Tensor
+    x_adv: Tensor
+    worst: Tensor
+    rival: Tensor
+
+
+def _attack(model: CountingModel, x: Tensor, data: Data, threat: Threat, seed: int, progress: Progress) -> _Attacked:
+    """Attack each logit difference and the largest one."""
     batches, done = [], 0
     noise = Noise(seed, data.index)
     progress("attacks", 0, len(x))
@@ -179,8 +192,7 @@ def _attack(
         batches.append((worst[0], x_adv, worst.amax(0), order[:, 0].cpu()))
         done += len(rows)
         progress("attacks", done, len(x))
-    clean, x_adv, largest, rival = (torch.cat(part) for part in zip(*batches, strict=True))
-    return clean, x_adv, largest, rival
+    return _Attacked(*(torch.cat(part) for part in zip(*batches, strict=True)))
 
 
 def _upper_bound(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None:

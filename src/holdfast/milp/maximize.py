@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -99,8 +100,8 @@ def maximize(
         points = [known[i : i + 1].detach().cpu().to(torch.float32) for known in start]
         one = _maximize_one(net, x[i : i + 1], label, threat, classes == "all", points, began + seconds)
         others = torch.arange(count) != label
-        low[i, others], high[i, others], x_adv[i, others] = one[:3]
-        solved.append(one[3])
+        low[i, others], high[i, others], x_adv[i, others] = one.low, one.high, one.x_adv
+        solved.append(one.solved)
         spent.append(time.perf_counter() - began)
     return WorstLogitDifferences(
         low, high, x_adv, torch.tensor(solved, dtype=torch.bool), torch.tensor(spent, dtype=torch.float64)
@@ -127,10 +128,19 @@ class _BestPoints:
         self.x_adv[torch.from_numpy(better)] = x_adv
 
 
+class _One(NamedTuple):
+    """A ``WorstLogitDifferences`` of one sample, without its own class: (K-1,) each, x_adv (K-1, ...)."""
+
+    low: Tensor
+    high: Tensor
+    x_adv: Tensor
+    solved: bool
+
+
 def _maximize_one(
     net: list[Affine], x: Tensor, y: int, threat: Threat, every: bool, start: Sequence[Tensor], deadline: float
-) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """(low (K-1,), high (K-1,), x_adv (K-1, ...), solved) of one sample, x (1, ...)."""
+) -> _One:
+    """The answer for one sample, x (1, ...)."""
     box = box_around(x, threat)
     given, (net, unit) = net, scaled(net, box)
     net = logit_differences_of(net, y)
@@ -172,4 +182,4 @@ def _maximize_one(
             late += [j] * (state == "late")
         todo = late
     low = torch.from_numpy(best.low * unit)
-    return low, torch.maximum(torch.from_numpy(high * unit), low), best.x_adv, not todo
+    return _One(low, torch.maximum(torch.from_numpy(high * unit), low), best.x_adv, solved=not todo)

@@ -24,7 +24,6 @@ from .panels import draw_eps
 from .render import figures, identity, merged, render
 from .summary import (
     ClassAccuracy,
-    Confusion,
     EpsCurve,
     PerClass,
     RegionTable,
@@ -39,7 +38,7 @@ from .summary import (
 
 __all__ = [
     "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PGD50", "ROBUST", "RULE",
-    "WIDTH", "ClassAccuracy", "Confusion", "EpsCurve", "PerClass", "RegionTable", "RowDifference", "axes",
+    "WIDTH", "ClassAccuracy", "EpsCurve", "PerClass", "RegionTable", "RowDifference", "axes",
     "compare_rows", "confusion", "draw_eps", "eps_curves", "figures", "finding", "identity", "merged", "per_class",
     "percent_axis", "region_table", "render", "style", "write_figure",
 ]  # fmt: skip

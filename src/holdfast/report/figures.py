@@ -95,10 +95,10 @@ def draw_accuracy(results: Results) -> Figure:
     """Clean, PGD-50, certified and robust accuracy of each row; a broad bar spans certified to robust."""
     shown = rows(results)
     figure, ax = axes(len(shown), 0.46, 0.3)
-    looks = [("clean", CLEAN, "o", PAPER), ("pgd50", PGD50, "D", PGD50), ("robust", ROBUST, "o", ROBUST)]
+    markers = [("clean", CLEAN, "o", PAPER), ("pgd50", PGD50, "D", PGD50), ("robust", ROBUST, "o", ROBUST)]
     certified = any_certified(shown)
     if certified:
-        looks.insert(2, ("certified", CERTIFIED, "s", CERTIFIED))
+        markers.insert(2, ("certified", CERTIFIED, "s", CERTIFIED))
     for i, row in enumerate(shown):
         at = i + 0.68
         ax.text(0, i + 0.34, short(row.label), va="center", fontweight="bold")
@@ -109,7 +109,7 @@ def draw_accuracy(results: Results) -> Figure:
             ax.plot(ends, [at, at], color=ROBUST, alpha=0.25, linewidth=7, solid_capstyle="butt", zorder=1.6)
             for end, colour in zip(ends, (CERTIFIED, ROBUST), strict=True):
                 ax.plot([end, end], [at - 0.17, at + 0.17], color=colour, linewidth=1.6, zorder=2.5)
-        for name, colour, marker, face in looks:
+        for name, colour, marker, face in markers:
             value = getattr(row, name)
             if value is None:
                 if name == "robust":
@@ -120,8 +120,8 @@ def draw_accuracy(results: Results) -> Figure:
                     linestyle="none", zorder=3)  # fmt: skip
     percent_axis(ax, "accuracy, %")
     handles = [Line2D([], [], color=c, marker=m, linewidth=1.4, markersize=5, label=heading(n), markerfacecolor=f)
-               for n, c, m, f in looks]  # fmt: skip
-    legend(ax, handles, len(looks))
+               for n, c, m, f in markers]  # fmt: skip
+    legend(ax, handles, len(markers))
     return figure
 
 
@@ -207,7 +207,7 @@ def draw_margins(results: Results) -> Figure | None:
 def draw_classes(results: Results) -> Figure | None:
     """Robust accuracy of each class as a heat map; None without samples."""
     found = per_class(results)
-    labels, classes = found.labels, found.classes
+    labels, classes = found.rows, found.classes
     if not classes:
         return None
     figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(classes)), layout="constrained")

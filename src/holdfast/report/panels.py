@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from ..results import Results, rows
 from ..user_input import typed
 from .figures import INK, MUTED, PGD50, RULE, WIDTH, legend, short
-from .summary import EpsCurve, confusion, eps_curves
+from .summary import EpsCurve, class_name, confusion, eps_curves
 
 MOST_CLASSES, MOST_PANELS, MOST_POINTS, ACROSS = 20, 24, 120, 3
 # Okabe and Ito's eight, in an order that keeps neighbours apart.
@@ -53,24 +53,27 @@ def panels(count: int, draw: Callable[[int, Axes], None], height: float, across:
 def draw_confusion(results: Results) -> Figure | None:
     """Confusion matrix under attack of each row, in shares of a class; None without the column or for many classes."""
     every = [(row.label, confusion(results, row)) for row in rows(results)]
-    shown = [(label, matrix) for label, matrix in every if matrix is not None][:MOST_PANELS]
-    if not shown or not 1 < len(shown[0][1].classes) <= MOST_CLASSES:
+    shown = [(label, counts) for label, counts in every if counts][:MOST_PANELS]
+    known = results.data.get("classes")
+    occurring = [1 + max(pair) for _, counts in shown for pair in counts]
+    k = max([0, *occurring, len(known) if isinstance(known, list) else 0])
+    if not shown or not 1 < k <= MOST_CLASSES:
         return None
-    shares = [np.array(matrix.counts, dtype=float) for _, matrix in shown]
-    for share in shares:
+    names, shares = [short(class_name(results, y), 6) for y in range(k)], np.zeros((len(shown), k, k))
+    for share, (_, counts) in zip(shares, shown, strict=True):
+        for pair, n in counts.items():
+            share[pair] = n
         share /= np.maximum(1, share.sum(1, keepdims=True))
         np.fill_diagonal(share, np.nan)
-    most = max(0.01, *(float(np.nanmax(share)) for share in shares))
+    most = max(0.01, float(np.nanmax(shares)))
 
     def draw(i: int, ax: Axes) -> None:
-        label, names = shown[i][0], shown[i][1].classes
         ax.imshow(100 * shares[i], cmap=_fading(PGD50), vmin=0, vmax=100 * most)
-        k = len(names)
         step = 1 if k <= 10 else 2
-        ax.set_xticks(range(0, k, step), [short(n, 6) for n in names[::step]], fontsize=6, rotation=90 * (k > 10))
-        ax.set_yticks(range(0, k, step), [short(n, 6) for n in names[::step]], fontsize=6)
+        ax.set_xticks(range(0, k, step), names[::step], fontsize=6, rotation=90 * (k > 10))
+        ax.set_yticks(range(0, k, step), names[::step], fontsize=6)
         ax.tick_params(length=0, pad=1)
-        ax.set_title(short(label, 30), fontsize=7, fontweight="bold", color=INK)
+        ax.set_title(short(shown[i][0], 30), fontsize=7, fontweight="bold", color=INK)
         if i % ACROSS == 0:
             ax.set_ylabel("class", fontsize=7)
         ax.set_xlabel("prediction", fontsize=7, labelpad=1)
@@ -111,9 +114,9 @@ def draw_eps(results: Results) -> Figure | None:
         handles = []
         for curve, rgba in zip(curves, class_colours(len(curves)), strict=True):
             colour = to_hex(rgba)
-            looks = [_draw_curve(ax, curve, *part, colour) for part in _parts_of(curve, most)]
+            styles = [_draw_curve(ax, curve, *part, colour) for part in _parts_of(curve, most)]
             handles.append(Line2D([], [], color=colour, label=_with_verdict(curve), linewidth=1.2,
-                                  linestyle="-" if "-" in looks else DASHED))  # fmt: skip
+                                  linestyle="-" if "-" in styles else DASHED))  # fmt: skip
             if curve.row.robust is not None:
                 ax.plot([curve.eps], [100 * curve.row.robust.value], "o", color=colour, markersize=4, zorder=3)
         ax.set_xlim(0, most)
@@ -145,10 +148,10 @@ def _parts_of(curve: EpsCurve, most: float) -> list[tuple[float, float]]:
 
 def _draw_curve(ax: Axes, curve: EpsCurve, low: float, high: float, colour: str) -> str | tuple[int, tuple[float, ...]]:
     """Draw one part of a curve, and return its line style."""
-    look = DASHED if curve.is_doubtful((low + high) / 2) else "-"
+    style = DASHED if curve.is_doubtful((low + high) / 2) else "-"
     at = [low, *(d for d in curve.distances if low < d < high), high]
-    ax.step(at, [100 * curve.at(eps) for eps in at], where="post", color=colour, linestyle=look, linewidth=1.2)
-    return look
+    ax.step(at, [100 * curve.at(eps) for eps in at], where="post", color=colour, linestyle=style, linewidth=1.2)
+    return style
 
 
 def draw_features(results: Results) -> Figure | None:

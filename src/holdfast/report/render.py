@@ -63,7 +63,8 @@ from .summary import (
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
 ASSUMED = 20  # sentences on data and network that a page shows
-WHOLE, REGION_COLUMNS = 12, 5  # a name of that length stays on one line; columns of a table that a page has room for
+WHOLE = 12  # a name of at most this length stays on one line
+REGION_COLUMNS = 5  # a page has room for this many
 
 
 @typed
@@ -154,11 +155,11 @@ def merged(sources: Sequence[Results]) -> list[Results]:
     groups: dict[str, Results] = {}
     for r in sources:
         key = identity(r)
-        have = groups.get(key)
-        new = r.runs if have is None else (*have.runs, *(run for run in r.runs if run not in have.runs))
-        notes = [one for part in (have, r) if part for one in part.data.get("notes") or ()]
-        data = {**(have or r).data, **({"notes": list(dict.fromkeys(map(str, notes)))} if notes else {})}
-        groups[key] = dataclasses.replace(have or r, runs=new, data=data)
+        before = groups.get(key)
+        new = r.runs if before is None else (*before.runs, *(run for run in r.runs if run not in before.runs))
+        notes = [one for part in (before, r) if part for one in part.data.get("notes") or ()]
+        data = {**(before or r).data, **({"notes": list(dict.fromkeys(map(str, notes)))} if notes else {})}
+        groups[key] = dataclasses.replace(before or r, runs=new, data=data)
     return list(groups.values())
 
 
@@ -180,7 +181,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "stages": inline(draw_stages, results, prefix + "s"),
         "stage_rows": [(row.label, stage_totals(results, row)) for row in shown],
         "margins": inline(draw_margins, results, prefix + "m"),
-        "class_labels": classes.labels,
+        "class_labels": classes.rows,
         "classes": lowest if len(classes.classes) > CLASSES else classes.classes,
         "class_count": len(classes.classes),
         "eps": inline(draw_eps, results, prefix + "e"),
@@ -223,13 +224,13 @@ def breakable(name: str) -> Markup:
 
 def _fitting(table: RegionTable) -> list[RegionTable]:
     """A wide table as several of equal width, with at most REGION_COLUMNS columns each."""
-    count = len(table.labels)
+    count = len(table.columns)
     if not count:
         return []
     wide = math.ceil(count / math.ceil(count / REGION_COLUMNS))
     cuts = [slice(start, start + wide) for start in range(0, count, wide)]
     return [
-        RegionTable(table.labels[cut], {measure: cells[cut] for measure, cells in table.lines.items()}) for cut in cuts
+        RegionTable(table.columns[cut], {measure: cells[cut] for measure, cells in table.lines.items()}) for cut in cuts
     ]
 
 
@@ -269,7 +270,7 @@ def _eps_notes(results: Results) -> list[tuple[str, str]]:
 
 
 def _certified(shown: Sequence[Row]) -> str:
-    """That bounds were computed and prove nothing, which needs no column; empty without bounds, and with a column."""
+    """A line where bounds were computed but prove nothing, since the table then has no column for them; else empty."""
     tried = any(row.certified for row in shown) and not any_certified(shown)
     return "no sample: the bounds that were computed prove none" if tried else ""
 
@@ -295,7 +296,7 @@ def _accuracies(run: Run) -> list[tuple[str, str]]:
 def _examples(results: Results, shown: Sequence[Row]) -> dict[str, Any]:
     """The pictures of each row, as many as the page has room for, and how many were left out."""
     groups: list[tuple[str, list[dict[str, Any]]]] = []
-    room, skipped = EXAMPLE_BYTES, 0
+    bytes_left, skipped = EXAMPLE_BYTES, 0
     for row in shown:
         every = [] if row.robust is None else [e for r in runs_of(results, row) for e in r.examples]
         chosen: list[dict[str, Any]] = []
@@ -303,10 +304,10 @@ def _examples(results: Results, shown: Sequence[Row]) -> dict[str, Any]:
             pictures = [s.removeprefix("data:image/png;base64,") for s in (e.x_png, e.delta_png, e.x_adv_png)]
             size = sum(map(len, pictures))
             valid = all(re.fullmatch(r"[A-Za-z0-9+/]+=*", s) for s in pictures)
-            if len(chosen) == EXAMPLES or size > room or not valid:
+            if len(chosen) == EXAMPLES or size > bytes_left or not valid:
                 skipped += 1
                 continue
-            room -= size
+            bytes_left -= size
             clean, adversarial, y = (class_name(results, c) for c in (e.prediction, e.prediction_adv, e.y))
             label = "" if clean == y else f", label {y}"
             chosen.append({"index": e.index, "pictures": pictures, "text": f"{clean} → {adversarial}{label}"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..results import (
@@ -144,11 +145,11 @@ class PerClass:
     """Robust accuracy class by class.
 
     Attributes:
-        labels: of the rows that have per-sample columns.
+        rows: labels of the rows that have per-sample columns.
         classes: one entry for each class that occurs.
     """
 
-    labels: tuple[str, ...]
+    rows: tuple[str, ...]
     classes: tuple[ClassAccuracy, ...]
 
 
@@ -174,22 +175,9 @@ def per_class(results: Results) -> PerClass:
     return PerClass(tuple(label for label, _ in shown), tuple(classes))
 
 
-@dataclasses.dataclass(frozen=True)
-class Confusion:
-    """A confusion matrix.
-
-    Attributes:
-        classes: names of the classes.
-        counts: counts[i][j], how many samples of class i are classified as j.
-    """
-
-    classes: tuple[str, ...]
-    counts: tuple[tuple[int, ...], ...]
-
-
 @typed
-def confusion(results: Results, row: Row) -> Confusion | None:
-    """Confusion matrix under attack.
+def confusion(results: Results, row: Row) -> Counter[tuple[int, int]]:
+    """The confusion matrix under attack, without its zeros.
 
     A robust sample counts on the diagonal, one that is misclassified without an attack at its clean prediction.
 
@@ -198,32 +186,26 @@ def confusion(results: Results, row: Row) -> Confusion | None:
         row: one of its rows.
 
     Returns:
-        The matrix; None where no prediction is recorded, or the row is void.
+        counts[i, j], how many samples of class i are classified as j. Empty where no prediction is recorded, or the row
+        is void.
     """
     columns = [run.samples for run in runs_of(results, row) if run.samples is not None and run.robust is not None]
-    triples = [(s.y, s.prediction_adv, s.robust) for s in columns if s.prediction_adv is not None]
-    samples = [sample for triple in triples for sample in zip(*triple, strict=True)]
-    if not samples:
-        return None
-    names = results.data.get("classes")
-    k = max([1 + max(max(y, j) for y, j, _ in samples), len(names) if isinstance(names, list) else 0])
-    counts = [[0] * k for _ in range(k)]
-    for y, j, unbroken in samples:
-        counts[y][y if unbroken else j] += 1
-    return Confusion(tuple(class_name(results, y) for y in range(k)), tuple(map(tuple, counts)))
+    return Counter(
+        (y, y if unbroken else prediction)
+        for s in columns
+        if s.prediction_adv is not None
+        for y, prediction, unbroken in zip(s.y, s.prediction_adv, s.robust, strict=True)
+    )
 
 
 def frequent_confusions(results: Results, most: int = 5) -> list[tuple[str, str]]:
     """Each row's most frequent confusions under attack: ('sce', '8 as 3 (24), 1 as 7 (11)')."""
     out = []
     for row in rows(results):
-        matrix = confusion(results, row)
-        if matrix is None:
-            continue
-        pairs = [(n, i, j) for i, line in enumerate(matrix.counts) for j, n in enumerate(line) if i != j and n]
-        pairs.sort(key=lambda p: (-p[0], p[1], p[2]))
-        texts = [f"{matrix.classes[i]} as {matrix.classes[j]} ({n:,})" for n, i, j in pairs[:most]]
-        if texts:
+        wrong = [(pair, n) for pair, n in sorted(confusion(results, row).items()) if pair[0] != pair[1]]
+        wrong.sort(key=lambda one: -one[1])
+        if wrong:
+            texts = [f"{class_name(results, i)} as {class_name(results, j)} ({n:,})" for (i, j), n in wrong[:most]]
             out.append((row.label, ", ".join(texts)))
     return out
 
@@ -326,11 +308,11 @@ class RegionTable:
     """The measures of the inference region as text.
 
     Attributes:
-        labels: of the rows of results, which are the columns here.
-        lines: measure -> one cell for each label.
+        columns: labels of the rows of results, which are the columns here.
+        lines: measure -> one cell for each column.
     """
 
-    labels: tuple[str, ...]
+    columns: tuple[str, ...]
     lines: dict[str, tuple[str, ...]]
 
 
@@ -345,7 +327,7 @@ def region_table(results: Results) -> RegionTable:
         results: the runs.
 
     Returns:
-        The table; without labels where nothing was measured.
+        The table; without columns where nothing was measured.
     """
     curves = {curve.row.label: curve for curve in eps_curves(results)}
     columns = {row.label: regions_of(results, row) for row in rows(results) if row.robust is not None}

@@ -77,10 +77,10 @@ def _html_row(head: Sequence[str], texts: Sequence[str], tag: str) -> str:
     """One line of a table: words to the left, numbers to the right."""
     out = []
     for name, text in zip(head, texts, strict=True):
-        look = _CELL + ("left" if name in (head[0], "verdict") else "right")
+        css = _CELL + ("left" if name in (head[0], "verdict") else "right")
         if name == head[0]:  # names may be long
-            look = look.replace("nowrap", "normal;overflow-wrap:anywhere")
-        out.append(f'<{tag} style="{look};{_RULE if tag == "th" else ""}">{escape(text)}</{tag}>')
+            css = css.replace("nowrap", "normal;overflow-wrap:anywhere")
+        out.append(f'<{tag} style="{css};{_RULE if tag == "th" else ""}">{escape(text)}</{tag}>')
     return f"<tr>{''.join(out)}</tr>"
 
 

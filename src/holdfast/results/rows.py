@@ -172,6 +172,6 @@ def _worst(given: Sequence[Verdict | None]) -> tuple[str, str, int]:
         return "", "", len(given)
     order = {s: i for i, s in enumerate(_WORST_FIRST)}
     v = min(verdicts, key=lambda v: order.get(v.status, -1))
-    alike = sum(w.status == v.status for w in verdicts)
-    share = f" ({alike} of {len(given)} seeds)" if len(given) > 1 else ""
-    return v.status, f"{v.status}: {v.why}{share}" if v.why else v.status + share, alike
+    count = sum(w.status == v.status for w in verdicts)
+    share = f" ({count} of {len(given)} seeds)" if len(given) > 1 else ""
+    return v.status, f"{v.status}: {v.why}{share}" if v.why else v.status + share, count

@@ -16,7 +16,7 @@ from .schema import Results
 from .text import caption, cells
 
 _COLOURS = {"exact": "green", "tight": "green", "loose": "yellow", "refuted": "red", "void": "bold red"}
-_COLUMN = 16  # a name column may cost the wider gap between columns up to this width
+_COLUMN = 16  # with this much room for names, columns stay two apart although fewer names then fit
 _Line = tuple[str, ...]
 
 
@@ -74,8 +74,8 @@ def table(results: Results) -> Printed:
 
 def _widths(head: _Line, lines: Sequence[_Line]) -> list[int]:
     """Width of every column but the first."""
-    tall = [head, *(line for line in lines if len(line) > 1)]
-    return [max(cell_len(part) for line in tall for part in line[i].split("\n")) for i in range(1, len(head))]
+    with_numbers = [head, *(line for line in lines if len(line) > 1)]
+    return [max(cell_len(part) for line in with_numbers for part in line[i].split("\n")) for i in range(1, len(head))]
 
 
 def _wrapped(head: _Line, lines: Sequence[_Line], narrow: int) -> _Line:
@@ -119,11 +119,11 @@ def _laid_out(head: _Line, lines: Sequence[_Line], width: int, rule: str) -> Ite
     """Head, rule and rows as lines. Names that fit stand beside their numbers, longer ones above them."""
     widths = _widths(head, lines)
     labels = [cell_len(line[0]) for line in lines if len(line) > 1]
-    rooms = {gap: width - 1 - sum(widths) - gap * len(widths) for gap in (1, 2)}
-    beside = {gap: sum(n <= room for n in labels) for gap, room in rooms.items()}
-    gap = 2 if rooms[2] >= (_COLUMN if beside[2] < beside[1] else cell_len(head[0])) else 1
-    column = max([cell_len(head[0]), *(n for n in labels if n <= rooms[gap])])
-    lefts = [name == "verdict" for name in head[1:]]
+    space_left = {gap: width - 1 - sum(widths) - gap * len(widths) for gap in (1, 2)}
+    names_that_fit = {gap: sum(n <= room for n in labels) for gap, room in space_left.items()}
+    gap = 2 if space_left[2] >= (_COLUMN if names_that_fit[2] < names_that_fit[1] else cell_len(head[0])) else 1
+    column = max([cell_len(head[0]), *(n for n in labels if n <= space_left[gap])])
+    left_aligned = [name == "verdict" for name in head[1:]]
 
     def row(label: str, texts: Sequence[str], styles: tuple[str, str], at_bottom: bool = False) -> Iterator[Text]:
         parts = [cell.split("\n") for cell in texts]
@@ -133,13 +133,13 @@ def _laid_out(head: _Line, lines: Sequence[_Line], width: int, rule: str) -> Ite
         for k in range(height):
             name = label if k == (height - 1 if at_bottom else 0) else ""
             line = Text(name + " " * (column - cell_len(name)), style=styles[0], no_wrap=True, overflow="ignore")
-            for part, wide, to_left in zip(parts, widths, lefts, strict=True):
+            for part, wide, is_left_aligned in zip(parts, widths, left_aligned, strict=True):
                 cell = part[k] if k < len(part) else ""
                 space = " " * (wide - cell_len(cell))
                 before, blank, word = cell.rpartition(" ")
-                line.append(" " * gap + ("" if to_left else space))
+                line.append(" " * gap + ("" if is_left_aligned else space))
                 line.append(before + blank).append(word, styles[1] or _COLOURS.get(word, ""))
-                line.append(space if to_left else "")
+                line.append(space if is_left_aligned else "")
             yield line.append(" ")
 
     yield from row(head[0], head[1:], ("bold", "bold"), at_bottom=True)

@@ -44,18 +44,18 @@ def robust_text(row: Row) -> str:
 
 
 @typed
-def status_text(status: str, alike: int, runs: int) -> str:
-    """A verdict's word, as a cell: 'loose', or '1/5 loose' where 1 of 5 seeds has the row's, the worst.
+def status_text(status: str, count: int, runs: int) -> str:
+    """A row's verdict in one word, as a cell: 'loose', or '1/5 loose' where it is that of 1 of 5 seeds.
 
     >>> status_text("loose", 1, 5), status_text("tight", 5, 5), status_text("", 1, 1)
     ('1/5 loose', 'tight', '-')
     """
-    return f"{alike}/{runs} {status}" if status and alike < runs else status or "-"
+    return f"{count}/{runs} {status}" if status and count < runs else status or "-"
 
 
 @typed
 def pgd50_verdict_text(row: Row) -> str:
-    """The verdict on PGD-50 as a cell: the points that other attacks take off it, then the word: '-32.5 refuted'."""
+    """The verdict on PGD-50 as a cell: '-32.5 refuted'. The number is what other attacks take off it, in points."""
     word = status_text(row.pgd50_status, row.pgd50_status_seeds, len(row.runs))
     if row.pgd50_excess is None or not row.pgd50_status:
         return word
@@ -93,16 +93,16 @@ def cells(shown: Sequence[Row]) -> list[tuple[str, ...]]:
     head = ["loss", "clean", heading("pgd50"), *["verdict"] * pgd50_verdict, *map(heading, names)]
     lines = [(*head, *["certified"] * certified, "robust, 95%", *["verdict"] * verdict)]
     for row in shown:
-        line = [re.sub(r"\s+", " ", row.label), _share(row.clean), _share(row.pgd50)]
+        line = [re.sub(r"\s+", " ", row.label), _percent_or_dash(row.clean), _percent_or_dash(row.pgd50)]
         line += [pgd50_verdict_text(row)] * pgd50_verdict
-        line += [_share(row.attacks.get(name)) for name in names]
-        line += [_share(row.certified)] * certified
+        line += [_percent_or_dash(row.attacks.get(name)) for name in names]
+        line += [_percent_or_dash(row.certified)] * certified
         word = status_text(row.status, row.status_seeds, len(row.runs))
         lines.append((*line, robust_text(row), *[word] * verdict))
     return lines
 
 
-def _share(figure: Interval | None) -> str:
+def _percent_or_dash(figure: Interval | None) -> str:
     return percent(figure.value) if figure else "-"
 
 
@@ -124,28 +124,29 @@ def caption(results: Results, shown: Sequence[Row]) -> str:
 
 @typed
 def caption_notes(shown: Sequence[Row]) -> list[str]:
-    """How to read the verdicts of these rows: the number before that on PGD-50, and the share of seeds."""
+    """How to read the verdicts of these rows: what the number before a verdict is, and which seeds it counts."""
     notes = []
     if any(row.pgd50_status and row.pgd50_excess for row in shown):
         notes.append("verdict on PGD-50: after the points that other attacks take off it")
-    of = [(alike, len(row.runs)) for row in shown for alike in (row.status_seeds, row.pgd50_status_seeds)]
-    if mixed := [(alike, runs) for alike, runs in of if alike < runs]:
-        alike, runs = mixed[0]
-        notes.append(f"{alike}/{runs}: a row has the worst verdict of its seeds, here of {alike} of {runs}")
+    counts = [(count, len(row.runs)) for row in shown for count in (row.status_seeds, row.pgd50_status_seeds)]
+    if mixed := [(count, runs) for count, runs in counts if count < runs]:
+        count, runs = mixed[0]
+        notes.append(f"{count}/{runs}: a row has the worst verdict of its seeds, here of {count} of {runs}")
     return notes
 
 
 @typed
 def doubts(results: Results) -> list[str]:
-    """A line for each doubtful verdict, for each gap that n is too small to judge, and for each suite cut short.
+    """What is in doubt, in lines.
 
-    A verdict is doubtful if it is neither tight nor exact. Suites are cut short by a budget.
+    An accuracy has a line where its verdict is neither tight nor exact, or where PGD-50 differs from it by more than 1%
+    of the samples. A run has one where a budget cut its suite short.
 
     Args:
         results: the results.
 
     Returns:
-        The lines, what was observed first and the verdict last; none where no verdict is doubtful and every gap small.
+        The lines. Each says what was observed, and then the verdict.
     """
     verdicts = [
         (row.label, name, status, words, row.pgd50_excess.value if row.pgd50_excess and name != "robust" else 0.0)
