@@ -64,7 +64,7 @@ def collect() -> dict[str, Any]:
     """The result of every model, by name. Results on disk are not computed again."""
     results: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {}
     todo: list[tuple[str, Any, Any]] = []
-    for data in ("digits", "mnist"):
+    for data in ("digits", "moons", "mnist"):
         if data == "mnist" and calibration_nets.MNIST not in os.environ:
             continue
         for net in calibration_nets.networks("all", data):

@@ -1,7 +1,7 @@
 """The networks that the trust checks are calibrated on: honest ones set thresholds, others count false alarms.
 
 Each network is a run folder under out/calibration/, so a build that was stopped goes on, and a finished one is loaded.
-``python tests/faults/calibration_nets.py`` builds them all: digits, and MNIST where HOLDFAST_MNIST names
+``python tests/faults/calibration_nets.py`` builds them all: digits, moons, and MNIST where HOLDFAST_MNIST names
 its parquet folder.
 """
 
@@ -111,13 +111,26 @@ def mnist() -> list[Plan]:
     ]
 
 
-PLANS = {"digits": digits, "mnist": mnist}
+def moons() -> list[Plan]:
+    """Networks of two pixels at 2 seeds, all held out: a threat of few pixels is another geometry."""
+    return [
+        plan
+        for seed in (0, 1)
+        for plan in (
+            Plan(f"sce-seed{seed}", "heldout", seed, threat="linf:0.05", model="mlp"),
+            Plan(f"at0.05-seed{seed}", "heldout", seed, threat="linf:0.05", at=True, model="mlp"),
+            Plan(f"at0.1-seed{seed}", "heldout", seed, at=True, model="mlp"),
+        )
+    ]
+
+
+PLANS = {"digits": digits, "moons": moons, "mnist": mnist}
 
 
 def job(plan: Plan, data: str = "digits") -> Job:
     """How holdfast's own training is asked for the network. Raises KeyError for MNIST without HOLDFAST_MNIST."""
-    small = data == "digits"
-    fit = fit_for("digits") if small else FitConfig(epochs=5, batch_size=32, lr=2e-3)
+    small = data != "mnist"
+    fit = fit_for(data) if small else FitConfig(epochs=5, batch_size=32, lr=2e-3)
     comparison = Comparison(
         data=data if small else os.environ[MNIST],
         losses=(plan.loss,),
@@ -139,7 +152,7 @@ def network(plan: Plan, data: str = "digits", progress: Progress = silent) -> Ne
 
 
 def networks(kind: str, data: str = "digits") -> list[Net]:
-    """The networks of a kind: "threshold", "heldout", "faulty", or "all". data: "digits" or "mnist"."""
+    """The networks of a kind: "threshold", "heldout", "faulty", or "all". data: a key of PLANS."""
     if kind not in (*ROLES, "all"):
         raise ValueError(f"kind must be one of {', '.join(ROLES)} or all, got {kind!r}.")
     return [network(plan, data) for plan in PLANS[data]() if kind in ("all", plan.role)]
@@ -148,7 +161,7 @@ def networks(kind: str, data: str = "digits") -> list[Net]:
 def main() -> None:
     """Build every network that is not there yet."""
     torch.set_num_threads(1)
-    todo = [(data, plan) for data in PLANS if data == "digits" or MNIST in os.environ for plan in PLANS[data]()]
+    todo = [(data, plan) for data in PLANS if data != "mnist" or MNIST in os.environ for plan in PLANS[data]()]
     columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
