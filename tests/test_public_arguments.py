@@ -26,6 +26,7 @@ from holdfast.evaluation import Stage, evaluate
 from holdfast.experiments import pipeline
 from holdfast.experiments.compare import compare
 from holdfast.experiments.config import Comparison
+from holdfast.io import content_hash
 from holdfast.noise import Noise
 from holdfast.region import measure, measure_distances
 from holdfast.threat import Threat
@@ -148,7 +149,7 @@ def test_progress_may_be_none(tmp_path, monkeypatch):
     monkeypatch.setattr("holdfast.checks.CHECKS", ())
     audit(NET, DATA, evaluation, progress=None)
     train.fit(SmallNet(), DATA, DATA, objectives.standard("sce"), FitConfig(epochs=1), device="cpu", progress=None)
-    assert measure(NET, X, Y, X, THREAT, steps=1, limit=2, progress=None)["n"] == 2
+    assert measure(NET, X, Y, X, THREAT, steps=1, limit=2, progress=None).n == 2
     for call in (
         partial(evaluate, NET, DATA, THREAT, FEW),
         partial(audit, NET, DATA, evaluation),
@@ -169,6 +170,11 @@ def test_a_transfer_source_is_images_of_the_same_samples():
             audit(NET, DATA, evaluation, transfer_source=wrong)
 
 
+def test_a_function_has_no_weights_to_know_a_cache_by(tmp_path):
+    with pytest.raises(UserError, match="give a key that names it"):
+        pipeline.evaluate_network(lambda x: NET(x), DATA, THREAT, FEW, cache=tmp_path)
+
+
 def test_a_record_is_asked_again_in_a_process_group_too(tmp_path, monkeypatch):
     """The same weights, another answer: the stored attacks are of another network, under torchrun as well."""
 
@@ -185,7 +191,7 @@ def test_a_record_is_asked_again_in_a_process_group_too(tmp_path, monkeypatch):
     torch.manual_seed(0)
     net = Scaled().eval()
     file = tmp_path / pipeline.EVALUATION_FILE
-    key = f"{pipeline._data_hash(DATA)} {run_folder.weights_hash(net)}"
+    key = f"{content_hash(DATA.x, DATA.y, DATA.index)} {run_folder.weights_hash(net)}"
     evaluate(net, DATA, THREAT, FEW, checkpoint=file, key=key)
     net.scale = 2.0
     monkeypatch.setattr(pipeline, "_in_process_group", lambda: True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,7 +30,7 @@ from ..evaluation.distributed import Processes
 from ..evaluation.suites import resolve
 from ..io import content_hash, load_tensors, save_tensors, write_atomic
 from ..losses import Loss, as_loss, negative_margin
-from ..outputs import frozen_eval, out_of_memory
+from ..outputs import Model, frozen_eval, out_of_memory
 from ..progress import Progress, as_progress
 from ..queries import LOGIT_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32
 from ..results import Projection, RegionMeasures
@@ -47,10 +47,10 @@ REGION, REGION_VERSION = "region cache", 2
 
 @typed
 def evaluate_network(
-    model: nn.Module,
+    model: Model,
     data: Data,
     threat: Threat | str,
-    suite: str | tuple[Stage, ...] = "standard",
+    suite: str | Sequence[Stage] = "standard",
     *,
     trained_with: Loss | str | None = None,
     s: float | None = None,
@@ -95,6 +95,10 @@ def evaluate_network(
     report, threat, trained_with = as_progress(progress), as_threat(threat), as_loss(trained_with)
     cache = None if cache is None else Path(cache)
     if cache is not None and not key:
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                "a function has no weights that tell it from another: beside cache, give a key that names it."
+            )
         key = f"{content_hash(data.x, data.y, data.index)} {run_folder.weights_hash(model)}"
     result_id = result_key(threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget)
     processes = Processes.current()
@@ -140,7 +144,7 @@ def evaluate_network(
 
 
 def check_answers(
-    model: nn.Module,
+    model: Model,
     data: Data,
     stored: Evaluation | CleanAnswers,
     folder: str | Path,
@@ -179,7 +183,7 @@ def check_answers(
 
 def result_key(
     threat: Threat,
-    suite: str | tuple[Stage, ...],
+    suite: str | Sequence[Stage],
     *,
     key: str,
     trained_with: Loss | None,
@@ -218,7 +222,7 @@ def _name_of_loss(loss: Loss | None) -> str:
 
 
 def cached_audit(
-    model: nn.Module,
+    model: Model,
     data: Data,
     evaluation: Evaluation,
     *,
@@ -295,7 +299,7 @@ class _StoredRegion(TypedDict):
 
 
 def cached_region(
-    model: nn.Module,
+    model: Model,
     data: Data,
     evaluation: Evaluation,
     *,
