@@ -194,6 +194,6 @@ def test_a_record_is_asked_again_in_a_process_group_too(tmp_path, monkeypatch):
     key = f"{content_hash(DATA.x, DATA.y, DATA.index)} {run_folder.weights_hash(net)}"
     evaluate(net, DATA, THREAT, FEW, checkpoint=file, key=key)
     net.scale = 2.0
-    monkeypatch.setattr(pipeline, "_in_process_group", lambda: True)
+    monkeypatch.setattr(pipeline.Processes, "current", lambda: pipeline.Processes(rank=1, count=2))
     with pytest.raises(UserError, match="answers otherwise than when"):
         pipeline.evaluate_network(net, DATA, THREAT, FEW, cache=tmp_path)

@@ -133,7 +133,7 @@ def test_a_source_is_json(tmp_path):
         ({"mean": (0.5,)}, "1 and 0"), ({"std": (0.5,)}, "0 and 1"),
         ({"mean": (0.5, 0.5), "std": (0.5,)}, "2 and 1"), ({"mean": (0.5,), "std": (0.0,)}, "> 0"),
         ({"mean": (0.5,), "std": (-1.0,)}, "> 0"), ({"mean": ("a",), "std": (1.0,)}, "numbers"),
-        ({"mean": 0.5, "std": 0.5}, "lists of numbers"),
+        ({"mean": 0.5, "std": 0.5}, "lists? of numbers"),
     ],
 )  # fmt: skip
 def test_numbers_are_checked(settings, word):

@@ -96,9 +96,7 @@ def evaluate_network(
     cache = None if cache is None else Path(cache)
     if cache is not None and not key:
         if not isinstance(model, nn.Module):
-            raise UserError(
-                "a function has no weights that tell it from another: beside cache, give a key that names it."
-            )
+            raise UserError("a function has no weights to tell it by: with a cache, give a key that names it.")
         key = f"{content_hash(data.x, data.y, data.index)} {run_folder.weights_hash(model)}"
     result_id = result_key(threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget)
     processes = Processes.current()
