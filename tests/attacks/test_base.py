@@ -37,10 +37,10 @@ def test_the_worst_point_is_a_maximum_over_all_that_was_seen(points, pick):
         broken = pick.draw(st.lists(st.sampled_from([0.0, math.nan, math.inf]), min_size=3, max_size=3))
         z[:, 0] += torch.tensor(broken)
         rows = torch.tensor(sorted(pick.draw(st.sets(st.integers(0, 2), min_size=1))))
-        stands = worst.update(rows, torch.full((len(rows), 1), number + 1.0), z[rows])
+        survives = worst.update(rows, torch.full((len(rows), 1), number + 1.0), z[rows])
         for k, row in enumerate(rows.tolist()):
             seen[row].append((bool(fooled(z[row : row + 1], y[row : row + 1])), float(number + 1)))
-            assert bool(stands[k]) == (not any(f for f, _ in seen[row]))
+            assert bool(survives[k]) == (not any(f for f, _ in seen[row]))
     for row in range(3):
         hits = [number for f, number in seen[row] if f]
         assert not hits or float(worst.x[row]) in hits

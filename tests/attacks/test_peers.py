@@ -115,10 +115,10 @@ def test_jsma_moves_the_pixels_of_the_literal_saliency_map(digits):
     x_adv = jsma(net, x, y, Threat("l1", 64.0), score=negative_log_odds, noise=Noise(0, torch.arange(10)), steps=6)
     literal = saliency_map(net, x, y, 6)
     net.float()
-    stood = (peers.judge(net, x.float(), y, literal.float(), Threat("l1", 64.0))[0]).isinf()
+    survives = (peers.judge(net, x.float(), y, literal.float(), Threat("l1", 64.0))[0]).isinf()
     changed = (literal != x).flatten(1).sum(1)
     assert changed.max() == 6
     # A sample that still stands comes back as its worst point, which the last need not be.
     same = (x_adv - literal).flatten(1).abs().amax(1) < 1e-12
-    assert same[~stood].all()
-    assert (~stood).sum() >= 3
+    assert same[~survives].all()
+    assert (~survives).sum() >= 3

@@ -113,17 +113,17 @@ def test_targeted_runs_reach_the_optimum_of_a_linear_model_with_ten_classes(name
     best = least_margins(model, x, y, threat)
     robust = best > 0
     assert 10 < int(robust.sum()) < len(x) - 10
-    stands = torch.ones_like(robust)
+    survives = torch.ones_like(robust)
     with torch.no_grad():
         ranked = model(x).scatter(1, y[:, None], -math.inf).argsort(dim=1, descending=True)
         for rank in range(9):
-            rows = torch.nonzero(stands)[:, 0]
+            rows = torch.nonzero(survives)[:, 0]
             kept = {**few, "target": ranked[rows, rank], "score": SCORES[score]}
             x_adv = attack(model, x[rows], y[rows], threat, noise=noise_of(len(x))[rows].fold(rank), **kept)
-            stands[rows] &= ~fooled(model(x_adv), y[rows])
-    assert not (robust & ~stands).any(), "broke what cannot be broken"
+            survives[rows] &= ~fooled(model(x_adv), y[rows])
+    assert not (robust & ~survives).any(), "broke what cannot be broken"
     # dlr's own denominator bends its ascent, and what a step of constant size leaves on the l2 sphere may be a sample.
-    assert int((stands & ~robust).sum()) <= (name == "pgd" and norm == "l2")
+    assert int((survives & ~robust).sum()) <= (name == "pgd" and norm == "l2")
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -245,15 +245,15 @@ def test_stronger_attacks_break_no_less(many_digits, norm, eps):
     """noise < fgsm <= pgd <= apgd, in samples of 300."""
     net, x, y = many_digits
     threat = Threat(norm, eps)
-    stands = {
+    survives = {
         name: int(survivors(name, net, x, y, threat, score=negative_log_odds, **kept).sum())
         for name, kept in {"noise": {"steps": 20}, "fgsm": {}, "pgd": {"steps": 25}, "apgd": {"steps": 25}}.items()
     }
-    assert 15 < stands["pgd"] < 270, "a case that tells nothing"
-    assert stands["noise"] == max(stands.values())
-    assert stands["noise"] > stands["pgd"] + 30
-    assert stands["fgsm"] >= stands["pgd"]
-    assert stands["apgd"] <= stands["pgd"]
+    assert 15 < survives["pgd"] < 270, "a case that tells nothing"
+    assert survives["noise"] == max(survives.values())
+    assert survives["noise"] > survives["pgd"] + 30
+    assert survives["fgsm"] >= survives["pgd"]
+    assert survives["apgd"] <= survives["pgd"]
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd", "square", "noise"])

@@ -27,10 +27,10 @@ def test_labels_alone_are_enough(norm):
     y = predicted_labels(model, x, wrong=False)
     distance = boundary_distances(model, x, y, norm).amin(1)
     eps = float(distance.median())
-    near, stands = distance < 0.7 * eps, distance > eps
+    near, survives = distance < 0.7 * eps, distance > eps
     for seen in (model, plateau(model)):
         left = survivors("rays", seen, x, y, Threat(norm, eps), steps=400)
-        assert left[stands].all()
+        assert left[survives].all()
         assert left[near].double().mean() < 0.15
     hidden = survivors("apgd", plateau(model), x, y, Threat(norm, eps), steps=40)
     assert hidden[near].double().mean() > 0.5, "what a gradient attack sees of it"

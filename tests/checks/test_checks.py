@@ -48,12 +48,12 @@ def some(split):
     return split.test.take(slice(0, 90))
 
 
-def ask(model, some, suite="quick", **more):
+def evaluate_and_audit(model, some, suite="quick", **more):
     return audit(model, some, evaluate(model, some, THREAT, suite), **more)
 
 
-def fires(judged):
-    return {finding.name for finding in judged.findings if finding.fires}
+def fires(audited):
+    return {finding.name for finding in audited.findings if finding.fires}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def faulty_audit(honest, some):
     @cache
     def audited(faulty, severity):
         torch.manual_seed(0)
-        return ask(FAULTY[faulty].make(copy.deepcopy(honest), severity).eval(), some, size=32)
+        return evaluate_and_audit(FAULTY[faulty].make(copy.deepcopy(honest), severity).eval(), some, size=32)
 
     return audited
 
@@ -87,37 +87,37 @@ def finding(name="a check", *, status="fires", k=5, n=10, threshold=0.1, void=Fa
 
 
 def test_a_claim_is_refuted_by_samples_that_surely_fell():
-    stands = [1] * 1000
-    assert judge(Claim(PGD50, stands), [1] * 983 + [0] * 17, []).status == "tight"  # 17 of 1,000: low 0.0087
-    assert judge(Claim(PGD50, stands), [1] * 980 + [0] * 20, []).status == "refuted"  # 20 of 1,000: low 0.0108
+    correct = [1] * 1000
+    assert judge(Claim(PGD50, correct), [1] * 983 + [0] * 17, []).status == "tight"  # 17 of 1,000: low 0.0087
+    assert judge(Claim(PGD50, correct), [1] * 980 + [0] * 20, []).status == "refuted"  # 20 of 1,000: low 0.0108
     assert judge(Claim(PGD50, [0] * 1000), [0] * 1000, []).status == "tight"
-    why = judge(Claim(PGD50, stands), [1] * 483 + [0] * 517, []).why
+    why = judge(Claim(PGD50, correct), [1] * 483 + [0] * 517, []).why
     assert why == "51.7 points too high (95% interval 48.6 to 54.8; other attacks broke 517 more of 1000 samples)"
 
 
 def test_void_comes_before_refuted_and_refuted_before_loose():
-    fell, stood = [0] * 100, [1] * 100
-    broken, doubt = finding("void one", void=True), finding("loose one")
-    assert judge(Claim(ROBUST, stood), stood, [doubt, broken]).status == "void"
-    assert judge(Claim(PGD50, stood), fell, [doubt]).status == "refuted"
-    verdict = judge(Claim(ROBUST, stood), stood, [doubt, doubt])
+    nothing, correct = [0] * 100, [1] * 100
+    broken, firing = finding("void one", void=True), finding("loose one")
+    assert judge(Claim(ROBUST, correct), correct, [firing, broken]).status == "void"
+    assert judge(Claim(PGD50, correct), nothing, [firing]).status == "refuted"
+    verdict = judge(Claim(ROBUST, correct), correct, [firing, firing])
     assert verdict.status == "loose"
     assert verdict.why == "5 of 10, and 1 more checks fire"
 
 
 def test_a_check_speaks_of_its_own_claims_alone():
-    doubt = finding(claims=(PGD50,))
-    assert judge(Claim(ROBUST, [1]), [1], [doubt]).status == "tight"
-    assert judge(Claim(PGD50, [1]), [1], [doubt]).status == "loose"
+    firing = finding(claims=(PGD50,))
+    assert judge(Claim(ROBUST, [1]), [1], [firing]).status == "tight"
+    assert judge(Claim(PGD50, [1]), [1], [firing]).status == "loose"
     assert judge(Claim(PGD50, [1]), [1], [finding(status="holds"), finding(status="not run")]).status == "tight"
 
 
 def test_what_is_certified_is_exact():
     """Proved on every sample that counts: neither a check nor an estimate takes that back. Void is no proof."""
-    doubt, correct = finding(), [1, 1, 0]
+    firing, correct = finding(), [1, 1, 0]
     certified = {"certified": [True, True, False]}
-    assert judge(Claim(ROBUST, correct), correct, [doubt], None, **certified).status == "exact"
-    assert judge(Claim(PGD50, correct), correct, [doubt], **certified).status == "exact"
+    assert judge(Claim(ROBUST, correct), correct, [firing], None, **certified).status == "exact"
+    assert judge(Claim(PGD50, correct), correct, [firing], **certified).status == "exact"
     assert judge(Claim(ROBUST, correct), correct, [finding(void=True)], **certified).status == "void"
     assert judge(Claim(ROBUST, correct), correct, [], certified=[True, False, False]).status == "tight"
     assert judge(Claim(PGD50, [1] * 3), correct, [], certified=[True, True, False]).status == "tight"  # one fell
@@ -141,14 +141,14 @@ def test_the_same_gap_is_refuted_on_many_samples_and_too_few_to_tell_on_few():
 
 def test_a_loose_figure_says_how_far_off_it_is_first():
     """'86.0 loose' stood beside '86.0 tight' for the same samples: the sentence says that they are the same."""
-    correct, doubt = [1] * 86 + [0] * 14, finding(claims=(PGD50,))
-    same = judge(Claim(PGD50, correct), correct, [doubt])
+    correct, firing = [1] * 86 + [0] * 14, finding(claims=(PGD50,))
+    same = judge(Claim(PGD50, correct), correct, [firing])
     assert (same.status, same.why) == ("loose", "0.0 points too high on 100 samples, but 5 of 10")
-    off = judge(Claim(PGD50, correct), [1] * 85 + [0] * 15, [doubt])
+    off = judge(Claim(PGD50, correct), [1] * 85 + [0] * 15, [firing])
     assert off.why == (
         "1.0 points too high (95% interval 0.0 to 5.4; other attacks broke 1 more of 100 samples), but 5 of 10"
     )
-    assert judge(Claim(ROBUST, correct), correct, [doubt]).status == "tight"
+    assert judge(Claim(ROBUST, correct), correct, [firing]).status == "tight"
 
 
 def test_what_is_expected_to_remain_makes_a_claim_loose():
@@ -255,7 +255,7 @@ def test_every_check_says_what_it_is():
 def test_an_audit_is_repeatable_and_leaves_the_model_as_it_was(honest, some, clean_audit):
     honest.train()
     before = copy.deepcopy(honest.state_dict())
-    again = ask(honest, some)
+    again = evaluate_and_audit(honest, some)
     assert again.findings == clean_audit.findings
     assert again.remaining == clean_audit.remaining
     assert again.measures == clean_audit.measures
@@ -268,10 +268,10 @@ def test_an_audit_is_repeatable_and_leaves_the_model_as_it_was(honest, some, cle
 def test_what_an_audit_breaks_is_kept_as_a_witness(honest, some):
     saturated = FAULTY["logit_scale"].make(honest, 1e4)
     lax = evaluate(saturated, some, THREAT, ())  # the published protocol alone, which stands still there
-    judged = audit(saturated, some, lax)
-    kept, number = judged.evaluation, len(lax.stages)
+    audited = audit(saturated, some, lax)
+    kept, number = audited.evaluation, len(lax.stages)
     new = kept.broken_by == number
-    assert judged.cost.broken == int(new.sum()) > 0
+    assert audited.cost.broken == int(new.sum()) > 0
     assert kept.stages[-1].name == "audit"
     assert bool((lax.broken_by[new] == UNBROKEN).all())
     x = data.pixels(some.x)
@@ -302,18 +302,18 @@ def test_a_network_that_is_never_right_has_nothing_to_check_but_that(some):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with torch.no_grad():
         wrong = data.Data(some.x, (as_outputs(model(data.pixels(some.x))).logits.argmax(1) + 1) % 10, some.index)
-    judged = ask(model, wrong)
-    assert {finding.name for finding in judged.findings if finding.status != "not run"} == {
+    audited = evaluate_and_audit(model, wrong)
+    assert {finding.name for finding in audited.findings if finding.status != "not run"} == {
         "clean accuracy is above chance"
     }
-    assert judged.remaining.high == 0
-    assert judged.verdict().status == "loose"
+    assert audited.remaining.high == 0
+    assert audited.verdict().status == "loose"
 
 
 def test_a_function_is_audited_too(honest, some):
-    judged = ask(lambda x: honest(x).logits, some)
-    assert fires(judged) == set()
-    statuses = {finding.name: finding.status for finding in judged.findings}
+    audited = evaluate_and_audit(lambda x: honest(x).logits, some)
+    assert fires(audited) == set()
+    statuses = {finding.name: finding.status for finding in audited.findings}
     assert statuses["float64 changes nothing"] == "not run"
 
 
@@ -370,10 +370,10 @@ def test_an_audit_says_what_each_claim_is_worth(clean_audit, faulty_audit):
     ],
 )
 def test_faulty_models_are_caught(faulty_audit, faulty, severity, check, void):
-    judged = faulty_audit(faulty, severity)
-    assert check in fires(judged)
-    robust = judged.evaluation.robust.tolist()
-    verdicts = {judge(Claim(name, robust), robust, judged.findings).status for name in (PGD50, ROBUST)}
+    audited = faulty_audit(faulty, severity)
+    assert check in fires(audited)
+    robust = audited.evaluation.robust.tolist()
+    verdicts = {judge(Claim(name, robust), robust, audited.findings).status for name in (PGD50, ROBUST)}
     assert verdicts == {"void"} if void else "loose" in verdicts
 
 
@@ -391,7 +391,7 @@ def test_a_faulty_model_at_a_harmless_severity_is_not_accused(honest, some, faul
     for severity in FAULTY[faulty].harmless:
         model = FAULTY[faulty].make(copy.deepcopy(honest), severity).eval()
         if not torch.equal(answers(model, some), answers(honest, some)):
-            assert fires(ask(model, some)) == set()
+            assert fires(evaluate_and_audit(model, some)) == set()
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_a_faulty_model_at_a_harmless_severity_is_not_accused(honest, some, faul
 def test_what_cannot_be_measured_is_an_error_that_says_so(honest, some, faulty, severity, said):
     model = FAULTY[faulty].make(copy.deepcopy(honest), severity).eval()
     with pytest.raises(UserError, match=said):
-        ask(model, some)
+        evaluate_and_audit(model, some)
 
 
 def test_a_model_on_another_device_is_an_error_that_says_so(some):
@@ -419,19 +419,19 @@ def test_saturation_by_training_is_refuted_by_the_bench_alone(split, some):
     loss = lambda out, y: isce(out, y, s=100.0)  # noqa: E731
     fit(model, split.train, split.val, standard(loss), FitConfig(epochs=10, batch_size=64, lr=3e-3), device="cpu")
     found = evaluate(model, split.test, THREAT, "quick")
-    judged = audit(model, split.test, found)
-    robust = judged.evaluation.robust.tolist()
-    assert judge(Claim(PGD50, found.pgd50.tolist()), robust, judged.findings).status == "refuted"
-    assert judge(Claim(ROBUST, robust), robust, judged.findings).status == "tight"
-    assert {"gradients of cross entropy are not zero", "the choice of score agrees"} <= fires(judged)
-    assert judged.measures.zero_gradient > 0.3
-    assert math.isfinite(judged.measures.input_margin)
+    audited = audit(model, split.test, found)
+    robust = audited.evaluation.robust.tolist()
+    assert judge(Claim(PGD50, found.pgd50.tolist()), robust, audited.findings).status == "refuted"
+    assert judge(Claim(ROBUST, robust), robust, audited.findings).status == "tight"
+    assert {"gradients of cross entropy are not zero", "the choice of score agrees"} <= fires(audited)
+    assert audited.measures.zero_gradient > 0.3
+    assert math.isfinite(audited.measures.input_margin)
 
 
 def test_images_of_a_twin_are_tried(honest, some, clean_evaluation):
     """A network that hides its gradients from the white box falls to images made on the one it was made from."""
-    lie = FAULTY["quantised_input"].make(copy.deepcopy(honest), 8.0).eval()
+    model = FAULTY["quantised_input"].make(copy.deepcopy(honest), 8.0).eval()
     gradients_only = (SUITES["quick"][0],)
-    found = evaluate(lie, some, THREAT, gradients_only)
-    judged = audit(lie, some, found, transfer_source=clean_evaluation.x_adv)
-    assert "transfer is not stronger" in fires(judged)
+    found = evaluate(model, some, THREAT, gradients_only)
+    audited = audit(model, some, found, transfer_source=clean_evaluation.x_adv)
+    assert "transfer is not stronger" in fires(audited)

@@ -47,16 +47,16 @@ def samples(net, n=30):
 
 
 def finding(net, data):
-    judged = audit(net, data, evaluate(net, data, Threat("linf", 0.1), SHORT))
-    return next(one for one in judged.findings if one.name == NAME), judged
+    audited = audit(net, data, evaluate(net, data, Threat("linf", 0.1), SHORT))
+    return next(one for one in audited.findings if one.name == NAME), audited
 
 
 def test_what_onnxruntime_confirms_is_counted(net):
     data = samples(net)
     assert torch.equal(runtime_predictions(net, data.x), data.y)
-    found, judged = finding(net, data)
+    found, audited = finding(net, data)
     assert (found.status, found.k) == ("holds", 0)
-    assert found.n == int((~judged.evaluation.robust).sum()) > 5
+    assert found.n == int((~audited.evaluation.robust).sum()) > 5
 
 
 def test_what_it_does_not_confirm_is_counted_apart(net):
@@ -69,8 +69,8 @@ def test_what_it_does_not_confirm_is_counted_apart(net):
         return out + bonus * ~known[:, None]
 
     net.inner.register_forward_hook(moved)
-    judged = audit(net, data, evaluate(net, data, Threat("linf", 1e-3), SHORT))
-    found = next(one for one in judged.findings if one.name == NAME)
+    audited = audit(net, data, evaluate(net, data, Threat("linf", 1e-3), SHORT))
+    found = next(one for one in audited.findings if one.name == NAME)
     assert found.n == int((data.y != 1).sum())
     assert found.k > 0.8 * found.n
     assert found.status == "fires"

@@ -1,4 +1,4 @@
-"""Networks that answer by more than the image, fail in a probe, or edit their input: no lie, and no job is lost."""
+"""Networks that answer by more than the image, fail in a probe, or edit their input: no wrong verdict, no lost job."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Either(nn.Module):
         return torch.where(chosen, as_outputs(self.first(x)).logits, as_outputs(self.second(x)).logits)
 
 
-def ask(model, some, **more):
+def evaluate_and_audit(model, some, **more):
     return audit(model, some, evaluate(model, some, THREAT, "quick", **more))
 
 
@@ -85,7 +85,7 @@ def finding(audited, check):
     ],
 )
 def test_one_network_shown_and_another_attacked_is_void(plain, hardened, some, choose, check):
-    audited = ask(Either(plain, hardened, choose), some)
+    audited = evaluate_and_audit(Either(plain, hardened, choose), some)
     assert finding(audited, check).fires
     assert audited.verdict().status == audited.verdict(PGD50).status == "void"
 
@@ -104,7 +104,7 @@ def test_a_network_that_is_weak_on_the_8_bit_grid_alone_is_loose(plain, hardened
 
 def test_two_honest_networks_are_not_accused(plain, hardened, some):
     for net in (plain, hardened):
-        audited = ask(net, some)
+        audited = evaluate_and_audit(net, some)
         assert not [found.name for found in audited.findings if found.fires]
         assert audited.verdict().status == "tight"
         assert audited.verdict().why.startswith("empirical: no attack of ")
@@ -114,11 +114,11 @@ def test_two_honest_networks_are_not_accused(plain, hardened, some):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_callers_gradient_mode_changes_nothing(plain, some, mode):
     with mode():
-        inside = ask(plain, some)
+        inside = evaluate_and_audit(plain, some)
         with frozen_eval(plain):
             assert torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
-    outside = ask(plain, some)
+    outside = evaluate_and_audit(plain, some)
     assert inside.findings == outside.findings
     assert torch.equal(inside.evaluation.x_adv, outside.evaluation.x_adv)
 
@@ -166,7 +166,7 @@ def linear(split):
 
 
 def test_a_network_that_is_float32_inside_is_audited(linear, some):
-    audited = ask(Table(linear, 10), some)
+    audited = evaluate_and_audit(Table(linear, 10), some)
     for check in ("float64 changes nothing", "float64 scores break no survivor"):
         found = finding(audited, check)
         assert found.status == "not run"
@@ -174,7 +174,7 @@ def test_a_network_that_is_float32_inside_is_audited(linear, some):
 
 
 def test_a_network_of_buffers_is_asked_in_float64(linear, some):
-    assert finding(ask(Buffers(linear, 10), some), "float64 changes nothing").status == "holds"
+    assert finding(evaluate_and_audit(Buffers(linear, 10), some), "float64 changes nothing").status == "holds"
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
@@ -187,7 +187,7 @@ def test_few_images_are_audited_and_never_none(linear, some, n):
             asked.append(len(x))
             return super().forward(x)
 
-    ask(Sized(linear, 10), few)
+    evaluate_and_audit(Sized(linear, 10), few)
     assert min(asked) >= 1
 
 
@@ -207,7 +207,7 @@ def test_a_network_that_edits_its_input_is_evaluated_as_the_one_it_is(plain, som
             x -= 0.5
             return self.net((x + 0.5) / 2)
 
-    edits, honest = ask(Edits(), some), ask(plain, some)
+    edits, honest = evaluate_and_audit(Edits(), some), evaluate_and_audit(plain, some)
     assert torch.equal(edits.evaluation.clean, honest.evaluation.clean)
     assert torch.equal(edits.evaluation.robust, honest.evaluation.robust)
     assert edits.verdict().status == "tight"
@@ -218,7 +218,7 @@ def test_a_constant_prediction_is_loose_and_its_sentence_says_so(some):
         def forward(self, x):
             return torch.eye(10)[0] * 5 + 0.01 * x.flatten(1)[:, :10]
 
-    verdict = ask(Constant(), some).verdict()
+    verdict = evaluate_and_audit(Constant(), some).verdict()
     assert verdict.status == "loose"
     assert "not significantly above chance" in verdict.why
 
@@ -227,7 +227,8 @@ def test_moons_raise_no_alarm():
     split = data.load("moons")
     model = models.build("mlp", split.shape, 2)
     fit(model, split.train, split.val, standard(sce), FitConfig(epochs=10, batch_size=64, lr=3e-3), device="cpu")
-    found = finding(ask(model.eval(), split.test.take(slice(0, 150))), "hidden adversarial examples are found")
+    audited = evaluate_and_audit(model.eval(), split.test.take(slice(0, 150)))
+    found = finding(audited, "hidden adversarial examples are found")
     assert found.status == "holds"
     assert found.k <= found.n // 8
 
@@ -250,7 +251,7 @@ def test_certified_samples_cannot_be_broken_any_more(some, monkeypatch):
 
 
 def test_the_stage_that_broke_a_sample_is_found_by_its_number(plain, some):
-    audited = ask(plain, some)
+    audited = evaluate_and_audit(plain, some)
     final = audited.evaluation
     for number, stage in enumerate(final.stages):
         assert int((final.broken_by == number).sum()) == stage.broken
@@ -261,7 +262,7 @@ def test_the_stage_that_broke_a_sample_is_found_by_its_number(plain, some):
 
 def test_counts_are_of_one_thing_and_their_bound_is_a_number(plain, some):
     assert lower_bound_99(90, 64) == lower_bound_99(64, 64)
-    found = finding(ask(plain, some), "candidates lie in the threat")
+    found = finding(evaluate_and_audit(plain, some), "candidates lie in the threat")
     evaluation = evaluate(plain, some, THREAT, (Stage("targets", "apgd", "dlr", targets=3, settings={"steps": 2}),))
     assert found.k == 0
     assert all(cost.candidates >= cost.attacked for cost in evaluation.stages)

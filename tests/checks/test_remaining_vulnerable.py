@@ -24,29 +24,29 @@ def audits():
         data, threat = split.test.take(truth.rows), Threat("linf", truth.plan.eps)
         for name, stages in CASCADES.items():
             evaluation = evaluate(truth.model, data, threat, stages, trained_with=truth.plan.loss)
-            judged = audit(truth.model, data, evaluation, trained_with=truth.plan.loss)
-            found[truth.plan.name, name] = truth, judged
+            audited = audit(truth.model, data, evaluation, trained_with=truth.plan.loss)
+            found[truth.plan.name, name] = truth, audited
     return found
 
 
-def left(truth, judged):
+def left(truth, audited):
     """Truly breakable samples that stand after the audit: those of unknown status may go either way."""
-    stands = judged.evaluation.robust
-    return int((stands & truth.broken).sum()), int((stands & ~truth.robust).sum())
+    survives = audited.evaluation.robust
+    return int((survives & truth.broken).sum()), int((survives & ~truth.robust).sum())
 
 
 def test_the_interval_covers_the_truth_in_nine_of_ten_cases(audits):
     covered = []
-    for truth, judged in audits.values():
-        least, most = left(truth, judged)
-        covered.append(judged.remaining.low <= most and least <= judged.remaining.high)
+    for truth, audited in audits.values():
+        least, most = left(truth, audited)
+        covered.append(audited.remaining.low <= most and least <= audited.remaining.high)
     assert len(covered) >= 30
     assert sum(covered) >= 0.9 * len(covered)
 
 
 def test_no_adversarial_example_is_claimed_for_a_sample_proved_robust(audits):
-    for truth, judged in audits.values():
-        assert bool(judged.evaluation.robust[truth.robust].all())
+    for truth, audited in audits.values():
+        assert bool(audited.evaluation.robust[truth.robust].all())
 
 
 def test_an_audit_leaves_little_of_what_is_breakable(audits):
@@ -54,14 +54,14 @@ def test_an_audit_leaves_little_of_what_is_breakable(audits):
     for name in CASCADES:
         pairs = [pair for (_, cascade), pair in audits.items() if cascade == name]
         n = sum(len(truth.rows) for truth, _ in pairs)
-        assert sum(left(truth, judged)[0] for truth, judged in pairs) <= 0.01 * n
+        assert sum(left(truth, audited)[0] for truth, audited in pairs) <= 0.01 * n
 
 
 def test_no_check_accuses_a_network_whose_robustness_is_proved_to_be_what_was_found(audits):
     """The honest ones fire nothing after a good cascade; void checks are silent on all, after any."""
-    for (plan, cascade), (_, judged) in audits.items():
+    for (plan, cascade), (_, audited) in audits.items():
         honest = plan.startswith(("sce-seed", "sce-decay", "at")) and cascade == "quick"
-        fired = [finding.name for finding in judged.findings if finding.fires and (honest or finding.void)]
+        fired = [finding.name for finding in audited.findings if finding.fires and (honest or finding.void)]
         assert not fired, (plan, cascade)
 
 

@@ -60,10 +60,10 @@ def test_same_samples_fall_and_few_waits(name, norm, task, device):
     assert x_adv.device == x_there.device
     assert bool((Threat(norm, EPS[norm]).violation(x_adv, x_there) == 0).all())
     expected = attacked(name, net, x, y, norm)
-    falls, fell = misclassified(there, x_adv, y_there), misclassified(net, expected, y)
+    falls, broken = misclassified(there, x_adv, y_there), misclassified(net, expected, y)
     if is_real():  # the rounding is another
-        assert int((falls != fell).sum()) <= 1
+        assert int((falls != broken).sum()) <= 1
     else:
-        assert torch.equal(falls, fell)
-        torch.testing.assert_close(x_adv.cpu()[~fell], expected[~fell], rtol=0, atol=1e-5)
+        assert torch.equal(falls, broken)
+        torch.testing.assert_close(x_adv.cpu()[~broken], expected[~broken], rtol=0, atol=1e-5)
     assert seen.total() <= most_waits(name, STEPS[norm]), seen

@@ -85,14 +85,14 @@ def test_clean_pgd50_robust_are_in_order_and_every_witness_holds(norm):
     assert all(torch.equal(getattr(e, name), getattr(e, name).cpu()) for name in COLUMNS)
 
 
-@pytest.mark.parametrize("lie", ["too far", "out of the box", "nan", "a little too far"])
-def test_a_candidate_outside_the_threat_is_counted_as_outside_and_breaks_nothing(monkeypatch, lie):
+@pytest.mark.parametrize("kind", ["too far", "out of the box", "nan", "a little too far"])
+def test_a_candidate_outside_the_threat_is_counted_as_outside_and_breaks_nothing(monkeypatch, kind):
     def liar(model, x, y, threat, *, score, noise):
         far = {"too far": x - 0.5, "out of the box": x * 0 - 0.01, "nan": x * math.nan, "a little too far": x - 0.1001}
-        return far[lie]
+        return far[kind]
 
     monkeypatch.setitem(ATTACKS, "liar", AttackEntry(liar, "a test"))
-    at = {"out of the box": 0.09}.get(lie, 0.6003)
+    at = {"out of the box": 0.09}.get(kind, 0.6003)
     model = Threshold()
     with torch.no_grad():
         model.at.fill_(at - 0.10005)

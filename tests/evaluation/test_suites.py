@@ -45,7 +45,7 @@ def shortened(stage):
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_runs_for_every_norm(suite, norm):
-    """Stages that are not defined for a norm are left out. Here they are short; tests/faults counts the steps of "paranoid"."""
+    """Stages that are not defined for a norm are left out. Here they are short: tests/faults counts steps."""
     net, samples, _ = case(n=2)  # one of them is right
     short = tuple(shortened(stage) for stage in SUITES[suite])
     e = evaluate(net, samples, Threat(norm, 0.01), short)

@@ -1,4 +1,4 @@
-"""Models that make attacks fail or measurements lie: each wraps an honest classifier and takes a severity.
+"""Models that make attacks fail or measurements wrong: each wraps an honest classifier and takes a severity.
 
 ``FAULTY[name].make(honest, severity)`` is a model again. Features and distances pass through where the classifier has
 them. The same images get the same answer, except where that is the fault. Whatever a faulty model remembers is in its

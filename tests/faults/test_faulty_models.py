@@ -88,7 +88,7 @@ def accuracy(model, x, y):
 
 
 def robust(model, seen, name, **settings):
-    """What stands after one attack."""
+    """What survives one attack."""
     x = data.pixels(seen.x)
     x_adv = ATTACKS[name].attack(model, x, seen.y, THREAT, noise=Noise(0, seen.index), **settings)
     return 1 - float(fooled(predict(model, x_adv).logits, seen.y).float().mean())
@@ -198,9 +198,9 @@ def test_pgd_finds_little_and_square_what_was_there(name, honest, seen, x):
 
 def test_more_is_hidden_with_the_severity(honest, seen):
     for name in ("detached_graph", "gradient_flip", "shattered"):
-        stands = [by_pgd(faulty(name, honest, severity), seen) for severity in FAULTY[name].severities]
-        assert all(b >= a - 0.03 for a, b in pairwise(stands)), (name, stands)
-        assert stands[-1] > stands[0] + 0.2
+        survives = [by_pgd(faulty(name, honest, severity), seen) for severity in FAULTY[name].severities]
+        assert all(b >= a - 0.03 for a, b in pairwise(survives)), (name, survives)
+        assert survives[-1] > survives[0] + 0.2
 
 
 @pytest.mark.parametrize("name", ["logit_scale", "half_logits"])

@@ -150,19 +150,19 @@ def test_every_restart_counts_for_every_sample(attack):
         return threshold(-x.detach(), -0.6)  # no gradient: the random start decides, a quarter of them fool
 
     starts = [threat.random_start(x, draw(n).fold(restart)) for restart in range(restarts)]
-    fell = torch.stack([wrong(model, start, y) for start in starts])
+    broken = torch.stack([wrong(model, start, y) for start in starts])
     last = torch.zeros_like(x)
-    for start, fools in zip(starts, fell, strict=True):
+    for start, fools in zip(starts, broken, strict=True):
         everyone = (~(~fools).byte()).bool()  # 254 and 255: true, both of them
         last[everyone] = start[everyone]
-    assert torch.equal(wrong(model, last, y), fell[-1])
-    batch_wise = fell[fell.sum(1).argmax()]
+    assert torch.equal(wrong(model, last, y), broken[-1])
+    batch_wise = broken[broken.sum(1).argmax()]
     found = wrong(
         model, attack(model, x, y, threat, score=negative_log_odds, noise=draw(n), steps=2, restarts=restarts), y
     )
-    assert torch.equal(found, fell.any(0))
+    assert torch.equal(found, broken.any(0))
     assert found.sum() > batch_wise.sum() + 20
-    assert found.sum() > fell[-1].sum() + 20
+    assert found.sum() > broken[-1].sum() + 20
 
 
 @pytest.mark.parametrize("name", ["pgd", "bim", "mim", "apgd"])
@@ -313,12 +313,12 @@ def test_no_scale_of_the_logits_hides_anything(score, scale):
 
     few = {"noise": draw(len(x)), "steps": 20, "random_start": False, "step_size": threat.eps}
 
-    def fell(score):
+    def broken(score):
         return int(wrong(model, pgd(model, x, y, threat, score=score, **few), y).sum())
 
-    blind = [fell(cross_entropy), fell(softmax_margin)]
+    blind = [broken(cross_entropy), broken(softmax_margin)]
     assert max(blind) < 5 if scale == 1e6 else max(blind) > 20
-    assert fell(score) == (needed < threat.eps).sum()
+    assert broken(score) == (needed < threat.eps).sum()
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -331,11 +331,11 @@ def test_two_and_three_classes_are_enough(name, classes):
         model(x).sort(1).values[:, -4]
     clear = (needed / threat.eps - 1).abs() > 0.02
     for aims in ([None], [(y + k) % classes for k in range(1, classes)]):  # untargeted, and every target in turn
-        fell = torch.zeros_like(y, dtype=torch.bool)
+        broken = torch.zeros_like(y, dtype=torch.bool)
         for target in aims:
             few = {"score": dlr, "noise": draw(len(x)), "steps": 30, "target": target}
-            fell |= wrong(model, ATTACKS[name].attack(model, x, y, threat, **few), y)
-        assert torch.equal(fell[clear], (needed < threat.eps)[clear])
+            broken |= wrong(model, ATTACKS[name].attack(model, x, y, threat, **few), y)
+        assert torch.equal(broken[clear], (needed < threat.eps)[clear])
 
 
 def test_half_precision_logits_break_no_arithmetic():
@@ -450,21 +450,21 @@ def test_noise_belongs_to_the_sample_not_to_its_place_in_the_batch(name):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_every_sample_has_its_own_squares(norm):
     """One window and one colour a query for the whole batch: the Square of the best-known attack suite."""
-    asked = []
+    queried = []
 
     def model(x):  # never wrong, the same everywhere: every proposal is made from the start
-        asked.append(x.detach().clone())
+        queried.append(x.detach().clone())
         return torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
 
     def places(proposed):
-        return {tuple(rows.tolist()) for rows in ((proposed - asked[0]).abs() > 1e-3).any(3)[:, 0]}
+        return {tuple(rows.tolist()) for rows in ((proposed - queried[0]).abs() > 1e-3).any(3)[:, 0]}
 
     n, x = 8, torch.full((8, 1, 16, 16), 0.5)
     square(
         model, x, torch.zeros(n, dtype=torch.int64), Threat(norm, 0.3), score=negative_log_odds, noise=draw(n), steps=15
     )
-    shared = asked[0].clone()
+    shared = queried[0].clone()
     shared[:, :, 3:13, 2:12] = 0.0
     assert len(places(shared)) == 1
-    assert len(asked) == 15
-    assert all(len(places(proposed)) > 2 for proposed in asked[11:])
+    assert len(queried) == 15
+    assert all(len(places(proposed)) > 2 for proposed in queried[11:])

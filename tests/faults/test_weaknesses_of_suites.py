@@ -58,7 +58,7 @@ class Linear(nn.Module):
         self.data = Data(x, (lead < 0).long(), torch.arange(n))
         needed = lead.abs() / weight.abs().sum()
         self.threat = Threat("linf", float(needed.median()) * 1.0001)
-        self.stands = needed > self.threat.eps
+        self.survives = needed > self.threat.eps
 
     def forward(self, x):
         lead = x.flatten(1) @ self.weight - self.bias
@@ -68,11 +68,11 @@ class Linear(nn.Module):
 def checked(model, data, threat, suite=SHORT, **kept):
     """(evaluation, findings by name, verdict of the robust claim, of the published one)."""
     found = evaluate(model, data, threat, suite, **kept)
-    asked = audit(model, data, found, **kept)
-    after = asked.evaluation.robust.tolist()
+    queried = audit(model, data, found, **kept)
+    after = queried.evaluation.robust.tolist()
     claims = [Claim(ROBUST, found.robust.tolist()), Claim(PGD50, found.pgd50.tolist())]
-    verdicts = [judge(claim, after, asked.findings) for claim in claims]
-    return found, {finding.name: finding for finding in asked.findings}, *verdicts
+    verdicts = [judge(claim, after, queried.findings) for claim in claims]
+    return found, {finding.name: finding for finding in queried.findings}, *verdicts
 
 
 # ------------------------------------------------------------------------------------------------ what is evaluated
@@ -148,23 +148,23 @@ def test_a_sample_that_is_wrong_is_not_pushed_back_to_right():
     assert found.broken_by.tolist() == [-2, -1]
 
 
-@pytest.mark.parametrize("lie", ["success", "outside", "box"])
-def test_an_attacks_word_is_not_taken(monkeypatch, lie):
+@pytest.mark.parametrize("kind", ["success", "outside", "box"])
+def test_an_attacks_word_is_not_taken(monkeypatch, kind):
     """The attack's own flag, of a point not clipped or outside eps, is counted: three libraries."""
-    away = {"success": 0.0, "outside": 0.2, "box": 0.1}[lie]
+    away = {"success": 0.0, "outside": 0.2, "box": 0.1}[kind]
 
     def boast(model, x, y, threat, *, score, noise):
         return x - away
 
     monkeypatch.setitem(ATTACKS, "boast", AttackEntry(boast, "claims every sample"))
-    data = numbers(0.55, 0.65) if lie != "box" else numbers(0.05, 0.08)
-    model = partial(threshold, at=0.5 if lie != "box" else -0.001)
-    assert lie == "success" or fooled(model(data.x - away), data.y).all()
+    data = numbers(0.55, 0.65) if kind != "box" else numbers(0.05, 0.08)
+    model = partial(threshold, at=0.5 if kind != "box" else -0.001)
+    assert kind == "success" or fooled(model(data.x - away), data.y).all()
     found = evaluate(model, data, Threat("linf", 0.1), (Stage("boast", "boast"),))
-    truth = [False, True] if lie != "box" else [True, True]
+    truth = [False, True] if kind != "box" else [True, True]
     assert found.robust.tolist() == truth
     assert found.stages[-1].broken == 0
-    assert found.stages[-1].outside == (0 if lie == "success" else sum(truth))
+    assert found.stages[-1].outside == (0 if kind == "success" else sum(truth))
     with torch.no_grad():
         assert torch.equal(~fooled(model(found.x_adv), data.y), found.robust)
 
@@ -182,7 +182,7 @@ def test_the_answer_is_one_for_any_batch_size():
         assert torch.equal(parts.broken_by, whole.broken_by)
         for cost, same in zip(parts.stages, whole.stages, strict=True):
             assert (cost.attacked, cost.broken, cost.forwards) == (same.attacked, same.broken, same.forwards)
-    assert torch.equal(whole.robust, model.stands)
+    assert torch.equal(whole.robust, model.survives)
 
 
 # ----------------------------------------------------------------------------------------------- what a suite runs
@@ -238,10 +238,10 @@ def test_an_attack_on_saturated_logits_is_beside_the_truth_and_its_claim_is_refu
     for scale in (1.0, 1e6):
         model = Linear(scale=scale)
         found, _, robust, published = checked(model, model.data, model.threat)
-        assert torch.equal(found.robust, model.stands)
-        assert int(model.stands.sum()) == 40
+        assert torch.equal(found.robust, model.survives)
+        assert int(model.survives.sum()) == 40
         assert robust.status == "tight"
-        assert int(found.pgd50.sum()) > 75 if scale == 1e6 else torch.equal(found.pgd50, model.stands)
+        assert int(found.pgd50.sum()) > 75 if scale == 1e6 else torch.equal(found.pgd50, model.survives)
         assert published.status == ("refuted" if scale == 1e6 else "tight")
 
 
@@ -290,7 +290,7 @@ def test_a_score_that_leads_away_from_every_mistake_is_descended():
         return 2 * z.detach() - z
 
     alone = (Stage("apgd", "apgd", "margin", settings={"steps": 20}),)
-    assert evaluate(model, honest.data, honest.threat, alone).robust.sum() > honest.stands.sum() + 20
+    assert evaluate(model, honest.data, honest.threat, alone).robust.sum() > honest.survives.sum() + 20
     _, findings, robust, _ = checked(model, honest.data, honest.threat, alone)
     assert findings["descending the score breaks no survivor"].fires
     assert robust.status in ("loose", "refuted")
@@ -305,7 +305,7 @@ def test_a_black_box_that_beats_gradients_counts_and_is_said():
 
     square = Stage("square", "square", "margin", settings={"steps": 300})
     alone = evaluate(model, honest.data, honest.threat, SHORT)
-    assert alone.robust.sum() > honest.stands.sum() + 20
+    assert alone.robust.sum() > honest.survives.sum() + 20
     found, findings, robust, _ = checked(model, honest.data, honest.threat, (*SHORT, square))
     assert found.robust.sum() < alone.robust.sum() - 10
     assert findings["a black box is not stronger"].fires
@@ -366,7 +366,7 @@ def test_probabilities_in_place_of_logits_are_found():
         return model(x).softmax(1)
 
     weak = evaluate(probabilities, model.data, model.threat, SHORT)
-    assert weak.pgd50.sum() > model.stands.sum() + 20
+    assert weak.pgd50.sum() > model.survives.sum() + 20
     for answers, fires in ((probabilities, True), (model, False)):
         _, findings, robust, published = checked(answers, model.data, model.threat)
         assert findings["outputs are logits"].fires is fires

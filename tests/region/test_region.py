@@ -422,9 +422,9 @@ def test_the_curve_that_distances_make_is_the_accuracy_under_attack(linear):
         line = model.head.linear
         slope = (line.weight[0] - line.weight[1]).abs().sum()
         with torch.no_grad():
-            stands = (model(x).logits[:, 0] - model(x).logits[:, 1]).abs() > eps * slope
+            survives = (model(x).logits[:, 0] - model(x).logits[:, 1]).abs() > eps * slope
         curve = np.mean([d is None or d > eps for d in result.distances.distance])
-        assert curve == pytest.approx(float(stands.float().mean()), abs=0.01)
+        assert curve == pytest.approx(float(survives.float().mean()), abs=0.01)
 
 
 def test_measure_is_the_same_every_time_and_in_every_batch(digits):
@@ -526,9 +526,9 @@ def test_the_curve_of_cosine_logits_is_that_of_evaluations(trained_runs, threat)
     result = measure(model, some.x, some.y, x_adv, threat)
     for share, check in zip((0.5, 1.0, 1.5, 2.0), result.eps_checks, strict=True):
         eps = share * threat.eps
-        stands = int(evaluate(model, some, replace(threat, eps=eps), "quick").robust.sum())
+        survives = int(evaluate(model, some, replace(threat, eps=eps), "quick").robust.sum())
         assert check.robust == curve_at(result, check.eps)
-        assert curve_at(result, eps) <= stands + 5
+        assert curve_at(result, eps) <= survives + 5
 
 
 def test_misalignment_is_seen_and_its_absence_too():
