@@ -21,8 +21,8 @@ from .summary import EpsCurve, class_name, confusion, eps_curves
 
 MOST_CLASSES, MOST_PANELS, MOST_POINTS, ACROSS = 20, 24, 120, 3
 # Okabe and Ito's eight, in an order that keeps neighbours apart.
-LINES = ("#0072b2", "#d98200", "#009e73", "#cc79a7", "#56b4e9", "#6b7684", "#d55e00", "#b8a400")
-CLASSES = (*LINES, "#4a3aa7", "#8c564b")
+LINES = ("#0072b2", "#d98200", "#009e73", "#cc79a7", "#56b4e9", "#6b7684", "#4a3aa7", "#b8a400")
+CLASSES = (*LINES, "#d55e00", "#8c564b")
 DASHED = (0, (2.5, 1.6))  # where a curve is in doubt
 
 
