@@ -33,6 +33,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "sce": ({}, {"smoothing": 0.1}),
     "isce": ({"s": 0.0}, {"s": 3.0}, {"s": 10.0}),
     "isce_b": ({"tau": -10.0}, {"tau": 3.0}, {"tau": 10.0}),
+    "isce_c": ({}, {"m": 0.0}, {"clip": False}),
     "center": ({}, {"weight": 0.5}),
     "contrastive": ({}, {"weight": 1.0}),
     "lgm": ({}, {"ratio": 0.3}),

@@ -95,6 +95,21 @@ def isce_b(z, y, h=None, d=None, *, tau=0.0):
     return losses
 
 
+def isce_c(z, y, h=None, d=None, *, m=0.1, s=1.0, clip=True, mask="predicted"):
+    """t = z / ||z||; the entry of the winner, or of y, is min(1, max(-1, s (t + m))); cross-entropy of that."""
+    losses = []
+    for row, label in zip(z, y, strict=True):
+        with localcontext(DIGITS):
+            length = sum((Decimal(value) ** 2 for value in row), Decimal(0)).sqrt()
+            t = [Decimal(value) / length for value in row]
+            winner = max(range(len(row)), key=lambda j: row[j]) if mask == "predicted" else label
+            t[winner] = Decimal(s) * (t[winner] + Decimal(m))
+            if clip:
+                t[winner] = min(Decimal(1), max(Decimal(-1), t[winner]))
+            losses.append(float(cross_entropy(t, label)))
+    return losses
+
+
 def squared(a, b):
     return math.fsum((p - q) ** 2 for p, q in zip(a, b, strict=True))
 
@@ -221,6 +236,7 @@ LOSSES = {
     "sce": sce,
     "isce": isce,
     "isce_b": isce_b,
+    "isce_c": isce_c,
     "contrastive": contrastive,
     "triplet": triplet,
     "center": center,

@@ -71,6 +71,7 @@ SETTINGS = {
         {"s": lambda n, k, r: 2 * r(n, k)},
     ],
     "isce_b": [{}, {"tau": 3.0}, {"tau": -20.0}, {"tau": -math.inf}],
+    "isce_c": [{}, {"m": 0.0}, {"clip": False}, {"s": 2.0, "mask": "true"}, {"m": 0.5, "s": 0.5, "clip": False}],
     "contrastive": [{}, {"weight": 1.0, "separation": 3.0}],
     "triplet": [{}, {"weight": 0.5, "separation": 1.5}, {"separation": 0.0}],
     "center": [{}, {"weight": 1.0}],

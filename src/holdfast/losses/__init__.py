@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import UserError, type_of, unknown
 from ..spec import accepts, parse
 from .embedding import center, contrastive, lgm, mmc, triplet
+from .reading_c import isce_c, reading_c_logits
 from .scores import dlr, is_targeted, negative_margin, targeted, targeted_dlr
 from .softmax import arcface, cosface, isce, isce_b, negative_log_odds, scaled_log_odds, sce, softplus
 from .types import Loss
@@ -29,10 +30,12 @@ __all__ = [
     "is_targeted",
     "isce",
     "isce_b",
+    "isce_c",
     "lgm",
     "mmc",
     "negative_log_odds",
     "negative_margin",
+    "reading_c_logits",
     "required_loss",
     "scaled_log_odds",
     "sce",
@@ -68,6 +71,9 @@ LOSSES: dict[str, LossEntry] = {
     "isce": LossEntry(isce, negative_log_odds, "linear", "inference-softmax cross-entropy, reading A: softplus(u + s)"),
     "isce_b": LossEntry(
         isce_b, negative_log_odds, "linear", "inference-softmax cross-entropy, reading B: extra mass e^tau"
+    ),
+    "isce_c": LossEntry(
+        isce_c, negative_margin, "linear", "reading C, a public program's: unit-norm logits, m on the predicted class"
     ),
     "contrastive": LossEntry(contrastive, negative_log_odds, "linear", "SCE + pair loss (Sun 2014)", coupled=True),
     "triplet": LossEntry(
