@@ -222,6 +222,52 @@ def test_where_the_network_answers_otherwise_than_its_layers_nothing_is_proved(m
     assert not certify(net, x, net(x).argmax(1), threat).any()
 
 
+class Sly(torch.Tensor):
+    """A weight that decides itself what a product with it is."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Counted(nn.Module):
+    """A parametrisation that gives another weight at every call."""
+
+    calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight * self.calls
+
+
+def test_what_stands_in_for_a_layer_in_another_way_is_not_bounded():
+    x, threat = torch.rand(8, 1, 2, 2), Threat("linf", 1e-4)
+
+    def compiled(net):
+        net[1]._compiled_call_impl = net[1].forward
+
+    def of_a_subclass(net):
+        net[1].weight = nn.Parameter(net[1].weight.detach().as_subclass(Sly))
+
+    def parametrised(net):
+        nn.utils.parametrize.register_parametrization(net[1], "weight", Counted(), unsafe=True)
+
+    for change in (compiled, of_a_subclass, parametrised):
+        net = network(nn.Linear(4, 3))
+        y = net(x).argmax(1)
+        assert certify(net, x, y, threat).all()
+        change(net)
+        assert certify(net, x, y, threat) is None, change.__name__
+
+
+def test_the_images_are_left_as_they_are():
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4, 3))
+    x = torch.rand(8, 1, 2, 2) - 0.5
+    before = x.clone()
+    certify(net, x, torch.zeros(8, dtype=torch.int64), Threat("linf", 0.1, -1, 1))
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("weight", [1e-23, 1e-30, 1e-38])
 def test_products_that_vanish_in_float32_prove_nothing(weight):
     """In exact arithmetic logit 1 is above logit 0; in float32 both are zero, and the prediction is class 0."""

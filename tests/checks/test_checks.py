@@ -16,6 +16,7 @@ from torch import nn
 from holdfast import checks, data, models
 from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, audit, judge, lower_bound_99, merge, name_of, result_of
 from holdfast.checks.cache import load_audit, save_audit
+from holdfast.checks.verdict import ABOVE_CHANCE
 from holdfast.errors import UserError
 from holdfast.evaluation import UNBROKEN, evaluate
 from holdfast.evaluation.suites import SUITES
@@ -120,6 +121,8 @@ def test_what_is_certified_is_exact():
     assert judge(Claim(PGD50, correct), correct, [firing], **certified).status == "exact"
     assert judge(Claim(ROBUST, correct), correct, [finding(void=True)], **certified).status == "void"
     assert judge(Claim(ROBUST, correct), correct, [], certified=[True, False, False]).status == "tight"
+    chance = finding(ABOVE_CHANCE)  # of a constant prediction, all is proved and nothing is said
+    assert judge(Claim(ROBUST, correct), correct, [chance], **certified).status == "loose"
     assert judge(Claim(PGD50, [1] * 3), correct, [], certified=[True, True, False]).status == "tight"  # one fell
     assert judge(Claim(PGD50, [1] * 99), [1] * 66 + [0] * 33, [], certified=[1] * 66 + [0] * 33).status == "refuted"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast import data, models
+from holdfast import data, evaluate_network, models
 from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, audit, judge, lower_bound_99, name_of
 from holdfast.evaluation import Stage, evaluate
 from holdfast.evaluation.evaluation import StageCost
@@ -121,6 +121,15 @@ def test_the_callers_gradient_mode_changes_nothing(plain, some, mode):
     outside = evaluate_and_audit(plain, some)
     assert inside.findings == outside.findings
     assert torch.equal(inside.evaluation.x_adv, outside.evaluation.x_adv)
+
+
+def test_the_whole_answer_is_given_inside_inference_mode(plain, some):
+    few = some.take(slice(0, 12))
+    with torch.inference_mode():
+        inside = evaluate_network(plain, few, THREAT, (Stage("short", "apgd", settings={"steps": 3}),))
+    outside = evaluate_network(plain, few, THREAT, (Stage("short", "apgd", settings={"steps": 3}),))
+    assert torch.equal(inside.evaluation.x_adv, outside.evaluation.x_adv)
+    assert inside.region == outside.region
 
 
 def test_training_works_inside_no_grad(split):

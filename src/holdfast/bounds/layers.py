@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -60,8 +61,9 @@ def gamma(terms: int) -> float:
 def computes_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a module computes what ``kind`` computes.
 
-    It does if it is of that class itself, or of a subclass that adds a constructor and nothing else, and if neither a
-    hook nor an attribute of its own stands in for a method. Anything else may compute anything.
+    It does if it is of that class itself, or of a subclass that adds a constructor and nothing else, and if no hook, no
+    attribute of its own and no compiled call stands in for a method. Its tensors must be torch's own, and so must what
+    parametrises them. Anything else may compute anything.
 
     >>> class Residual(nn.Sequential):
     ...     def forward(self, x):
@@ -76,9 +78,29 @@ def computes_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     return (
         all(set(vars(each)) <= _HARMLESS for each in added)
         and not any(callable(getattr(kind, name, None)) for name in vars(module))
+        and module._compiled_call_impl is None
+        and all(type(own) in (Tensor, nn.Parameter, type(None)) for own in _tensors(module))
+        and all(_is_known(part) for part in _parametrisations(module))
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (_global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks)
     )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor | None]:
+    yield from module._parameters.values()
+    yield from module._buffers.values()
+
+
+def _parametrisations(module: nn.Module) -> Iterator[nn.Module]:
+    """What computes the parameters of a module, if anything does."""
+    if parametrize.is_parametrized(module):
+        for computed in module.parametrizations.values():  # type: ignore[operator]
+            yield from computed
+
+
+def _is_known(parametrisation: nn.Module) -> bool:
+    """Whether it is torch's or holdfast's: these give the same tensor at every call in eval mode."""
+    return type(parametrisation).__module__.split(".")[0] in ("torch", "holdfast")
 
 
 class Layer(ABC):
@@ -93,7 +115,7 @@ class Layer(ABC):
 
     def apply(self, h: Tensor) -> Tensor:
         """The layer's output at h."""
-        output: Tensor = self.module(h)
+        output: Tensor = self.module(h.clone())  # which may work in place, and h is needed after it
         return output
 
     @abstractmethod
