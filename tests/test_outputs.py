@@ -222,3 +222,22 @@ def test_where_labels_are_not_known_minus_infinity_is_no_fault():
 def test_an_honest_network_is_asked_as_before():
     model, x = SmallNet().eval(), images().x
     assert torch.equal(CountingModel(model, occurring=torch.tensor([0]))(x).logits, as_outputs(model(x)).logits)
+
+
+@pytest.mark.parametrize(
+    ("features", "distances", "said"),
+    [
+        (torch.zeros(4), None, r"features in Outputs must be \(N, D\) with N = 4"),
+        (torch.zeros(3, 5), None, r"with N = 4, got .*3, 5"),
+        ("words", None, "features in Outputs"),
+        (None, torch.zeros(4, 2), "distances in Outputs must have the shape of the logits"),
+    ],
+)
+def test_features_and_distances_belong_to_the_logits(features, distances, said):
+    with pytest.raises(UserError, match=said):
+        as_outputs(Outputs(torch.zeros(4, 3), features, distances))
+
+
+def test_feature_maps_are_read_as_vectors():
+    out = as_outputs(Outputs(torch.zeros(4, 3), torch.zeros(4, 2, 5, 5), torch.zeros(4, 3)))
+    assert out.features.shape == (4, 50)

@@ -175,6 +175,29 @@ def test_a_function_has_no_weights_to_know_a_cache_by(tmp_path):
         pipeline.evaluate_network(lambda x: NET(x), DATA, THREAT, FEW, cache=tmp_path)
 
 
+def test_adversarial_images_of_a_record_are_asked_again_too(tmp_path):
+    """Another answer beside the 8-bit grid alone: the clean images do not show it."""
+
+    class Beside(nn.Module):
+        factor = 1.0
+
+        def forward(self, x):
+            level = x.detach() * 255
+            beside = ((level - level.round()).abs().flatten(1).amax(1, keepdim=True) > 1e-2).to(x.dtype)
+            return NET(x) * (1 + (self.factor - 1) * beside)
+
+    net = Beside().eval()
+    data = Data((DATA.x * 255).round() / 255, DATA.y, DATA.index)
+    once = {"cache": tmp_path, "key": "one"}
+    first = pipeline.evaluate_network(net, data, THREAT, FEW, **once)
+    assert torch.equal(
+        pipeline.evaluate_network(net, data, THREAT, FEW, **once).evaluation.x_adv, first.evaluation.x_adv
+    )
+    net.factor = 3.0
+    with pytest.raises(UserError, match="adversarial images otherwise than when"):
+        pipeline.evaluate_network(net, data, THREAT, FEW, **once)
+
+
 def test_a_record_is_asked_again_in_a_process_group_too(tmp_path, monkeypatch):
     """The same weights, another answer: the stored attacks are of another network, under torchrun as well."""
 

@@ -40,10 +40,11 @@ def as_outputs(answer: Any, output: str | int = "") -> Outputs:
         output: which entry holds the logits: its number from 0, or its name; "" where the answer leaves no choice.
 
     Returns:
-        Outputs. Features and distances are kept from Outputs alone.
+        Outputs. Features and distances are kept from Outputs alone; feature maps become (N, D).
 
     Raises:
-        UserError: there are no (N, K) logits of a floating type in it, or more than one tensor may be the logits.
+        UserError: there are no (N, K) logits of a floating type in it, more than one tensor may be the logits, or
+            features or distances are not of the same samples.
 
     >>> import torch
     >>> as_outputs(torch.zeros(2, 3)).logits.shape
@@ -57,7 +58,20 @@ def as_outputs(answer: Any, output: str | int = "") -> Outputs:
     fault = _fault(out.logits)
     if fault:
         raise UserError(f"a model must return (N, K) logits, or something that holds them as .logits; {fault}")
-    return out
+    return out if out.features is None and out.distances is None else _matched(out)
+
+
+def _matched(out: Outputs) -> Outputs:
+    """Outputs whose features, as (N, D), and distances belong to the samples of the logits."""
+    n, features, distances = len(out.logits), out.features, out.distances
+    if features is not None and not (isinstance(features, Tensor) and features.ndim >= 2 and len(features) == n):
+        raise UserError(f"the features in Outputs must be (N, D) with N = {n}, got {_described(features)}.")
+    if distances is not None and not (isinstance(distances, Tensor) and distances.shape == out.logits.shape):
+        shape = tuple(out.logits.shape)
+        raise UserError(
+            f"the distances in Outputs must have the shape of the logits, {shape}, got {_described(distances)}."
+        )
+    return out if features is None or features.ndim == 2 else out._replace(features=features.flatten(1))
 
 
 def _named(answer: Any) -> dict[str, Any]:

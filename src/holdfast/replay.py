@@ -230,6 +230,9 @@ def _compare(run: Run, parts: Sequence[_Recount], votes: int) -> Replay:
     def figure(what: str, shown: results.Interval, count: int) -> None:
         if abs(shown.value - count / n) >= 0.5 / n:
             problems.append(f"{what} is reported as {shown.value:.1%}, recounted {count / n:.1%}")
+        interval = results.proportion(count, n)
+        if max(abs(shown.low - interval.low), abs(shown.high - interval.high)) > 1e-6:
+            problems.append(f"the interval of {what} is not the 95% Clopper-Pearson interval of {count} of {n}")
 
     if n != run.n:
         problems.append(f"{run.n} samples are reported, its networks have {n}")
@@ -248,6 +251,10 @@ def _compare(run: Run, parts: Sequence[_Recount], votes: int) -> Replay:
             problems.append(
                 f"certified accuracy is reported as {run.certified.value:.1%}, proved again {certified.sum() / n:.1%}"
             )
+    if run.verdict is not None and run.verdict.status == "exact":
+        unproved = int((~misclassified & ~broken & ~(torch.zeros_like(broken) if proved is None else proved)).sum())
+        if unproved:
+            problems.append(f"the verdict is exact, but {unproved} survivors are not proved")
     not_rechecked += [f"{attack} alone" for attack in run.attacks if attack != "pgd50"]
     if run.samples is None or list(run.samples.index) != index.tolist():
         not_rechecked.append("PGD-50, since results.json holds no columns of these samples")

@@ -95,10 +95,12 @@ class _About(TypedDict):
 
 
 class CleanAnswers(NamedTuple):
-    """What a model answered on the clean images: the margin of each sample, and the number of votes."""
+    """What a model answered: the margin of each clean image and of its x_adv, and the number of votes."""
 
     margin: Tensor
     votes: int
+    x_adv: Tensor
+    margin_adv: Tensor
 
 
 def load_clean_answers(checkpoint: Path) -> CleanAnswers:
@@ -115,7 +117,8 @@ def load_clean_answers(checkpoint: Path) -> CleanAnswers:
     """
     tensors, about = load_tensors(checkpoint, NAME, VERSION, _About)
     with understood(Path(checkpoint)):
-        return CleanAnswers(tensors["margin"], VOTES if about["state"]["randomised"] else 1)
+        votes = VOTES if about["state"]["randomised"] else 1
+        return CleanAnswers(tensors["margin"], votes, tensors["x_adv"], tensors["margin_adv"])
 
 
 @typed

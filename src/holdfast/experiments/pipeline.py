@@ -32,7 +32,7 @@ from ..io import content_hash, load_tensors, save_tensors, write_atomic
 from ..losses import Loss, as_loss, negative_margin
 from ..outputs import Model, frozen_eval, out_of_memory
 from ..progress import Progress, as_progress
-from ..queries import LOGIT_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32
+from ..queries import LOGIT_TOLERANCE, OFF_DATA_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32
 from ..results import Projection, RegionMeasures
 from ..threat import Threat, as_threat
 from ..user_input import typed
@@ -148,7 +148,7 @@ def check_answers(
     folder: str | Path,
     batch_size: int | None = None,
 ) -> None:
-    """Before a stored evaluation is believed, ask a batch of clean images again and compare the margins.
+    """Before a stored evaluation is believed, ask a batch of images again, clean and attacked, and compare the margins.
 
     Args:
         model: the network as it is now.
@@ -177,6 +177,17 @@ def check_answers(
                 f"{int(data.index[row])} was {was:.6g} and is {now:.6g}, with the same weights. Code that it calls has "
                 "changed, or its answers vary. Name another folder."
             )
+    x_adv = stored.x_adv[rows].to(some.x.device)
+    with exact_float32(), frozen_eval(model), torch.no_grad():
+        logits = CountingModel(model)(x_adv).logits
+    now, before = -negative_margin(logits, some.y).cpu(), stored.margin_adv[rows].to(logits.dtype)
+    slack = OFF_DATA_TOLERANCE * (logits.amax(1) - logits.amin(1)).cpu() + torch.finfo(logits.dtype).tiny
+    differ = int(((now - before).abs() > slack).sum())
+    if differ > 0.1 * len(rows):  # a few may: rounding decides some answers off the data
+        raise UserError(
+            f"the network answers {differ} of {len(rows)} adversarial images otherwise than when {folder} was written, "
+            "with the same weights. Code or data that it reads has changed. Name another folder."
+        )
 
 
 def result_key(

@@ -81,8 +81,9 @@ def choose_samples(
     index = torch.arange(len(y)) if index is None else index.cpu()
     rows = choose(y, index, limit, seed)
     device = device_of(model, Data(x, y, index))
-    clean, adversarial, labels = (part[rows.to(part.device)].to(device) for part in (x, x_adv, y))
-    return Samples(pixels(clean), pixels(adversarial), labels, index[rows], rows)
+    with torch.inference_mode(False):  # gradients are needed, whatever mode the caller is in
+        clean, adversarial, labels = (part[rows.to(part.device)].to(device) for part in (x, x_adv, y))
+        return Samples(pixels(clean), pixels(adversarial), labels, index[rows], rows)
 
 
 @contextmanager
