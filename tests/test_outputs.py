@@ -241,3 +241,9 @@ def test_features_and_distances_belong_to_the_logits(features, distances, said):
 def test_feature_maps_are_read_as_vectors():
     out = as_outputs(Outputs(torch.zeros(4, 3), torch.zeros(4, 2, 5, 5), torch.zeros(4, 3)))
     assert out.features.shape == (4, 50)
+
+
+def test_batch_norm_without_statistics_is_one_sentence():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval()
+    with pytest.raises(UserError, match=r"batch norm has no running statistics.*track_running_stats=True"):
+        CountingModel(model)(torch.rand(1, 1, 2, 2))

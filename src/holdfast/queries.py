@@ -82,6 +82,11 @@ class CountingModel:
             if isinstance(error, UserError) or out_of_memory(error):
                 raise
             shape = tuple(x.shape)
+            if "more than 1 value per channel" in str(error):
+                raise UserError(
+                    "the network's batch norm has no running statistics, so its answer to an image depends on the rest "
+                    "of the batch, and one image alone has none. Train it with track_running_stats=True."
+                ) from error
             raise UserError(
                 f"the model cannot answer a batch of shape {shape} on {x.device}: {type(error).__name__}: {error} "
                 "An evaluation asks for batches of any size from 1 up, on one device."
