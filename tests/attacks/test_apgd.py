@@ -96,7 +96,7 @@ def test_apgd_walks_the_published_path_whatever_the_score_does(seed, rises, step
 
         def score(out, y):
             k = next(turn)
-            pulled = (out.features * pull[k]).flatten(1).sum(1)
+            pulled = (out.features.flatten(1) * pull[k].flatten()).sum(1)
             return script[k] + pulled - pulled.detach()
 
         attack(model, score)

@@ -117,6 +117,8 @@ def load_clean_answers(checkpoint: Path) -> CleanAnswers:
     """
     tensors, about = load_tensors(checkpoint, NAME, VERSION, _About)
     with understood(Path(checkpoint)):
+        if len({len(tensors[name]) for name in ("margin", "margin_adv", "x_adv")}) != 1:
+            raise ValueError("columns of different lengths")
         votes = VOTES if about["state"]["randomised"] else 1
         return CleanAnswers(tensors["margin"], votes, tensors["x_adv"], tensors["margin_adv"])
 
