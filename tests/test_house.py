@@ -19,7 +19,17 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # From the ground up: a file imports from lower layers, or from its own, where that makes no circle.
 LAYERS = (
-    ("", "errors", "noise", "outputs", "witnesses", "progress", "process_pool", "environment"),  # "": its version
+    (
+        "",
+        "errors",
+        "noise",
+        "outputs",
+        "witnesses",
+        "progress",
+        "process_pool",
+        "environment",
+        "straight_through",
+    ),  # "": its version
     ("user_input",),
     ("threat", "spec", "io", "importers", "losses", "data"),
     ("results", "attacks", "models", "queries"),

@@ -255,6 +255,21 @@ def differs_off_data(a: Tensor, b: Tensor) -> Tensor:
     return finite & ((a - b).abs().amax(1) > OFF_DATA_TOLERANCE * logit_range)
 
 
+def margin_moved(logits: Tensor, y: Tensor, before: Tensor, tolerance: float = LOGIT_TOLERANCE) -> Tensor:
+    """(N,) bool: whether the margins of these logits are others than they were, beyond rounding.
+
+    Args:
+        logits: (N, K).
+        y: (N,) labels.
+        before: (N,) margins, stored earlier.
+        tolerance: fraction of the logits' range.
+    """
+    margin, before = -negative_margin(logits, y), before.to(logits)
+    spread = (logits.amax(1) - logits.amin(1)).clamp_min(torch.finfo(logits.dtype).tiny)
+    same = (margin == before) | (margin.isnan() & before.isnan())  # infinite ones too
+    return ~(same | ((margin - before).abs() <= tolerance * spread))
+
+
 def prefers_channels_last(model: CountingModel, x: Tensor, logits: Tensor) -> bool:
     """Whether to pass images in channels_last format: for convolutions on a CPU, if the logits stay the same."""
     modules = model.model.modules() if isinstance(model.model, nn.Module) else iter(())

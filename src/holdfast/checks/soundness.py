@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..attacks import cross_entropy
 from ..attacks.base import predict
-from ..losses import negative_margin
-from ..queries import LOGIT_TOLERANCE, OFF_DATA_TOLERANCE, CountingModel, copied, default_batch_size, logits_differ
+from ..queries import OFF_DATA_TOLERANCE, CountingModel, copied, default_batch_size, logits_differ, margin_moved
 from ..threat import Threat
 from .findings import CheckCount, lower_bound_99
 from .probe import Probe
@@ -34,25 +33,18 @@ def outputs_are_repeatable(probe: Probe) -> CheckCount:
     """
     evaluation = probe.evaluation
     again = probe.logits(probe.x(probe.rows))
-    k = int((logits_differ(probe.clean_logits, again) | _moved(probe, probe.rows, again, evaluation.margin)).sum())
+    moved = margin_moved(again, probe.y(probe.rows), evaluation.margin[probe.rows.cpu()])
+    k = int((logits_differ(probe.clean_logits, again) | moved).sum())
     n, votes = len(again), ""
     if probe.votes > 1:
         votes = f"; predictions are the majority of {probe.votes} outputs"
     else:
         rows = torch.cat([probe.rows, probe.survivors]).unique()
         at_x_adv = probe.logits(probe.stored_x_adv(rows))
-        k += int(_moved(probe, rows, at_x_adv, evaluation.margin_adv, OFF_DATA_TOLERANCE).sum())
+        k += int(margin_moved(at_x_adv, probe.y(rows), evaluation.margin_adv[rows.cpu()], OFF_DATA_TOLERANCE).sum())
         k += int(probe.points.differs(probe.logits(probe.points.x)).sum())
         n += len(at_x_adv) + len(probe.points.x)
     return CheckCount(k, n, 0.0, f"the same image gives other logits on {k} of {n} points{votes}")
-
-
-def _moved(probe: Probe, rows: Tensor, logits: Tensor, before: Tensor, tolerance: float = LOGIT_TOLERANCE) -> Tensor:
-    """(n,) bool: the margin is not the one that the evaluation stored."""
-    margin = -negative_margin(logits, probe.y(rows))
-    before = before[rows.cpu()].to(logits)
-    spread = (logits.amax(1) - logits.amin(1)).clamp_min(torch.finfo(logits.dtype).tiny)
-    return ~((margin - before).abs() <= tolerance * spread)
 
 
 def outputs_do_not_depend_on_batch_mates(probe: Probe) -> CheckCount | str:

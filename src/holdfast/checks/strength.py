@@ -19,7 +19,6 @@ from .probe import Probe, Recapture, rescaled_cross_entropy
 
 NO_SURVIVOR = "there is no survivor without a certificate to try it on"
 FEW = 20  # survivors that a costly check looks at
-NO_FLOAT64 = "the model is a function: it cannot be converted to float64"
 
 
 def a_huge_eps_leaves_nothing(probe: Probe) -> CheckCount:

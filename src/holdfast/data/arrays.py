@@ -226,26 +226,21 @@ def duplicates(train: Data, test: Data | None, what: str) -> list[str]:
     first: dict[bytes, int] = {}
     again = [(i, first[key]) for i, key in enumerate(_hashes(train.x)) if first.setdefault(key, i) != i]
     shared = [(i, first[key]) for i, key in enumerate(_hashes(test.x)) if key in first] if test else []
-    lost, close = "The test set is not independent.", "Folds, training and validation images may share them."
+
+    def note(pairs: list[tuple[int, int]], y: Tensor, said: tuple[str, str], names: tuple[str, str], so: str) -> str:
+        i, j = pairs[0]
+        other = sum(int(y[a]) != int(train.y[b]) for a, b in pairs)
+        labels = f", {other:,} of them under another label" if other else ""
+        same = f"{names[0]} {i} is {names[1]} {j}"
+        return f"{what}: {count(len(pairs), *said)}, pixel for pixel ({same}){labels}. {so}"
+
     notes = []
-    for pairs, y, said, so, source in (
-        (
-            shared,
-            test.y if test else train.y,
-            ("test image is in train too", "test images are in train too"),
-            lost,
-            "train",
-        ),
-        (again, train.y, ("image repeats an earlier one", "images repeat earlier ones"), close, "image"),
-    ):
-        if pairs:
-            i, j = pairs[0]
-            name = "test" if source == "train" else "image"
-            other = sum(int(y[a]) != int(train.y[b]) for a, b in pairs)
-            labels = f", {other:,} of them under another label" if other else ""
-            notes.append(
-                f"{what}: {count(len(pairs), *said)}, pixel for pixel ({name} {i} is {source} {j}){labels}. {so}"
-            )
+    if test and shared:
+        said = "test image is in train too", "test images are in train too"
+        notes.append(note(shared, test.y, said, ("test", "train"), "The test set is not independent."))
+    if again:
+        said, close = ("image repeats an earlier one", "images repeat earlier ones"), "Folds, training and validation"
+        notes.append(note(again, train.y, said, ("image", "image"), f"{close} images may share them."))
     return notes
 
 

@@ -254,9 +254,8 @@ def image_folder(root: Path, reading: Reading = AS_IS) -> Source:
     images = [file for part in parts.values() for inside in part.classes.values() for file in inside]
 
     def build() -> tuple[Source, bool]:
-        return _assemble({split: split for split in splits}, read, str(root), reading)[
-            0
-        ], True  # the key holds all files
+        source, _ = _assemble({split: split for split in splits}, read, str(root), reading)
+        return source, True  # the key holds all files
 
     source = _cached(root, [*images, *seen], reading, build)
     return source._replace(notes=(*notes_on(list(parts.values()), around, str(root)), *source.notes))

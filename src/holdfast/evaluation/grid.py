@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data import Data, pixels
 from ..noise import Noise
 from ..outputs import Model, Outputs, as_outputs
+from ..straight_through import rounded_through
 from ..threat import TOLERANCE, Threat, column
 from ..user_input import typed
 
@@ -97,25 +98,9 @@ class OnGrid:
         self.model = model
 
     def __call__(self, x: Tensor) -> Outputs:
-        on_grid = (x.detach() * LEVELS).round() / LEVELS
-        if x.requires_grad:
-            on_grid = _StraightThrough.apply(x, on_grid)
-        return as_outputs(self.model(on_grid))
+        return as_outputs(self.model(rounded_through(x * LEVELS) / LEVELS))
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Another value, with the gradient of the first. No sum is taken: the value stays exactly on the grid."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-@typed
 def differs_off_grid(model: Model, data: Data, threat: Threat, noise: Noise) -> Tensor:
     """Whether the model answers other things on the 8-bit grid than beside it, at a random point of the threat.
 

@@ -7,7 +7,6 @@ its NetworkResult is final.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -32,7 +31,7 @@ from ..io import content_hash, load_tensors, save_tensors, write_atomic
 from ..losses import Loss, as_loss, negative_margin
 from ..outputs import Model, frozen_eval, out_of_memory
 from ..progress import Progress, as_progress
-from ..queries import LOGIT_TOLERANCE, OFF_DATA_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32
+from ..queries import OFF_DATA_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32, margin_moved
 from ..results import Projection, RegionMeasures
 from ..threat import Threat, as_threat
 from ..user_input import typed
@@ -166,23 +165,19 @@ def check_answers(
     # A batch as the evaluation had it, since the answers of some networks depend on it.
     rows = torch.arange(min(batch_size or default_batch_size(data.x), len(data)))
     some = data.take(rows).to(device_of(model, data))
+    counted, x_adv = CountingModel(model), stored.x_adv[rows].to(some.x.device)
     with exact_float32(), frozen_eval(model), torch.no_grad():
-        logits = CountingModel(model)(pixels(some.x)).logits
-    margin, before = -negative_margin(logits, some.y).cpu(), stored.margin[rows].to(logits.dtype)
-    slack = LOGIT_TOLERANCE * (logits.amax(1) - logits.amin(1)).cpu() + torch.finfo(logits.dtype).tiny
-    for row, now, was, most in zip(rows.tolist(), margin.tolist(), before.tolist(), slack.tolist(), strict=True):
-        if not (abs(now - was) <= most or (math.isnan(now) and math.isnan(was)) or now == was):
-            raise UserError(
-                f"the network answers otherwise than when {folder} was written: the margin of sample "
-                f"{int(data.index[row])} was {was:.6g} and is {now:.6g}, with the same weights. Code that it calls has "
-                "changed, or its answers vary. Name another folder."
-            )
-    x_adv = stored.x_adv[rows].to(some.x.device)
-    with exact_float32(), frozen_eval(model), torch.no_grad():
-        logits = CountingModel(model)(x_adv).logits
-    now, before = -negative_margin(logits, some.y).cpu(), stored.margin_adv[rows].to(logits.dtype)
-    slack = OFF_DATA_TOLERANCE * (logits.amax(1) - logits.amin(1)).cpu() + torch.finfo(logits.dtype).tiny
-    differ = int(((now - before).abs() > slack).sum())
+        clean, attacked = counted(pixels(some.x)).logits, counted(x_adv).logits
+    moved = margin_moved(clean, some.y, stored.margin[rows])
+    if bool(moved.any()):
+        row = int(moved.nonzero()[0, 0])
+        was, now = float(stored.margin[row]), float(-negative_margin(clean, some.y)[row])
+        raise UserError(
+            f"the network answers otherwise than when {folder} was written: the margin of sample "
+            f"{int(data.index[row])} was {was:.6g} and is {now:.6g}, with the same weights. Code that it calls has "
+            "changed, or its answers vary. Name another folder."
+        )
+    differ = int(margin_moved(attacked, some.y, stored.margin_adv[rows], OFF_DATA_TOLERANCE).sum())
     if differ > 0.1 * len(rows):  # a few may: rounding decides some answers off the data
         raise UserError(
             f"the network answers {differ} of {len(rows)} adversarial images otherwise than when {folder} was written, "

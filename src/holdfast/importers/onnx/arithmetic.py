@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .node import Context, Operator, axes_of, on_one_device, rounded_through
+from ...straight_through import rounded_through
+from .node import Context, Operator, axes_of, on_one_device
 
 # Convolution and pooling
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ...errors import UserError
 from ...outputs import out_of_memory
+from ...straight_through import rounded_through
 from ..layout import FileNetwork
 from .arithmetic import ARITHMETIC
-from .node import Context, Node, Operator, PassSettings, rounded_through
+from .node import Context, Node, Operator, PassSettings
 from .quantized import QUANTIZED
 from .resize import RESIZE
 from .shapes import SHAPES

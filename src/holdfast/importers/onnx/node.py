@@ -110,25 +110,3 @@ def on_one_device(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Move tensors on the CPU to the device of the others."""
     device = next((x.device for x in tensors if x.device.type != "cpu"), None)
     return tensors if device is None else tuple(x.to(device) for x in tensors)
-
-
-class _RoundedThrough(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
-
-
-def rounded_through(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes straight through."""
-    rounded: Tensor = _RoundedThrough.apply(x)
-    return rounded

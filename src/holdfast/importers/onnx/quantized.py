@@ -13,8 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...straight_through import rounded_through
 from .arithmetic import ARITHMETIC
-from .node import INTEGERS, Context, Operator, rounded_through
+from .node import INTEGERS, Context, Operator
 
 _RANGES = {dtype: (torch.iinfo(dtype).min, torch.iinfo(dtype).max) for dtype in INTEGERS.values()}
 _EXACT = torch.float64  # holds every sum of int32
