@@ -41,7 +41,8 @@ PAPERS = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FREE = {"tight", "loose", "refuted", "void"}  # words that may change with a machine's rounding
 INTERNAL = {
-    "__main__", "cli", "environment", "io", "outputs", "process_pool", "queries", "spec", "straight_through", "user_input",
+    "__main__", "cli", "environment", "io", "outputs", "process_pool", "queries", "spec", "straight_through",
+    "user_input",
 }  # fmt: skip
 
 
