@@ -38,16 +38,17 @@ def softmax(z):
         return [exp(value) / total for value in z]
 
 
-def sce(z, y, h=None, d=None, *, smoothing=0.0):
-    """Target 1 - e on y, plus e / K on every class: -sum_k q_k log p_k."""
+def sce(z, y, h=None, d=None, *, smoothing=0.0, temperature=1.0):
+    """T times: target 1 - e on y, plus e / K on every class, -sum_k q_k log p_k, with p the softmax of z / T."""
     losses = []
     for row, label in zip(z, y, strict=True):
         with localcontext(DIGITS):
+            row = [Decimal(value) / Decimal(temperature) for value in row]
             loss = Decimal(0)
             for k in range(len(row)):
                 q = Decimal(smoothing) / len(row) + (1 - Decimal(smoothing) if k == label else 0)
                 loss += q * cross_entropy(row, k)
-        losses.append(float(loss))
+            losses.append(float(Decimal(temperature) * loss))
     return losses
 
 
@@ -67,10 +68,15 @@ def lifted(row, label, s, i, n):
         return [Decimal(row[j]) + (Decimal(bonus(s, i, j, n)) if j != label else Decimal(0)) for j in range(len(row))]
 
 
-def isce(z, y, h=None, d=None, *, s=1.0):
-    """-log( e^{z_y} / (e^{z_y} + sum_{j != y} e^{z_j + s_j}) )."""
-    rows = [lifted(row, label, s, i, len(z)) for i, (row, label) in enumerate(zip(z, y, strict=True))]
-    return [float(cross_entropy(row, label)) for row, label in zip(rows, y, strict=True)]
+def isce(z, y, h=None, d=None, *, s=1.0, gamma=0.0, temperature=1.0):
+    """T (1 - p)^gamma (-log p), p = e^{z_y / T} / (e^{z_y / T} + sum_{j != y} e^{(z_j + s_j) / T})."""
+    losses = []
+    for i, (row, label) in enumerate(zip(z, y, strict=True)):
+        with localcontext(DIGITS):
+            row = [value / Decimal(temperature) for value in lifted(row, label, s, i, len(z))]
+            focal = (1 - softmax(row)[label]) ** Decimal(gamma) if gamma else 1
+            losses.append(float(Decimal(temperature) * focal * cross_entropy(row, label)))
+    return losses
 
 
 def isce_gradient(z, y, *, s=1.0):

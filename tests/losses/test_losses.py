@@ -61,7 +61,7 @@ HEADS = {
 # The settings that each loss is tried with; a tensor is made for the batch at hand. A new loss without a line is tried
 # with its defaults.
 SETTINGS = {
-    "sce": [{}, {"smoothing": 0.1}, {"smoothing": 0.9}],
+    "sce": [{}, {"smoothing": 0.1}, {"smoothing": 0.9}, {"smoothing": 0.1, "temperature": 0.3}, {"temperature": 10.0}],
     "isce": [
         {},
         {"s": 0.0},
@@ -69,6 +69,8 @@ SETTINGS = {
         {"s": lambda n, k, r: r(k).abs()},
         {"s": lambda n, k, r: 3 * r(n, 1).abs()},
         {"s": lambda n, k, r: 2 * r(n, k)},
+        {"s": 2.0, "gamma": 5.0, "temperature": 0.75},
+        {"s": lambda n, k, r: 2 * r(n, k), "gamma": 0.5, "temperature": 3.0},
     ],
     "isce_b": [{}, {"tau": 3.0}, {"tau": -20.0}, {"tau": -math.inf}],
     "isce_c": [{}, {"m": 0.0}, {"clip": False}, {"s": 2.0, "mask": "true"}, {"m": 0.5, "s": 0.5, "clip": False}],
@@ -334,6 +336,7 @@ GOLDEN = {
     "A, s=.5": (lambda: isce(Z, Y0, s=0.5), 0.616874819),
     "A, s=1": (lambda: isce(Z, Y0, s=1.0), 0.878202356),
     "A, s=5": (lambda: isce(Z, Y0, s=5.0), 4.354091318),
+    "A, logit annealing": (lambda: isce(Z, Y0, s=2.0, gamma=5.0, temperature=0.75), 0.531097847),
     "B, tau=0": (lambda: isce_b(Z, Y0, tau=0.0), 0.502460742),
     "B, tau=2": (lambda: isce_b(Z, Y0, tau=2.0), 0.923245714),
     "margin": (lambda: negative_margin(Z, Y0), -1.0),
@@ -533,6 +536,9 @@ OUT3 = Outputs(torch.zeros(1, 3))
         (lambda: sce(Z, Y0, smoothing=-0.1), r"smoothing must lie in \[0, 1\), got -0.1"),
         (lambda: sce(Z, Y0, smoothing=1.0), r"smoothing must lie in \[0, 1\), got 1.0"),
         (lambda: sce(Z, Y0, smoothing=math.nan), r"smoothing must lie in \[0, 1\), got nan"),
+        (lambda: isce(Z, Y0, gamma=-1.0), r"gamma must be >= 0, got -1.0"),
+        (lambda: isce(Z, Y0, temperature=0.0), r"temperature must be > 0, got 0.0"),
+        (lambda: sce(Z, Y0, temperature=math.inf), r"temperature must be .*got inf"),
         (lambda: isce_b(Z, Y0, tau=math.nan), r"tau must be a number or -inf.*got nan"),
         (lambda: isce_b(Z, Y0, tau=math.inf), r"tau must be a number or -inf.*got inf"),
         (lambda: cosface(Z, Y0, scale=0.0), r"scale must be > 0, got 0.0"),

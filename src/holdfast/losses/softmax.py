@@ -129,12 +129,13 @@ def softplus(u: Tensor) -> Tensor:
     return F.softplus(u, threshold=_LINEAR_FROM)
 
 
-def sce(out: Outputs | Tensor, y: Tensor, *, smoothing: float = 0.0) -> Tensor:
-    """Softmax cross-entropy, with optional label smoothing.
+def sce(out: Outputs | Tensor, y: Tensor, *, smoothing: float = 0.0, temperature: float = 1.0) -> Tensor:
+    """Softmax cross-entropy, with optional label smoothing and temperature.
 
-        SCE = -log p_y = softplus(u),   SCE_e = softplus(u) + e (z_y - mean_j z_j)
+        SCE = -log p_y = softplus(u),   SCE_e = softplus(u) + e (z_y - mean_j z_j),   SCE_T(z) = T SCE(z / T)
 
     Label smoothing e puts the target 1 - e on y, plus e / K on every class; the second form needs no K logarithms.
+    The factor T keeps the gradient of a misclassified sample at the scale that it has at T = 1.
 
     Where it fails: it asks the training samples to be classified correctly, and says nothing of their neighbourhood.
 
@@ -142,33 +143,49 @@ def sce(out: Outputs | Tensor, y: Tensor, *, smoothing: float = 0.0) -> Tensor:
         out: Outputs or (N, K) logits.
         y: (N,) int64 labels.
         smoothing: e in [0, 1).
+        temperature: T > 0.
 
     Returns:
         (N,), >= 0.
 
     Raises:
-        UserError: smoothing lies outside [0, 1).
+        UserError: smoothing lies outside [0, 1), or temperature is not a finite number above 0.
 
     >>> z, y = torch.tensor([[2.0, 1.0, 0.1]], dtype=torch.float64), torch.tensor([0])
-    >>> print(f"{sce(z, y).item():.6f} {sce(z, y, smoothing=0.1).item():.6f}")
-    0.417030 0.513697
+    >>> print(f"{sce(z, y).item():.6f} {sce(z, y, smoothing=0.1).item():.6f} {sce(z, y, temperature=0.5).item():.6f}")
+    0.417030 0.513697 0.073220
     """
     if not 0 <= smoothing < 1:
         raise UserError(f"smoothing must lie in [0, 1), got {smoothing}.")
-    loss = softplus(negative_log_odds(out, y))
+    at_least("temperature", temperature, above=True)
+    loss = _tempered(negative_log_odds(_cooled(out, temperature), y), temperature)
     if smoothing == 0:
         return loss
     z = logits_of(out).to(loss.dtype)
     return loss + smoothing * (z.gather(1, y[:, None])[:, 0] - z.mean(1))
 
 
-def isce(out: Outputs | Tensor, y: Tensor, *, s: float | Tensor = 1.0) -> Tensor:
+def isce(
+    out: Outputs | Tensor,
+    y: Tensor,
+    *,
+    s: float | Tensor = 1.0,
+    gamma: float = 0.0,
+    temperature: float = 1.0,
+) -> Tensor:
     """Inference-softmax cross-entropy, reading A.
 
         logsumexp_j(z_j + s_j) - z_y with s_y = 0;   for a number s:  softplus(u + s)
 
     For a number s it is the largest SCE over the logit box of radius s/2 around z, and at s = 0 it is SCE itself, to
     the last bit. The formula is derived from the paper's description, not quoted from it.
+
+    With a focal factor and a temperature, and p the probability of y after the offset:
+
+        T (1 - p)^gamma (-log p),   -log p = logsumexp_j((z_j + s_j) / T) - z_y / T
+
+    On networks with a bounded Lipschitz constant this is known: s = 2, T = 0.75, gamma = 5 is the logit annealing of
+    BRONet (ICML 2025), and gamma = 0 the offset and temperature of 1-Lipschitz networks since AOL (2022).
 
     Where it fails: a constant s has no scale; on logits that are free to grow, the network meets it by growing them.
 
@@ -178,28 +195,48 @@ def isce(out: Outputs | Tensor, y: Tensor, *, s: float | Tensor = 1.0) -> Tensor
         s: inference information: a number >= 0, or a tensor broadcastable to (N, K) whose column y is taken as 0:
             (K,) per class, (N, 1) per sample, (N, K) per competitor. Gradients flow through tensors. Their values are
             not checked, since that would synchronise the device.
+        gamma: exponent of the focal factor, >= 0. Above 0, samples of high probability count less.
+        temperature: T > 0. On free logits a network can undo it by growing them.
 
     Returns:
         (N,), > 0.
 
     Raises:
-        UserError: s is a negative or non-finite number.
+        UserError: s is a negative or non-finite number, or gamma or temperature lies outside its range.
 
-    Source: Song et al. 2022 (the idea); the derivation is this project's.
+    Source: Song et al. 2022 (the idea); the derivation is this project's. Focal factor: Lin et al. 2017.
 
     >>> z, y = torch.tensor([[2.0, 1.0, 0.1]], dtype=torch.float64), torch.tensor([0])
     >>> print(f"{isce(z, y, s=1.0).item():.6f} {isce(z, y, s=5.0).item():.6f}")
     0.878202 4.354091
     >>> bool(isce(z, y, s=0.0) == sce(z, y))
     True
+    >>> print(f"{isce(z, y, s=2.0, gamma=5.0, temperature=0.75).item():.6f}")
+    0.531098
     """
+    at_least("gamma", gamma)
+    at_least("temperature", temperature, above=True)
     if isinstance(s, Tensor):
         z = logits_of(out)
         z = z + s.expand(z.shape).scatter(1, y[:, None], 0.0)
-        return softplus(negative_log_odds(z, y))
+        return _tempered(negative_log_odds(_cooled(z, temperature), y), temperature, gamma)
     if not 0 <= s < math.inf:
         raise UserError(f"s, the inference information, must be a finite number >= 0 (0 is plain SCE), got {s}.")
-    return softplus(negative_log_odds(out, y) + s)
+    return _tempered(negative_log_odds(_cooled(out, temperature), y) + s / temperature, temperature, gamma)
+
+
+def _cooled(out: Outputs | Tensor, temperature: float) -> Tensor:
+    """Logits divided by the temperature."""
+    z = _full(logits_of(out))
+    return z if temperature == 1 else z / temperature
+
+
+def _tempered(v: Tensor, temperature: float, gamma: float = 0.0) -> Tensor:
+    """T (1 - p)^gamma (-log p) with -log p = softplus(v), log(1 - p) = -softplus(-v): no power of a tiny 1 - p."""
+    loss = softplus(v)
+    if gamma:
+        loss = loss * (-gamma * softplus(-v)).exp()
+    return loss if temperature == 1 else temperature * loss
 
 
 def isce_b(out: Outputs | Tensor, y: Tensor, *, tau: float = 0.0) -> Tensor:
