@@ -13,19 +13,21 @@ from torch import nn
 
 from holdfast.errors import UserError
 from holdfast.models import MODELS, Classifier, build, default_model, logits_only
+from holdfast.models.fastconvnet import PatchWhitening
 from holdfast.models.heads import HEADS
 from holdfast.outputs import Outputs
 
 SMALLEST = {
     "linear": 1, "mlp": 1, "lipmlp": 1, "smallconv": 4, "madry": 4, "lipconv": 4, "convnet": 8, "smallcnn": 16,
     "preactresnet8": 16, "preactresnet18": 16, "resnet": 16, "resnet18": 16, "wideresnet": 16, "densenet": 16,
-    "inception": 16, "fractalnet": 16, "stepnet": 8,
+    "inception": 16, "fractalnet": 16, "stepnet": 8, "fastconvnet": 16,
 }  # fmt: skip
 LIGHT = [name for name in MODELS if SMALLEST[name] <= 8]  # for the small images that most tests use
 DEEP = {  # as small as their settings let them be: what is tested here does not grow with depth
     "wideresnet": "wideresnet:depth=10,width=1",
     "densenet": "densenet:depth=10,growth=4",
     "fractalnet": "fractalnet:blocks=2,columns=2",
+    "fastconvnet": "fastconvnet:width=4",
 }
 SHAPES = {
     "preactresnet8": [(3, 16, 16), (1, 17, 19)],
@@ -41,6 +43,7 @@ SHAPES = {
     "resnet18": [(3, 16, 16), (1, 17, 19)],
     "inception": [(3, 16, 16), (1, 17, 19)],
     "fractalnet": [(3, 16, 16), (1, 17, 19)],
+    "fastconvnet": [(3, 16, 16), (1, 17, 19), (2, 18, 16)],
 }
 TABLE = [(name, shape) for name in MODELS for shape in SHAPES.get(name, [(1, 28, 28), (3, 32, 32)])]
 
@@ -105,6 +108,7 @@ def test_every_backbone_takes_every_head(head):
         ("convnet", (1, 28, 28), 166406),
         ("stepnet", (1, 28, 28), 166406),
         ("preactresnet8", (3, 32, 32), 77850),
+        ("fastconvnet", (3, 32, 32), 146442),
         ("preactresnet18", (3, 32, 32), 11172170),
         ("resnet:depth=20", (3, 32, 32), 269722),
         ("resnet:depth=110", (3, 32, 32), 1727962),
@@ -391,3 +395,15 @@ def test_counting_its_parameters_changes_no_weight_and_no_random_state():
         torch.manual_seed(3)
         alone = MODELS["convnet"]((1, 28, 28))
     assert all(torch.equal(p, q) for p, q in zip(a.backbone.parameters(), alone.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_patch_whitening_loses_nothing_and_brings_every_component_to_variance_1(channels):
+    whitening = PatchWhitening(channels).train()
+    x = pixels(50, (channels, 9, 9))
+    filters = whitening.filters.flatten(1)
+    torch.testing.assert_close(filters @ filters.T, torch.eye(4 * channels))  # orthonormal: a rotation of the patch
+    positive, negative = whitening(x).chunk(2, 1)
+    variances = positive.sub(negative).var((0, 2, 3), correction=0)
+    torch.testing.assert_close(variances, torch.ones(4 * channels), rtol=1e-3, atol=0)
+    assert positive.shape == (50, 4 * channels, 8, 8) and (positive * negative == 0).all()

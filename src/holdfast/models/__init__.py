@@ -21,6 +21,7 @@ from ..user_input import MOST, any_seed, typed, whole
 from ..user_input import text as checked_text
 from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet, StepNet
 from .densenet import DenseNet
+from .fastconvnet import FastConvNet
 from .fractalnet import FractalNet
 from .heads import HEADS
 from .inception import Inception
@@ -52,6 +53,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "densenet": DenseNet,
     "inception": Inception,
     "fractalnet": FractalNet,
+    "fastconvnet": FastConvNet,
     "lipmlp": LipMlp,
     "lipconv": LipConv,
 }
