@@ -13,12 +13,14 @@ from hypothesis import settings
 from tests.helpers import on_digits, right_ones
 from torch import nn
 
-from holdfast import cli
+from holdfast import cli, data
 from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments.config import Comparison, Job
 from holdfast.experiments.evaluate_model import evaluate_model, from_run
 from holdfast.experiments.training import train_network
-from holdfast.train import FitConfig
+from holdfast.models import build
+from holdfast.objectives import standard
+from holdfast.train import FitConfig, fit
 
 settings.register_profile("here", deadline=None, max_examples=40)
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True, print_blob=True)
@@ -48,6 +50,17 @@ def digits():
         epochs=6,
     )  # fmt: skip
     return net, *right_ones(net, split, 40)
+
+
+@pytest.fixture(scope="session")
+def batch_statistics():
+    """(net, split): the pre-activation ResNet with batch statistics, trained with reading C on the digits."""
+    split = data.load("digits", val=0.0)
+    mean, std = data.standardisation(split.train)
+    net = build("preactresnet:depth=8,statistics=batch", split.shape, 10, mean=mean, std=std)
+    fit(net, split.train, split.val, standard("isce_c"),
+        FitConfig(epochs=4, batch_size=64, optimizer="sgd", lr=0.1, schedule="step"))  # fmt: skip
+    return net.eval().requires_grad_(False), split
 
 
 TRAINED = {"sce": "sce", "isce": "isce:s=100", "cosface": "cosface:m=0.2,scale=15"}

@@ -19,17 +19,19 @@ from holdfast.outputs import Outputs
 
 SMALLEST = {
     "linear": 1, "mlp": 1, "lipmlp": 1, "smallconv": 4, "madry": 4, "lipconv": 4, "convnet": 8, "smallcnn": 16,
-    "preactresnet8": 16, "preactresnet18": 16, "resnet": 16, "resnet18": 16, "wideresnet": 16, "densenet": 16,
-    "inception": 16, "fractalnet": 16, "stepnet": 8, "fastconvnet": 16,
+    "preactresnet": 8, "preactresnet8": 16, "preactresnet18": 16, "resnet": 16, "resnet18": 16, "wideresnet": 16,
+    "densenet": 16, "inception": 16, "fractalnet": 16, "stepnet": 8, "fastconvnet": 16,
 }  # fmt: skip
 LIGHT = [name for name in MODELS if SMALLEST[name] <= 8]  # for the small images that most tests use
 DEEP = {  # as small as their settings let them be: what is tested here does not grow with depth
+    "preactresnet": "preactresnet:depth=8",
     "wideresnet": "wideresnet:depth=10,width=1",
     "densenet": "densenet:depth=10,growth=4",
     "fractalnet": "fractalnet:blocks=2,columns=2",
     "fastconvnet": "fastconvnet:width=4",
 }
 SHAPES = {
+    "preactresnet": [(1, 8, 8), (3, 9, 11), (3, 16, 16)],
     "preactresnet8": [(3, 16, 16), (1, 17, 19)],
     "preactresnet18": [(3, 16, 16), (1, 17, 19)],
     "linear": [(1, 1, 1), (3, 5, 4)],

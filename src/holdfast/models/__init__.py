@@ -19,6 +19,7 @@ from ..errors import UserError, unknown
 from ..outputs import Outputs
 from ..user_input import MOST, any_seed, typed, whole
 from ..user_input import text as checked_text
+from .cifar_preactresnet import CifarPreActResNet, with_statistics
 from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet, StepNet
 from .densenet import DenseNet
 from .fastconvnet import FastConvNet
@@ -33,6 +34,7 @@ from .wideresnet import WideResNet
 
 __all__ = [
     "MODELS", "Classifier", "LogitsOnly", "build", "check", "default_model", "is_own", "logits_only", "own_code_hash",
+    "with_statistics",
 ]  # fmt: skip
 
 MOST_PARAMETERS = 10**9  # 4 GB of weights, and three times that to train them
@@ -45,6 +47,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "stepnet": StepNet,
     "madry": Madry,
     "smallcnn": SmallCnn,
+    "preactresnet": CifarPreActResNet,
     "preactresnet8": PreActResNet8,
     "preactresnet18": PreActResNet18,
     "resnet": ResNet,

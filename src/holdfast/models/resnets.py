@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,42 +98,69 @@ class ResNet18(PostActResNet):
 
 
 class PreActBlock(nn.Module):
-    """x + conv(relu(bn(conv(relu(bn(x)))))); where shape changes, the shortcut is a 1x1 convolution of relu(bn(x))."""
+    """x + conv(relu(bn(conv(relu(bn(x)))))); where shape changes, the shortcut is a 1x1 convolution of relu(bn(x)).
 
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
+    Args: norm: the class of its batch norms; pooled: the shortcut there is x, averaged over 2x2 pixels, with the new
+    channels zero, half of them on each side (no parameters).
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width: int,
+        stride: int,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        pooled: bool = False,
+    ) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(width_in)
+        self.bn1 = norm(width_in)
         self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.relu = nn.ReLU()
-        changes = stride != 1 or width_in != width
-        self.shortcut = nn.Conv2d(width_in, width, 1, stride=stride, bias=False) if changes else None
+        self.pooled = pooled
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or width_in != width:
+            self.shortcut = (
+                nn.Sequential(nn.AvgPool2d(stride, ceil_mode=True), Padded(1, width - width_in))
+                if pooled
+                else nn.Conv2d(width_in, width, 1, stride=stride, bias=False)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         ready = self.relu(self.bn1(x))
-        kept = x if self.shortcut is None else self.shortcut(ready)
-        return kept + self.conv2(self.relu(self.bn2(self.conv1(ready))))
+        kept = x if self.shortcut is None else self.shortcut(x if self.pooled else ready)
+        out: Tensor = kept + self.conv2(self.relu(self.bn2(self.conv1(ready))))
+        return out
 
 
 class PreActResNet(nn.Module):
     """Pre-activation blocks (He et al. 2016), ``n`` of each width, each further width at half the side.
 
-    ``stem``: how wide the first convolution is. A last batch norm stands before the pooling.
+    ``stem``: how wide the first convolution is. A last batch norm stands before the pooling. ``norm``, ``pooled``: of
+    the blocks.
     """
 
-    def __init__(self, shape: Shape, stem: int, widths: tuple[int, ...], n: int) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        stem: int,
+        widths: tuple[int, ...],
+        n: int,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        pooled: bool = False,
+    ) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
         width_in = stem
         for place, width in enumerate(widths):
             for block in range(n):
-                blocks.append(PreActBlock(width_in, width, 2 if place and not block else 1))
+                blocks.append(PreActBlock(width_in, width, 2 if place and not block else 1, norm, pooled))
                 width_in = width
         self.features = width_in
         self.stem = nn.Conv2d(shape[0], stem, 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
-        self.bn = nn.BatchNorm2d(width_in)
+        self.bn = norm(width_in)
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
