@@ -408,4 +408,5 @@ def test_patch_whitening_loses_nothing_and_brings_every_component_to_variance_1(
     positive, negative = whitening(x).chunk(2, 1)
     variances = positive.sub(negative).var((0, 2, 3), correction=0)
     torch.testing.assert_close(variances, torch.ones(4 * channels), rtol=1e-3, atol=0)
-    assert positive.shape == (50, 4 * channels, 8, 8) and (positive * negative == 0).all()
+    assert positive.shape == (50, 4 * channels, 8, 8)
+    assert (positive * negative == 0).all()
