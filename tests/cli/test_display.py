@@ -298,7 +298,7 @@ def test_a_log_has_a_line_after_ten_seconds_and_then_every_minute(clock, capsys)
     assert err.splitlines() == [
         "10 s · 0 of 3 networks done · sce-seed0 · training · 3%",
         "1 min · 0 of 3 networks done · sce-seed0 · training · 19%",
-        "network 1 of 3 done: sce-seed0",
+        "network 1 of 3 done: sce-seed0, about 3 min left",
         "2 min · 1 of 3 networks done · sce-seed0 · training · 36%",
     ]
 
@@ -356,7 +356,7 @@ def test_a_notebook_has_one_line_that_changes_once_a_second(clock, cells, capsys
         shown.progress("sce", NETWORK_DONE, 1, 2)
     assert len(cells) == 1, "one output, not one more each time"
     assert 20 <= len(cells[0]) <= 32
-    assert cells[0][-1] == "network 1 of 2 done: sce"
+    assert cells[0][-1] == "network 1 of 2 done: sce, about 30 s left"
     assert capsys.readouterr() == ("", "")
 
 
@@ -369,29 +369,59 @@ def test_ctrl_c_in_a_notebook_stops_the_cell_not_the_notebook(cells):
 def test_a_log_says_at_once_how_long_a_network_will_take(capsys):
     """The first line of a log comes after ten seconds; what is expected of long work comes before it."""
     with Display() as shown:
-        shown.progress("sce", "training convnet, expected: 8 min of training, up to 2.0 h of attacks", 0, 30)
-        shown.progress("sce", "training convnet, expected: 8 min of training, up to 2.0 h of attacks", 1, 30)
-    assert capsys.readouterr().err.count("up to 2.0 h of attacks") == 1
+        shown.progress("sce", "training convnet, expected: 8 min of training, at most 2.0 h of attacks", 0, 30)
+        shown.progress("sce", "training convnet, expected: 8 min of training, at most 2.0 h of attacks", 1, 30)
+    assert capsys.readouterr().err.count("at most 2.0 h of attacks") == 1
 
 
 def test_the_expected_time_is_measured_and_short_work_is_not_announced(monkeypatch):
-    from holdfast import data, models
+    """The steps that are timed are the job's own: an attack of many steps in training takes many times longer."""
+    from holdfast import models
     from holdfast.experiments import expected
+    from holdfast.experiments.config import Comparison
 
-    split = data.load("moons", limit=50)
+    plain, attacked = "sce+mlp:width=64", "sce+mlp:width=64+adversarial:steps=20"
+    comparison = Comparison("moons", (plain, attacked), threat="linf:0.1", suite="quick", limit=50, seeds=2).checked()
+    jobs = comparison.jobs("nowhere")
+    split = jobs[0].cut.load("moons")
     model = models.build("mlp", split.shape, 2)
     weights = copy.deepcopy(model.state_dict())
     state = torch.random.get_rng_state()
-    settings = {"epochs": 2, "suite": "quick", "threats": 1, "device": "cpu"}
-    assert expected.expected_time(model, split, **settings) == ""
-    monkeypatch.setattr(expected, "_seconds_per_pass", lambda model, x: 0.5)
-    found = expected.expected_time(model, split, **settings)
-    assert found.startswith("expected: ")
-    assert "h of training" in found or "min of training" in found
-    assert "of attacks" in found
+    first, second = (expected.expected_of(job, split, model) for job in jobs[:2])
+    assert second.training > 3 * first.training > 0
+    assert first.attacks > 0
+    assert expected.expected_of(jobs[0], split, model, evaluated=False).attacks == 0
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     assert model.training
+    fixed = {id(job): expected.Expected(1000.0 if job.loss.objective else 10.0, 600.0) for job in jobs}
+    asked = []
+    monkeypatch.setattr(expected, "expected_of", lambda job, split: asked.append(job) or fixed[id(job)])
+    words = expected.expected_of_all(jobs, split, 2)
+    assert words == "expected: 17 min of training, at most 20 min of attacks; 4 networks, 2 at a time"
+    assert len(asked) == 2  # one of each kind
+    assert not list(Path().glob("nowhere*"))
+
+
+def test_a_log_says_how_long_the_other_networks_will_take(capsys, monkeypatch):
+    """Networks that were found done say nothing about the time."""
+    now = [1000.0]
+    monkeypatch.setattr("holdfast.cli.display.time.monotonic", lambda: now[0])
+    with Display(networks=4) as shown:
+        shown.progress("a", NETWORK_DONE, 1, 4)
+        shown.progress("all networks", "expected: 8 min of training; 3 networks, 1 at a time", 0, 3)
+        now[0] += 600
+        shown.progress("b", NETWORK_DONE, 2, 4)
+        now[0] += 600
+        shown.progress("c", NETWORK_DONE, 3, 4)
+        shown.progress("d", NETWORK_DONE, 4, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "network 1 of 4 done: a",
+        "all networks · expected: 8 min of training; 3 networks, 1 at a time",
+        "network 2 of 4 done: b, about 20 min left",
+        "network 3 of 4 done: c, about 10 min left",
+        "network 4 of 4 done: d",
+    ]
 
 
 def test_ctrl_c_elsewhere_ends_with_130(capsys):

@@ -162,6 +162,8 @@ class Display:
         self.tasks: dict[str, Any] = {}
         self.networks_bar: Any = None
         self.began = time.monotonic()
+        self.work_began: float | None = None  # when the first network that was not found done was reported on
+        self.found_done = 0
         self.last_line = self.began + FIRST - EVERY
 
     def __enter__(self) -> Display:
@@ -188,6 +190,12 @@ class Display:
         """
         if what == NETWORK_DONE:
             self._network_done(job, done, total)
+            return
+        if self.work_began is None:
+            self.work_began, self.found_done = time.monotonic(), self.networks_done
+        if done == 0 and what.startswith(EXPECTED):
+            if not self.quiet:
+                self.say(f"{job} · {what}")
         elif self.live:
             if job not in self.tasks:
                 self.tasks[job] = self.bars.add_task(short(job))
@@ -211,7 +219,14 @@ class Display:
         if self.networks_bar is not None:
             self.bars.update(self.networks_bar, completed=done, total=total)
         if not self.live and not self.quiet:
-            self.say(f"network {done} of {total} done: {job}")
+            self.say(f"network {done} of {total} done: {job}{self._left()}")
+
+    def _left(self) -> str:
+        """The time that the other networks will take if they take as long as those finished since work began."""
+        finished, others = self.networks_done - self.found_done, self.networks - self.networks_done
+        if self.work_began is None or finished < 1 or others < 1:
+            return ""
+        return f", about {duration((time.monotonic() - self.work_began) / finished * others)} left"
 
     def say(self, line: str) -> None:
         """Print a line in a log, or replace the line in a notebook."""

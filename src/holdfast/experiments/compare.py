@@ -23,6 +23,7 @@ from ..threat import Threat
 from ..user_input import typed
 from .collect import TrainedNetwork, collect
 from .config import Comparison, DataCut, Job, default_out, own_model_identity
+from .expected import expected_of_all
 from .pipeline import (
     EVALUATED_FILE,
     EVALUATION_FILE,
@@ -86,6 +87,9 @@ def compare(
         done.append(job)
         report(job.name, NETWORK_DONE, len(done), len(jobs))
 
+    ahead = expected_of_all(remaining, split, workers) if remaining else ""
+    if ahead:
+        report("all networks", ahead, 0, len(remaining))
     # The networks whose adversarial examples others wait for come first.
     remaining.sort(key=lambda job: job.loss.text != TRANSFER_LOSS)
     process_pool.run(run_job, remaining, workers=workers, progress=report, on_done=on_done)
@@ -128,7 +132,7 @@ def run_job(job: Job, progress: JobProgress) -> None:
     def report(what: str, done: int, total: int) -> None:
         progress(job.name, what, done, total)
 
-    model, _, split = train_network(job, progress=report)
+    model, _, split = train_network(job, progress=report, announce=False)  # ``compare`` has said it of all
     comparison, key = job.comparison, _key(job, split)
     sce = _transfer_job(job)
     for threat in comparison.threats:

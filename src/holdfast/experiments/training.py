@@ -16,7 +16,7 @@ from ..io import read_json, write_atomic
 from ..progress import Progress, as_progress
 from ..train import accuracy, expected_config, fit
 from .config import Job, schedule_of
-from .expected import expected_time
+from .expected import expected_of
 
 SUMMARY_FILE = "train.json"
 
@@ -79,13 +79,16 @@ def is_trained(job: Job, split: Split) -> bool:
     return (job.folder / SUMMARY_FILE).exists()
 
 
-def train_network(job: Job, split: Split | None = None, progress: Progress | None = None) -> Trained:
+def train_network(
+    job: Job, split: Split | None = None, progress: Progress | None = None, *, announce: bool = True
+) -> Trained:
     """Train a job's network, or load it if it is finished.
 
     Args:
         job: what to train, and the run folder it is trained in.
         split: the job's data where it is loaded already.
-        progress: called with ("training MODEL" and the time expected in all, epochs done, epochs).
+        progress: called with ("training MODEL" and the time that training is expected to take, epochs done, epochs).
+        announce: whether that time is measured first.
 
     Returns:
         The network, how training ended, and the data.
@@ -105,14 +108,7 @@ def train_network(job: Job, split: Split | None = None, progress: Progress | Non
     arguments = job.model_arguments(split)
     model = models.build(**arguments, mean=mean, std=std)
     what = f"training {arguments['name']}"
-    ahead = expected_time(
-        model,
-        split,
-        epochs=job.fit_config.epochs,
-        suite=job.comparison.suite,
-        threats=len(job.comparison.threats),
-        device=job.device,
-    )
+    ahead = expected_of(job, split, model, evaluated=False).words() if announce else ""
     if ahead:
         what += f", {ahead}"
         report(what, 0, job.fit_config.epochs)
