@@ -20,6 +20,8 @@ choose-l2)
     isce:s=lipschitz:{0.6,1,1.6}@orthogonal:scale={10,30})" ;;
 choose-l2-low)
   choose "${l2[@]}" --losses "$(rows sce@orthogonal:scale={0.1,0.2,0.3,0.5,0.7})" ;;
+choose-l2-annealing)
+  choose "${l2[@]}" --losses "$(rows isce:s=2,gamma={5,0},temperature=0.75@orthogonal:scale={1,3,10,30,100})" ;;
 choose-adversarial)
   at=adversarial:steps=5,ramp=0.3 tr=steps=5,ramp=0.3
   choose "${linf[@]}" --threat linf:0.2 --losses "$(rows sce+$at sce+$at,factor={1.1,1.2} sce+$at+fit:lr=5e-3 \
