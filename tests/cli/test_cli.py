@@ -285,12 +285,13 @@ def test_options_reach_the_training(parquet, holdfast_, tmp_path):
         "compare", "--data", parquet, "--losses", "cosface:m=0.2,scale=15,sce@center", "--threat", "l2:1/2",
         "--suite", "tiny", "--objective", "adversarial:steps=2", "--seeds", "1", "--epochs", "1", "--limit", "20",
         "--limit-train", "60", "--model", "mlp", "--batch-size", "16", "--optimizer", "sgd", "--lr", "0.05",
-        "--weight-decay", "0.001", "--augment", "crop:1+flip", "--jobs", "1", "--device", "cpu", "-o", "out", "-q",
+        "--weight-decay", "0.001", "--augment", "crop:1+flip", "--fit", "ema=0.9,schedule=step", "--jobs", "1", "--device", "cpu",
+        "-o", "out", "-q",
     )  # fmt: skip
     assert status == 0
     found = results.load(tmp_path / "out")
-    assert found.settings["fit"] | {"epochs": 1, "batch_size": 16, "optimizer": "sgd", "lr": 0.05,
-                                    "weight_decay": 0.001, "pad": 1, "flip": True} == found.settings["fit"]  # fmt: skip
+    assert found.settings["fit"] | {"epochs": 1, "batch_size": 16, "optimizer": "sgd", "lr": 0.05, "ema": 0.9,
+                                    "schedule": "step", "weight_decay": 0.001, "pad": 1, "flip": True} == found.settings["fit"]  # fmt: skip
     assert [run.loss for run in found.runs] == ["cosface:m=0.2,scale=15", "sce@center"]
     assert [run.n for run in found.runs] == [20, 20]
     assert found.runs[0].threat == {"norm": "l2", "eps": 0.5, "lo": 0.0, "hi": 1.0}
@@ -508,6 +509,10 @@ def test_report_takes_several_files(compared, holdfast_, tmp_path):
         (("--optimizer", "rmsprop"), r"optimizer must be 'adam' or 'sgd'"),
         (("--augment", "crop"), r"cannot read the augmentation 'crop'"),
         (("--augment", "flip"), r"cannot read the augmentation 'flip'"),
+        (("--fit", "emma=0.9"), r"unknown training setting in --fit 'emma'\. Did you mean 'ema'\?"),
+        (("--fit", "seed=3"), r"unknown training setting in --fit 'seed'"),
+        (("--fit", "ema=1"), r"ema must be in \[0, 1\)"),
+        (("--fit", "ema"), r"cannot read 'ema'"),
         (("--limit-train", "-1"), r"limit_train"),
         (("--limit-train", "5"), r"leaves none of class|limit_train"),
         (("--folds", "-1"), r"folds"),

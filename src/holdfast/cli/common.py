@@ -49,13 +49,16 @@ def fit_from(
     weight_decay: float | None,
     augment: str | None,
     checkpoint: str | None,
+    settings: str = "",
 ) -> FitConfig:
     """The data set's default training configuration, with the options that were given in place of its own."""
+    from ..experiments.config import changed_fit
     from ..experiments.recipes import fit_for, override
-    from ..spec import augmentation
+    from ..spec import augmentation, parse
 
     given = {"epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
-    return override(fit_for(data), **given, checkpoint=checkpoint, **augmentation(augment))
+    fit = override(fit_for(data), **given, checkpoint=checkpoint, **augmentation(augment))
+    return changed_fit(fit, parse(f"fit:{settings}")[1], "--fit") if settings else fit
 
 
 def print_json(value: Any) -> None:

@@ -34,6 +34,7 @@ def compare(
     weight_decay: o.WeightDecay = None,
     augment: o.Augment = None,
     checkpoint: o.Checkpoint = None,
+    fit_settings: o.FitSettings = "",
     jobs: o.Jobs = 0,
     device: o.Device = "auto",
     out: o.Out = None,
@@ -58,7 +59,7 @@ def compare(
     from .. import spec
     from ..experiments.config import Comparison
 
-    fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint)
+    fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint, fit_settings)
     chosen: dict[str, Any] = {"losses": tuple(spec.split(losses))} if losses else {}
     comparison = Comparison(
         data=data,

@@ -89,6 +89,14 @@ Optimizer = Annotated[str | None, option("adam or sgd. Default: by data set.")]
 LearningRate = Annotated[float | None, option("Learning rate. Default: by data set.")]
 WeightDecay = Annotated[float | None, option("Weight decay (decoupled for adam). Default: by data set.")]
 Augment = Annotated[str | None, option("none, crop:PAD or crop:PAD+flip. Default: crop:4+flip for CIFAR.")]
+FitSettings = Annotated[
+    str,
+    option(
+        "Further training settings, as after +fit: in a loss spec: ema=0.99,precision=bf16. They are those of FitConfig: "
+        "momentum, schedule, ema, precision, checkpoint_seconds, ...",
+        "--fit",
+    ),
+]
 Jobs = Annotated[int, option("Networks trained in parallel; 0: one per CPU core, or one on a GPU.")]
 Quiet = Annotated[bool, option("Print the result only, no progress.", "--quiet", "-q")]
 AsJson = Annotated[bool, option("Print one JSON document on stdout; progress goes to stderr.", "--json")]

@@ -37,6 +37,7 @@ def train(
     weight_decay: o.WeightDecay = None,
     augment: o.Augment = None,
     checkpoint: o.Checkpoint = None,
+    fit_settings: o.FitSettings = "",
     device: o.Device = "auto",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
@@ -54,7 +55,7 @@ def train(
         if loss not in ("sce", "isce"):
             raise UserError(f"--s belongs to I-SCE: leave --loss out, or write isce:s={s}@HEAD, not --loss {loss}.")
         loss = f"isce:s={s}"
-    fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint)
+    fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint, fit_settings)
     comparison = Comparison(
         data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit,
         image_column=image_column, label_column=label_column, convert=convert, resize=resize,

@@ -321,14 +321,34 @@ def fit_config(comparison: Comparison, row: LossSpec, seed: int = 0) -> FitConfi
     Raises:
         UserError: the row changes a setting that FitConfig does not have, or to a value that it does not take.
     """
-    known = [f.name for f in fields(FitConfig)]
-    for key in row.fit:
-        if key not in known or key == "seed":
-            raise unknown(f"training setting in '{row.text}'", key, sorted(known))
+    return replace(changed_fit(comparison.fit, row.fit, f"'{row.text}'"), seed=seed)
+
+
+def changed_fit(fit: FitConfig, changes: dict[str, Any], where: str) -> FitConfig:
+    """A training configuration with other settings.
+
+    Args:
+        fit: the configuration.
+        changes: settings of FitConfig, all but the seed, and their values.
+        where: what names them, for errors.
+
+    Returns:
+        The changed configuration.
+
+    Raises:
+        UserError: a setting that FitConfig does not have, or a value that it does not take.
+
+    >>> changed_fit(FitConfig(), {"ema": 0.99}, "--fit").ema
+    0.99
+    """
+    known = [f.name for f in fields(FitConfig) if f.name != "seed"]
+    for key in changes:
+        if key not in known:
+            raise unknown(f"training setting in {where}", key, sorted(known))
     try:
-        return replace(comparison.fit, **{**row.fit, "seed": seed})
+        return replace(fit, **changes)
     except TypeError:
-        raise UserError(f"the training settings of '{row.text}' cannot be read: {row.fit}.") from None
+        raise UserError(f"the training settings of {where} cannot be read: {changes}.") from None
 
 
 @typed
