@@ -195,6 +195,25 @@ def cifar10(data: str = "cifar10") -> Recipe:
     )
 
 
+def cifar10_small(data: str = "cifar10") -> Recipe:
+    """SCE and reading C on CIFAR-10 by the narrow network of the record: what two cores can repeat within the hour."""
+    return Recipe(
+        about="SCE and reading C of I-SCE on CIFAR-10 without adversarial training: a narrow network, linf 1/255, 8/255",
+        comparison=Comparison(
+            data=data,
+            losses=("sce", "isce_c"),
+            threat="linf:1/255,linf:8/255",
+            suite="per-attack",
+            model="fastconvnet",
+            limit=500,
+            fit=FitConfig(
+                epochs=12, batch_size=256, lr=5e-3, schedule="onecycle", weight_decay=0.05, ema=0.99, pad=4, flip=True
+            ),
+        ),
+        cost="under an hour on 2 cores",
+    )
+
+
 def cifar10_wide(data: str = "cifar10") -> Recipe:
     """WideResNet-34-10 on CIFAR-10, linf 8/255: TRADES, beta 6, PGD-10, 100 epochs."""
     return Recipe(
@@ -219,6 +238,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "mnist": mnist,
     "mnist-linf": mnist_linf,
     "mnist-l2": mnist_l2,
+    "cifar10-small": cifar10_small,
     "cifar10": cifar10,
     "cifar10-wide": cifar10_wide,
 }
