@@ -66,11 +66,18 @@ def evaluate_and_audit(model, some, **more):
     return audit(model, some, evaluate(model, some, THREAT, "quick", **more))
 
 
+@pytest.fixture(scope="module")
+def plain_audit(plain, some):
+    """The plain network, evaluated and audited outside of any context."""
+    return evaluate_and_audit(plain, some)
+
+
 def finding(audited, check):
     (found,) = (found for found in audited.findings if found.name == check)
     return found
 
 
+@pytest.mark.usefixtures("short_audits")
 @pytest.mark.parametrize(
     ("choose", "check"),
     [
@@ -102,9 +109,8 @@ def test_a_network_that_is_weak_on_the_8_bit_grid_alone_is_loose(plain, hardened
     assert audited.verdict(PGD50).status == "refuted"  # what the check broke counts
 
 
-def test_two_honest_networks_are_not_accused(plain, hardened, some):
-    for net in (plain, hardened):
-        audited = evaluate_and_audit(net, some)
+def test_two_honest_networks_are_not_accused(plain_audit, hardened, some):
+    for audited in (plain_audit, evaluate_and_audit(hardened, some)):
         assert not [found.name for found in audited.findings if found.fires]
         assert audited.verdict().status == "tight"
         assert audited.verdict().why.startswith("empirical: no attack of ")
@@ -112,17 +118,17 @@ def test_two_honest_networks_are_not_accused(plain, hardened, some):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_the_callers_gradient_mode_changes_nothing(plain, some, mode):
+def test_the_callers_gradient_mode_changes_nothing(plain, plain_audit, some, mode):
     with mode():
         inside = evaluate_and_audit(plain, some)
         with frozen_eval(plain):
             assert torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
-    outside = evaluate_and_audit(plain, some)
-    assert inside.findings == outside.findings
-    assert torch.equal(inside.evaluation.x_adv, outside.evaluation.x_adv)
+    assert inside.findings == plain_audit.findings
+    assert torch.equal(inside.evaluation.x_adv, plain_audit.evaluation.x_adv)
 
 
+@pytest.mark.usefixtures("short_audits")
 def test_the_whole_answer_is_given_inside_inference_mode(plain, some):
     few = some.take(slice(0, 12))
     with torch.inference_mode():
@@ -174,6 +180,7 @@ def linear(split):
     return model.eval()
 
 
+@pytest.mark.usefixtures("short_audits")
 def test_a_network_that_is_float32_inside_is_audited(linear, some):
     audited = evaluate_and_audit(Table(linear, 10), some)
     for check in ("float64 changes nothing", "float64 scores break no survivor"):
@@ -182,10 +189,12 @@ def test_a_network_that_is_float32_inside_is_audited(linear, some):
         assert found.why.startswith("the network is float32 inside")
 
 
+@pytest.mark.usefixtures("short_audits")
 def test_a_network_of_buffers_is_asked_in_float64(linear, some):
     assert finding(evaluate_and_audit(Buffers(linear, 10), some), "float64 changes nothing").status == "holds"
 
 
+@pytest.mark.usefixtures("short_audits")
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 def test_few_images_are_audited_and_never_none(linear, some, n):
     few = some.take(slice(0, n))
@@ -205,7 +214,7 @@ def test_no_network_is_queried_about_zero_images(linear):
     assert out.logits.shape == (0, 10)
 
 
-def test_a_network_that_edits_its_input_is_evaluated_as_the_one_it_is(plain, some):
+def test_a_network_that_edits_its_input_is_evaluated_as_the_one_it_is(plain, plain_audit, some):
     class Edits(nn.Module):
         def __init__(self):
             super().__init__()
@@ -216,12 +225,13 @@ def test_a_network_that_edits_its_input_is_evaluated_as_the_one_it_is(plain, som
             x -= 0.5
             return self.net((x + 0.5) / 2)
 
-    edits, honest = evaluate_and_audit(Edits(), some), evaluate_and_audit(plain, some)
+    edits, honest = evaluate_and_audit(Edits(), some), plain_audit
     assert torch.equal(edits.evaluation.clean, honest.evaluation.clean)
     assert torch.equal(edits.evaluation.robust, honest.evaluation.robust)
     assert edits.verdict().status == "tight"
 
 
+@pytest.mark.usefixtures("short_audits")
 def test_a_constant_prediction_is_loose_and_its_sentence_says_so(some):
     class Constant(nn.Module):
         def forward(self, x):
@@ -232,6 +242,7 @@ def test_a_constant_prediction_is_loose_and_its_sentence_says_so(some):
     assert "not significantly above chance" in verdict.why
 
 
+@pytest.mark.usefixtures("short_audits")
 def test_a_constant_prediction_is_proved_and_not_exact(some):
     """All of it is certified and says nothing, as the finding on chance itself says."""
     constant = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
@@ -272,9 +283,8 @@ def test_certified_samples_cannot_be_broken_any_more(some, monkeypatch):
     assert audited.remaining.high <= 64 - proved
 
 
-def test_the_stage_that_broke_a_sample_is_found_by_its_number(plain, some):
-    audited = evaluate_and_audit(plain, some)
-    final = audited.evaluation
+def test_the_stage_that_broke_a_sample_is_found_by_its_number(plain_audit):
+    final = plain_audit.evaluation
     for number, stage in enumerate(final.stages):
         assert int((final.broken_by == number).sum()) == stage.broken
     assert final.stages[0].name == "clean"
@@ -282,9 +292,9 @@ def test_the_stage_that_broke_a_sample_is_found_by_its_number(plain, some):
     assert int((final.broken_by == 1).sum()) > 0
 
 
-def test_counts_are_of_one_thing_and_their_bound_is_a_number(plain, some):
+def test_counts_are_of_one_thing_and_their_bound_is_a_number(plain, plain_audit, some):
     assert lower_bound_99(90, 64) == lower_bound_99(64, 64)
-    found = finding(evaluate_and_audit(plain, some), "candidates lie in the threat")
+    found = finding(plain_audit, "candidates lie in the threat")
     evaluation = evaluate(plain, some, THREAT, (Stage("targets", "apgd", "dlr", targets=3, settings={"steps": 2}),))
     assert found.k == 0
     assert all(cost.candidates >= cost.attacked for cost in evaluation.stages)

@@ -20,6 +20,8 @@ from .probe import Probe, Recapture, rescaled_cross_entropy
 
 NO_SURVIVOR = "there is no survivor without a certificate to try it on"
 FEW = 20  # survivors that a costly check looks at
+RAYS_STEPS, SQUARE_STEPS, NOISE_STEPS = 200, 100, 40  # queries of the attacks without gradients
+MD_TARGETS = 9  # likeliest wrong classes that margin decomposition tries
 
 
 def a_huge_eps_leaves_nothing(probe: Probe) -> CheckCount:
@@ -99,7 +101,7 @@ def a_black_box_is_not_stronger(probe: Probe) -> CheckCount | str:
             return NO_SURVIVOR
         if probe.threat.norm not in ATTACKS["square"].norms:
             return f"square is not defined for {probe.threat.norm}"
-        broken = probe.attack("square", probe.survivors, SCORES["margin"], AuditStream.SQUARE, steps=100)
+        broken = probe.attack("square", probe.survivors, SCORES["margin"], AuditStream.SQUARE, steps=SQUARE_STEPS)
         k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"Square breaks {k} of {n} survivors of the gradient attacks")
 
@@ -111,7 +113,7 @@ def labels_alone_break_no_survivor(probe: Probe) -> CheckCount | str:
         return NO_SURVIVOR
     if probe.threat.norm not in ATTACKS["rays"].norms:
         return f"rays is not defined for {probe.threat.norm}"
-    broken = probe.attack("rays", rows, SCORES["margin"], AuditStream.RAYS, steps=200)
+    broken = probe.attack("rays", rows, SCORES["margin"], AuditStream.RAYS, steps=RAYS_STEPS)
     k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"RayS, which reads labels alone, breaks {k} of {n} survivors")
 
@@ -127,7 +129,7 @@ def decomposing_the_margin_breaks_no_survivor(probe: Probe) -> CheckCount | str:
         return NO_SURVIVOR
     broken = torch.zeros_like(rows, dtype=torch.bool)
     logits = probe.logits(probe.x(rows)).scatter(1, probe.y(rows)[:, None], -torch.inf)
-    for number, target in enumerate(logits.topk(min(9, logits.shape[1] - 1), dim=1).indices.unbind(1)):
+    for number, target in enumerate(logits.topk(min(MD_TARGETS, logits.shape[1] - 1), dim=1).indices.unbind(1)):
         left = torch.nonzero(~broken)[:, 0]
         stream = AuditStream.MARGIN_DECOMPOSITION.numbered(number)
         broken[left] = probe.attack("md", rows[left], SCORES["margin"], stream, steps=10, target=target[left])
@@ -182,7 +184,7 @@ def noise_is_not_stronger(probe: Probe) -> CheckCount | str:
     rows = probe.survivors[: len(probe.survivors) // 4 or None]
     if len(rows) == 0:
         return NO_SURVIVOR
-    broken = probe.attack("noise", rows, SCORES["margin"], AuditStream.RANDOM_NOISE, steps=40)
+    broken = probe.attack("noise", rows, SCORES["margin"], AuditStream.RANDOM_NOISE, steps=NOISE_STEPS)
     k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"random noise breaks {k} of {n} survivors of the gradient attacks")
 
