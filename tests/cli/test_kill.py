@@ -16,6 +16,7 @@ import pytest
 from tests.helpers import write_parquet
 
 from holdfast import cli, results
+from holdfast.checks import CHECKS
 from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments.compare import compare
 from holdfast.experiments.config import Comparison
@@ -204,6 +205,8 @@ def test_a_kill_at_any_write_of_a_comparison(tmp_path, monkeypatch):
     """What lies in the folder before each rename is what a kill leaves there: each is copied, and resumed from."""
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(SUITES, "tiny", (Stage("apgd", "apgd", settings={"steps": 3}),))
+    monkeypatch.setattr("holdfast.checks.CHECKS", CHECKS[:2])  # the audit is long, and its checks write nothing
+    monkeypatch.setattr("holdfast.region.measures.N_DISTANCES", 4)
     data = str(write_parquet(tmp_path / "data", 60, 20))
     comparison = Comparison(
         data=data, losses=("sce",), suite="tiny", fit=FitConfig(epochs=2, batch_size=32, checkpoint_seconds=0)
