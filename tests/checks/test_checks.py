@@ -76,7 +76,7 @@ def faulty_audit(honest, some):
     def audited(faulty, severity):
         torch.manual_seed(0)
         with pytest.MonkeyPatch.context() as patch:
-            if faulty not in ("decoy_gradient", "plateau"):  # which RayS catches
+            if faulty not in ("decoy_gradient", "plateau", "remembers", "honest_at_first"):  # RayS catches, or counts
                 shorten_audits(patch)
             return evaluate_and_audit(FAULTY[faulty].make(copy.deepcopy(honest), severity).eval(), some, size=32)
 
