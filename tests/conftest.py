@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from hypothesis import settings
-from tests.helpers import on_digits, right_ones
+from tests.helpers import on_digits, right_ones, shorten_audits
 from torch import nn
 
 from holdfast import cli, data
@@ -29,13 +29,28 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 torch.set_num_threads(1)  # ten times faster here than two threads that wait for each other
 
 
+SHORT_AUDITS = ("test_compare", "test_kill", "test_run_folder")  # where audits stand for work that is done once
+
+
 @pytest.fixture(scope="module", autouse=True)
-def few_are_walked(request):
-    """Fewer samples whose smallest perturbation is looked for, but where that is tested: each network pays for it."""
+def short_measurements(request):
+    """Fewer samples whose smallest perturbation is looked for, but where that is tested; and shorter audits.
+
+    Every network that a test evaluates pays for both.
+    """
+    here = request.node.nodeid
     with pytest.MonkeyPatch.context() as patch:
-        if "test_region" not in request.node.nodeid and "WRITE_DOCS" not in os.environ:
+        if "test_region" not in here and "WRITE_DOCS" not in os.environ:
             patch.setattr("holdfast.region.measures.N_DISTANCES", 24)
+        if any(name in here for name in SHORT_AUDITS):
+            shorten_audits(patch)
         yield
+
+
+@pytest.fixture
+def short_audits(monkeypatch):
+    """A shorter audit, for a single test."""
+    shorten_audits(monkeypatch)
 
 
 @pytest.fixture(scope="session")

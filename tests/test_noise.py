@@ -1,6 +1,8 @@
 """Noise belongs to a sample: a hash of (seed, index, position), uniform, independent, the same in any batch."""
 
+import ast
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.losses import reference
 
-from holdfast.noise import Noise
+import holdfast
+from holdfast.noise import AuditStream, Noise, Stream
 
 N = 20_000
 DEVICES = ["cpu", "meta", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -184,6 +187,44 @@ def test_integers_fill_their_range_evenly(high):
         assert scipy.stats.chisquare(torch.bincount(drawn.flatten(), minlength=high).numpy()).pvalue > 1e-3
     if high == 2**31:
         assert scipy.stats.kstest(drawn.flatten().double().numpy() / high, "uniform").pvalue > 1e-3
+
+
+def test_streams_of_one_parent_are_distinct():
+    """Enums make equal values aliases of one member: __members__ shows those too."""
+    for parent in Stream.__subclasses__():
+        keys = [one.value + number for one in parent.__members__.values() for number in range(one.count)]
+        assert len(keys) == len(set(keys)), parent
+    with pytest.raises(ValueError, match="2 streams"):
+        AuditStream.RECAPTURE_APGD.numbered(2)
+
+
+def test_streams_keep_their_values():
+    """Records were drawn with them."""
+    values = {p.__name__: [(s.value, s.count) if s.count > 1 else s.value for s in p] for p in Stream.__subclasses__()}
+    assert values == {
+        "EvaluationStream": [10_000, 20_000, 30_000, 31_000],
+        "AuditStream": [
+            *range(1, 10), *range(11, 15), (15, 2), 20, 30, 31, 32, (40, 9), 90, 91, 92,
+        ],
+        "BracketStream": [0, 1],
+        "StartStream": [1, 2],
+        "GridStream": [(1, 2)],
+        "BesideStream": [1],
+        "SquareStream": [0],
+        "SquareQueryStream": [1, 2, 3, 4],
+    }  # fmt: skip
+    noise = noise_of(5)
+    assert torch.equal(noise.fold(AuditStream.RAYS, 2).bits(()), noise.fold(30, 2).bits(()))
+
+
+def test_no_stream_is_a_bare_number():
+    """Whoever folds noise, or runs an attack of the audit, names the stream."""
+    for path in Path(holdfast.__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("fold", "attack", "attack_in_float64"):
+                numbers = [part for part in call.args if isinstance(part, ast.Constant) and type(part.value) is int]
+                sums = [part for part in call.args if isinstance(part, ast.BinOp)]
+                assert not [*numbers, *sums], f"{path}, line {call.lineno}: give the stream a name in holdfast.noise"
 
 
 @pytest.mark.parametrize("device", DEVICES)

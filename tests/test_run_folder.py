@@ -164,10 +164,9 @@ def test_a_network_file_that_was_exchanged_is_not_opened(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "ABSOLUTE", "../other", "network/../.."])
-def test_witnesses_may_not_name_a_network_outside(name, copied_run, tmp_path):
-    run = copied_run("sce")
+def test_witnesses_may_not_name_a_network_outside(name, evaluated_run, tmp_path):
+    run = shutil.copytree(evaluated_run, tmp_path / "run")
     shutil.copytree(run, tmp_path / "elsewhere")
-    evaluate_model(from_run(run, limit=20), "linf:0.1", "tiny", run / "evaluation")
     assert all(one.holds for one in replay(run / "evaluation"))
     path = run / "evaluation" / "witnesses.safetensors"
     tensors, about = load_tensors(path, "witnesses", 1)
@@ -310,14 +309,13 @@ def test_a_comparison_of_ones_own_backbone_asks_again(code, tmp_path):
         compare(comparison, tmp_path / "out")
 
 
-def test_a_second_environment_is_noted(copied_run, monkeypatch):
-    run = copied_run("sce")
-    evaluate_model(from_run(run, limit=20), "linf:0.1", "tiny", run / "evaluation")
+def test_a_second_environment_is_noted(evaluated_run, tmp_path, monkeypatch):
+    run = shutil.copytree(evaluated_run, tmp_path / "run")
     now = environment.environment()
     assert run_folder.environments(run / "evaluation") == [now]
     monkeypatch.setattr(run_folder, "environment", lambda: {**now, "torch": "9.9", "holdfast": "7"})
-    found = evaluate_model(from_run(run, limit=20), "linf:0.1", "tiny", run / "evaluation")
-    evaluate_model(from_run(run, limit=20), "linf:0.1", "tiny", run / "evaluation")
+    found = evaluate_model(from_run(run, limit=12), "linf:0.1", "tiny", run / "evaluation")
+    evaluate_model(from_run(run, limit=12), "linf:0.1", "tiny", run / "evaluation")
     kept = run_folder.environments(run / "evaluation")
     assert [one["torch"] for one in kept] == [now["torch"], "9.9"]
     assert [one["torch"] for one in found.environment["earlier"]] == ["9.9"]  # this process is in truth the first one

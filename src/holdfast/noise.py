@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -99,3 +100,105 @@ class Noise:
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
         """(N, *shape) int64, uniform on 0 .. high-1; high at most 2^31, so that the bias is below 2^-22."""
         return (self.uniform(shape, torch.float64) * high).to(torch.int64)
+
+
+class Stream(IntEnum):
+    """Keys of ``Noise.fold`` by name: one class for each parent, so that no two uses of it draw the same numbers.
+
+    A member with a second number, its count, has so many streams in a row: ``numbered`` names one of them. Restarts,
+    steps and queries are keys as well, without names. Records were drawn with these values: they never change.
+    """
+
+    count: int
+
+    def __new__(cls, value: int, count: int = 1) -> Stream:
+        made = int.__new__(cls, value)
+        made._value_, made.count = value, count
+        return made
+
+    def numbered(self, number: int) -> int:
+        """The key of the number-th stream of this name, 0 <= number < count.
+
+        >>> AuditStream.MARGIN_DECOMPOSITION.numbered(8)
+        48
+        """
+        if not 0 <= number < self.count:
+            raise ValueError(f"{self.name} has {self.count} streams, not one with the number {number}")
+        return self.value + number
+
+
+class EvaluationStream(Stream):
+    """Of an evaluation's noise. Smaller keys belong to its stages."""
+
+    AUDIT = 10_000
+    SPOT_CHECK = 20_000
+    RANDOM_TARGET = 30_000
+    GRID = 31_000
+
+
+class AuditStream(Stream):
+    """Of the audit's noise."""
+
+    PGD10 = 1  # the same start for all scores that are compared
+    EPS_ZERO = 2
+    ZERO_GRADIENTS = 3
+    SLOPE_START = 4
+    SLOPE_DIRECTION = 5
+    HUGE_EPS = 6
+    TWICE_EPS = 7
+    FLOAT64_SURVIVORS = 8
+    SQUARE = 9
+    RANDOM_NOISE = 11
+    INSIDE_POINT = 12
+    SURFACE_POINT = 13
+    ASCENT_START = 14
+    RECAPTURE_APGD = 15, 2
+    RECAPTURE_PGD = 20
+    RAYS = 30
+    DESCENT = 31
+    GRID = 32
+    MARGIN_DECOMPOSITION = 40, 9
+    BATCH_ORDER = 90
+    POINTS_ASCENT = 91
+    POINTS_START = 92
+
+
+class BracketStream(Stream):
+    """Of a bracket's noise."""
+
+    LOGIT_DIFFERENCE = 0
+    MARGIN = 1
+
+
+class StartStream(Stream):
+    """Of the noise of a random start in a threat."""
+
+    L1_MAGNITUDE = 1
+    RADIUS = 2
+
+
+class GridStream(Stream):
+    """Of the noise of points on the 8-bit grid and beside it; the random start there folds the same noise by RADIUS."""
+
+    BESIDE = 1, 2
+
+
+class BesideStream(Stream):
+    """Of the noise of one point beside the grid."""
+
+    SIGN = 1
+
+
+class SquareStream(Stream):
+    """Of the noise of the square attack, whose queries have the keys from 1."""
+
+    START = 0
+
+
+class SquareQueryStream(Stream):
+    """Of the noise of one query of the square attack."""
+
+    TOP = 1
+    LEFT = 2
+    SIGN = 3
+    ORIENTATION = 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError, type_of, unknown
-from .noise import Noise
+from .noise import Noise, StartStream
 from .user_input import number, read_number, text
 
 NORMS = ("linf", "l2", "l1")
@@ -208,8 +208,9 @@ class Threat:
             if self.norm == "l2":
                 direction = noise.normal(shape, x.dtype)
             else:
-                direction = noise.sign(shape, x.dtype) * -noise.fold(1).uniform(shape, x.dtype).log()
-            radius = self.eps * noise.fold(2).uniform((), x.dtype) ** (1 / math.prod(shape))
+                magnitude = -noise.fold(StartStream.L1_MAGNITUDE).uniform(shape, x.dtype).log()
+                direction = noise.sign(shape, x.dtype) * magnitude
+            radius = self.eps * noise.fold(StartStream.RADIUS).uniform((), x.dtype) ** (1 / math.prod(shape))
             delta = direction * column(radius / self.size(direction).clamp_min(1e-30), x)
         return (x + delta).clamp(self.lo, self.hi)
 

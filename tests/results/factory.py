@@ -31,7 +31,8 @@ def png(pixels: np.ndarray) -> str:
 def make_check(name, status, k=0, n=0, why="") -> R.CheckResult:
     """A check of both figures."""
     value = k / n if n else None
-    return R.CheckResult(name, status, k, n, 0.05, why, False, ("pgd50", "robust"), "nobody", value, value)
+    both = ("pgd50", "robust")
+    return R.CheckResult(name, status, k, n, 0.05, why, False, both, "nobody", value=value, low=value)
 
 
 def make_run(loss="sce", seed=0, n=200, clean=0.97, pgd50=0.4, robust=0.3, scale=8.0, status="tight", **more) -> R.Run:

@@ -116,7 +116,7 @@ samples_of = st.integers(1, 4).flatmap(
     )
 )
 claims = st.lists(text, max_size=2).map(tuple)
-check = st.builds(R.CheckResult, text, text, count, count, number, text, st.booleans(), claims, text)
+check = st.builds(R.CheckResult, text, text, count, count, number, text, st.booleans(), claims, text, st.booleans())
 spot_checks = st.lists(st.builds(R.SpotCheck, count, count, count, count, count), max_size=2).map(tuple)
 remaining = st.builds(R.Remaining, *[number] * 3, *[count] * 5, spot_checks, st.booleans(), st.integers(1, 1000))
 eps = st.floats(0, 10, exclude_min=True)
@@ -201,6 +201,15 @@ def test_a_small_file_by_hand_loads(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"schema": 4, "runs": [run], "data": {}}))
     assert R.load(tmp_path).runs[0].robust is None
     assert R.load(tmp_path).runs[0].pgd50 == R.Interval(0.5, 0.4, 0.6)
+
+
+def test_a_check_of_an_older_file_makes_no_proof_vacuous(tmp_path):
+    path = R.save(make_results(), tmp_path)
+    raw = json.loads(path.read_text())
+    for check in raw["runs"][0]["checks"]:
+        del check["vacuous"]
+    path.write_text(json.dumps(raw))
+    assert R.load(path) == make_results()
 
 
 def test_arrays_and_numpy_scalars_become_plain(tmp_path):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..losses import Loss
-from ..noise import Noise
+from ..noise import Noise, SquareQueryStream, SquareStream
 from ..threat import Threat
 from .base import Model, MostAdversarial, attack, predict, should_drop_fooled, targeted_score, those
 
@@ -87,12 +87,12 @@ def _start(x: Tensor, threat: Threat, noise: Noise) -> Tensor:
     """The first point: vertical stripes for linf, a tiling of bumps for l2."""
     channels, height, width = x.shape[1:]
     if threat.norm == "linf":
-        return threat.project(x + threat.eps * noise.fold(0).sign((channels, 1, width), x.dtype), x)
+        return threat.project(x + threat.eps * noise.fold(SquareStream.START).sign((channels, 1, width), x.dtype), x)
     side = max(2, min(height, width) // 5)
     bump = _bump(side, x)
     n_rows, n_columns = -(-height // side), -(-width // side)
     tiles = bump.repeat(n_rows, n_columns)[:height, :width]
-    signs = noise.fold(0).sign((channels, n_rows, n_columns), x.dtype)
+    signs = noise.fold(SquareStream.START).sign((channels, n_rows, n_columns), x.dtype)
     signs = signs.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :height, :width]
     return threat.project(x + 1e6 * threat.eps * threat.ascent(tiles * signs), x)
 
@@ -100,8 +100,8 @@ def _start(x: Tensor, threat: Threat, noise: Noise) -> Tensor:
 def _window(noise: Noise, side: int, height: int, width: int, key: int) -> tuple[Tensor, Tensor]:
     """The row and column indices of each sample's own square, two (N, side)."""
     offsets = torch.arange(side, device=noise.index.device)
-    top = noise.fold(1, key).integers(height - side + 1)
-    left = noise.fold(2, key).integers(width - side + 1)
+    top = noise.fold(SquareQueryStream.TOP, key).integers(height - side + 1)
+    left = noise.fold(SquareQueryStream.LEFT, key).integers(width - side + 1)
     return top[:, None] + offsets, left[:, None] + offsets
 
 
@@ -115,7 +115,7 @@ def _mask(window: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
 def _propose_linf(x_adv: Tensor, x: Tensor, threat: Threat, noise: Noise, side: int) -> Tensor:
     """x_adv with the square set to x +- eps."""
     inside = _mask(_window(noise, side, x.shape[2], x.shape[3], 0), x)
-    signs = noise.fold(3).sign((x.shape[1], 1, 1), x.dtype)
+    signs = noise.fold(SquareQueryStream.SIGN).sign((x.shape[1], 1, 1), x.dtype)
     return threat.project(torch.where(inside, x + threat.eps * signs, x_adv), x)
 
 
@@ -143,8 +143,9 @@ def _propose_l2(x_adv: Tensor, x: Tensor, threat: Threat, noise: Noise, side: in
     norm = delta.flatten(1).norm(dim=1)
     freed = (delta * (inside | cleared)).flatten(1).norm(dim=1)  # the norm of delta in both squares
     bump = _bump(side, x)
-    bump = torch.where((noise.fold(4).sign((1, 1), x.dtype) > 0), bump, bump.T)  # one of two orientations
-    signs = noise.fold(3).sign((channels, 1, 1), x.dtype)
+    upright = noise.fold(SquareQueryStream.ORIENTATION).sign((1, 1), x.dtype) > 0
+    bump = torch.where(upright, bump, bump.T)
+    signs = noise.fold(SquareQueryStream.SIGN).sign((channels, 1, 1), x.dtype)
     old = _cut(delta, window, side)
     old = old / old.flatten(2).norm(dim=2).clamp_min(1e-12)[..., None, None]
     new = bump[:, None] * signs + old

@@ -18,7 +18,7 @@ from ..errors import UserError, at_least
 from ..io import load_tensors, save_tensors, understood
 from ..losses import negative_margin
 from ..milp import layers_of, maximize
-from ..noise import Noise
+from ..noise import BracketStream, Noise
 from ..outputs import Model, Outputs, frozen_eval, logits_of
 from ..progress import Progress, as_progress
 from ..queries import CountingModel, default_batch_size, device_of, exact_float32
@@ -179,10 +179,11 @@ def _attack(model: CountingModel, x: Tensor, data: Data, threat: Threat, seed: i
         recorder = _SmallestMargin(model, images, y)
         attack = partial(pgd, recorder, images, y, threat, steps=STEPS, step_size=threat.eps / 10, iterate="last")
         for k, target in enumerate(order.unbind(1)):
+            score, noise_k = partial(_difference_to, target), starts.fold(BracketStream.LOGIT_DIFFERENCE, k)
             for random_start in (False, True):
-                attack(score=partial(_difference_to, target), noise=starts.fold(0, k), random_start=random_start)
+                attack(score=score, noise=noise_k, random_start=random_start)
         for restart in range(RESTARTS):
-            attack(score=negative_margin, noise=starts.fold(1, restart))
+            attack(score=negative_margin, noise=starts.fold(BracketStream.MARGIN, restart))
         x_adv = threat.project(recorder.x_adv, images)
         with torch.no_grad():
             worst = torch.stack([negative_margin(model(point).logits, y) for point in (images, x_adv)])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ __all__ = [
     "Claim",
     "Probe",
     "audit",
+    "identity_of_checks",
     "judge",
     "lower_bound_99",
     "merge",
@@ -61,6 +63,7 @@ class Check:
         source: who proposed it.
         void: whether the evaluation is invalid if it fires.
         without_samples: whether it also runs where no sample is classified correctly.
+        vacuous: whether even a proof says nothing of robustness if it fires.
     """
 
     function: Callable[[Probe], CheckCount | str]
@@ -68,6 +71,7 @@ class Check:
     source: str
     void: bool = False
     without_samples: bool = False
+    vacuous: bool = False
 
 
 _BOTH = (PGD50, ROBUST)
@@ -85,7 +89,7 @@ CHECKS: tuple[Check, ...] = (
     Check(soundness.the_model_is_left_as_it_was, _BOTH, "this project", void=True),
     Check(soundness.candidates_lie_in_the_threat, _BOTH, _CARLINI, void=True),
     Check(soundness.eps_zero_is_clean, _BOTH, _CARLINI, void=True),
-    Check(soundness.clean_accuracy_is_above_chance, _BOTH, "Cohen 1960, kappa", without_samples=True),
+    Check(soundness.clean_accuracy_is_above_chance, _BOTH, "Cohen 1960, kappa", without_samples=True, vacuous=True),
     Check(gradients.gradients_of_the_score_are_not_zero, _BOTH, _IOAF),
     Check(gradients.gradients_of_cross_entropy_are_not_zero, (PGD50,), _IOAF),
     Check(gradients.gradients_of_the_training_loss_are_not_zero, (), _IOAF),
@@ -126,6 +130,11 @@ def name_of(check: Check) -> str:
     'outputs are finite'
     """
     return check.function.__name__.replace("_", " ")
+
+
+def identity_of_checks() -> list[list[Any]]:
+    """What stored findings depend on, for the key of a cache: of each check its name and what follows if it fires."""
+    return [[name_of(check), check.claims, check.void, check.vacuous] for check in CHECKS]
 
 
 @dataclass(frozen=True)
@@ -290,6 +299,5 @@ def _run(check: Check, probe: Probe) -> Finding:
         status = "fires" if lower_bound_99(count.k, count.n) > count.threshold else "holds"
     # A model recognised as randomised was evaluated by majority votes: its figures are uncertain, but not invalid.
     void = check.void and not (check.function is soundness.outputs_are_repeatable and probe.votes > 1)
-    return Finding(
-        name_of(check), status, count.k, count.n, count.threshold, count.why, void, check.claims, check.source
-    )
+    about = (check.claims, check.source, check.vacuous)
+    return Finding(name_of(check), status, count.k, count.n, count.threshold, count.why, void, *about)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..attacks import cross_entropy
 from ..attacks.base import score_and_grad
 from ..losses import Loss, negative_log_odds
+from ..noise import AuditStream
 from ..region import input_margin, spread
 from ..results import CleanMeasures
 from ..threat import column
@@ -22,7 +23,7 @@ def _zero_gradients(probe: Probe, score: Loss, name: str) -> CheckCount:
     """Samples whose gradient is exactly zero at half or more of four points: a random start and steps of eps/2."""
     threat, rows, zero = probe.threat, probe.rows, []
     x = probe.x(rows)
-    x_adv = threat.random_start(x, probe.noise[rows].fold(3))
+    x_adv = threat.random_start(x, probe.noise[rows].fold(AuditStream.ZERO_GRADIENTS))
     for _ in range(4):
         grad = probe.gradient(score, x_adv, rows)
         zero.append((grad == 0).flatten(1).all(1))
@@ -54,11 +55,12 @@ def gradients_predict_slopes(probe: Probe) -> CheckCount:
     """
     threat, rows = probe.threat, probe.rows
     h = 0.02 * threat.eps
-    x = threat.random_start(probe.x(rows), probe.noise[rows].fold(4)).clamp(threat.lo + h, threat.hi - h)
+    x = threat.random_start(probe.x(rows), probe.noise[rows].fold(AuditStream.SLOPE_START))
+    x = x.clamp(threat.lo + h, threat.hi - h)
     grad = probe.gradient(probe.score, x, rows)
     wrong = []
     for number in range(DIRECTIONS):
-        step = probe.noise[rows].fold(5, number).sign(tuple(x.shape[1:]), x.dtype)
+        step = probe.noise[rows].fold(AuditStream.SLOPE_DIRECTION, number).sign(tuple(x.shape[1:]), x.dtype)
         step = h * step / column(threat.size(step), x)
         with torch.no_grad():
             high, low = (probe.score(probe.model(x + t * step), probe.y(rows)) for t in (1, -1))

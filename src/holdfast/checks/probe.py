@@ -16,7 +16,7 @@ from ..data import Data, pixels
 from ..errors import UserError
 from ..evaluation import Evaluation
 from ..losses import Loss, negative_log_odds, score_of
-from ..noise import Noise
+from ..noise import AuditStream, EvaluationStream, Noise
 from ..outputs import Model, Outputs, logits_of, out_of_memory
 from ..queries import (
     EOT_SAMPLES,
@@ -28,8 +28,6 @@ from ..queries import (
 )
 from ..threat import Threat
 from ..witnesses import Witnesses
-
-AUDIT = 10_000  # noise stream of the audit, apart from those of an evaluation's stages
 
 
 class Recapture(NamedTuple):
@@ -107,7 +105,7 @@ class Probe:
         self.loss: Loss = trained_with or cross_entropy
         self.score = negative_log_odds if trained_with is None else score_of(trained_with)
         self.matched = matched_score(trained_with)
-        self.noise = Noise(seed, data.index).fold(AUDIT)
+        self.noise = Noise(seed, data.index).fold(EvaluationStream.AUDIT)
         device = data.y.device
         order = self.noise.uniform(()).argsort()
         clean, robust = evaluation.clean.to(device), evaluation.robust.to(device)
@@ -157,7 +155,7 @@ class Probe:
             name: a key of ATTACKS.
             rows: (n,) samples.
             score: what the attack maximises.
-            noise_stream: number of the noise stream.
+            noise_stream: a key of AuditStream.
             threat: if not that of the evaluation; nothing is kept as a witness then.
             model: what the attack queries, if not the model.
             dtype: of the images given to the attack.
@@ -204,9 +202,9 @@ class Probe:
         attacked = torch.cat([survivors, rows])[:POINTS]
         ascended = ATTACKS["pgd"].attack(
             self.attack_model, self.x(attacked), self.y(attacked), self.threat, score=self.matched, iterate="last",
-            noise=self.noise[attacked].fold(91), steps=10, step_size=self.threat.eps / 4,
+            noise=self.noise[attacked].fold(AuditStream.POINTS_ASCENT), steps=10, step_size=self.threat.eps / 4,
         )  # fmt: skip
-        start = self.threat.random_start(self.x(rows), self.noise[rows].fold(92))
+        start = self.threat.random_start(self.x(rows), self.noise[rows].fold(AuditStream.POINTS_START))
         parts = [self.x(rows), start, self.stored_x_adv(survivors), ascended]
         x = torch.cat(parts)
         return Points(x, self.logits(x), [len(part) for part in parts], torch.cat([rows, rows, survivors, attacked]))
@@ -255,7 +253,7 @@ class Probe:
 
     def pgd10(self, score: Loss, **settings: Any) -> Tensor:
         """Which of ``rows`` ten PGD steps of eps/4 on a score break, from the same start for every score."""
-        return self.attack("pgd", self.rows, score, 1, **{**self.pgd10_settings, **settings})
+        return self.attack("pgd", self.rows, score, AuditStream.PGD10, **{**self.pgd10_settings, **settings})
 
 
 def rescaled_cross_entropy(out: Outputs | Tensor, y: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..attacks import cross_entropy
 from ..attacks.base import predict
+from ..noise import AuditStream
 from ..queries import OFF_DATA_TOLERANCE, CountingModel, copied, default_batch_size, logits_differ, margin_moved
 from ..threat import Threat
 from .findings import CheckCount, lower_bound_99
@@ -51,7 +52,7 @@ def outputs_do_not_depend_on_batch_mates(probe: Probe) -> CheckCount | str:
     """An image gives the same logits alone and in batches of all sizes, at clean images and at points of the threat."""
     if probe.votes > 1:
         return RANDOMISED
-    points, order = probe.points, probe.noise[probe.points.rows].fold(90).uniform(()).argsort()
+    points, order = probe.points, probe.noise[probe.points.rows].fold(AuditStream.BATCH_ORDER).uniform(()).argsort()
     n, largest = len(order), default_batch_size(probe.points.x)
     differs = torch.zeros_like(points.rows, dtype=torch.bool)
     start, size = 0, 1
@@ -140,7 +141,7 @@ def candidates_lie_in_the_threat(probe: Probe) -> CheckCount:
 def eps_zero_is_clean(probe: Probe) -> CheckCount:
     """An attack with an eps of practically zero breaks nothing."""
     tiny = Threat(probe.threat.norm, 1e-9, probe.threat.lo, probe.threat.hi)
-    broken = probe.attack("pgd", probe.rows, cross_entropy, 2, threat=tiny, steps=2)
+    broken = probe.attack("pgd", probe.rows, cross_entropy, AuditStream.EPS_ZERO, threat=tiny, steps=2)
     k = int(broken.sum())
     return CheckCount(k, len(broken), 0.02, f"an attack with eps = 1e-9 breaks {k} of {len(broken)} samples")
 

@@ -12,6 +12,7 @@ from ..attacks.base import all_rows, score_and_grad
 from ..evaluation import differs_off_grid, is_8bit
 from ..importers.onnx import runtime_predictions
 from ..losses import Loss, negative_log_odds, negative_margin
+from ..noise import AuditStream
 from ..outputs import Outputs, as_outputs
 from ..threat import Threat, column
 from .findings import CheckCount
@@ -19,6 +20,8 @@ from .probe import Probe, Recapture, rescaled_cross_entropy
 
 NO_SURVIVOR = "there is no survivor without a certificate to try it on"
 FEW = 20  # survivors that a costly check looks at
+RAYS_STEPS, SQUARE_STEPS, NOISE_STEPS = 200, 100, 40  # queries of the attacks without gradients
+MD_TARGETS = 9  # likeliest wrong classes that margin decomposition tries
 
 
 def a_huge_eps_leaves_nothing(probe: Probe) -> CheckCount:
@@ -28,7 +31,7 @@ def a_huge_eps_leaves_nothing(probe: Probe) -> CheckCount:
     pixels = x[0].numel()
     eps = width * {"linf": 1.0, "l2": math.sqrt(pixels), "l1": float(pixels)}[threat.norm]
     huge = Threat(threat.norm, eps, threat.lo, threat.hi)
-    unbroken = ~probe.attack("apgd", probe.rows, probe.matched, 6, threat=huge, steps=20)
+    unbroken = ~probe.attack("apgd", probe.rows, probe.matched, AuditStream.HUGE_EPS, threat=huge, steps=20)
     k, n = int(unbroken.sum()), len(unbroken)
     most_frequent = float(probe.clean_logits.argmax(1).bincount().max()) / n
     return CheckCount(k, n, most_frequent, f"{k} of {n} samples survive at eps = {eps:.3g}, where any image is allowed")
@@ -39,7 +42,9 @@ def robust_accuracy_falls_with_eps(probe: Probe) -> CheckCount:
     threat = probe.threat
     twice = Threat(threat.norm, 2 * threat.eps, threat.lo, threat.hi)
     small = probe.pgd10(probe.matched)
-    large = probe.attack("pgd", probe.rows, probe.matched, 7, threat=twice, steps=10, step_size=threat.eps / 2)
+    large = probe.attack(
+        "pgd", probe.rows, probe.matched, AuditStream.TWICE_EPS, threat=twice, steps=10, step_size=threat.eps / 2
+    )
     k, n = int((small & ~large).sum()), len(small)
     return CheckCount(k, n, 0.05, f"{k} of {n} samples are broken at eps but not at 2 eps")
 
@@ -67,7 +72,7 @@ def a_temperature_changes_nothing(probe: Probe) -> CheckCount:
 
 def float64_changes_nothing(probe: Probe) -> CheckCount | str:
     """The same steps on F.cross_entropy in float64 break no more."""
-    broken = probe.attack_in_float64("pgd", probe.rows, cross_entropy, 1, **probe.pgd10_settings)
+    broken = probe.attack_in_float64("pgd", probe.rows, cross_entropy, AuditStream.PGD10, **probe.pgd10_settings)
     if isinstance(broken, str):
         return broken
     k, n = int((broken & ~probe.broken_by_cross_entropy).sum()), len(broken)
@@ -79,7 +84,7 @@ def float64_scores_break_no_survivor(probe: Probe) -> CheckCount | str:
     rows = probe.survivors[: len(probe.survivors) // 4]
     if len(rows) == 0:
         return NO_SURVIVOR
-    broken = probe.attack_in_float64("apgd", rows, probe.matched, 8, steps=20)
+    broken = probe.attack_in_float64("apgd", rows, probe.matched, AuditStream.FLOAT64_SURVIVORS, steps=20)
     if isinstance(broken, str):
         return broken
     k, n = int(broken.sum()), len(broken)
@@ -96,7 +101,7 @@ def a_black_box_is_not_stronger(probe: Probe) -> CheckCount | str:
             return NO_SURVIVOR
         if probe.threat.norm not in ATTACKS["square"].norms:
             return f"square is not defined for {probe.threat.norm}"
-        broken = probe.attack("square", probe.survivors, SCORES["margin"], 9, steps=100)
+        broken = probe.attack("square", probe.survivors, SCORES["margin"], AuditStream.SQUARE, steps=SQUARE_STEPS)
         k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"Square breaks {k} of {n} survivors of the gradient attacks")
 
@@ -108,7 +113,7 @@ def labels_alone_break_no_survivor(probe: Probe) -> CheckCount | str:
         return NO_SURVIVOR
     if probe.threat.norm not in ATTACKS["rays"].norms:
         return f"rays is not defined for {probe.threat.norm}"
-    broken = probe.attack("rays", rows, SCORES["margin"], 30, steps=200)
+    broken = probe.attack("rays", rows, SCORES["margin"], AuditStream.RAYS, steps=RAYS_STEPS)
     k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"RayS, which reads labels alone, breaks {k} of {n} survivors")
 
@@ -124,9 +129,10 @@ def decomposing_the_margin_breaks_no_survivor(probe: Probe) -> CheckCount | str:
         return NO_SURVIVOR
     broken = torch.zeros_like(rows, dtype=torch.bool)
     logits = probe.logits(probe.x(rows)).scatter(1, probe.y(rows)[:, None], -torch.inf)
-    for number, target in enumerate(logits.topk(min(9, logits.shape[1] - 1), dim=1).indices.unbind(1)):
+    for number, target in enumerate(logits.topk(min(MD_TARGETS, logits.shape[1] - 1), dim=1).indices.unbind(1)):
         left = torch.nonzero(~broken)[:, 0]
-        broken[left] = probe.attack("md", rows[left], SCORES["margin"], 40 + number, steps=10, target=target[left])
+        stream = AuditStream.MARGIN_DECOMPOSITION.numbered(number)
+        broken[left] = probe.attack("md", rows[left], SCORES["margin"], stream, steps=10, target=target[left])
     k, n = int(broken.sum()), len(rows)
     return CheckCount(k, n, 0.02, f"margin decomposition towards every class breaks {k} of {n} survivors")
 
@@ -136,7 +142,7 @@ def descending_the_score_breaks_no_survivor(probe: Probe) -> CheckCount | str:
     rows = probe.survivors[:FEW]
     if len(rows) == 0:
         return NO_SURVIVOR
-    broken = probe.attack("pgd", rows, _descent, 31, steps=20, step_size=probe.threat.eps / 4)
+    broken = probe.attack("pgd", rows, _descent, AuditStream.DESCENT, steps=20, step_size=probe.threat.eps / 4)
     k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"descending the score breaks {k} of {n} survivors of attacks that ascend it")
 
@@ -153,7 +159,7 @@ def answers_agree_on_and_off_the_8_bit_grid(probe: Probe) -> CheckCount | str:
         return "the images are not 8-bit, or the box is not [0, 1]"
     if probe.votes > 1:
         return "the model is randomised: an image gives other logits at every call"
-    differs = differs_off_grid(probe.model, data, probe.threat, probe.noise[probe.rows].fold(32))
+    differs = differs_off_grid(probe.model, data, probe.threat, probe.noise[probe.rows].fold(AuditStream.GRID))
     k, n = int(differs.sum()), len(differs)
     return CheckCount(k, n, 0.02, f"the logits of {k} of {n} samples change once pixels leave the 8-bit grid")
 
@@ -178,7 +184,7 @@ def noise_is_not_stronger(probe: Probe) -> CheckCount | str:
     rows = probe.survivors[: len(probe.survivors) // 4 or None]
     if len(rows) == 0:
         return NO_SURVIVOR
-    broken = probe.attack("noise", rows, SCORES["margin"], 11, steps=40)
+    broken = probe.attack("noise", rows, SCORES["margin"], AuditStream.RANDOM_NOISE, steps=NOISE_STEPS)
     k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"random noise breaks {k} of {n} survivors of the gradient attacks")
 
@@ -240,9 +246,9 @@ def hidden_adversarial_examples_are_found(probe: Probe, inner: int = 24) -> Chec
     with torch.no_grad():
         inside = []
         for number in range(inner):
-            start = threat.random_start(x, probe.noise[rows].fold(12, number))
+            start = threat.random_start(x, probe.noise[rows].fold(AuditStream.INSIDE_POINT, number))
             inside.append(features(x + 0.9 * (start - x)).double())
-        direction = probe.noise[rows].fold(13).sign(tuple(x.shape[1:]), x.dtype)
+        direction = probe.noise[rows].fold(AuditStream.SURFACE_POINT).sign(tuple(x.shape[1:]), x.dtype)
         planted = threat.project(x + 2 * threat.eps * direction / column(threat.size(direction), x), x)
         surface = features(planted).double()
         points = torch.stack([features(x).double(), *inside], 1)  # (n, inner + 1, D)
@@ -265,7 +271,7 @@ def hidden_adversarial_examples_are_found(probe: Probe, inner: int = 24) -> Chec
 
     found = torch.zeros_like(separable)
     for restart in range(4):
-        start = threat.random_start(x, probe.noise[rows].fold(14, restart))
+        start = threat.random_start(x, probe.noise[rows].fold(AuditStream.ASCENT_START, restart))
         found |= _ascend(probe, rows, start, head, [0.5] * 7 + [0.25] * 7 + [0.1] * 6)[-1] > 0
         if bool((found | ~separable).all()):
             break
@@ -341,6 +347,8 @@ def _recapture(probe: Probe) -> Recapture:
     first = torch.zeros_like(rows, dtype=torch.bool)
     for number, target in enumerate(logits.topk(min(2, logits.shape[1] - 1), dim=1).indices.unbind(1)):
         left = ~first
-        first[left] = probe.attack("apgd", rows[left], SCORES["dlr"], 15 + number, steps=25, target=target[left])
-    second = probe.attack("pgd", rows, negative_log_odds, 20, steps=25, step_size=probe.threat.eps / 8, restarts=2)
+        key = AuditStream.RECAPTURE_APGD.numbered(number)
+        first[left] = probe.attack("apgd", rows[left], SCORES["dlr"], key, steps=25, target=target[left])
+    stream, step = AuditStream.RECAPTURE_PGD, probe.threat.eps / 8
+    second = probe.attack("pgd", rows, negative_log_odds, stream, steps=25, step_size=step, restarts=2)
     return Recapture(int(first.sum()), int(second.sum()), int((first & second).sum()), len(rows))

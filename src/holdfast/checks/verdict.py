@@ -12,7 +12,6 @@ from .findings import CONFIDENCE, lower_bound_99
 __all__ = ["CONFIDENCE", "PGD50", "ROBUST", "TOLERANCE", "Claim", "judge"]
 
 PGD50, ROBUST = "pgd50", "robust"  # claims: the accuracy under PGD-50 alone, and the robust accuracy of the evaluation
-ABOVE_CHANCE = "clean accuracy is above chance"  # the check whose failure makes even a proof say nothing
 TOLERANCE = 0.01  # error that a claim may have, as a fraction of all samples
 
 
@@ -43,7 +42,7 @@ def judge(
     * void: a check found the evaluation invalid.
     * refuted: attacks broke samples that the claim counts as correct: significantly more than 1% of all samples, at
       99% confidence (Clopper-Pearson).
-    * exact: every sample that the claim counts is certified, a proof; unless clean accuracy is not above chance.
+    * exact: every sample that the claim counts is certified, a proof; unless a check that makes proofs vacuous fires.
     * loose: neither of these, but a check that applies to the claim fires, or more than 1% of the samples are expected
       to be breakable still.
     * tight: none of these. It is empirical, of these samples and these attacks; only a certificate is a proof.
@@ -82,8 +81,8 @@ images to tell whether it is more than 1 point'
     if lower_bound_99(broken, n) > TOLERANCE:
         return Verdict("refuted", _gap(broken, n))
     proofs = () if certified is None else tuple(zip(claim.correct, certified, strict=True))
-    says_nothing = any(finding.fires and finding.name == ABOVE_CHANCE for finding in findings)
-    if any(claim.correct) and proofs and all(proof for claimed, proof in proofs if claimed) and not says_nothing:
+    vacuous = any(finding.fires and finding.vacuous for finding in findings)
+    if any(claim.correct) and proofs and all(proof for claimed, proof in proofs if claimed) and not vacuous:
         return Verdict("exact", f"proved: all that survive of these {n} samples are certified")
     firing = [finding for finding in findings if finding.fires and claim.name in finding.claims]
     if firing:

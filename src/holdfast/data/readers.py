@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,13 +117,19 @@ def _cached(
 
 def digits(reading: Reading = AS_IS) -> Source:
     """Read scikit-learn's 1,797 handwritten digits; grey levels 0..16 become 0..255."""
+    reading.check_no_columns("digits")
+    images, labels = _digits()
+    x = refit(torch.from_numpy(images.copy()), reading)
+    return check_source((x, labels.copy()), None, [str(k) for k in range(10)], "digits")
+
+
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """(1797, 1, 8, 8) uint8 and (1797,) labels: a text file, parsed once per process."""
     from sklearn.datasets import load_digits
 
-    reading.check_no_columns("digits")
     loaded = load_digits()
-    x = np.round(loaded.images * (255 / 16)).astype(np.uint8)[:, None]
-    x = refit(torch.from_numpy(x), reading)
-    return check_source((x, loaded.target), None, [str(k) for k in range(10)], "digits")
+    return np.round(loaded.images * (255 / 16)).astype(np.uint8)[:, None], loaded.target
 
 
 def moons(reading: Reading = AS_IS) -> Source:

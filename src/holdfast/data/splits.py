@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,7 +19,14 @@ FOLD_SEED, LIMIT_SEED = -1, -2  # independent of the user's seed, so that runs w
 
 def _keys(data: Data, seed: int) -> np.ndarray:
     """(N,) uint64 hashes of seed and index, to shuffle by; numpy's random streams may change with its version."""
-    hashes = (hashlib.blake2b(b"%d %d" % (seed, i), digest_size=8).digest() for i in data.index.tolist())
+    return _hashes(seed, data.index.numpy().astype("<i8").tobytes())
+
+
+@lru_cache(maxsize=8)
+def _hashes(seed: int, index: bytes) -> np.ndarray:
+    """The same for an index in bytes; the last few are kept, since a comparison splits the same data many times."""
+    numbers = np.frombuffer(index, "<i8").tolist()
+    hashes = (hashlib.blake2b(b"%d %d" % (seed, i), digest_size=8).digest() for i in numbers)
     return np.frombuffer(b"".join(hashes), dtype="<u8")
 
 

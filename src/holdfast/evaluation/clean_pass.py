@@ -14,6 +14,7 @@ from ..bounds import certify
 from ..data import pixels
 from ..errors import UserError
 from ..losses import negative_margin
+from ..noise import EvaluationStream
 from ..outputs import Model
 from ..queries import VOTES, logits_differ, majority_vote, prefers_channels_last
 from .costs import add_cost
@@ -22,7 +23,6 @@ from .grid import differs_off_grid
 from .state import Columns, State, Task, attack_model
 
 PREFLIGHT = 64  # samples that are queried twice before anything else
-RANDOM_TARGET, GRID = 30_000, 31_000  # noise streams of random targets and of the points that are asked off the grid
 DIFFER = 0.05  # of these samples that answer otherwise off the grid, from which on attacks stay on it as well
 LINEAR_FROM = 10  # with more classes than this, targets are ranked by linearised distance, not by logit
 MAX_LINEARISED = 20  # number of classes with the largest logits whose distance is computed
@@ -62,7 +62,7 @@ def clean_pass(task: Task) -> State:
         attack_correct={stage.name: clean.clone() for stage in task.suite if stage.individual},
     )
     if any(stage.target for stage in task.suite):  # all wrong classes are equally likely
-        drawn = task.noise.fold(RANDOM_TARGET).integers(z.shape[1] - 1)
+        drawn = task.noise.fold(EvaluationStream.RANDOM_TARGET).integers(z.shape[1] - 1)
         columns.random_target = drawn + (drawn >= y)
     proved = None if model.randomised else certify(task.model.model, pixels(x), y, task.threat)
     columns.certified = None if proved is None else proved & clean
@@ -97,7 +97,8 @@ def _preflight(task: Task) -> _Preflight:
         differs = torch.zeros_like(rows, dtype=torch.bool)
         if task.grid and not randomised:
             some = rows[: len(rows) // 2 or None]
-            differs = differs_off_grid(task.model, task.data.take(some), task.threat, task.noise[some].fold(GRID))
+            noise = task.noise[some].fold(EvaluationStream.GRID)
+            differs = differs_off_grid(task.model, task.data.take(some), task.threat, noise)
         return not randomised and prefers_channels_last(task.model, x, first), randomised, differs
 
     with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data import Data, pixels
-from ..noise import Noise
+from ..noise import BesideStream, GridStream, Noise
 from ..outputs import Model, Outputs, as_outputs
 from ..straight_through import rounded_through
 from ..threat import TOLERANCE, Threat, column
@@ -125,13 +125,12 @@ def differs_off_grid(model: Model, data: Data, threat: Threat, noise: Noise) -> 
         levels = CLOSE + (FAR - CLOSE) * stream.uniform(shape, x.dtype)
         inward = torch.where(on < 0.5, 1.0, -1.0)  # off the grid, and still in the box
         at_edge = (on == 0) | (on == 1)
-        sign = torch.where(at_edge, inward, stream.fold(1).sign(shape, x.dtype))
+        sign = torch.where(at_edge, inward, stream.fold(BesideStream.SIGN).sign(shape, x.dtype))
         return on + sign * levels / LEVELS
 
     with torch.no_grad():
-        here, one, other = (
-            as_outputs(model(point)).logits.double() for point in (on, beside(noise.fold(1)), beside(noise.fold(2)))
-        )
+        points = (on, *(beside(noise.fold(GridStream.BESIDE.numbered(number))) for number in range(2)))
+        here, one, other = (as_outputs(model(point)).logits.double() for point in points)
     width = here.amax(1) - here.amin(1)
     leaving = torch.minimum((here - one).abs().amax(1), (here - other).abs().amax(1))
     staying = (one - other).abs().amax(1)

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from ..noise import EvaluationStream
 from ..results import SpotCheck
 from .state import State, Task
 from .suites import N_NEAREST, N_RANDOM
 
-SPOT_CHECK = 20_000  # noise stream of the spot check
 NEAR, RANDOM = 1, 2  # values of Columns.spot_check
 
 
@@ -69,7 +69,7 @@ def _draw_spot_check(task: Task, state: State) -> None:
     """Draw the survivors with the smallest margins, and others at random by the samples' own noise."""
     near = _nearest(state, 1e-9)
     rest = torch.nonzero(state.survivors & ~near)[:, 0]
-    order = task.noise[rest].fold(SPOT_CHECK).uniform(()).argsort(stable=True)
+    order = task.noise[rest].fold(EvaluationStream.SPOT_CHECK).uniform(()).argsort(stable=True)
     state.columns.spot_check[near] = NEAR
     state.columns.spot_check[rest[order[:N_RANDOM]]] = RANDOM
     state.n_rest = len(rest)

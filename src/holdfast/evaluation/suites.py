@@ -16,6 +16,7 @@ from torch import Tensor
 from ..attacks import ATTACKS, SCORES, cross_entropy, matched_score
 from ..errors import UserError, printable, type_of, unknown
 from ..losses import Loss
+from ..noise import EvaluationStream
 from ..spec import accepts
 from ..user_input import flag, number, of_type, text, typed, whole
 
@@ -82,9 +83,10 @@ class Stage:
         for key, value in (
             ("targets", self.targets),
             ("round", self.round),
-            ("noise_stream", 0 if self.noise_stream is None else self.noise_stream),
         ):
             whole(f"{key} of {what}", value)
+        if self.noise_stream is not None:
+            whole(f"noise_stream of {what}", self.noise_stream, 0, EvaluationStream.AUDIT - 1)
         number(f"fraction of {what}", self.fraction, 0, 1, above=True)
         if self.step is not None:
             number(f"step of {what}", self.step, 0, above=True)

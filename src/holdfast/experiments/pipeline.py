@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, region, run_folder
-from ..checks import CHECKS, Audit, audit, name_of
+from ..checks import Audit, audit, identity_of_checks
 from ..checks.cache import load_audit, save_audit
 from ..data import Data, pixels
 from ..errors import UserError
@@ -211,7 +211,7 @@ def result_key(
         "s": s,
         "seed": seed,
         "budget": None if budget is None else repr(budget),
-        "checks": [name_of(check) for check in CHECKS],
+        "checks": identity_of_checks(),
         "versions": [__version__, region.VERSION, REGION_VERSION],
     }
     return content_hash(identity)
@@ -257,7 +257,7 @@ def cached_audit(
     identity = {
         "key": key,
         "stages": [asdict(cost) for cost in evaluation.stages],
-        "checks": [name_of(check) for check in CHECKS],
+        "checks": identity_of_checks(),
         "transfer": None if transfer_source is None else content_hash(transfer_source),
         "seed": seed,
     }

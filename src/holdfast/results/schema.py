@@ -67,6 +67,7 @@ class Finding:
         void: whether the evaluation is invalid if the check fires.
         claims: the figures that it applies to: "pgd50", "robust".
         source: who proposed the check.
+        vacuous: whether even a proof says nothing of robustness if the check fires.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Finding:
     void: bool
     claims: tuple[str, ...]
     source: str
+    vacuous: bool = False
 
     @property
     def fires(self) -> bool:
