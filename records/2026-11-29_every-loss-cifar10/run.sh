@@ -12,10 +12,10 @@ seeds=(--seeds 3)
 [[ $stage == confirm-* ]] && rows=$ROWS seeds=(--first-seed 10 --seeds 8)
 case ${stage#confirm-} in
 standard) what=(--threat linf:1/255,linf:2/255,linf:8/255) ;;
-at8) what=(--threat linf:8/255 --objective adversarial:steps=3,ramp=0.3) ;;
-at2) what=(--threat linf:2/255 --objective adversarial:steps=3,ramp=0.3) ;;
+at8) what=(--threat linf:8/255 --objective adversarial:steps=2,ramp=0.3) ;;
+at2) what=(--threat linf:2/255 --objective adversarial:steps=2,ramp=0.3) ;;
 *) echo "no such stage: $stage" >&2; exit 2 ;;
 esac
 holdfast compare --data "${CIFAR10:-cifar10}" --out "$out/$stage" --losses "$rows" "${seeds[@]}" "${what[@]}" \
-  --model fastconvnet --suite per-attack --limit 500 --epochs 12 --batch-size 256 --optimizer adam --lr 5e-3 \
+  --model fastconvnet --suite per-attack --limit 250 --epochs 12 --batch-size 256 --optimizer adam --lr 5e-3 \
   --weight-decay 0.05 --augment crop:4+flip --fit schedule=onecycle,ema=0.99,precision=bf16

@@ -285,8 +285,8 @@ def test_options_reach_the_training(parquet, holdfast_, tmp_path):
         "compare", "--data", parquet, "--losses", "cosface:m=0.2,scale=15,sce@center", "--threat", "l2:1/2",
         "--suite", "tiny", "--objective", "adversarial:steps=2", "--seeds", "1", "--epochs", "1", "--limit", "20",
         "--limit-train", "60", "--model", "mlp", "--batch-size", "16", "--optimizer", "sgd", "--lr", "0.05",
-        "--weight-decay", "0.001", "--augment", "crop:1+flip", "--fit", "ema=0.9,schedule=step", "--jobs", "1", "--device", "cpu",
-        "-o", "out", "-q",
+        "--weight-decay", "0.001", "--augment", "crop:1+flip", "--jobs", "1", "--device", "cpu",
+        "--fit", "ema=0.9,schedule=step", "-o", "out", "-q",
     )  # fmt: skip
     assert status == 0
     found = results.load(tmp_path / "out")

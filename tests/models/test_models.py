@@ -110,7 +110,7 @@ def test_every_backbone_takes_every_head(head):
         ("convnet", (1, 28, 28), 166406),
         ("stepnet", (1, 28, 28), 166406),
         ("preactresnet8", (3, 32, 32), 77850),
-        ("fastconvnet", (3, 32, 32), 146442),
+        ("fastconvnet", (3, 32, 32), 457770),
         ("preactresnet18", (3, 32, 32), 11172170),
         ("resnet:depth=20", (3, 32, 32), 269722),
         ("resnet:depth=110", (3, 32, 32), 1727962),

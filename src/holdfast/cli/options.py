@@ -92,8 +92,8 @@ Augment = Annotated[str | None, option("none, crop:PAD or crop:PAD+flip. Default
 FitSettings = Annotated[
     str,
     option(
-        "Further training settings, as after +fit: in a loss spec: ema=0.99,precision=bf16. They are those of FitConfig: "
-        "momentum, schedule, ema, precision, checkpoint_seconds, ...",
+        "Further training settings, as after +fit: in a loss spec: ema=0.99,precision=bf16. They are those of "
+        "FitConfig: momentum, schedule, ema, precision, checkpoint_seconds, ...",
         "--fit",
     ),
 ]

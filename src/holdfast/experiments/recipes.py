@@ -198,7 +198,7 @@ def cifar10(data: str = "cifar10") -> Recipe:
 def cifar10_small(data: str = "cifar10") -> Recipe:
     """SCE and reading C on CIFAR-10 by the narrow network of the record: what two cores can repeat within the hour."""
     return Recipe(
-        about="SCE and reading C of I-SCE on CIFAR-10 without adversarial training: a narrow network, linf 1/255, 8/255",
+        about="SCE and reading C on CIFAR-10 without adversarial training: a narrow network, linf 1/255 and 8/255",
         comparison=Comparison(
             data=data,
             losses=("sce", "isce_c"),

@@ -60,21 +60,21 @@ class PooledBlock(nn.Module):
 class FastConvNet(nn.Module):
     """Fixed patch whitening, three blocks that halve the side, and the maximum over pixels.
 
-    146,442 parameters on 32x32 RGB with a linear head of 10 classes and width 32: about 1,400 images a second and CPU
-    core in training, twice that in bf16.
+    457,770 parameters on 32x32 RGB with a linear head of 10 classes and width 40: about 1,000 images a second and CPU
+    core in training, nearly twice that in bf16.
 
-    Args: width >= 1: channels of the first block; the other two have twice as many.
+    Args: width >= 1: channels of the first block; the other two have twice and four times as many.
     Source: the ideas of fast CIFAR-10 training (Page 2018; Jordan 2024): a whitening first layer and few wide blocks.
     """
 
-    def __init__(self, shape: Shape, width: int = 32) -> None:
+    def __init__(self, shape: Shape, width: int = 40) -> None:
         super().__init__()
         need_side(16, shape, "fastconvnet", "smallconv")
         at_least("width of model 'fastconvnet'", width, 1)
-        self.features = 2 * width
+        self.features = 4 * width
         self.whitening = PatchWhitening(shape[0])
         self.blocks = nn.Sequential(
-            PooledBlock(8 * shape[0], width), PooledBlock(width, 2 * width), PooledBlock(2 * width, 2 * width)
+            PooledBlock(8 * shape[0], width), PooledBlock(width, 2 * width), PooledBlock(2 * width, 4 * width)
         )
 
     def forward(self, x: Tensor) -> Tensor:
