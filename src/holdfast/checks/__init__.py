@@ -48,6 +48,7 @@ __all__ = [
     "name_of",
     "remaining",
     "result_of",
+    "with_later_witnesses",
 ]  # fmt: skip
 
 
@@ -108,11 +109,11 @@ CHECKS: tuple[Check, ...] = (
     Check(strength.a_huge_eps_leaves_nothing, _BOTH, _ATHALYE),
     Check(strength.robust_accuracy_falls_with_eps, _BOTH, _ATHALYE),
     Check(strength.hidden_adversarial_examples_are_found, (ROBUST,), "Zimmermann et al. 2022, the binarisation test"),
-    Check(strength.witnesses_hold_in_onnxruntime, (ROBUST,), "this project"),
     Check(strength.the_ascent_has_converged, (ROBUST,), _IOAF),
     Check(gradients.gradients_of_the_logits_are_balanced, _BOTH, "Ma et al. 2020, imbalanced gradients"),
     Check(soundness.arithmetic_is_float32, _BOTH, "this project"),
-    # The last one, so that it counts what all other checks have broken.
+    # The last ones, so that they count what all other checks have broken.
+    Check(strength.witnesses_hold_in_onnxruntime, (ROBUST,), "this project"),
     Check(soundness.certified_samples_are_unbroken, _BOTH, "this project", void=True),
 )
 # Run again at the end: the first also counts outputs of the other checks, and the second compares with the beginning.
@@ -264,6 +265,27 @@ def audit(
     return Audit(add_witnesses(evaluation, probe.witnesses, cost), tuple(findings), estimate, measures, cost)
 
 
+def with_later_witnesses(audited: Audit, model: Model, evaluation: Evaluation) -> Audit:
+    """The audit of an evaluation in which more was broken since: onnxruntime is asked about these witnesses too.
+
+    Args:
+        audited: of an earlier state of the evaluation.
+        model: the evaluated model.
+        evaluation: with later stages, such as the region's.
+
+    Returns:
+        The audit with this evaluation.
+    """
+    findings = list(audited.findings)
+    broken = torch.nonzero(evaluation.broken_by >= 0)[:, 0]
+    number = next(n for n, one in enumerate(CHECKS) if one.function is strength.witnesses_hold_in_onnxruntime)
+    if len(broken) > int((audited.evaluation.broken_by >= 0).sum()) and len(findings) == len(CHECKS):
+        with frozen_eval(model):
+            outcome = strength.confirmed_by_onnxruntime(model, evaluation.y[broken], evaluation.x_adv[broken])
+        findings[number] = _finding(CHECKS[number], outcome)
+    return replace(audited, evaluation=evaluation, findings=tuple(findings))
+
+
 def _estimate(probe: Probe) -> RemainingVulnerable:
     """What may still be breakable of the survivors that no certificate covers."""
     survivors = probe.evaluation.robust
@@ -283,13 +305,17 @@ def _run(check: Check, probe: Probe) -> Finding:
         outcome = check.function(probe) if runs else "no sample is classified correctly"
     except UserError as error:
         outcome = CheckCount(1, 1, 0.0, f"the model failed: {error}")
-    if isinstance(outcome, str):
-        count, status = CheckCount(0, 0, 0.0, outcome), "not run"
-    else:
-        count = outcome
-        status = "fires" if lower_bound_99(count.k, count.n) > count.threshold else "holds"
     # A model recognised as randomised was evaluated by majority votes: its figures are uncertain, but not invalid.
     void = check.void and not (check.function is soundness.outputs_are_repeatable and probe.votes > 1)
+    return replace(_finding(check, outcome), void=void)
+
+
+def _finding(check: Check, outcome: CheckCount | str) -> Finding:
+    """What a check counted, held against its threshold."""
+    count = CheckCount(0, 0, 0.0, outcome) if isinstance(outcome, str) else outcome
+    status = "fires" if lower_bound_99(count.k, count.n) > count.threshold else "holds"
+    if isinstance(outcome, str):
+        status = "not run"
     return Finding(
-        name_of(check), status, count.k, count.n, count.threshold, count.why, void, check.claims, check.source
+        name_of(check), status, count.k, count.n, count.threshold, count.why, check.void, check.claims, check.source
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, region, run_folder
-from ..checks import CHECKS, Audit, audit, name_of
+from ..checks import CHECKS, Audit, audit, name_of, with_later_witnesses
 from ..checks.cache import load_audit, save_audit
 from ..data import Data, pixels
 from ..errors import UserError
@@ -133,7 +133,7 @@ def evaluate_network(
         model, data, audited.evaluation, s=s, seed=seed,
         path=None if cache is None else cache / REGION_FILE, key=key, progress=progress,
     )  # fmt: skip
-    audited = replace(audited, evaluation=measured.evaluation)
+    audited = with_later_witnesses(audited, model, measured.evaluation)
     result = NetworkResult(measured.evaluation, audited, measured.region, measured.projection)
     if cache is not None:
         save_result(cache / RESULT_FILE, cache / EVALUATION_FILE, result_id, result)
