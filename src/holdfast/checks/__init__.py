@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .. import results
 from ..attacks.base import frozen_eval
 from ..data import Data
 from ..data.arguments import as_data
@@ -179,18 +180,10 @@ def remaining(audits: Sequence[Audit]) -> Remaining:
         The capture-recapture estimate of the summed counts. Where the spot checks suggest more, ``expected`` and
         ``high`` are theirs.
     """
-    estimates = [audit.remaining for audit in audits]
     evaluations = [audit.evaluation for audit in audits]
-    counts = (
-        sum(getattr(one, name) for one in estimates) for name in ("first", "second", "both", "tested", "survivors")
-    )
-    whole = remaining_vulnerable(*counts)
-    spot_checks = tuple(evaluation.spot_check for evaluation in evaluations if evaluation.spot_check is not None)
-    expected = max(whole.expected, sum(one.expected for one in spot_checks))
-    high = max(whole.high, expected)
-    return Remaining(
-        **{**asdict(whole), "expected": expected, "high": high},
-        spot_checks=spot_checks,
+    return results.remaining(
+        [audit.remaining for audit in audits],
+        [evaluation.spot_check for evaluation in evaluations if evaluation.spot_check is not None],
         unfinished=any(evaluation.unfinished for evaluation in evaluations),
         votes=max(evaluation.votes for evaluation in evaluations),
     )

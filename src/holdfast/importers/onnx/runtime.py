@@ -67,7 +67,7 @@ def _answers(session: Any, net: OnnxNet, x: Tensor, out: Tensor) -> Tensor:
     if net.integer_range is not None:
         points = points.round().clamp(*net.integer_range)
     if len(entry.shape) < points.ndim:  # the graph has no axis for the batch
-        chunks, kept = list(points), [None] * len(points)
+        chunks, kept = list(points), [0] * len(points)
     else:
         size = entry.shape[0] if isinstance(entry.shape[0], int) and entry.shape[0] > 0 else len(points)
         parts = points.split(size)
@@ -76,5 +76,5 @@ def _answers(session: Any, net: OnnxNet, x: Tensor, out: Tensor) -> Tensor:
     answers = []
     for chunk, n in zip(chunks, kept, strict=True):
         (answer,) = session.run([net.output_of_file], {entry.name: chunk.numpy().astype(TYPES[entry.type])})
-        answers.append(torch.from_numpy(answer).flatten() if n is None else torch.from_numpy(answer).flatten(1)[:n])
+        answers.append(torch.from_numpy(answer).flatten(1)[:n] if n else torch.from_numpy(answer).flatten())
     return torch.cat(answers).reshape(out.shape).to(out)
