@@ -113,7 +113,7 @@ def replay(folder: str | Path, *, device: str = "cpu", batch_size: int = 1024, r
     """Recount the runs of a results file: classify clean images and adversarial examples again, and certify again.
 
     Args:
-        folder: holds results.json and witnesses.safetensors.
+        folder: holds results.json and witnesses.safetensors; or that results.json.
         device: where the networks run.
         batch_size: images per forward pass, >= 1.
         run_code: as for ``run_folder.load``.
@@ -126,6 +126,7 @@ def replay(folder: str | Path, *, device: str = "cpu", batch_size: int = 1024, r
             ``run_code`` is False; or the data differ from those the witnesses were made from.
     """
     folder = Path(folder)
+    folder = folder.parent if folder.name == results.FILE else folder
     stored, path = results.load(folder), folder / "witnesses.safetensors"
     witnesses, header = load_tensors(path, WITNESSES, WITNESSES_VERSION, _Header)
     with understood(path):
