@@ -11,6 +11,7 @@ import json
 import math
 import os
 import warnings
+import zipfile
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -91,6 +92,29 @@ def existing_file(path: str | Path) -> Path:
     if not found.is_file():
         raise UserError(f"there is no file at {path}.")
     return found.resolve()
+
+
+def check_zip(path: Path, what: str) -> None:
+    """Refuse a file that torch wrote, which is a zip archive, where a part is not what its checksum says.
+
+    torch itself does not look: a flipped bit would become other weights.
+
+    Args:
+        path: the file; one that is no zip archive has no checksums, and passes.
+        what: what to do about a damaged one, a sentence.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except Exception as error:  # whatever a damaged directory makes of it
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). {what}") from None
+    if wrong is not None:
+        raise UserError(f"{path} is damaged: its part {wrong!r} does not fit its checksum. {what}")
 
 
 def read_json(path: str | Path, kind: Any = dict[str, Any], *, what: str = "a file of this holdfast") -> Any:
