@@ -388,7 +388,7 @@ def _remaining(run: Run, whole: _Recount) -> list[str]:
     if left.survivors > run.n:
         return [f"the survivors of the estimate are reported as {left.survivors}, of {run.n} samples"]
     try:
-        again = results.remaining([left], left.spot_checks, unfinished=left.unfinished, votes=left.votes)
+        again = results.sum_remaining([left], left.spot_checks, unfinished=left.unfinished, votes=left.votes)
     except UserError as error:
         return [f"the counts of the estimate contradict each other ({error})"]
     if any(abs(getattr(left, name) - getattr(again, name)) > 1e-6 * run.n for name in ("expected", "low", "high")):

@@ -181,7 +181,7 @@ def remaining(audits: Sequence[Audit]) -> Remaining:
         ``high`` are theirs.
     """
     evaluations = [audit.evaluation for audit in audits]
-    return results.remaining(
+    return results.sum_remaining(
         [audit.remaining for audit in audits],
         [evaluation.spot_check for evaluation in evaluations if evaluation.spot_check is not None],
         unfinished=any(evaluation.unfinished for evaluation in evaluations),

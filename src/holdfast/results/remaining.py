@@ -162,7 +162,7 @@ class Remaining(RemainingVulnerable):
             raise UserError(f"votes must be 1 to {MOST_VOTES} predictions per image, got {self.votes}.")
 
 
-def remaining(
+def sum_remaining(
     estimates: Sequence[RemainingVulnerable],
     spot_checks: Sequence[SpotCheck] = (),
     *,
