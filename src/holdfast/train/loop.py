@@ -75,7 +75,6 @@ def fit(
     start_time, progress = time.perf_counter(), as_progress(progress)
     train, val, val_threat, out = check_arguments(train, val, objective, config, val_threat, out)
     check_task(model, train)
-    augment(train.x[:1], torch.Generator(), pad=config.pad, flip=False)  # a pad that does not fit leaves no folder
     if val_threat is not None or config.checkpoint == "best":
         check_validation(val)
     accelerator = accelerator_on(device)
