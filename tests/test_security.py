@@ -11,9 +11,12 @@ import pytest
 from holdfast import errors, io, models, run_folder, user_input
 from holdfast.data import images, labels
 from holdfast.errors import UserError
+from holdfast.experiments.config import MOST_SEEDS
 from holdfast.importers import load_onnx
 from holdfast.importers.onnx import node
+from holdfast.objectives import MOST_STEPS
 from holdfast.results import remaining
+from holdfast.train.config import MOST_SEED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "security.md").read_text()
@@ -24,6 +27,8 @@ LIMITS = {
     "pixels of an image file": [images.MAX_PIXELS],
     "images of a data set, decoded": [],
     "classes": [labels.MAX_CLASSES],
+    "the size of a training seed": [MOST_SEED],
+    "networks per loss, steps of an attack inside training": [MOST_SEEDS, MOST_STEPS],
     "predictions for each image that `replay` repeats": [remaining.MOST_VOTES],
     "values of an image for which config.json asks for a network": [run_folder.MOST_PIXELS],
     "parameters of a network that is built by name": [models.MOST_PARAMETERS],

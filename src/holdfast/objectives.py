@@ -386,6 +386,7 @@ def mart_terms(z: Tensor, z_adv: Tensor, y: Tensor, weight: float) -> Tensor:
     return -torch.log1p(-largest_other.clamp_max(1 - 1e-6)) + weight * wrong * divergence(z, z_adv)
 
 
+MOST_STEPS = 10_000  # of an inner attack: more is a slip of the finger, and never ends
 MIN_EPS_FRACTION = 0.01  # of eps, at the start of a ramp: a smaller one would leave x as it is
 
 
@@ -402,8 +403,8 @@ class _InnerAttack:
     random_start: bool = True
 
     def __post_init__(self) -> None:
-        if not self.steps >= 1:
-            raise UserError(f"adversarial training needs steps >= 1, got {self.steps}.")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise UserError(f"adversarial training needs steps >= 1 and <= {MOST_STEPS:,}, got {self.steps}.")
         if self.step_size is not None:
             at_least("step_size", self.step_size, above=True)
         check_fraction("ramp, the fraction of training over which eps increases,", self.ramp)

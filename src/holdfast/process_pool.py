@@ -24,6 +24,8 @@ def _start_worker(reports: Any, parent: int, threads: int) -> None:
     """Run once in each worker: set its threads, ignore Ctrl-C (the parent handles it), keep the report queue."""
     global _reports
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)
     _reports = reports
@@ -92,7 +94,8 @@ def _run_on_workers(
     threads = max(1, torch.get_num_threads() // workers)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (reports, os.getpid(), threads))
     try:
-        waiting: dict[Future[Any], Any] = {pool.submit(_work, function, job): job for job in jobs}
+        with _ctrl_c_waits():
+            waiting: dict[Future[Any], Any] = {pool.submit(_work, function, job): job for job in jobs}
         while waiting:
             ended, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
             _forward(reports, progress)
@@ -108,6 +111,23 @@ def _run_on_workers(
     finally:
         reports.close()
     pool.shutdown()
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C arrives after this block, and never in processes that begin in it.
+
+    A terminal sends it to the workers as well. One that is still importing, seconds on a busy machine, does not ignore
+    it yet: it would print a traceback. What is blocked here stays so in a new process, until it ignores Ctrl-C.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

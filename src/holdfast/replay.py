@@ -6,6 +6,7 @@ examples are stored. What cannot be recounted is named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,22 @@ from torch import Tensor, nn
 
 from . import results, run_folder
 from .bounds import certify
-from .data import Data, load, pixels
+from .data import Data, Split, load, pixels
 from .errors import UserError
 from .io import decode, inside, load_tensors, understood
+from .losses import negative_margin
 from .outputs import frozen_eval
-from .queries import CountingModel, exact_float32, is_misclassified, majority_vote
+from .queries import LOGIT_TOLERANCE, CountingModel, exact_float32, is_misclassified, majority_vote
 from .results import Run
 from .threat import Threat
 from .user_input import typed
 
 WITNESSES, WITNESSES_VERSION = "witnesses", 1
-VERDICTS = "verdicts, trust checks, the inference region, pictures, costs"  # they need attacks
+# They need attacks, or are the word of whoever wrote the file.
+VERDICTS = (
+    "verdicts, trust checks, counts of the audit and the spot check, the inference region, pictures, costs, margins of "
+    "adversarial images, training figures, settings, environment and dates"
+)
 
 
 @dataclass(frozen=True)
@@ -81,14 +87,25 @@ class _Header(TypedDict):
 
 
 class _Recount(NamedTuple):
-    """What one network gives, one entry per sample; ``failed`` counts witnesses."""
+    """What one network gives, one entry per sample.
+
+    ``failed`` counts witnesses; ``slack`` is by how much rounding may move a margin, and where it
+    cannot change the prediction, that is ``clear``; ``trained`` is the loss and seed
+    that its folder names, None where it names none.
+    """
 
     samples: Tensor
     y: Tensor
     misclassified: Tensor
     broken: Tensor
+    prediction: Tensor
+    clear: Tensor
+    margin: Tensor
+    slack: Tensor
     certified: Tensor | None
     failed: int
+    trained: tuple[str, int] | None
+    split: Split
 
 
 @typed
@@ -96,7 +113,7 @@ def replay(folder: str | Path, *, device: str = "cpu", batch_size: int = 1024, r
     """Recount the runs of a results file: classify clean images and adversarial examples again, and certify again.
 
     Args:
-        folder: holds results.json and witnesses.safetensors.
+        folder: holds results.json and witnesses.safetensors; or that results.json.
         device: where the networks run.
         batch_size: images per forward pass, >= 1.
         run_code: as for ``run_folder.load``.
@@ -109,6 +126,7 @@ def replay(folder: str | Path, *, device: str = "cpu", batch_size: int = 1024, r
             ``run_code`` is False; or the data differ from those the witnesses were made from.
     """
     folder = Path(folder)
+    folder = folder.parent if folder.name == results.FILE else folder
     stored, path = results.load(folder), folder / "witnesses.safetensors"
     witnesses, header = load_tensors(path, WITNESSES, WITNESSES_VERSION, _Header)
     with understood(path):
@@ -125,7 +143,7 @@ def replay(folder: str | Path, *, device: str = "cpu", batch_size: int = 1024, r
             for number, network in enumerate(header["networks"])
             if network["run"] == run.name and threats[number] == threat
         ]
-        replays.append(_compare(run, parts, votes))
+        replays.append(_compare(run, parts, votes, stored.data))
     return replays
 
 
@@ -179,16 +197,30 @@ def _network(
             f"the witnesses are images of {tuple(x_adv.shape[1:])}, those of '{name}' {tuple(x.shape[1:])}."
         )
     with exact_float32(), frozen_eval(model), torch.no_grad():
-        misclassified = _misclassified(model, x, y, votes, device, batch_size)
-        valid = _misclassified(model, x_adv, y[rows], votes, device, batch_size)
+        clean = _answers(model, x, y, votes, device, batch_size)
+        valid = _answers(model, x_adv, y[rows], votes, device, batch_size).misclassified
         proved = None
         if run.certified is not None:
             proved = _certified(model, x, y, threat, device, batch_size)
     if len(rows):
         valid &= threat.violation(x_adv, x[rows]) == 0
-    broken = torch.zeros_like(misclassified)
+    broken = torch.zeros_like(clean.misclassified)
     broken[rows[valid]] = True  # each sample counts once, however many witnesses name it
-    return _Recount(data.index, y, misclassified, broken & ~misclassified, proved, int((~valid).sum()))
+    broken &= ~clean.misclassified
+    failed, trained = int((~valid).sum()), _trained(config)
+    answers = clean[1:]
+    return _Recount(data.index, y, clean.misclassified, broken, *answers, proved, failed, trained, split)
+
+
+def _trained(config: dict[str, Any]) -> tuple[str, int] | None:
+    """(the loss, the seed) as the table shows them, from config.json; None where it does not say so.
+
+    A user's own model stands under the name of its file, with the seed of the evaluation.
+    """
+    own = run_folder.MODEL_FILE in config
+    loss = Path(config.get(run_folder.PATHS, {}).get("model", "")).name if own else config.get("loss")
+    seed = config.get("seed") if own else config.get("fit", {}).get("seed")
+    return (loss, seed) if loss and isinstance(seed, int) else None
 
 
 def _certified(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, device: str, batch_size: int) -> Tensor:
@@ -200,32 +232,81 @@ def _certified(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, device: s
     return torch.cat(parts)
 
 
-def _misclassified(model: nn.Module, x: Tensor, y: Tensor, votes: int, device: str, batch_size: int) -> Tensor:
-    """(N,) bool: which images the model misclassifies."""
+class _Answers(NamedTuple):
+    """What a model answers, (N,) each."""
+
+    misclassified: Tensor
+    prediction: Tensor
+    clear: Tensor
+    margin: Tensor
+    slack: Tensor
+
+
+def _answers(model: nn.Module, x: Tensor, y: Tensor, votes: int, device: str, batch_size: int) -> _Answers:
+    """Ask a model about images, a randomised one as often as the evaluation did."""
     counted = CountingModel(model)
-    parts = [
-        is_misclassified(majority_vote(counted, xs.to(device), votes)[1], ys.to(device), votes).cpu()
-        for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True)
-        if len(xs)  # no network is asked about no images
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+    parts = []
+    for xs, ys in zip(x.split(batch_size), y.to(device).split(batch_size), strict=True):
+        if len(xs):  # no network is asked about no images
+            logits, counts = majority_vote(counted, xs.to(device), votes)
+            top = logits.topk(2).values
+            slack = LOGIT_TOLERANCE * (top[:, 0] - logits.amin(1))
+            margin, clear = -negative_margin(logits, ys), top[:, 0] - top[:, 1] > 2 * slack
+            columns = is_misclassified(counts, ys, votes), counts.argmax(1), clear, margin, slack
+            parts.append([column.cpu() for column in columns])
+    if not parts:
+        none = torch.zeros(0)
+        return _Answers(none.bool(), none.long(), none.bool(), none, none)
+    return _Answers(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _compare(run: Run, parts: Sequence[_Recount], votes: int) -> Replay:
+def _compare(run: Run, parts: Sequence[_Recount], votes: int, data: dict[str, Any]) -> Replay:
     """Hold a run against the recount of its networks."""
     name = f"{run.name}, {run.threat_text}"
     reported = None if run.robust is None else run.robust.value
     if not parts:
         why = ("witnesses.safetensors names no network for this run, so nothing of it can be recounted",)
         return Replay(name, run.n, 0, 0, 0, None, reported, why, ())
-    index, y, misclassified, broken = (
-        torch.cat([getattr(part, key) for part in parts]) for key in _Recount._fields[:4]
+    whole = _together(parts)
+    problems, not_rechecked = _figures(run, whole), [VERDICTS]
+    problems += _remaining(run, whole)
+    wrong, unknown = _origin(run, parts, data)
+    problems, not_rechecked = problems + wrong, not_rechecked + unknown
+    not_rechecked += [f"{attack} alone" for attack in run.attacks if attack != "pgd50"]
+    if run.samples is None or list(run.samples.index) != whole.samples.tolist():
+        not_rechecked.append("PGD-50, since results.json holds no columns of these samples")
+        if run.samples is not None:
+            problems.append("the samples in results.json are not those of its networks")
+    else:
+        problems += _columns(run, whole, votes)
+        not_rechecked.append("PGD-50 on the samples that it left")
+    proved = whole.certified
+    return Replay(
+        run=name,
+        n=len(whole.samples),
+        misclassified=int(whole.misclassified.sum()),
+        broken=int(whole.broken.sum()),
+        failed=whole.failed,
+        certified=None if proved is None else int((proved & ~whole.misclassified).sum()),
+        reported=reported,
+        problems=tuple(problems),
+        not_rechecked=tuple(not_rechecked),
     )
-    failed, n = sum(part.failed for part in parts), len(index)
-    proved = None
-    if all(part.certified is not None for part in parts):
-        proved = torch.cat([part.certified for part in parts if part.certified is not None])
-    problems, not_rechecked = [], [VERDICTS]
+
+
+def _together(parts: Sequence[_Recount]) -> _Recount:
+    """The networks of one run (folds) as one: their samples one after the other."""
+    joined: dict[str, Any] = {}
+    for key in ("samples", "y", "misclassified", "broken", "prediction", "clear", "margin", "slack", "certified"):
+        columns = [getattr(part, key) for part in parts]
+        joined[key] = None if any(column is None for column in columns) else torch.cat(columns)
+    return parts[0]._replace(**joined, failed=sum(part.failed for part in parts))
+
+
+def _figures(run: Run, whole: _Recount) -> list[str]:
+    """What is wrong in the accuracies and their intervals."""
+    problems, n = [], len(whole.samples)
+    misclassified, broken, proved = whole.misclassified, whole.broken, whole.certified
 
     def figure(what: str, shown: results.Interval, count: int) -> None:
         if abs(shown.value - count / n) >= 0.5 / n:
@@ -236,10 +317,12 @@ def _compare(run: Run, parts: Sequence[_Recount], votes: int) -> Replay:
 
     if n != run.n:
         problems.append(f"{run.n} samples are reported, its networks have {n}")
-    if n != len(set(index.tolist())):
+    if n != len(set(whole.samples.tolist())):
         problems.append("a sample is counted twice")
-    if failed:
-        problems.append(f"{failed} of the stored adversarial examples are outside the threat or classified correctly")
+    if whole.failed:
+        problems.append(
+            f"{whole.failed} of the stored adversarial examples are outside the threat or classified correctly"
+        )
     figure("clean accuracy", run.clean, int((~misclassified).sum()))
     if run.robust is not None:
         figure("robust accuracy", run.robust, int((~misclassified & ~broken).sum()))
@@ -255,29 +338,71 @@ def _compare(run: Run, parts: Sequence[_Recount], votes: int) -> Replay:
         unproved = int((~misclassified & ~broken & ~(torch.zeros_like(broken) if proved is None else proved)).sum())
         if unproved:
             problems.append(f"the verdict is exact, but {unproved} survivors are not proved")
-    not_rechecked += [f"{attack} alone" for attack in run.attacks if attack != "pgd50"]
-    if run.samples is None or list(run.samples.index) != index.tolist():
-        not_rechecked.append("PGD-50, since results.json holds no columns of these samples")
-        if run.samples is not None:
-            problems.append("the samples in results.json are not those of its networks")
-    else:
-        problems += _columns(run, y, misclassified, broken, proved)
-        not_rechecked.append("PGD-50 on the samples that it left")
-    return Replay(
-        run=name,
-        n=n,
-        misclassified=int(misclassified.sum()),
-        broken=int(broken.sum()),
-        failed=failed,
-        certified=None if proved is None else int((proved & ~misclassified).sum()),
-        reported=reported,
-        problems=tuple(problems),
-        not_rechecked=tuple(not_rechecked),
-    )
+    return problems
 
 
-def _columns(run: Run, y: Tensor, misclassified: Tensor, broken: Tensor, proved: Tensor | None) -> list[str]:
+def _origin(run: Run, parts: Sequence[_Recount], data: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What is wrong in whose figures these are: loss, seed and data; and what of it the folders do not say."""
+    problems, split = [], parts[0].split
+    trained = {part.trained for part in parts}
+    for loss, seed in (one for one in trained if one is not None):
+        if run.loss != loss:
+            problems.append(f"the loss is reported as {run.loss}, the folder of its network says {loss}")
+        if run.seed != seed:
+            problems.append(f"the seed is reported as {run.seed}, the folder of its network says {seed}")
+        if run.name not in (loss, f"{loss} seed {seed}"):
+            problems.append(f"the run is called {run.name}, but it is of {loss}, seed {seed}")
+    known = {
+        "fingerprint": "+".join(part.split.fingerprint for part in parts),
+        "classes": list(split.classes),
+        "shape": list(split.test.x.shape[1:]),
+        "n": sum(len(part.split.test) for part in parts),
+    }
+    problems += [
+        f"the {key} of the data in results.json is not that of the data"
+        for key in known
+        if key in data and data[key] != known[key]
+    ]
+    return problems, ["the loss and the seed, which the folder of the network does not say"] if None in trained else []
+
+
+def _remaining(run: Run, whole: _Recount) -> list[str]:
+    """What is wrong in the estimate of samples that may still be breakable: its counts, and what follows from them."""
+    left, samples = run.remaining, run.samples
+    if left is None:
+        return ["the estimate of samples that may still be breakable is missing, though there are checks"] * bool(
+            run.checks
+        )
+    names = [stage.name for stage in run.stages]
+    if samples is not None and "audit" in names and len(samples) == len(whole.samples):
+        stage = torch.tensor(samples.stage)
+        survivors = (stage == -1) | (stage >= names.index("audit"))
+        if run.certified is not None and whole.certified is not None:
+            survivors &= ~whole.certified
+        found = run.stages[names.index("audit")].broken
+        void = run.robust is None  # what was certified is not shown then
+        if left.survivors > int(survivors.sum()) or (left.survivors < int(survivors.sum()) and not void):
+            return [f"the survivors of the estimate are reported as {left.survivors}, recounted {int(survivors.sum())}"]
+        if left.first + left.second - left.both > found:
+            return [f"the estimate counts more samples than the {found} that the audit broke"]
+    if left.survivors > run.n:
+        return [f"the survivors of the estimate are reported as {left.survivors}, of {run.n} samples"]
+    try:
+        again = results.sum_remaining([left], left.spot_checks, unfinished=left.unfinished, votes=left.votes)
+    except UserError as error:
+        return [f"the counts of the estimate contradict each other ({error})"]
+    if any(abs(getattr(left, name) - getattr(again, name)) > 1e-6 * run.n for name in ("expected", "low", "high")):
+        return [
+            f"of the samples that may still be breakable {left.expected:.1f} are reported as expected, in "
+            f"{left.low:g} to {left.high:g}; from its counts follow {again.expected:.1f}, {again.low:g} to "
+            f"{again.high:g}"
+        ]
+    return []
+
+
+def _columns(run: Run, whole: _Recount, votes: int) -> list[str]:
     """What is wrong in the per-sample columns: with the recount, with each other, and with the figures shown."""
+    y, misclassified, broken, proved = whole.y, whole.misclassified, whole.broken, whole.certified
     samples, problems = run.samples, []
     if samples is None:
         return []
@@ -294,15 +419,29 @@ def _columns(run: Run, y: Tensor, misclassified: Tensor, broken: Tensor, proved:
     differ("the clean answer", clean.bool() == misclassified)
     differ("the robust column", robust.bool() == (misclassified | broken))
     differ("the stage", (stage == -2) != misclassified)
+    if votes == 1:  # the answers of a randomised network vary
+        shown = torch.tensor([math.nan if value is None else value for value in samples.margin])
+        close = (shown - whole.margin).abs() <= whole.slack + 1e-4  # they are shown to 4 decimals
+        differ("the margin", ~(close | (shown.isnan() & ~whole.margin.isfinite())))
+        differ("the prediction", whole.clear & (torch.tensor(samples.prediction) != whole.prediction))
     stages = [one.name for one in run.stages]
+    counts = [int((stage == number).sum()) for number in range(1, len(stages))]
+    if (bool((stage >= max(len(stages), 1)).any()) and stages) or counts != [one.broken for one in run.stages[1:]]:
+        problems.append("what the stages broke is not what the samples' column says")
     if "pgd50" in stages:  # what it broke has a witness
         differ("PGD-50's answer", pgd50.bool() != ~(misclassified | (broken & (stage == stages.index("pgd50")))))
     if run.certified is not None and samples.certified is not None and proved is not None:
         differ("the certificate", torch.tensor(samples.certified).bool() & ~(proved & ~misclassified))
-    for what, shown, column in (
+    for what, interval, column in (
         ("PGD-50 accuracy", run.pgd50, pgd50),
         ("certified accuracy", run.certified, None if samples.certified is None else torch.tensor(samples.certified)),
     ):
-        if shown is not None and column is not None and abs(shown.value - float(column.double().mean())) >= 0.5 / run.n:
-            problems.append(f"{what} is reported as {shown.value:.1%}, its column gives {column.double().mean():.1%}")
+        if (
+            interval is not None
+            and column is not None
+            and abs(interval.value - float(column.double().mean())) >= 0.5 / run.n
+        ):
+            problems.append(
+                f"{what} is reported as {interval.value:.1%}, its column gives {column.double().mean():.1%}"
+            )
     return problems

@@ -25,6 +25,10 @@ from .user_input import typed
 
 MODEL_FILE = "model_file"  # the key of config.json that holds the ModelSource of a user's own model
 PATHS = "paths"  # the key of config.json for where data and code were found: no part of what the run is
+_FILES = (  # of a run, an evaluation or a bracket; env.json may be there first
+    "checkpoint.safetensors", "model.safetensors", "log.jsonl", "train.json", "results.json", "witnesses.safetensors",
+    "evaluation.safetensors", "audit.safetensors", "region.safetensors", "result.safetensors", "bracket.json",
+)  # fmt: skip
 LATER = "resumed_in"  # the key of env.json for the environments that the run was resumed in
 MOST_PIXELS = 2**24  # values of an image that config.json may ask for
 
@@ -35,8 +39,8 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).cpu()  # a device without values, such as meta, fails here
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the device '{device}' cannot be used here: {reason} Try --device cpu.") from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"the device '{device}' cannot be used here: {reason}. Try --device cpu.") from None
 
 
 @typed
@@ -64,11 +68,18 @@ def reserve(out: str | Path, config: dict[str, Any], *, write: bool = True) -> N
         write: whether to write config.json and env.json; if False, only check.
 
     Raises:
-        UserError: config.json is there and differs, or cannot be read or written.
+        UserError: config.json is there and differs, or cannot be read or written; or it is not there, but files are
+            that would be overwritten.
     """
     out = Path(out)
     path, config = out / "config.json", json.loads(json.dumps(config))
     if not path.exists():
+        theirs = sorted(name for name in _FILES if (out / name).exists())
+        if theirs:
+            raise UserError(
+                f"{out} holds {theirs[0]}, but no config.json that says what it is: it would be overwritten. Name "
+                "another folder."
+            )
         if write:  # config.json last: with it the folder is reserved.
             write_atomic(out / "env.json", json.dumps(environment(), indent=1))
             write_atomic(path, json.dumps(config, indent=1))

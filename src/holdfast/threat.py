@@ -15,6 +15,7 @@ from .user_input import number, read_number, text
 
 NORMS = ("linf", "l2", "l1")
 _WRITTEN = {"inf": "linf", "l_inf": "linf", "l-inf": "linf", "2": "l2", "l_2": "l2", "1": "l1", "l_1": "l1"}
+LEAST_EPS = 1.2e-38  # float32 has no smaller number of full precision
 TOLERANCE = 1e-5  # relative to eps: what `violation` forgives, besides the rounding of float32 pixels
 SPARSITY = 0.02  # the fraction of pixels that one l1 step moves
 
@@ -53,6 +54,10 @@ class Threat:
         if not isinstance(self.norm, str) or self.norm not in NORMS:
             raise unknown("norm", str(self.norm), NORMS)
         object.__setattr__(self, "eps", number("eps", self.eps, 0, above=True))
+        if self.eps < LEAST_EPS:
+            raise UserError(
+                f"eps must be at least {LEAST_EPS:g}, the smallest that float32 pixels hold, got {self.eps}."
+            )
         object.__setattr__(self, "lo", number("lo, an edge of the box of pixels,", self.lo))
         object.__setattr__(self, "hi", number("hi, an edge of the box of pixels,", self.hi))
         if not self.lo < self.hi:

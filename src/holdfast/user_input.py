@@ -65,7 +65,8 @@ def _range(low: float, high: float, above: bool = False, kind: str = "a finite n
     """A range in words."""
     if above and low == 0 and high >= MOST:
         return kind.replace("a ", "a positive ", 1)
-    parts = [f"{'>' if above else '>='} {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < MOST)
+    low_text, high_text = (f"{end:,}" if isinstance(end, int) else f"{end:g}" for end in (low, high))
+    parts = [f"{'>' if above else '>='} {low_text}"] * (low > -math.inf) + [f"<= {high_text}"] * (high < MOST)
     return f"{kind} {' and '.join(parts)}".strip()
 
 
@@ -91,7 +92,8 @@ def whole(name: str, value: Any, low: int = 0, high: int = MOST) -> int:
     holdfast.errors.UserError: batch_size must be a whole number >= 1, got 1.5.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= int(value) <= high:
-        raise UserError(f"{name} must be {_range(low, high, kind='a whole number')}, got {value!r}.")
+        shown = f"<= {MOST:,}, " if isinstance(value, numbers.Integral) and int(value) > high >= MOST else ""
+        raise UserError(f"{name} must be {_range(low, high, kind='a whole number')}, {shown}got {value!r}.")
     return int(value)
 
 
@@ -307,6 +309,12 @@ def of_type(name: str, value: Any, kind: Any) -> None:
     if not _fits(value, kind):
         short = isinstance(value, (str, bytes, int, float, NoneType, list, tuple)) and len(repr(value)) < 80
         shown = repr(value) if short else type_of(value)
+        if (
+            isinstance(value, numbers.Integral)
+            and not isinstance(value, bool)
+            and {int, float} & {*_alternatives(kind)}
+        ):
+            shown = f"{shown}, which is too large: the limit is {LARGEST:,}"
         raise UserError(f"{name} must be {' or '.join(dict.fromkeys(_words(kind)))}, got {shown}.")
     if Path in _alternatives(kind) and isinstance(value, (str, os.PathLike)):
         path(name, value)

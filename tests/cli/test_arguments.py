@@ -91,7 +91,27 @@ def refused(answer):
         (("--data", "~nobody-of-this-name/x"), "home folder that does not exist"),
         (("--data", LONG), "100,000 characters long"),
         (("--data", "x" * 5000), "too long for a file system"),
-        (("--data", ""), "the data set is empty"),
+        (("--data", ""), "--data is empty: give it a value, or leave --data out"),
+        (("--data", " "), "--data is empty"),
+        (("--s", ""), "--s is empty"),
+        (("--device=",), "--device is empty"),
+        (("--out", "/dev"), "could not write to /dev"),
+        (("--out", "/dev/pts/x"), "/dev holds no files"),
+        (("--out", "/proc/x"), "/proc holds no files"),
+        (("--out", ".."), "--out .. is above the working folder"),
+        (("--out", "../.."), "is above the working folder"),
+        (("--out", "~"), "is your home folder"),
+        (("--out=~",), "is your home folder"),
+        (("--seed", str(2**63 - 1)), "seed must be a whole number >= -8,796,093,022,208 and <= 8,796,093,022,208, got"),
+        (("--seed", str(2**70)), "seed must be .*, got"),
+        (("--epochs", str(2**70)), "<= 9,007,199,254,740,992, got"),
+        (("--limit-train", str(2**70)), "which is too large"),
+        (("--augment", "crop:999999"), "pad must be 0 to 8 pixels, the side of the images, got 999999"),
+        (("--loss", "sce+fit:pad=99999"), "pad must be 0 to 8 pixels"),
+        (("--objective", "adversarial:steps=99999999999"), "steps >= 1 and <= 10,000, got 99999999999"),
+        (("--threat", "linf:1e-300"), "eps must be at least 1.2e-38"),
+        (("--threat", "linf:0.1,l2:1"), "cannot read the threat 'linf:0.1,l2:1'"),
+        (("--data", "moons", "--fold", "1"), "--fold is for data without a test split"),
         (("--no-such-option\x1b]0;title\x07", "1"), "control characters"),
     ],
 )
@@ -103,6 +123,57 @@ def test_train_refuses_in_one_line(words, why, holdfast_, tmp_path):
     assert time.monotonic() - began < 60
     assert re.search(why, line), line
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("compare", "--losses", ""), "--losses is empty"),  # not the default seven
+        (("compare", "--seeds", "99999999999"), "seeds must be a whole number >= 1 and <= 10,000"),
+        (("compare", "--first-seed", str(2**53)), "seed must be a whole number"),
+        (("compare", "--out", ".."), "is above the working folder"),
+        (("recipe", ""), "NAME is empty: give it a value, or leave it out"),
+        (("explain", ""), "RUN is empty"),
+        (("bracket", ""), "RUN is empty"),
+        (("evaluate", "mine.py:build", "--data", "digits", "--weights", ""), "--weights is empty"),
+        (("evaluate", "mine.py:build", "--data", "digits", "--budget", ""), "--budget is empty"),
+        (("evaluate", "mine.py:build", "--data", "digits", "--std", "0"), "std must be > 0, got"),
+        (("evaluate", "mine.py:build", "--data", "digits", "--mean", "0,0", "--std", "1"), "as many numbers"),
+        (("evaluate", "mine.py:build", "--data", "digits", "--out", "/dev/x"), "/dev holds no files"),
+    ],
+)
+def test_every_command_refuses_in_one_line(words, why, holdfast_):
+    assert re.search(why, refused(holdfast_(*words, "-q")))
+
+
+def test_one_of_mean_and_std_is_enough(ten_classes, holdfast_, tmp_path):
+    """As --help says: the other is 0 or 1."""
+    model, folders = ten_classes("self.layer(h)"), []
+    for given in (("--std", "0.5"), ("--mean", "0", "--std", "0.5")):
+        assert evaluated(holdfast_, model, "digits", "--limit", "20", *given)[0] == 0
+        folders.append((tmp_path / "run").rename(tmp_path / f"run{len(folders)}"))
+    one, two = (results.load(folder).runs[0].samples for folder in folders)
+    assert one == two
+
+
+def test_a_home_folder_in_an_option_is_written_out(holdfast_, tmp_path, monkeypatch):
+    """No shell writes it out after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    train = ("train", "--data", "moons", "--epochs", "1", "--device", "cpu", "-q", "--out=~/run")
+    assert holdfast_(*train)[0] == 0
+    assert holdfast_("evaluate", "~/run", "--suite", "tiny", "--limit", "5", "--out=~/e", "-q")[0] == 0
+    assert holdfast_("report", "~/e", "--out=~/e/page.html")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+    assert holdfast_("replay", "~/e/results.json")[0] == 0  # the file stands for its folder
+
+
+def test_files_of_somebody_else_are_not_overwritten(holdfast_, tmp_path):
+    """A folder without config.json is none of ours: a model.safetensors in it stays what it is."""
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    words = ("train", "--data", "moons", "--epochs", "1", "--device", "cpu", "-q", "--out", ".")
+    assert "holds model.safetensors, but no config.json" in refused(holdfast_(*words))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("command", ["evaluate", "explain", "bracket", "curves", "report", "replay"])

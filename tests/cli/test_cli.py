@@ -290,8 +290,10 @@ def test_options_reach_the_training(parquet, holdfast_, tmp_path):
     )  # fmt: skip
     assert status == 0
     found = results.load(tmp_path / "out")
-    assert found.settings["fit"] | {"epochs": 1, "batch_size": 16, "optimizer": "sgd", "lr": 0.05, "ema": 0.9,
-                                    "schedule": "step", "weight_decay": 0.001, "pad": 1, "flip": True} == found.settings["fit"]  # fmt: skip
+    assert found.settings["fit"] | {
+        "epochs": 1, "batch_size": 16, "optimizer": "sgd", "lr": 0.05, "ema": 0.9, "schedule": "step",
+        "weight_decay": 0.001, "pad": 1, "flip": True,
+    } == found.settings["fit"]  # fmt: skip
     assert [run.loss for run in found.runs] == ["cosface:m=0.2,scale=15", "sce@center"]
     assert [run.n for run in found.runs] == [20, 20]
     assert found.runs[0].threat == {"norm": "l2", "eps": 0.5, "lo": 0.0, "hi": 1.0}

@@ -424,6 +424,19 @@ def test_a_log_says_how_long_the_other_networks_will_take(capsys, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(("module", "name"), [("holdfast.replay", "replay"), ("holdfast.cli.app", "check_arguments")])
+def test_ctrl_c_in_any_command_ends_with_130(module, name, holdfast_, monkeypatch):
+    """Also in those without progress, and before one begins."""
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(module), name, stop)
+    status, _, err = holdfast_("replay", "nowhere")
+    assert status == 130
+    assert "Traceback" not in err
+
+
 def test_ctrl_c_elsewhere_ends_with_130(capsys):
     with pytest.raises(SystemExit, match="130"), Display(quiet=True):
         raise KeyboardInterrupt

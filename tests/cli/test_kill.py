@@ -201,6 +201,56 @@ def test_a_polite_end_leaves_nothing_behind(number, everyone, tmp_path):
         assert err == ""
 
 
+SLOW_TO_START = """
+import sys, time
+from pathlib import Path
+
+if __name__ == "__mp_main__":  # a worker that is still importing: seconds on a busy machine
+    Path(sys.argv[1], "starting").touch()
+    time.sleep(3)
+
+from holdfast import process_pool
+
+if __name__ == "__main__":
+    try:
+        process_pool.run(print, [0, 1], workers=2, progress=lambda *_: None)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def test_ctrl_c_while_workers_start_leaves_no_traceback(tmp_path):
+    """A terminal sends it to the whole group, also to workers that do not ignore it yet."""
+    script = tmp_path / "script.py"
+    script.write_text(SLOW_TO_START)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], start_new_session=True, cwd=tmp_path, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "starting").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        workers = set(members(process.pid)) - {process.pid}
+        for pid in workers:  # they first, so that the command cannot end them before they say anything
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.5)
+        assert workers <= set(members(process.pid))
+        os.kill(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+        left = left_after(process.pid, 10)
+    assert not left
+    assert (process.returncode, err) == (130, "")
+
+
+class Killed(BaseException):
+    """Stands for kill -9 in this process."""
+
+
 def test_a_kill_at_any_write_of_a_comparison(tmp_path, monkeypatch):
     """What lies in the folder before each rename is what a kill leaves there: each is copied, and resumed from."""
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))

@@ -677,3 +677,17 @@ def test_how_data_is_read_belongs_to_the_cut():
     assert "resize" not in plain.to_json()  # folders of before are found again
     assert other.to_json()["resize"] == 8
     assert default_out(plain) != default_out(other)
+
+
+def test_a_flipped_bit_in_a_parquet_page_with_a_checksum_is_noticed(tmp_path):
+    """Arrow checks those checksums, which a writer may leave out, only where it is asked to."""
+    labels = [row % 2 for row in range(20)]
+    path, plain = tmp_path / "d.parquet", {"compression": "none", "use_dictionary": False}
+    cells = [{"bytes": png(picture(row)), "path": None} for row in labels]
+    pq.write_table(pa.table({"image": cells, "label": labels}), path, write_page_checksum=True, **plain)
+    whole = path.read_bytes()
+    data.load(str(path))
+    at = whole.index(np.array(labels, np.int64).tobytes())  # the first label
+    path.write_bytes(whole[:at] + b"\x01" + whole[at + 1 :])
+    with pytest.raises(UserError, match=r"d\.parquet' cannot be read as parquet .*CRC"):
+        data.load(str(path))

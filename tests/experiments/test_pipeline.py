@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -139,3 +140,16 @@ def test_the_transfer_source_may_come_later(model, split):
     check = next(f for f in result.audit.findings if f.name == "transfer is not stronger")
     assert asked == [True]
     assert check.status != "not run" or "twin" not in check.why
+
+
+def test_what_may_take_gigabytes_is_said_before_the_work():
+    pixel = torch.zeros(1, dtype=torch.uint8)
+    many = data.Data(pixel.expand(50_000, 3, 224, 224), torch.zeros(50_000).long(), torch.arange(50_000))
+    few = data.Data(many.x[:400], many.y[:400], many.index[:400])
+    with pytest.warns(data.DataWarning, match=r"of 50,000 samples take up to 60\.2 GB in out, .*--limit evaluates"):
+        pipeline.note_size(many, "out")
+    with pytest.warns(data.DataWarning, match=r"of 400 samples, 5 times, take up to 2\.4 GB"):
+        pipeline.note_size(few, "out", 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.note_size(few, "out")

@@ -336,6 +336,26 @@ def test_damaged_weights(mine, net, tmp_path):
     refused(ModelSource(f"{mine}:build", weights=f"{tmp_path}/gone.pt"), "no file", "gone.pt")
 
 
+@pytest.mark.parametrize("name", ["w.pt", "net.pt2"])
+def test_a_flipped_bit_in_a_file_of_torch_is_noticed(name, mine, net, tmp_path):
+    """torch reads its own archives without their checksums: the bit would be another weight."""
+    if name == "w.pt":
+        torch.save(net.state_dict(), tmp_path / name)
+        source = ModelSource(f"{mine}:build", weights=f"{tmp_path}/{name}")
+    else:
+        source = ModelSource(str(program_in(tmp_path)[0]))
+    path = tmp_path / name
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        part = next(one for one in parts if re.search(r"data/0$|weights/weight_0$", one.filename))
+        weights = whole.index(archive.read(part))
+    open_model(source)
+    for at in (weights, weights + part.file_size - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+        refused(source, "is damaged: its part", part.filename, "Restore it from a copy")
+
+
 def test_weights_for_a_plain_function(tmp_path):
     path = write(tmp_path, "def build():\n    return lambda x: x")
     refused(ModelSource(f"{path}:build", weights="w.pt"), "torch module", "a function")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import results
 from ..attacks.base import frozen_eval
 from ..data import Data
 from ..data.arguments import as_data
@@ -50,6 +51,7 @@ __all__ = [
     "name_of",
     "remaining",
     "result_of",
+    "with_later_witnesses",
 ]  # fmt: skip
 
 
@@ -187,18 +189,10 @@ def remaining(audits: Sequence[Audit]) -> Remaining:
         The capture-recapture estimate of the summed counts. Where the spot checks suggest more, ``expected`` and
         ``high`` are theirs.
     """
-    estimates = [audit.remaining for audit in audits]
     evaluations = [audit.evaluation for audit in audits]
-    counts = (
-        sum(getattr(one, name) for one in estimates) for name in ("first", "second", "both", "tested", "survivors")
-    )
-    whole = remaining_vulnerable(*counts)
-    spot_checks = tuple(evaluation.spot_check for evaluation in evaluations if evaluation.spot_check is not None)
-    expected = max(whole.expected, sum(one.expected for one in spot_checks))
-    high = max(whole.high, expected)
-    return Remaining(
-        **{**asdict(whole), "expected": expected, "high": high},
-        spot_checks=spot_checks,
+    return results.sum_remaining(
+        [audit.remaining for audit in audits],
+        [evaluation.spot_check for evaluation in evaluations if evaluation.spot_check is not None],
         unfinished=any(evaluation.unfinished for evaluation in evaluations),
         votes=max(evaluation.votes for evaluation in evaluations),
     )
@@ -269,8 +263,29 @@ def audit(
         seconds=time.perf_counter() - began,
         nonfinite=int(probe.model.nonfinite),
     )
-    evaluation = replace(evaluation, pristine=None)
-    return Audit(add_witnesses(evaluation, probe.witnesses, cost), tuple(findings), estimate, measures, cost)
+    evaluation = add_witnesses(replace(evaluation, pristine=None), probe.witnesses, cost)
+    return with_later_witnesses(Audit(evaluation, tuple(findings), estimate, measures, cost), model, evaluation)
+
+
+def with_later_witnesses(audited: Audit, model: Model, evaluation: Evaluation) -> Audit:
+    """The audit with an evaluation in which more may be broken: onnxruntime is asked about everything that counts.
+
+    Args:
+        audited: of this evaluation, or of an earlier state of it.
+        model: the evaluated model.
+        evaluation: with later stages, such as the region's.
+
+    Returns:
+        The audit with this evaluation.
+    """
+    findings = list(audited.findings)
+    broken = torch.nonzero(evaluation.broken_by >= 0)[:, 0]
+    number = next(n for n, one in enumerate(CHECKS) if one.function is strength.witnesses_hold_in_onnxruntime)
+    if len(findings) == len(CHECKS) and findings[number].n != len(broken):
+        with frozen_eval(model):
+            outcome = strength.confirmed_by_onnxruntime(model, evaluation.y[broken], evaluation.x_adv[broken])
+        findings[number] = _finding(CHECKS[number], outcome)
+    return replace(audited, evaluation=evaluation, findings=tuple(findings))
 
 
 def _estimate(probe: Probe) -> RemainingVulnerable:
@@ -292,12 +307,16 @@ def _run(check: Check, probe: Probe) -> Finding:
         outcome = check.function(probe) if runs else "no sample is classified correctly"
     except UserError as error:
         outcome = CheckCount(1, 1, 0.0, f"the model failed: {error}")
-    if isinstance(outcome, str):
-        count, status = CheckCount(0, 0, 0.0, outcome), "not run"
-    else:
-        count = outcome
-        status = "fires" if lower_bound_99(count.k, count.n) > count.threshold else "holds"
     # A model recognised as randomised was evaluated by majority votes: its figures are uncertain, but not invalid.
     void = check.void and not (check.function is soundness.outputs_are_repeatable and probe.votes > 1)
-    about = (check.claims, check.source, check.vacuous)
-    return Finding(name_of(check), status, count.k, count.n, count.threshold, count.why, void, *about)
+    return replace(_finding(check, outcome), void=void)
+
+
+def _finding(check: Check, outcome: CheckCount | str) -> Finding:
+    """What a check counted, held against its threshold."""
+    count = CheckCount(0, 0, 0.0, outcome) if isinstance(outcome, str) else outcome
+    status = "fires" if lower_bound_99(count.k, count.n) > count.threshold else "holds"
+    if isinstance(outcome, str):
+        status = "not run"
+    about = (check.void, check.claims, check.source, check.vacuous)
+    return Finding(name_of(check), status, count.k, count.n, count.threshold, count.why, *about)

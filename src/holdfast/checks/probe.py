@@ -191,6 +191,12 @@ class Probe:
             self.broken[rows[new]] = True
         return judged.broken
 
+    def found(self) -> tuple[Tensor, Tensor]:
+        """(labels, images) of all adversarial examples so far: those of the evaluation, then those of the audit."""
+        rows = torch.nonzero(self.evaluation.broken_by >= 0)[:, 0].to(self.data.y.device)
+        x_adv = torch.cat([self.stored_x_adv(rows), *(one.x_adv for one in self.witnesses)])
+        return self.y(torch.cat([rows, *(one.rows for one in self.witnesses)])), x_adv
+
     def gradient(self, score: Loss, x: Tensor, rows: Tensor) -> Tensor:
         """d score / d x at images x that belong to these samples."""
         return score_and_grad(self.model, x, score, self.y(rows))[2]

@@ -13,7 +13,7 @@ from ..evaluation import differs_off_grid, is_8bit
 from ..importers.onnx import runtime_predictions
 from ..losses import Loss, negative_log_odds, negative_margin
 from ..noise import AuditStream
-from ..outputs import Outputs, as_outputs
+from ..outputs import Model, Outputs, as_outputs
 from ..threat import Threat, column
 from .findings import CheckCount
 from .probe import Probe, Recapture, rescaled_cross_entropy
@@ -166,16 +166,28 @@ def answers_agree_on_and_off_the_8_bit_grid(probe: Probe) -> CheckCount | str:
 
 def witnesses_hold_in_onnxruntime(probe: Probe) -> CheckCount | str:
     """onnxruntime misclassifies the adversarial examples that were found on holdfast's copy of an ONNX network."""
-    found = torch.nonzero(probe.evaluation.broken_by >= 0)[:, 0]
-    if len(found) == 0:
+    return confirmed_by_onnxruntime(probe.raw_model, *probe.found())
+
+
+def confirmed_by_onnxruntime(model: Model, y: Tensor, x_adv: Tensor) -> CheckCount | str:
+    """How many adversarial examples onnxruntime does not confirm; every one that counts has to be asked here.
+
+    Args:
+        model: the network as the user gave it.
+        y: (n,) labels.
+        x_adv: (n, C, H, W), misclassified by the model.
+
+    Returns:
+        The count; or a text that says why onnxruntime was not asked.
+    """
+    if len(y) == 0:
         return "there is no adversarial example to confirm"
-    if not isinstance(probe.raw_model, nn.Module):
+    if not isinstance(model, nn.Module):
         return "the network does not come from an ONNX file"
-    x_adv = probe.evaluation.x_adv[found].to(probe.data.y.device)
-    predicted = runtime_predictions(probe.raw_model, x_adv)
+    predicted = runtime_predictions(model, x_adv)
     if isinstance(predicted, str):
         return predicted
-    k, n = int((predicted == probe.y(found.to(probe.data.y.device))).sum()), len(found)
+    k, n = int((predicted == y).sum()), len(y)
     return CheckCount(k, n, 0.0, f"onnxruntime does not confirm {k} of {n} adversarial examples: it answers the label")
 
 

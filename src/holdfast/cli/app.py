@@ -83,8 +83,13 @@ def main() -> None:
             commands = {
                 one.name or getattr(one.callback, "__name__", ""): one.callback for one in app.registered_commands
             }
-            check_arguments(sys.argv[1:], {name: function for name, function in commands.items() if function})
-            app()
+            app(check_arguments(sys.argv[1:], {name: function for name, function in commands.items() if function}))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except SystemExit as stop:
+            if isinstance(stop.__context__, typer.Abort):  # Ctrl-C, for which the parser exits with 1
+                sys.exit(130)
+            raise
         except UserError as error:
             errors.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
             sys.exit(2)

@@ -14,7 +14,7 @@ from .common import best_device, print_json, say_files
 from .display import Display, aside, screen
 from .evaluate import default_folder, subject_of
 from .options import NETWORK, option
-from .output_files import writable
+from .output_files import own_folder
 
 
 @app.command(rich_help_panel="Look", epilog=exits())
@@ -58,7 +58,7 @@ def bracket(
     }  # fmt: skip
     open_subject = subject_of(run, own, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     folder = out or default_folder(run, "bracket-THREAT", threat)
-    writable(folder, "--out")
+    own_folder(folder)
     with aside(as_json), Display(quiet) as display:
         subject = open_subject(device=best_device(device))
         answer, files = bracket_subject(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .display import Display, aside, errors, screen
-from .output_files import OutputFile, page, say, writable
+from .output_files import OutputFile, own_folder, page, say
 
 if TYPE_CHECKING:
     from ..experiments.config import Comparison
@@ -80,7 +80,7 @@ def run_comparison(
     from ..experiments.config import default_out
 
     folder, where = out or default_out(comparison), best_device(device)
-    writable(folder, "--out")
+    own_folder(folder)
     with aside(as_json), Display(quiet, comparison.networks) as display:
         results = compare(
             comparison,
@@ -136,7 +136,7 @@ def run_evaluation(
     from ..experiments.evaluate_model import distributed_processes, evaluate_model, why_uncertified
 
     limited = Budget.parse(budget) if budget else None
-    writable(folder, "--out")
+    own_folder(folder)
     with (
         aside(as_json),
         distributed_processes(best_device(device)) as (where, first),

@@ -14,6 +14,8 @@ from typing import Any
 from ..errors import UserError
 from .display import errors, screen
 
+NO_PLACE = ("/dev", "/proc", "/sys")  # what is written there is lost, or does harm
+
 
 @dataclass(frozen=True)
 class OutputFile:
@@ -36,6 +38,10 @@ def writable(folder: Path, option: str) -> None:
     Raises:
         UserError: a file is in its place, or permission is missing.
     """
+    full = folder.resolve()
+    for system in NO_PLACE:
+        if full.is_relative_to(system) and not full.is_relative_to("/dev/shm"):  # which is memory, and of the user
+            raise UserError(f"could not write to {folder}: {system} holds no files. Name another with {option}.")
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -43,6 +49,27 @@ def writable(folder: Path, option: str) -> None:
         raise UserError(f"could not write to {folder}: {there} is a file, not a folder. Name another with {option}.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"could not write to {folder}: no permission to write in {there}. Name another with {option}.")
+
+
+def own_folder(folder: Path, option: str = "--out") -> None:
+    """Check before work begins that a command can fill a folder with its files: as ``writable``, and it is not shared.
+
+    Args:
+        folder: the output folder.
+        option: the option that names it, for the error.
+
+    Raises:
+        UserError: as ``writable`` does; or it is the home folder or one above the working folder, and no earlier
+            command filled it.
+    """
+    writable(folder, option)
+    full = folder.resolve()
+    if (full in Path.cwd().resolve().parents or full == Path.home().resolve()) and not (full / "config.json").exists():
+        what = "your home folder" if full == Path.home().resolve() else "above the working folder"
+        raise UserError(
+            f"{option} {folder} is {what}, and its files would lie among others: name a folder of its own, such as "
+            f"{folder / 'run'}."
+        )
 
 
 def write_files(draw: Callable[[Path], Any], folder: Path, option: str = "--out") -> list[OutputFile]:

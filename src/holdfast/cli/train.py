@@ -11,7 +11,7 @@ from . import options as o
 from .app import app, exits
 from .common import best_device, fit_from, percent_text, print_json
 from .display import Display, aside, screen
-from .output_files import writable
+from .output_files import own_folder
 
 
 @app.command(rich_help_panel="Step by step", epilog=exits())
@@ -50,6 +50,7 @@ def train(
     from .. import models
     from ..experiments.config import Comparison, Job
     from ..experiments.training import train_network
+    from ..threat import Threat
 
     if s:
         if loss not in ("sce", "isce"):
@@ -60,7 +61,12 @@ def train(
         data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit,
         image_column=image_column, label_column=label_column, convert=convert, resize=resize,
     ).checked()  # fmt: skip
-    writable(out, "--out")
+    Threat.parse(threat)  # one, unlike a comparison's
+    if fold and comparison.folds <= 1:
+        raise UserError(
+            f"--fold is for data without a test split, which is cut into folds: {data} has one. Leave it out."
+        )
+    own_folder(out)
     job = Job(comparison, comparison.loss_specs[0], seed, fold, out, best_device(device))
     with aside(as_json), Display(quiet) as display:
         _, trained, _ = train_network(job, progress=partial(display.progress, out.name))

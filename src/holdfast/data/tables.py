@@ -36,7 +36,7 @@ def from_parquet(files: Sequence[Path], what: str, reading: Reading) -> Encoded:
     columns, size, shard = None, 0, files[0]
     try:
         for shard in files:
-            with pq.ParquetFile(shard) as file:
+            with pq.ParquetFile(shard, page_checksum_verification=True) as file:
                 columns = columns or choose(file.schema_arrow, reading, what)
                 names = [*columns.x, columns.y]
                 missing = [name for name in names if name not in file.schema_arrow.names]

@@ -31,6 +31,7 @@ from .pipeline import (
     NetworkResult,
     check_answers,
     evaluate_network,
+    note_size,
     result_key,
 )
 from .stored_result import load_result
@@ -80,6 +81,8 @@ def compare(
     jobs = comparison.jobs(out, device)
     remaining = [job for job in jobs if stored_results(job, data[job.cut]) is None]
     done = [job for job in jobs if job not in remaining]
+    if remaining:
+        note_size(split.test, out, len(remaining) * len(comparison.threats))
     for number, job in enumerate(done, 1):
         report(job.name, NETWORK_DONE, number, len(jobs))
 

@@ -21,9 +21,11 @@ from ..io import decode, existing_file
 from ..objectives import OBJECTIVES, Schedule
 from ..threat import Threat
 from ..train import FitConfig
-from ..user_input import check_fields, typed, whole
+from ..user_input import MOST, check_fields, typed, whole
 from . import loss_spec
 from .loss_spec import LossSpec
+
+MOST_SEEDS = 10_000  # networks per loss
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Comparison:
         suite: a key of ``SUITES``.
         objective: a key of ``OBJECTIVES`` with settings, such as "adversarial:steps=10".
         model: a key of ``MODELS`` with settings, or "" for the default of image size and device.
-        seeds: networks per loss, >= 1.
+        seeds: networks per loss, 1 to 10,000.
         first_seed: the seed of the first one, >= 0.
         folds: cross-validation folds, >= 0; 0 for the data's own number.
         limit: at most so many test images, >= 0; 0 for all.
@@ -156,7 +158,9 @@ class Comparison:
         if self.eval_split not in ("test", "val"):
             raise UserError(f"eval_split must be 'test' or 'val', got '{self.eval_split}'.")
         for name in ("seeds", "first_seed", "folds", "limit", "limit_train"):
-            whole(name, getattr(self, name), int(name == "seeds"))
+            whole(name, getattr(self, name), int(name == "seeds"), MOST_SEEDS if name == "seeds" else MOST)
+        for row in self.loss_specs:
+            fit_config(self, row, self.first_seed + self.seeds)  # the last seed is one too
         return replace(self, losses=tuple(names), folds=self.folds or data.default_folds(self.data))
 
     def cut(self, fold: int) -> DataCut:

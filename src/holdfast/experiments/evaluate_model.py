@@ -32,7 +32,7 @@ from . import loss_spec
 from .collect import TrainedNetwork, collect
 from .config import DataCut
 from .loss_spec import LossSpec
-from .pipeline import EVALUATION_FILE, evaluate_network
+from .pipeline import EVALUATION_FILE, evaluate_network, note_size
 from .training import TrainSummary
 
 
@@ -317,6 +317,7 @@ def evaluate_model(
         evaluate(subject.model, subject.split.test, against, suite, checkpoint=out / EVALUATION_FILE, **arguments)
         return None
     run_folder.reserve(out, settings)
+    note_size(subject.split.test, out)
     result = evaluate_network(
         subject.model, subject.split.test, against, suite, s=subject.loss.s, cache=out, progress=progress, **arguments
     )

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeVar
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, region, run_folder
-from ..checks import Audit, audit, identity_of_checks
+from ..checks import Audit, audit, identity_of_checks, with_later_witnesses
 from ..checks.cache import load_audit, save_audit
-from ..data import Data, pixels
+from ..data import Data, DataWarning, pixels
 from ..errors import UserError
 from ..evaluation import Budget, Evaluation, Stage, StageCost, add_witnesses, evaluate
 from ..evaluation.checkpoint import CleanAnswers, load_clean_answers
@@ -42,6 +43,7 @@ from .stored_result import load_result, save_result
 EVALUATION_FILE, AUDIT_FILE, REGION_FILE = (f"{name}.safetensors" for name in ("evaluation", "audit", "region"))
 RESULT_FILE, EVALUATED_FILE = "result.safetensors", "evaluated.json"
 REGION, REGION_VERSION = "region cache", 2
+LARGE = 1e9  # bytes in a folder of results, from which on their number is said before the work
 
 
 @typed
@@ -133,11 +135,32 @@ def evaluate_network(
         model, data, audited.evaluation, s=s, seed=seed,
         path=None if cache is None else cache / REGION_FILE, key=key, progress=progress,
     )  # fmt: skip
-    audited = replace(audited, evaluation=measured.evaluation)
+    audited = with_later_witnesses(audited, model, measured.evaluation)
     result = NetworkResult(measured.evaluation, audited, measured.region, measured.projection)
     if cache is not None:
         save_result(cache / RESULT_FILE, cache / EVALUATION_FILE, result_id, result)
     return result
+
+
+def note_size(data: Data, folder: str | Path, count: int = 1) -> None:
+    """Say before the work how much the adversarial images may take on disk, where that is more than a gigabyte.
+
+    Args:
+        data: what is evaluated.
+        folder: where the images go.
+        count: how many evaluations of so much data there are.
+
+    Warns:
+        DataWarning: the size at most: every image in the record, and again among the adversarial examples.
+    """
+    most = 2 * 4 * data.x.numel() * count
+    if most > LARGE:
+        warnings.warn(
+            f"the adversarial images of {len(data):,} samples{f', {count} times,' if count > 1 else ''} take up to "
+            f"{most / 1e9:,.1f} GB in {folder}, most often a third of that; --limit evaluates fewer.",
+            DataWarning,
+            stacklevel=2,
+        )
 
 
 def check_answers(

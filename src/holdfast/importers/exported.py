@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..io import existing_file
+from ..io import check_zip, existing_file
 from ..outputs import as_outputs
 from .layout import FileNetwork
 from .wrapped import Wrapped
@@ -75,6 +75,7 @@ def load_exported(path: str | Path, device: str | torch.device) -> Exported:
             or holds a program that this torch cannot run.
     """
     file = existing_file(path)
+    check_zip(file, "Restore it from a copy, or export it again with torch.export.save.")
     try:
         with _quietly():
             program = torch.export.load(file)

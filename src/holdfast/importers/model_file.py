@@ -186,5 +186,5 @@ def open_model(source: ModelSource, device: str | torch.device = "cpu") -> nn.Mo
     try:
         return wrapped.to(device).eval()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"the network cannot be put on the device '{device}': {reason} Try the device cpu.") from None
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"the network cannot be put on the device '{device}': {reason}. Try the device cpu.") from None

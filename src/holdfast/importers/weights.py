@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, type_of
-from ..io import existing_file
+from ..io import check_zip, existing_file
 from ..outputs import Model
 
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -64,6 +64,8 @@ def load_weights(model: Model, path: str) -> list[str]:
 
 def _read(path: Path) -> Any:
     """The content of a weights file; nothing that could execute code is unpickled."""
+    if path.suffix.lower() != ".safetensors":
+        check_zip(path, "Restore it from a copy, or write it again with torch.save.")
     try:
         if path.suffix.lower() == ".safetensors":
             return safetensors.torch.load_file(path)

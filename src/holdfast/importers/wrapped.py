@@ -184,6 +184,7 @@ def check_preprocessing(
         raise UserError(f"input_range, mean and std must be finite, got {input_range}, {mean} and {std}.")
     if len(input_range) != 2 or input_range[0] >= input_range[1]:
         raise UserError(f"input_range must be the lowest and the highest pixel value, low < high, got {input_range}.")
+    mean, std = mean or (0.0,) * len(std), std or (1.0,) * len(mean)  # one alone leaves the other as it is
     if len(mean) != len(std):
         raise UserError(f"mean and std must have as many numbers as each other, got {len(mean)} and {len(std)}.")
     if any(value <= 0 for value in std):

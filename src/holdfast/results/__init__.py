@@ -20,7 +20,7 @@ from .region import (
     TwoSample,
     TwoSamplePerClass,
 )
-from .remaining import Remaining, RemainingVulnerable, SpotCheck, remaining_vulnerable
+from .remaining import Remaining, RemainingVulnerable, SpotCheck, remaining_vulnerable, sum_remaining
 from .rows import Row, rows
 from .schema import (
     CLOPPER_PEARSON,
@@ -73,6 +73,6 @@ __all__ = [
     "Samples", "SpotCheck", "Spread", "StageCost", "Training", "TwoSample", "TwoSamplePerClass", "Verdict",
     "any_certified", "caption", "caption_notes", "cells", "csv", "doubts", "heading", "holm", "latex", "load",
     "markdown", "mcnemar", "notebook", "notebook_counts", "other_attacks", "over_seeds", "paired_t", "percent",
-    "pgd50_verdict_text", "proportion", "remaining_text", "remaining_vulnerable", "robust_text", "rows", "save",
-    "status_text", "table", "threat_text", "to_json", "total_cost",
+    "pgd50_verdict_text", "proportion", "remaining_text", "remaining_vulnerable", "robust_text", "rows",
+    "save", "status_text", "sum_remaining", "table", "threat_text", "to_json", "total_cost",
 ]  # fmt: skip

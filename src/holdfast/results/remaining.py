@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy import special, stats
@@ -159,3 +160,39 @@ class Remaining(RemainingVulnerable):
     def __post_init__(self) -> None:
         if not 1 <= self.votes <= MOST_VOTES:
             raise UserError(f"votes must be 1 to {MOST_VOTES} predictions per image, got {self.votes}.")
+
+
+def sum_remaining(
+    estimates: Sequence[RemainingVulnerable],
+    spot_checks: Sequence[SpotCheck] = (),
+    *,
+    unfinished: bool = False,
+    votes: int = 1,
+) -> Remaining:
+    """What may still be breakable of one row, the samples of its networks counted together.
+
+    Args:
+        estimates: of the networks (folds), at least one; only their counts are read.
+        spot_checks: of the networks that have one.
+        unfinished: a budget ended the attacks before the suite did.
+        votes: number of predictions per image whose majority counts.
+
+    Returns:
+        The capture-recapture estimate of the summed counts. Where the spot checks suggest more, ``expected`` and
+        ``high`` are theirs.
+
+    Raises:
+        UserError: the counts contradict each other.
+    """
+    first, second, both, tested, survivors = (
+        sum(getattr(one, name) for one in estimates) for name in ("first", "second", "both", "tested", "survivors")
+    )
+    whole = remaining_vulnerable(first, second, both, tested, survivors)
+    expected = max(whole.expected, sum(one.expected for one in spot_checks))
+    high = max(whole.high, expected)
+    return Remaining(
+        **{**asdict(whole), "expected": expected, "high": high},
+        spot_checks=tuple(spot_checks),
+        unfinished=unfinished,
+        votes=votes,
+    )

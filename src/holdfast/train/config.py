@@ -10,7 +10,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..threat import Threat
-from ..user_input import any_seed, flag, number, text, whole
+from ..user_input import flag, number, text, whole
+
+MOST_SEED = 2**43  # torch's generator takes 1,000,003 times as much
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,10 @@ class FitConfig:
         weight_decay: >= 0, decoupled for adam; not applied to biases, norms, centers and variances.
         momentum: of sgd, in [0, 1).
         ema: decay of a moving average of the weights, in [0, 1); the average is what is validated and saved. 0: off.
-        pad: random crops after padding by so many pixels, >= 0.
+        pad: random crops after padding by so many pixels, 0 to the side of the images.
         flip: random horizontal mirroring.
         precision: "no" (float32) or "bf16" for the forward passes of training, including the inner attack's.
-        seed: of data order, augmentation and noise.
+        seed: of data order, augmentation and noise; at most 2^43 in size.
         checkpoint_seconds: how much work a kill may cost at most, >= 0; 0 saves after every epoch.
         checkpoint: which epoch's weights the model has in the end: "last", or "best" by validation accuracy (robust
             accuracy if fit has a val_threat).
@@ -57,7 +59,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("pad", 0)):
             whole(name, getattr(self, name), least)
-        any_seed(self.seed)
+        whole("seed", self.seed, -MOST_SEED, MOST_SEED)
         flag("flip", self.flip)
         for name in ("lr", "weight_decay", "momentum", "ema"):
             number(name, getattr(self, name), 0, above=name == "lr")

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..attacks import pgd
-from ..data import Data, pixels
+from ..data import Data, augment, pixels
 from ..data.arguments import as_data
 from ..errors import UserError, type_of
 from ..losses import negative_margin
@@ -162,6 +162,7 @@ def check_arguments(
     if threat is not None:
         check_eps(threat)
     train, val = as_data(train, "train"), as_data(val, "val")
+    augment(train.x[:1], torch.Generator(), pad=config.pad, flip=False)  # refuses a pad that does not fit
     return train, val, threat, None if out is None else path("out", out)
 
 

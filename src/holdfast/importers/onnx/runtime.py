@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ...outputs import Model
+from ...outputs import Model, as_outputs
 from .network import OnnxNet
 
 TYPES = {  # of the images that a file takes: onnxruntime's names, and NumPy's
@@ -21,12 +24,15 @@ def onnx_part(model: Model) -> OnnxNet | None:
     return found[0] if len(found) == 1 else None
 
 
-def runtime_predictions(model: nn.Module, x: Tensor) -> Tensor | str:
-    """The classes that onnxruntime predicts from the file, for the images as the module hands them to its network.
+def runtime_predictions(model: nn.Module, x: Tensor, batch_size: int = 64) -> Tensor | str:
+    """The classes that the module predicts with onnxruntime's answers, from the file, in place of its network's.
+
+    Whatever the module does before and after its network, it does here too: preprocessing, the order of the classes.
 
     Args:
         model: holds one OnnxNet, maybe behind preprocessing.
         x: (N, C, H, W) images in [0, 1].
+        batch_size: images at a time.
 
     Returns:
         (N,) int64 on x's device; or a text that says why onnxruntime has no answer.
@@ -38,24 +44,37 @@ def runtime_predictions(model: nn.Module, x: Tensor) -> Tensor | str:
         import onnxruntime
     except ImportError:
         return "onnxruntime is not installed: pip install onnxruntime"
-    received: list[Tensor] = []
-    hook = net.register_forward_pre_hook(lambda module, given: received.append(given[0].detach().cpu()))
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        hook.remove()
+    device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), x.device)
+    hook = None
     try:
         session = onnxruntime.InferenceSession(net.path, providers=["CPUExecutionProvider"])
-        entry = session.get_inputs()[0]
-        size = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) and entry.shape[0] > 0 else 0
-        points, parts = torch.cat(received), []
-        if entry.type in TYPES and "int" in TYPES[entry.type]:
-            points = points.round()
-        for part in points.split(size or len(points)):
-            full = part if not size else torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
-            (out,) = session.run([net.output_of_file], {entry.name: full.numpy().astype(TYPES[entry.type])})
-            parts.append(torch.from_numpy(out).flatten(1)[: len(part)].argmax(1))
+        hook = net.register_forward_hook(lambda _, given, out: _answers(session, net, given[0], out))
+        with torch.no_grad():
+            parts = [as_outputs(model(part.to(device))).logits.argmax(1) for part in x.split(batch_size)]
     except Exception as error:  # whatever onnxruntime refuses: no answer is no doubt
-        return f"onnxruntime cannot run {net.path}: {str(error).splitlines()[0][:200]}"
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        return f"onnxruntime cannot run {net.path}: {reason[:200]}"
+    finally:
+        if hook is not None:
+            hook.remove()
     return torch.cat(parts).to(x.device)
+
+
+def _answers(session: Any, net: OnnxNet, x: Tensor, out: Tensor) -> Tensor:
+    """What onnxruntime answers for the images that the network was given, in the form of the network's own answer."""
+    entry = session.get_inputs()[0]
+    points = x.detach().cpu()
+    if net.integer_range is not None:
+        points = points.round().clamp(*net.integer_range)
+    if len(entry.shape) < points.ndim:  # the graph has no axis for the batch
+        chunks, kept = list(points), [0] * len(points)
+    else:
+        size = entry.shape[0] if isinstance(entry.shape[0], int) and entry.shape[0] > 0 else len(points)
+        parts = points.split(size)
+        chunks = [torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])]) for part in parts]
+        kept = [len(part) for part in parts]
+    answers = []
+    for chunk, n in zip(chunks, kept, strict=True):
+        (answer,) = session.run([net.output_of_file], {entry.name: chunk.numpy().astype(TYPES[entry.type])})
+        answers.append(torch.from_numpy(answer).flatten(1)[:n] if n else torch.from_numpy(answer).flatten())
+    return torch.cat(answers).reshape(out.shape).to(out)
