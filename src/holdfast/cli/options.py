@@ -41,7 +41,8 @@ Suite = Annotated[
     str,
     option(
         "Attack suite, by strength: quick, standard, paranoid. Also standard+loss (attacks the training loss too), "
-        "per-attack (each attack on all images), explain (one change at a time)."
+        "per-attack (each attack on all images), explain (one change at a time), as-coded (the attack of the public "
+        "code of I-SCE, in the ball)."
     ),
 ]
 Objective = Annotated[
