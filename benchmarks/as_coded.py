@@ -17,13 +17,14 @@ from torch import nn
 from holdfast import data
 from holdfast.checks import PGD50, ROBUST, Claim, audit, judge
 from holdfast.data import Data, standardisation
-from holdfast.evaluation import Evaluation
+from holdfast.evaluation import Evaluation, evaluate
 from holdfast.experiments.as_coded import CHANGES, Measured, as_coded_waterfall, running_statistics, unprojected
 from holdfast.experiments.evaluate_model import from_run
 from holdfast.losses import Loss
 from holdfast.models import build
 from holdfast.objectives import standard
 from holdfast.results import proportion
+from holdfast.threat import Threat
 from holdfast.train import FitConfig, fit
 
 TABLE = ((0.005, 5), (0.005, 50), (0.02, 5), (0.02, 50))  # the step sizes and steps that the code was run with
@@ -47,12 +48,26 @@ def networks(runs: list[str], losses: list[str], limit: int) -> Iterator[tuple[s
         yield f"digits, {loss}", *trained_on_digits(loss), loss
 
 
+def percent(correct: int, n: int) -> str:
+    i = proportion(correct, n)
+    return f"{100 * i.value:.1f} [{100 * i.low:.1f}, {100 * i.high:.1f}]"
+
+
 def line(name: str, change: str, figure: Measured) -> str:
-    i = figure.accuracy
-    return (
-        f"| {name} | {100 * i.value:.1f} [{100 * i.low:.1f}, {100 * i.high:.1f}] | {figure.linf:.1f} | {figure.l2:.1f} "
-        f"| {change} |"
-    )
+    return f"| {name} | {percent(figure.correct, figure.n)} | {figure.linf:.1f} | {figure.l2:.1f} | {change} |"
+
+
+def printed(model: nn.Module, test: Data, loss: Loss | str) -> Iterator[str]:
+    """The code's own step sizes, and beside them robust accuracy in the ball whose radius is the step size."""
+    yield "| unprojected | left | linf, 255ths | l2, 255ths | robust in linf eps, running statistics |"
+    yield "|---|---:|---:|---:|---:|"
+    robust = {}
+    for step_size, steps in TABLE:
+        if step_size not in robust:
+            evaluation = evaluate(running_statistics(model), test, Threat("linf", step_size), trained_with=loss)
+            robust[step_size] = percent(int(evaluation.robust.sum()), len(test))
+        figure = unprojected(model, test, trained_with=loss, steps=steps, step_size=step_size)
+        yield line(f"eps {step_size:g}, {steps} steps", robust[step_size], figure)
 
 
 def shown(evaluation: Evaluation, model: nn.Module, test: Data, loss: Loss | str) -> Iterator[str]:
@@ -60,8 +75,7 @@ def shown(evaluation: Evaluation, model: nn.Module, test: Data, loss: Loss | str
     audited = audit(model, test, evaluation, trained_with=loss)
     after = audited.evaluation.robust
     for name, left in {**evaluation.attack_correct, "robust": after}.items():
-        i = proportion(int(left.sum()), len(left))
-        yield f"| {name} | {100 * i.value:.1f} [{100 * i.low:.1f}, {100 * i.high:.1f}] |"
+        yield f"| {name} | {percent(int(left.sum()), len(left))} |"
     for claim in (Claim(PGD50, evaluation.pgd50.tolist()), Claim(ROBUST, evaluation.robust.tolist())):
         verdict = judge(claim, after.tolist(), audited.findings)
         yield f"{claim.name}: {verdict.status}, {verdict.why}"
@@ -78,11 +92,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for name, model, test, loss in networks(given.runs, given.loss or ["isce_c", "sce"], given.limit):
         test = test.take(slice(0, given.limit)) if given.limit else test
-        print(f"\n{name}, {len(test)} images\n\n| unprojected | left | linf, 255ths | l2, 255ths | |")
-        print("|---|---:|---:|---:|---|")
-        for step_size, steps in TABLE:
-            figure = unprojected(model, test, trained_with=loss, steps=steps, step_size=step_size)
-            print(line(f"step size {step_size:g}", f"{steps} steps", figure), flush=True)
+        print(f"\n{name}, {len(test)} images\n")
+        for text in printed(model, test, loss):
+            print(text, flush=True)
         found, evaluation = as_coded_waterfall(
             model, test, trained_with=loss, steps=given.steps, step_size=given.step_size
         )

@@ -57,7 +57,7 @@ def test_a_misclassified_image_driven_out_of_its_wrong_class_counts_as_correct()
     wrong = data.take(torch.arange(len(data)) % 4 == 0)
     assert int((model(wrong.x).argmax(1) == wrong.y).sum()) == 0
     assert unprojected(model, wrong, steps=3, step_size=0.02).correct > len(wrong) // 2
-    true = Stage("true", "as_coded", "train_loss", settings={"steps": 3, "step_size": 0.02, "labels": "true"})
+    true = Stage("true", "as_coded", "train_loss", settings={"steps": 3, "step_size": 0.02, "away_from": "true"})
     assert int(evaluate(model, wrong, "linf:0.02", (true,)).robust.sum()) == 0
 
 
@@ -109,7 +109,7 @@ def test_its_first_figures_are_those_of_the_attack_by_itself(waterfall):
     x, y, threat = pixels(test.x), test.y, Threat("linf", 0.15)
     running = running_statistics(net)
     for row, model, labels in ((1, net, "predicted"), (2, net, "true"), (3, running, "true")):
-        few = {"score": isce_c, "noise": noise_of(24), "steps": 5, "labels": labels}
+        few = {"score": isce_c, "noise": noise_of(24), "steps": 5, "away_from": labels}
         x_adv = ATTACKS["as_coded"].attack(model, x, y, threat, **few)
         with torch.no_grad():
             assert found[row].correct == int((model(x_adv).logits.argmax(1) == y).sum())
@@ -133,8 +133,8 @@ def test_what_it_refuses(batch_statistics):
         unprojected(net, few.take(slice(0, 0)))
     with pytest.raises(UserError, match="must be a torch module"):
         as_coded_waterfall(lambda x: x.flatten(1), few)
-    given = {"score": cross_entropy, "noise": noise_of(4), "labels": "guessed"}
-    with pytest.raises(UserError, match=r"unknown labels 'guessed'.*Known: predicted, true"):
+    given = {"score": cross_entropy, "noise": noise_of(4), "away_from": "guessed"}
+    with pytest.raises(UserError, match=r"unknown class to move away from 'guessed'.*Known: predicted, true"):
         ATTACKS["as_coded"].attack(net, pixels(few.x), few.y, Threat("linf", 0.1), **given)
 
 

@@ -11,7 +11,7 @@ from ..threat import Threat
 from .base import Model, attack, predict
 from .pgd import pgd
 
-LABELS = ("predicted", "true")
+AWAY_FROM = ("predicted", "true")
 
 
 @attack
@@ -25,7 +25,7 @@ def as_coded(
     noise: Noise,
     steps: int = 5,
     step_size: float | None = None,
-    labels: str = "predicted",
+    away_from: str = "predicted",
     iterate: str = "last",
 ) -> Tensor:
     """Steps of sign(gradient) from x, away from the class that is predicted for x; the last one is the answer.
@@ -39,14 +39,14 @@ def as_coded(
     Args:
         steps: k >= 1.
         step_size: a > 0, in pixels; default eps, which is a step size there.
-        labels: "predicted", as in that code, also where the prediction is wrong; or "true": y.
+        away_from: "predicted", as in that code, also where the prediction is wrong; or "true": y.
         iterate: "last", as in that code; or "best": the most adversarial point for the labels in use.
 
     Returns:
         x_adv, (N, C, H, W), in the threat.
 
     Raises:
-        UserError: other labels, or another iterate.
+        UserError: another away_from or iterate.
 
     Where it fails: a misclassified image is driven away from its wrong class, often into the right one, and counts as
         correct afterwards. Steps of eps jump between corners of the ball.
@@ -62,9 +62,9 @@ def as_coded(
     -0.25
     -0.25
     """
-    if labels not in LABELS:
-        raise unknown("labels", labels, LABELS)
-    fixed = predict(model, x).logits.argmax(1) if labels == "predicted" else y
+    if away_from not in AWAY_FROM:
+        raise unknown("class to move away from", away_from, AWAY_FROM)
+    fixed = predict(model, x).logits.argmax(1) if away_from == "predicted" else y
     step_size = threat.eps if step_size is None else step_size
     return pgd(
         model, x, fixed, threat, score=score, noise=noise, steps=steps, step_size=step_size, random_start=False,

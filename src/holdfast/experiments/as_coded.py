@@ -231,14 +231,14 @@ def as_coded_waterfall(
     running = running_statistics(model)
     same = replace(setting, model=CountingModel(running, occurring=setting.data.y.unique()))
     coded = Stage("as coded", "as_coded", "train_loss", settings={"steps": whole("steps", steps, 1)}, step=1.0)
-    true = replace(coded, settings={**coded.settings, "labels": "true"})
+    true = replace(coded, settings={**coded.settings, "away_from": "true"})
     raw = replace(true, score="matched")
     unprojected_stage = replace(coded, settings={**coded.settings, "step_size": ball.eps}, step=None)
     one_attack = (
         (setting, box, unprojected_stage), (setting, ball, coded), (setting, ball, true), (same, ball, true),
         (same, ball, raw),
     )  # fmt: skip
-    more: dict[str, Any] = {"settings": {"steps": MOST_STEPS, "iterate": "best", "labels": "true"}, "step": 0.1}
+    more: dict[str, Any] = {"settings": {"steps": MOST_STEPS, "iterate": "best", "away_from": "true"}, "step": 0.1}
     on_the_rest = (
         (replace(raw, settings={**true.settings, "iterate": "best"}),),
         (Stage("more steps", "as_coded", **more),),
