@@ -8,7 +8,7 @@ from holdfast.attacks import ATTACKS, cross_entropy
 from holdfast.data import Data, pixels
 from holdfast.errors import UserError
 from holdfast.evaluation import SUITES, Stage, evaluate
-from holdfast.experiments.as_coded import CHANGES, Measured, as_coded_waterfall, running_statistics, unprojected
+from holdfast.experiments.as_coded import CHANGES, Measured, as_coded_waterfall, switched, unprojected
 from holdfast.losses import isce_c
 from holdfast.threat import Threat
 
@@ -85,7 +85,8 @@ def waterfall(batch_statistics):
     with pytest.MonkeyPatch.context() as patch:  # the attacks are the same, and short
         patch.setattr("holdfast.experiments.as_coded.MOST_STEPS", 20)
         patch.setitem(SUITES, "as-coded", SUITES["as-coded"][:1])
-        found, evaluation = as_coded_waterfall(net, test, step_size=0.15, progress=lambda *said: seen.append(said))
+        running = switched(net, "running")  # it begins with batch statistics all the same
+        found, evaluation = as_coded_waterfall(running, test, step_size=0.15, progress=lambda *said: seen.append(said))
     return net, test, found, evaluation, seen
 
 
@@ -107,7 +108,7 @@ def test_the_waterfall_changes_one_thing_at_a_time(waterfall):
 def test_its_first_figures_are_those_of_the_attack_by_itself(waterfall):
     net, test, found, *_ = waterfall
     x, y, threat = pixels(test.x), test.y, Threat("linf", 0.15)
-    running = running_statistics(net)
+    running = switched(net, "running")
     for row, model, labels in ((1, net, "predicted"), (2, net, "true"), (3, running, "true")):
         few = {"score": isce_c, "noise": noise_of(24), "steps": 5, "away_from": labels}
         x_adv = ATTACKS["as_coded"].attack(model, x, y, threat, **few)
@@ -138,5 +139,5 @@ def test_what_it_refuses(batch_statistics):
         ATTACKS["as_coded"].attack(net, pixels(few.x), few.y, Threat("linf", 0.1), **given)
 
 
-def test_a_network_without_a_switch_is_the_same_with_running_statistics(digits):
-    assert running_statistics(digits[0]) is digits[0]
+def test_a_network_without_a_switch_is_the_same_with_all_statistics(digits):
+    assert switched(digits[0], "running") is switched(digits[0], "batch") is digits[0]

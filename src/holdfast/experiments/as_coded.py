@@ -33,7 +33,7 @@ from ..user_input import any_seed, number, whole
 MOST_STEPS = 200
 # What each step of the waterfall changes.
 CHANGES = {
-    "as the code prints it": "predicted labels, no projection, the training loss, last iterate, the network as it is",
+    "as the code prints it": "predicted labels, no projection, the training loss, last iterate, batch statistics",
     "projection": "every step is projected into the ball that the figure is quoted for",
     "true labels": "labels are the true ones: a misclassified image is no longer driven out of its wrong class",
     "running statistics": "batch norm uses its running statistics: an answer depends on its image alone",
@@ -204,8 +204,9 @@ def as_coded_waterfall(
 
     The changes are those of CHANGES, each on top of the ones before. Up to "raw logits" each figure is that of one
     attack on all images, counted as the code counts, so it may rise. From "best iterate" on, each attack is run on what
-    the ones before it left, and every figure is an upper bound of robust accuracy. A network whose batch norms have
-    running statistics already is the same at "running statistics".
+    the ones before it left, and every figure is an upper bound of robust accuracy. Whichever statistics the
+    network has, it begins with those of the batch, as the code does; without a batch norm of ``preactresnet`` nothing
+    changes at "running statistics".
 
     Args:
         model: maps images in [0, 1] to logits or Outputs.
@@ -219,7 +220,7 @@ def as_coded_waterfall(
 
     Returns:
         (one Measured for each key of CHANGES, the Evaluation of the last one). An audit of that evaluation needs the
-        same network, ``running_statistics(model)``.
+        same network, ``switched(model, "running")``.
 
     Raises:
         UserError: as ``unprojected`` does, and for a model that is no module.
@@ -227,8 +228,8 @@ def as_coded_waterfall(
     if not isinstance(model, nn.Module):
         raise UserError(f"the model must be a torch module, whose batch norms can be switched, got {type_of(model)}.")
     report, ball, box = as_progress(progress), _ball(step_size), Threat("linf", 1.0)
-    setting = _setting(model, data, trained_with, ball, seed, batch_size)
-    running = running_statistics(model)
+    by_batch, running = switched(model, "batch"), switched(model, "running")
+    setting = _setting(by_batch, data, trained_with, ball, seed, batch_size)
     same = replace(setting, model=CountingModel(running, occurring=setting.data.y.unique()))
     coded = Stage("as coded", "as_coded", "train_loss", settings={"steps": whole("steps", steps, 1)}, step=1.0)
     true = replace(coded, settings={**coded.settings, "away_from": "true"})
@@ -246,7 +247,7 @@ def as_coded_waterfall(
         (Stage("targets", "pgd", "scaled_log_odds", 9, {"steps": MOST_STEPS, "random_start": False}, step=0.1),),
     )
     names, found = list(CHANGES), list[Measured]()
-    with exact_float32(), frozen_eval(model), frozen_eval(running):
+    with exact_float32(), frozen_eval(by_batch), frozen_eval(running):
         for under, threat, stage in one_attack:
             report(names[len(found)], len(found), len(names))
             left, *largest = under.run(threat, stage)
@@ -267,7 +268,18 @@ def as_coded_waterfall(
     return tuple(found), evaluation
 
 
-def running_statistics(model: nn.Module) -> nn.Module:
-    """A copy of the network with running statistics, or the network itself where no batch norm can be switched."""
-    switched = any(isinstance(module, SwitchedBatchNorm) for module in model.modules())
-    return with_statistics(model, "running") if switched else model
+def switched(model: nn.Module, statistics: str) -> nn.Module:
+    """A copy of the network whose batch norms use these statistics, or itself where none can be switched.
+
+    Args:
+        model: any network.
+        statistics: "running" or "batch", as for ``models.with_statistics``.
+
+    Returns:
+        The copy, or ``model``.
+
+    Raises:
+        UserError: other statistics, for a network that can be switched.
+    """
+    can_be = any(isinstance(module, SwitchedBatchNorm) for module in model.modules())
+    return with_statistics(model, statistics) if can_be else model
