@@ -508,7 +508,7 @@ def test_report_takes_several_files(compared, holdfast_, tmp_path):
         (("--lr", "-1"), r"lr must be a positive finite number"),
         (("--lr", "nan"), r"lr must be a positive finite number"),
         (("--batch-size", "0"), r"batch_size must be a whole number >= 1"),
-        (("--optimizer", "rmsprop"), r"optimizer must be 'adam' or 'sgd'"),
+        (("--optimizer", "rmsprop"), r"optimizer must be 'adam', 'sgd' or 'momentum'"),
         (("--augment", "crop"), r"cannot read the augmentation 'crop'"),
         (("--augment", "flip"), r"cannot read the augmentation 'flip'"),
         (("--fit", "emma=0.9"), r"unknown training setting in --fit 'emma'\. Did you mean 'ema'\?"),

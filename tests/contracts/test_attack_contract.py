@@ -30,7 +30,12 @@ from holdfast.threat import Threat
 
 SIDE = 6
 EPS = {"linf": 0.15, "l2": 0.8, "l1": 3.0}
-FEW = {"fgsm": {}, "bim": {"steps": 4}, "square": {"steps": 12}}  # a new attack runs with steps=5
+FEW = {
+    "fgsm": {},
+    "bim": {"steps": 4},
+    "square": {"steps": 12},
+    "as_coded": {"steps": 5, "iterate": "last"},
+}  # a new attack runs with steps=5
 TABLE = [(name, norm) for name, entry in ATTACKS.items() for norm in entry.norms]
 GRADIENT = [(name, norm) for name, norm in TABLE if ATTACKS[name].gradients]
 # The same contract for settings that take other paths through the code. ``target`` is added to y, modulo 2.
@@ -162,7 +167,7 @@ def test_one_seed_one_answer(name, norm, few):
     torch.manual_seed(123)
     assert torch.equal(first, run(name, model, x, y, threat, **few))
     other = run(name, model, x, y, threat, seed=1, **few)
-    from_x = name in ("fgsm", "bim", "mim", "deepfool", "cw", "lbfgs", "fmn", "fab", "jsma", "least_likely")
+    from_x = name in ("fgsm", "bim", "mim", "deepfool", "cw", "lbfgs", "fmn", "fab", "jsma", "least_likely", "as_coded")
     assert torch.equal(first, other) == from_x
 
 

@@ -472,6 +472,18 @@ def test_weight_decay_is_on_matrices_and_kernels_alone(head, optimizer, split):
         assert decays[id(parameter)] == (0.0 if spared else 0.1), name
 
 
+@pytest.mark.parametrize(("optimizer", "moved"), [("sgd", 1.9 + 2.71), ("momentum", 1.0 + 1.9)])
+def test_momentum_looks_ahead_or_does_not(optimizer, moved):
+    """After two steps of lr 0.1 under the same gradient: v <- 0.9 v + g, then g + 0.9 v (Nesterov) or v."""
+    model = nn.Linear(1, 1)
+    before = model.weight.detach().clone()
+    made = loop._optimizer(model, FitConfig(optimizer=optimizer, lr=0.1, momentum=0.9))
+    for _ in range(2):
+        model.weight.grad, model.bias.grad = torch.ones(1, 1), torch.ones(1)
+        made.step()
+    torch.testing.assert_close(before - model.weight.detach(), torch.full((1, 1), 0.1 * moved))
+
+
 def test_norms_and_variances_do_not_decay():
     class Head(nn.Module):
         def __init__(self):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..losses import Loss, dlr, negative_log_odds, negative_margin, scaled_log_odds, score_of
 from ..outputs import Outputs, logits_of
 from .apgd import apgd
+from .as_coded import as_coded
 from .base import Model, MostAdversarial, attack, fooled, frozen_eval
 from .cw import cw
 from .deepfool import deepfool
@@ -39,6 +40,7 @@ __all__ = [
     "Model",
     "MostAdversarial",
     "apgd",
+    "as_coded",
     "attack",
     "bim",
     "cross_entropy",
@@ -90,6 +92,9 @@ ATTACKS: dict[str, AttackEntry] = {
     "pgd": AttackEntry(pgd, "projected gradient ascent, random starts (Madry 2018)"),
     "apgd": AttackEntry(apgd, "pgd with an adaptive step size (Croce 2020)"),
     "md": AttackEntry(md, "one term of the margin first, then the margin (Ma 2020)"),
+    "as_coded": AttackEntry(
+        as_coded, "bim away from the predicted class, last point, as the public code of I-SCE has it", ("linf",)
+    ),
     "least_likely": AttackEntry(least_likely, "targeted bim on the least likely class (Kurakin 2017)"),
     "deepfool": AttackEntry(
         deepfool, "steps to the nearest linearised boundary (Moosavi-Dezfooli 2016)", per_step=10.0

@@ -41,7 +41,8 @@ Suite = Annotated[
     str,
     option(
         "Attack suite, by strength: quick, standard, paranoid. Also standard+loss (attacks the training loss too), "
-        "per-attack (each attack on all images), explain (one change at a time)."
+        "per-attack (each attack on all images), explain (one change at a time), as-coded (the attack of the public "
+        "code of I-SCE, in the ball)."
     ),
 ]
 Objective = Annotated[
@@ -85,7 +86,7 @@ Network = Annotated[
     str, option("A model of `holdfast list`, or mymodel.py:backbone. Default: by image size and device")
 ]
 BatchSize = Annotated[int | None, option("Training batch size. Default: by data set.")]
-Optimizer = Annotated[str | None, option("adam or sgd. Default: by data set.")]
+Optimizer = Annotated[str | None, option("adam, sgd (Nesterov) or momentum (classical). Default: by data set.")]
 LearningRate = Annotated[float | None, option("Learning rate. Default: by data set.")]
 WeightDecay = Annotated[float | None, option("Weight decay (decoupled for adam). Default: by data set.")]
 Augment = Annotated[str | None, option("none, crop:PAD or crop:PAD+flip. Default: crop:4+flip for CIFAR.")]

@@ -300,6 +300,17 @@ SUITES["per-attack"] = (
     Stage("cw", "cw", "margin", settings={"steps": 50, "searches": 4}, individual=True),
     *SUITES["standard"],
 )
+# The attack of the public code of I-SCE, which calls its step size eps: here projected into the ball that it is quoted
+# for. Without the projection it is no attack under a threat, and no stage: see experiments.as_coded.
+_AS_CODED = Stage("as-coded-5", "as_coded", "train_loss", settings={"steps": 5}, step=1.0, individual=True)
+SUITES["as-coded"] = (
+    _AS_CODED,
+    replace(_AS_CODED, name="as-coded-50", settings={"steps": 50}),
+    PGD50,
+    PGD50_TRAIN_LOSS,
+    replace(PGD50, name="pgd50-matched", score="matched"),
+    *SUITES["standard"],
+)
 # The suite of `holdfast explain`: PGD-50 with one change at a time. Stages keep PGD-50's random start until restarts
 # are what changes; otherwise every change would also be one more restart.
 _LONG: dict[str, Any] = {"settings": {"steps": 200}, "step": 0.1}

@@ -22,12 +22,12 @@ class FitConfig:
     Args:
         epochs: passes over the training set, >= 1.
         batch_size: samples per step over all processes, >= 1.
-        optimizer: "adam" (AdamW) or "sgd" (with Nesterov momentum).
+        optimizer: "adam" (AdamW), "sgd" (with Nesterov momentum) or "momentum" (sgd with classical momentum).
         lr: peak learning rate, > 0.
         schedule: of the learning rate: "cosine" to zero, "onecycle" (up for a third, then cosine), "step" (a tenth at
             1/2 and again at 3/4) or "constant".
         weight_decay: >= 0, decoupled for adam; not applied to biases, norms, centers and variances.
-        momentum: of sgd, in [0, 1).
+        momentum: of sgd and momentum, in [0, 1).
         ema: decay of a moving average of the weights, in [0, 1); the average is what is validated and saved. 0: off.
         pad: random crops after padding by so many pixels, 0 to the side of the images.
         flip: random horizontal mirroring.
@@ -70,7 +70,7 @@ class FitConfig:
         for name in ("optimizer", "schedule", "precision", "checkpoint"):
             text(name, getattr(self, name))
         checks = {
-            "optimizer": (self.optimizer in ("adam", "sgd"), "'adam' or 'sgd'"),
+            "optimizer": (self.optimizer in ("adam", "sgd", "momentum"), "'adam', 'sgd' or 'momentum'"),
             "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             "ema": (self.ema < 1, "in [0, 1)"),
             "momentum": (self.momentum < 1, "in [0, 1)"),

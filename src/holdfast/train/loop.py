@@ -247,4 +247,5 @@ def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adam":
         return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+    nesterov = config.optimizer == "sgd" and config.momentum > 0
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
