@@ -446,6 +446,16 @@ def test_measure_is_the_same_every_time_and_in_every_batch(digits):
     assert numbered.inference_region is None
 
 
+def test_at_most_512_samples_are_measured_unless_more_are_asked_for(monkeypatch):
+    monkeypatch.setattr("holdfast.region.measures.N_DISTANCES", 4)
+    line = Line(2)
+    x = line.x.repeat(11, 1)[:530, :, None, None]
+    model, y = (lambda x: line(x[..., 0, 0])), line(x[..., 0, 0]).argmax(1)
+    box = Threat("linf", 0.01, -10, 10)
+    assert measure(model, x, y, x, box, steps=1).n == 512
+    assert measure(model, x, y, x, box, steps=1, limit=520).n == 520
+
+
 def test_measure_reports_its_progress(linear):
     model, x, y, x_adv, threat = linear
     reports = []
