@@ -179,7 +179,9 @@ def own_dtype(model: Model) -> torch.dtype | None:
     return dtypes.pop() if len(dtypes) == 1 and torch.float32 not in dtypes else None
 
 
-def ask(model: Model, x: Tensor, dtype: torch.dtype | None = None, output: str | int = "") -> tuple[Any, Any]:
+def ask(
+    model: Model, x: Tensor, dtype: torch.dtype | None = None, output: str | int = "", *, guess: bool = True
+) -> tuple[Any, Any]:
     """What a model returns; one that refuses float32 images, by whatever error, is asked in a type that it takes.
 
     That is the type of its parameters. Where they do not say (a function, buffers alone, a type that the code asks
@@ -191,6 +193,7 @@ def ask(model: Model, x: Tensor, dtype: torch.dtype | None = None, output: str |
         x: (N, ...).
         dtype: the type that an earlier call found; None for the images' own.
         output: as for ``as_outputs``.
+        guess: try types that no parameter has; once a model has answered, an error of it says something else.
 
     Returns:
         (the answer, Outputs in the type of x where it was converted; the type that was found, or None).
@@ -205,7 +208,7 @@ def ask(model: Model, x: Tensor, dtype: torch.dtype | None = None, output: str |
     except Exception as error:
         if isinstance(error, UserError) or out_of_memory(error):
             raise
-        guesses = OTHER_DTYPES if x.dtype == torch.float32 else ()
+        guesses = OTHER_DTYPES if guess and x.dtype == torch.float32 else ()
         for other in dict.fromkeys((own, x.dtype, *guesses)):
             try:
                 if other not in (None, first):
@@ -242,6 +245,7 @@ class Queried:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.dtype: torch.dtype | None = None  # one that the model takes, once it has refused that of the images
+        self.has_answered = False
 
     def __call__(self, x: Tensor) -> Outputs:
         return self.query(x.clone())
@@ -249,14 +253,14 @@ class Queried:
     def query(self, x: Tensor) -> Outputs:
         """The answer to images that the model may edit."""
         shape = tuple(x.shape)
-        answer, found = ask(self.model, x, self.dtype)
+        answer, found = ask(self.model, x, self.dtype, guess=not self.has_answered)
         out = as_outputs(answer)
         if len(out.logits) != shape[0] or out.logits.device != x.device:
             got = f"logits of shape {tuple(out.logits.shape)} on {out.logits.device}"
             raise UserError(f"the model answers a batch of shape {shape} on {x.device} with {got}.")
         if found != self.dtype and found is not None:
             warnings.warn(IN_OWN_DTYPE.format(found), stacklevel=3)
-        self.dtype = found
+        self.dtype, self.has_answered = found, True
         return out
 
 

@@ -58,6 +58,7 @@ class CountingModel(Queried):
             )
         super().__init__(model)
         self.counter, self.channels_last = counter or self, channels_last
+        self.has_answered = self.counter.has_answered and self.counter.model is model
         self.occurring: Tensor | None = occurring if counter is None else counter.occurring
         self.ruled_out: Tensor | None = None
         self.is_first = self.counter is self

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attacks import pgd
 from ..data import Data, pixels
-from ..data.arguments import as_data
+from ..data.arguments import as_data, note_assumptions
 from ..errors import UserError, type_of
 from ..losses import negative_margin
 from ..noise import Noise
@@ -162,6 +162,7 @@ def check_arguments(
     if threat is not None:
         check_eps(threat)
     train, val = as_data(train, "train"), as_data(val, "val")
+    note_assumptions(train, "train")
     return train, val, threat, None if out is None else path("out", out)
 
 
