@@ -134,9 +134,11 @@ def check_logits(model: Any, z: Tensor, data: Data, ruled_out: Tensor | None = N
             "wrap(model, class_order=...); if not, choose the logits with wrap(model, output=...)."
         )
     above = k - high - 1 - (0 if ruled_out is None else int(ruled_out[high + 1 :].sum()))
+    if data.classes or above <= 0:
+        return
     occurring = len(data.y.unique())
     unlikely = occurring == high + 1 or ((high + 1) / k) ** len(data) < CHANCE
-    if not data.classes and above and occurring > 1 and unlikely:
+    if occurring > 1 and unlikely:
         predicted = int((z.argmax(1) > high).sum())
         warnings.warn(
             f"the network returns {k} logits, but no label is above {high}: {predicted} of {len(z)} clean images are "
