@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import namedtuple
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from holdfast.data import Data
 from holdfast.errors import UserError
 from holdfast.evaluation import Stage, evaluate
 from holdfast.importers.wrapped import wrap
-from holdfast.outputs import Outputs, as_outputs, own_dtype
+from holdfast.outputs import Outputs, as_outputs, own_dtype, tensor_fault
 from holdfast.queries import CountingModel, majority_vote
 from holdfast.threat import Threat
 
@@ -68,7 +69,9 @@ def test_the_choice_is_a_number_or_a_name():
         (Z.long(), r"torch.int64, not floats"),
         (Z.bool(), r"torch.bool, not floats"),
         (Z.to(torch.complex64), r"torch.complex64, not floats"),
-        (Z.to_sparse(), r"sparse or quantized"),
+        (Z.to_sparse(), r"a sparse tensor: .*to_dense"),
+        (Z.to("meta"), r"on the device meta, which holds no values"),
+        (Z.to(torch.float8_e4m3fn), r"torch.float8_e4m3fn: pass float32"),
         (torch.zeros(2, 0), r"shape \(2, 0\)"),
         (torch.zeros(2), r"shape \(2,\)"),
         (torch.zeros(2, 3, 1), r"shape \(2, 3, 1\)"),
@@ -78,6 +81,26 @@ def test_the_choice_is_a_number_or_a_name():
 def test_what_are_no_logits(logits, why, form):
     with pytest.raises(UserError, match=rf"must return \(N, K\) logits.*{why}"):
         as_outputs(form(logits))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of some of these when they are made
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda z: z.to_sparse_csr(), r"a sparse tensor: .*to_dense"),
+        (lambda z: torch.quantize_per_tensor(z, 0.1, 0, torch.quint8), r"a quantized tensor: .*dequantize"),
+        (lambda z: torch.nested.nested_tensor([z, z]), r"a nested tensor"),
+        (lambda z: torch.nested.nested_tensor([z, z], layout=torch.jagged), r"a nested tensor"),
+        (lambda z: torch.masked.masked_tensor(z, z == 0), r"a MaskedTensor, a tensor with arithmetic of its own"),
+        (lambda z: z.to_mkldnn(), r"a tensor of layout"),
+        (lambda z: z.numpy(), r"a ndarray"),
+    ],
+)
+def test_what_is_no_dense_tensor_says_what_it_is(make, why):
+    value = make(Z.clone())
+    assert re.match(why, tensor_fault(value))
+    with pytest.raises(UserError, match=why):
+        as_outputs(value)
 
 
 def images(n=6, k=3):
@@ -140,6 +163,52 @@ def test_a_network_of_another_type_is_asked_in_its_own(dtype):
         warnings.simplefilter("error")
         assert torch.equal(CountingModel(wrapped)(x).logits, expected)
     assert torch.equal(wrapped(x.to(dtype)), model(x.to(dtype)))  # its own type is passed through
+
+
+def asserts(self, x):
+    assert x.dtype == torch.float64, "float64 only"
+    return self.layer(x.flatten(1))
+
+
+def raises(self, x):
+    if x.dtype != torch.float64:
+        raise TypeError("float64 only")
+    return self.layer(x.flatten(1))
+
+
+@pytest.mark.parametrize("forward", [asserts, raises])
+def test_by_whatever_error_a_network_refuses_float32_it_is_asked_in_its_own_type(forward):
+    model = Flat(dtype=torch.float64)
+    model.forward = forward.__get__(model)
+    x = images().x
+    with pytest.warns(UserWarning, match="is torch.float64 throughout"):
+        assert torch.equal(CountingModel(model)(x).logits, forward(model, x.double()).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["a function", "a buffer", "a parameter that is not used"])
+def test_a_type_that_no_parameter_tells_is_found(kind, dtype):
+    weight = torch.ones(16, 3, dtype=dtype)
+    model = (lambda x: x.flatten(1) @ weight) if kind == "a function" else nn.Module()
+    if kind != "a function":
+        model.weight = weight
+        model.unused = nn.Linear(1, 1) if "not used" in kind else None
+        model.forward = lambda x: x.flatten(1) @ model.weight
+    x, counted = torch.rand(2, 1, 4, 4), CountingModel(model)
+    with pytest.warns(UserWarning, match=f"is {dtype} throughout"):
+        first = counted(x).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what was found is kept
+        assert torch.equal(counted(x).logits, first)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, (x.to(dtype).flatten(1) @ weight).float())
+
+
+def test_float64_images_are_never_rounded_to_float32():
+    """Else a check in float64 would believe a network that is float32 inside."""
+    weight = torch.ones(16, 3)
+    with pytest.raises(UserError, match="RuntimeError"):
+        CountingModel(lambda x: x.flatten(1) @ weight)(torch.rand(2, 1, 4, 4, dtype=torch.float64))
 
 
 def test_a_float64_network_is_evaluated_and_audited_like_its_float32_copy():

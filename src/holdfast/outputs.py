@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .errors import UserError
+from .errors import UserError, type_of
 
 IN_OWN_DTYPE = "the network is {} throughout: it is asked in that type, and its logits are converted to float32."
+OTHER_DTYPES = (torch.float64, torch.bfloat16, torch.float16)  # tried in turn where the parameters do not say which
 Model = Callable[[Tensor], Any]  # an nn.Module or any function from images to logits or Outputs
 
 
@@ -126,14 +129,42 @@ def _described(value: Any) -> str:
 
 def _fault(logits: Any) -> str:
     """Why this cannot be logits, in words; "" where it can. Reads no values, which would wait for the device."""
-    if not isinstance(logits, Tensor):
-        return f"it returned {type(logits).__name__}"
-    if logits.layout != torch.strided or logits.is_quantized:
-        return "it returned a sparse or quantized tensor: return a dense one, as .to_dense() or .dequantize() makes it"
+    fault = tensor_fault(logits)
+    if fault:
+        return f"it returned {fault}"
     if not logits.is_floating_point():
         return f"it returned {logits.dtype}, not floats: return the scores before argmax or rounding"
     if logits.ndim != 2 or logits.shape[1] == 0:
         return f"it returned a tensor of shape {tuple(logits.shape)}"
+    return ""
+
+
+def tensor_fault(value: Any) -> str:
+    """What keeps a value from being a dense tensor that arithmetic works on, and what to do; "" for one that is.
+
+    Reads no values, which would wait for the device.
+
+    >>> tensor_fault(torch.eye(2).to_sparse()), tensor_fault(torch.eye(2))
+    ('a sparse tensor: pass a dense one, as .to_dense() makes it', '')
+    """
+    if not isinstance(value, Tensor):
+        return type_of(value)
+    if value.is_nested:
+        return "a nested tensor: pad or crop its parts to one shape"
+    if value.is_quantized:
+        return "a quantized tensor: pass a dense one, as .dequantize() makes it"
+    if value.layout != torch.strided:
+        kind = "a sparse tensor" if "sparse" in str(value.layout) else f"a tensor of layout {value.layout}"
+        return f"{kind}: pass a dense one, as .to_dense() makes it"
+    if value.is_meta:
+        return "a tensor on the device meta, which holds no values: load them first"
+    own_arithmetic = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if (own_arithmetic or is_traceable_wrapper_subclass(value)) and not torch.compiler.is_compiling():
+        return f"{type_of(value)}, a tensor with arithmetic of its own: pass a plain one"
+    if value.is_complex():
+        return f"{value.dtype}, not floats: pass real numbers"
+    if value.is_floating_point() and value.dtype.itemsize < 2:
+        return f"{value.dtype}: pass float32, as .float() makes it"
     return ""
 
 
@@ -148,32 +179,89 @@ def own_dtype(model: Model) -> torch.dtype | None:
     return dtypes.pop() if len(dtypes) == 1 and torch.float32 not in dtypes else None
 
 
-def ask(model: Model, x: Tensor, dtype: torch.dtype | None = None, output: str | int = "") -> tuple[Any, Any]:
-    """What a model returns; one that refuses the type of the images and has another of its own is asked in that.
+def ask(
+    model: Model, x: Tensor, dtype: torch.dtype | None = None, output: str | int = "", *, guess: bool = True
+) -> tuple[Any, Any]:
+    """What a model returns; one that refuses float32 images, by whatever error, is asked in a type that it takes.
+
+    That is the type of its parameters. Where they do not say (a function, buffers alone, a type that the code asks
+    for), the other floating types are tried in turn. Images of other types are never converted to float32, which would
+    hide that a network rounds.
 
     Args:
         model: images to logits or Outputs.
         x: (N, ...).
         dtype: the type that an earlier call found; None for the images' own.
         output: as for ``as_outputs``.
+        guess: try types that no parameter has; once a model has answered, an error of it says something else.
 
     Returns:
         (the answer, Outputs in the type of x where it was converted; the type that was found, or None).
 
     Raises:
-        RuntimeError: the model's own, where no type helps.
+        Exception: the model's own about the type of the images, where no type helps.
     """
-    if dtype is None or dtype == x.dtype or dtype != own_dtype(model):
-        try:
-            answer = model(x)
-            return answer if output == "" else as_outputs(answer, output), None
-        except RuntimeError as error:
-            dtype = own_dtype(model)
-            if dtype is None or dtype == x.dtype or out_of_memory(error):
-                raise
+    own = own_dtype(model)
+    first = x.dtype if dtype is None or own not in (None, dtype) else dtype
+    try:
+        return _answer(model, x, first, output)
+    except Exception as error:
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        guesses = OTHER_DTYPES if guess and x.dtype == torch.float32 else ()
+        for other in dict.fromkeys((own, x.dtype, *guesses)):
+            try:
+                if other not in (None, first):
+                    return _answer(model, x, other, output)
+            except Exception as again:
+                if out_of_memory(again):
+                    raise
+        raise
+
+
+def _answer(model: Model, x: Tensor, dtype: torch.dtype, output: str | int) -> tuple[Any, Any]:
+    """What ``ask`` returns, for one type of the images."""
+    if dtype == x.dtype:
+        answer = model(x)
+        return answer if output == "" else as_outputs(answer, output), None
     out = as_outputs(model(x.to(dtype)), output)
     features, distances = (part if part is None else part.to(x.dtype) for part in out[1:])
     return Outputs(out.logits.to(x.dtype), features, distances), dtype
+
+
+class Queried:
+    """A model as attacks and evaluations query it: the answer is Outputs, in the type of the images.
+
+    The model gets a copy of the images, so that one which edits its input in place changes no attack and no data, and
+    breaks no graph. An error of the model is passed on.
+
+    Args:
+        model: images to logits or Outputs.
+
+    Raises:
+        UserError: when it is called, and the answer holds no logits or not one row for each image.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.dtype: torch.dtype | None = None  # one that the model takes, once it has refused that of the images
+        self.has_answered = False
+
+    def __call__(self, x: Tensor) -> Outputs:
+        return self.query(x.clone())
+
+    def query(self, x: Tensor) -> Outputs:
+        """The answer to images that the model may edit."""
+        shape = tuple(x.shape)
+        answer, found = ask(self.model, x, self.dtype, guess=not self.has_answered)
+        out = as_outputs(answer)
+        if len(out.logits) != shape[0] or out.logits.device != x.device:
+            got = f"logits of shape {tuple(out.logits.shape)} on {out.logits.device}"
+            raise UserError(f"the model answers a batch of shape {shape} on {x.device} with {got}.")
+        if found != self.dtype and found is not None:
+            warnings.warn(IN_OWN_DTYPE.format(found), stacklevel=3)
+        self.dtype, self.has_answered = found, True
+        return out
 
 
 def logits_of(out: Outputs | Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from .data import Data
 from .errors import UserError, type_of
 from .losses import negative_margin
-from .outputs import IN_OWN_DTYPE, Model, Outputs, as_outputs, ask, out_of_memory
+from .outputs import Model, Outputs, Queried, out_of_memory
 from .threat import Threat
 
 EOT_SAMPLES = 8  # outputs of a randomised model that an attack's step averages
@@ -25,11 +24,10 @@ LOGIT_TOLERANCE = 1e-3  # two outputs agree if they differ by less than this fra
 OFF_DATA_TOLERANCE = 0.02  # the same at points of a threat
 
 
-class CountingModel:
+class CountingModel(Queried):
     """A model that counts its forward and backward passes in samples, without waiting for the device.
 
-    The model gets a copy of the images, so that one which edits its input in place changes no attack and no data. It is
-    never queried about zero images: the output for an empty batch has the shapes of that for a blank image.
+    It is never queried about zero images: the output for an empty batch has the shapes of that for a blank image.
 
     Args:
         model: images to logits or Outputs.
@@ -58,11 +56,12 @@ class CountingModel:
             raise UserError(
                 f"the model must be a torch module or a function from images to logits, got {type_of(model)}."
             )
-        self.model, self.counter, self.channels_last = model, counter or self, channels_last
+        super().__init__(model)
+        self.counter, self.channels_last = counter or self, channels_last
+        self.has_answered = self.counter.has_answered and self.counter.model is model
         self.occurring: Tensor | None = occurring if counter is None else counter.occurring
         self.ruled_out: Tensor | None = None
         self.is_first = self.counter is self
-        self.dtype: torch.dtype | None = None
         self.forwards, self.backwards = 0, 0
         self.nonfinite: Tensor | int = 0
 
@@ -76,27 +75,19 @@ class CountingModel:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         try:
-            answer, found = ask(self.model, x, self.dtype)
-            out = as_outputs(answer)
+            out = self.query(x)
         except Exception as error:
             if isinstance(error, UserError) or out_of_memory(error):
                 raise
-            shape = tuple(x.shape)
             if "more than 1 value per channel" in str(error):
                 raise UserError(
                     "the network's batch norm has no running statistics, so its answer to an image depends on the rest "
                     "of the batch, and one image alone has none. Train it with track_running_stats=True."
                 ) from error
             raise UserError(
-                f"the model cannot answer a batch of shape {shape} on {x.device}: {type(error).__name__}: {error} "
-                "An evaluation asks for batches of any size from 1 up, on one device."
+                f"the model cannot answer a batch of shape {tuple(x.shape)} on {x.device}: {type(error).__name__}: "
+                f"{error} An evaluation asks for batches of any size from 1 up, on one device."
             ) from error
-        if len(out.logits) != len(x) or out.logits.device != x.device:
-            got = f"logits of shape {tuple(out.logits.shape)} on {out.logits.device}"
-            raise UserError(f"the model answers a batch of shape {tuple(x.shape)} on {x.device} with {got}.")
-        if found != self.dtype and found is not None:
-            warnings.warn(IN_OWN_DTYPE.format(found), stacklevel=2)
-        self.dtype = found
         out = self.counter._finite_where_ruled_out(out)
         self.counter.nonfinite = self.counter.nonfinite + (~out.logits.detach().isfinite().all(1)).sum()
         return out
@@ -119,7 +110,7 @@ class CountingModel:
     def _empty(self, x: Tensor) -> Outputs:
         """Outputs for no images. A network that flattens its batch, as by ``view(len(x), -1)``, has none of its own."""
         with torch.no_grad():
-            out = as_outputs(ask(self.model, x.new_zeros(1, *x.shape[1:]), self.dtype)[0])
+            out = self.query(x.new_zeros(1, *x.shape[1:]))
         features, distances = (None if part is None else part[:0] for part in out[1:])
         return Outputs(out.logits[:0], features, distances)
 
@@ -127,18 +118,19 @@ class CountingModel:
         self.counter.backwards += len(grad)
 
 
-class EOTModel:
+class EOTModel(Queried):
     """The mean of several outputs of a randomised model, for attacks (expectation over transformation).
 
     Args:
-        model: the randomised model.
+        model: the randomised model; it copies the images.
         samples: number of outputs, >= 1.
 
     Source: Athalye et al. 2018.
     """
 
     def __init__(self, model: CountingModel, samples: int) -> None:
-        self.model, self.samples = model, samples
+        super().__init__(model)
+        self.samples = samples
 
     def __call__(self, x: Tensor) -> Outputs:
         total = self.model(x).logits

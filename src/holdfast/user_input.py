@@ -272,6 +272,13 @@ def check_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
             of_type(name, value, kinds[name])
 
 
+def check_settings(function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    """Check the types of some of a function's arguments, as ``typed`` does, before it is called. Raises UserError."""
+    kinds = _kinds(function)
+    for name, value in settings.items():
+        of_type(name, value, kinds.get(name, Any))
+
+
 _signature = functools.lru_cache(maxsize=1000)(inspect.signature)  # half of what a check costs
 
 

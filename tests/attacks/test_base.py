@@ -76,3 +76,78 @@ def test_a_targeted_score_without_targets_is_an_error_that_says_so(name):
         ATTACKS[name].attack(
             lambda x: x.flatten(1), x, (y, 1 - y), Threat("linf", 0.1), score=targeted(negative_margin), **arguments
         )
+
+
+# -- a model that was not made for attacks
+
+
+WEIGHT = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+
+
+def plain(x):
+    return (0.9 * x).flatten(1) @ WEIGHT
+
+
+def in_place(x):
+    return x.mul_(0.9).flatten(1) @ WEIGHT
+
+
+def in_place_without_a_graph(x):
+    with torch.no_grad():
+        x.mul_(0.9)
+    return x.flatten(1) @ WEIGHT
+
+
+def float64_inside(x):
+    return (0.9 * x).flatten(1) @ WEIGHT.double()
+
+
+def run(name, model, **settings):
+    x = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y, before = plain(x).argmax(1), x.clone()
+    settings = {"score": negative_margin, "noise": Noise(0, torch.arange(5)), **settings}
+    if "steps" in inspect.signature(ATTACKS[name].attack).parameters:
+        settings["steps"] = 3
+    made = ATTACKS[name].attack(model, x, y, Threat("linf", 0.2), **settings)
+    assert torch.equal(x, before)
+    return made
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_a_model_that_edits_its_input_is_attacked_on_copies(name):
+    expected = run(name, plain)
+    assert torch.equal(run(name, in_place), expected)
+    assert run(name, in_place_without_a_graph).shape == expected.shape  # its gradient lacks the factor 0.9
+
+
+@pytest.mark.filterwarnings("ignore:the network is torch.float64")
+@pytest.mark.parametrize("name", ["pgd", "fmn", "square"])
+def test_a_model_of_another_type_is_attacked_in_its_own(name):
+    assert torch.allclose(run(name, float64_inside), run(name, plain), atol=1e-4)
+
+
+def test_a_backward_pass_that_fails_ends_in_a_sentence():
+    def saved_then_edited(x):
+        squared = x * x
+        x.mul_(2)  # autograd kept x for the product
+        return squared.flatten(1) @ WEIGHT
+
+    for name in ("pgd", "fab"):
+        with pytest.raises(UserError, match=r"no gradient with respect to the images: RuntimeError.*square, rays"):
+            run(name, saved_then_edited)
+    run("square", saved_then_edited)
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (torch.zeros(2, 1, 2, 2).to_sparse(), "x is a sparse tensor"),
+        (torch.zeros(2, 1, 2, 2, device="meta"), "x is a tensor on the device meta"),
+        (torch.zeros(2, 1, 2, 2).to(torch.float8_e5m2), "x is torch.float8_e5m2"),
+        (torch.zeros(2, 1, 2, 2, dtype=torch.complex64), "x is torch.complex64"),
+    ],
+)
+def test_images_that_no_arithmetic_works_on(x, why):
+    y, settings = torch.zeros(2, dtype=torch.int64), {"score": negative_margin, "noise": Noise(0, torch.arange(2))}
+    with pytest.raises(UserError, match=why):
+        ATTACKS["pgd"].attack(plain, x, y, Threat("linf", 0.1), **settings)

@@ -48,7 +48,8 @@ def samples(model, n=6, shape=(1, 2, 2), seed=0):
     """Random images with the labels that the model gives them."""
     x = torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        return Data(x, model(x).argmax(1), torch.arange(n))
+        z = model(x)
+        return Data(x, z.argmax(1), torch.arange(n), classes=tuple(map(str, range(z.shape[1]))))
 
 
 def made(**columns):

@@ -318,7 +318,9 @@ def test_an_audit_is_of_the_samples_that_were_evaluated(honest, split, clean_eva
 def test_a_network_that_is_never_right_has_nothing_to_check_but_that(some):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with torch.no_grad():
-        wrong = data.Data(some.x, (as_outputs(model(data.pixels(some.x))).logits.argmax(1) + 1) % 10, some.index)
+        wrong = data.Data(
+            some.x, (as_outputs(model(data.pixels(some.x))).logits.argmax(1) + 1) % 10, some.index, some.classes
+        )
     audited = evaluate_and_audit(model, wrong)
     assert {finding.name for finding in audited.findings if finding.status != "not run"} == {
         "clean accuracy is above chance"

@@ -10,7 +10,8 @@ from tests.helpers import shorten_audits
 from torch import nn
 
 from holdfast import data, evaluate_network, models
-from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, audit, judge, lower_bound_99, name_of
+from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, Probe, audit, judge, lower_bound_99, name_of, strength
+from holdfast.checks.strength import _separate
 from holdfast.evaluation import Stage, evaluate
 from holdfast.evaluation.evaluation import StageCost
 from holdfast.losses import sce
@@ -317,3 +318,30 @@ def test_tight_says_that_it_is_empirical():
     assert judge(Claim(ROBUST, [1] * 9), [1] * 9, [], attack_kinds=kinds).why == (
         "empirical: no attack of 3 kinds broke more of these 9 samples"
     )
+
+
+def test_planted_examples_take_no_memory_that_grows_with_the_square_of_the_features():
+    """Against the literal system of Zimmermann et al., (D, D), where it is small."""
+    rng = torch.Generator().manual_seed(0)
+    for n_features in (3, 40):  # fewer than the points, and more
+        points = torch.randn(4, 9, n_features, generator=rng, dtype=torch.float64)
+        surface = points[:, 0] + torch.randn(4, n_features, generator=rng, dtype=torch.float64)
+        deviation = points - points.mean(1, keepdim=True)
+        scatter = deviation.mT @ deviation
+        ridge = scatter.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(n_features, dtype=torch.float64)
+        w, bias, separable = _separate(points, surface)
+        torch.testing.assert_close(w, torch.linalg.solve(scatter + ridge, surface - points.mean(1)))
+        assert torch.equal(separable, (w * surface).sum(1) > (points @ w[:, :, None])[:, :, 0].amax(1))
+        assert bool(((w * surface).sum(1) + bias > 0)[separable].all())
+    many = torch.randn(2, 9, 60_000, generator=rng, dtype=torch.float64)  # a (D, D) system would take 58 GB
+    assert _separate(many, many[:, 0] + 1)[2].all()
+    assert not _separate(torch.full((1, 9, 3), torch.nan, dtype=torch.float64), surface[:1, :3])[2].any()
+
+
+def test_planted_examples_are_the_same_in_parts(plain, some, monkeypatch):
+    evaluation = evaluate(plain, some, THREAT, (Stage("apgd", "apgd", settings={"steps": 2}),))
+    probe = Probe(plain, some, evaluation, None, 0, 16, None)
+    with frozen_eval(plain):
+        whole = strength.hidden_adversarial_examples_are_found(probe)
+        monkeypatch.setattr(strength, "MOST_FEATURES", 1)
+        assert strength.hidden_adversarial_examples_are_found(probe) == whole

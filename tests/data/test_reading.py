@@ -664,7 +664,7 @@ def test_text_that_is_not_text(tmp_path):
 
 
 def test_sparse_arrays_are_refused():
-    with pytest.raises(UserError, match=r"x of arrays is sparse or quantised"):
+    with pytest.raises(UserError, match=r"x of arrays is a sparse tensor"):
         data.from_arrays(X.to_sparse(), LABELS)
 
 

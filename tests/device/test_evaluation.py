@@ -28,7 +28,8 @@ ROUNDING = 1 if is_real() else 0  # samples that may differ where rounding does
 def few(digits):
     """16 digits, eight of them with another label."""
     _, x, y = digits
-    return Data(x[:16], torch.where(torch.arange(16) % 8 == 0, (y[:16] + 1) % 10, y[:16]), torch.arange(16))
+    y = torch.where(torch.arange(16) % 8 == 0, (y[:16] + 1) % 10, y[:16])
+    return Data(x[:16], y, torch.arange(16), classes=tuple("0123456789"))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_certificates_are_the_same(threat, on_both, few, device):
 
 def test_exact_answers_and_brackets_are_the_same(few, device):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3))
-    data = Data(few.x[:2], torch.tensor([0, 1]), torch.arange(2))
+    data = Data(few.x[:2], torch.tensor([0, 1]), torch.arange(2), classes=tuple("abc"))
     here, there = (bracket(model, data, Threat("linf", 0.02)) for model in (net, copy.deepcopy(net).to(device)))
     for column in ("margin", "s_att", "s_star", "s_cert"):
         torch.testing.assert_close(getattr(there, column), getattr(here, column), rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ from holdfast.losses import isce
 from holdfast.threat import Threat
 
 X = torch.rand(8, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-DATA = Data(X, torch.arange(8) % 2, torch.arange(8))
+DATA = Data(X, torch.arange(8) % 2, torch.arange(8), classes=tuple("abcd"))
 SPLIT = from_arrays(X, DATA.y)
 THREAT = Threat("linf", 0.1)
 FEW = (Stage("apgd", "apgd", settings={"steps": 2}),)
@@ -34,7 +34,7 @@ def test_what_is_clear_is_read(tmp_path):
     checkpoint = str(tmp_path / "evaluation.safetensors")
     y = DATA.y.to(torch.int32)
     written = evaluate(
-        MODEL, Data(X, y, DATA.index), "linf:0.1", list(FEW), trained_with="isce:s=3", seed=np.int64(0),
+        MODEL, Data(X, y, DATA.index, DATA.classes), "linf:0.1", list(FEW), trained_with="isce:s=3", seed=np.int64(0),
         checkpoint=checkpoint,
     )  # fmt: skip
     assert same(plain, written)
@@ -54,6 +54,20 @@ def test_what_is_clear_is_read(tmp_path):
         ({"data": Data(X, DATA.y[:, None], DATA.index)}, r"one label and one number per image"),
         ({"data": Data(X.long(), DATA.y, DATA.index)}, r"x of data is torch.int64"),
         ({"data": Data(X.numpy(), DATA.y, DATA.index)}, r"x of data must be a tensor, got a ndarray"),
+        ({"data": Data(X.to_sparse(), DATA.y, DATA.index)}, r"x of data is a sparse tensor: .*to_dense"),
+        ({"data": Data(X, DATA.y.to_sparse(), DATA.index)}, r"y of data is a sparse tensor"),
+        ({"data": Data(X.to("meta"), DATA.y, DATA.index)}, r"x of data is a tensor on the device meta"),
+        ({"data": Data(X, DATA.y, DATA.index.to("meta"))}, r"index of data is a tensor on the device meta"),
+        (
+            {"data": Data(X.to(torch.float8_e4m3fn), DATA.y, DATA.index)},
+            r"x of data is torch.float8_e4m3fn: pass",
+        ),
+        ({"data": Data(X.to(torch.complex64), DATA.y, DATA.index)}, r"x of data is torch.complex64, not floats"),
+        ({"data": Data(X, DATA.y[0], DATA.index)}, r"one label and one number per image, got the shapes .*y \(\)"),
+        ({"data": Data(X, DATA.y[0], DATA.index[0])}, r"one label and one number per image"),
+        ({"data": Data(X[0, 0, 0, 0], DATA.y[0], DATA.index[0])}, r"one label and one number per image"),
+        ({"data": Data(X, DATA.y.to(torch.complex64), DATA.index)}, r"y of data is torch.complex64"),
+        ({"data": Data(X.numpy().astype(object), DATA.y, DATA.index)}, r"x of data must be a tensor, got a ndarray"),
         ({"threat": "linf"}, r"cannot read the threat 'linf'"),
         ({"threat": 0.1}, r"threat must be a Threat or a text .* got a float"),
         ({"threat": Threat("linf", 8)}, r"linf eps 8 covers all pixels in \[0, 1\].*Did you mean 8/255"),
@@ -79,6 +93,38 @@ def test_what_is_not_clear_is_refused(changed, why):
     with pytest.raises(UserError, match=why) as error:
         evaluate(MODEL, **arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of some of these when they are made
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda x: torch.nested.nested_tensor(list(x)), r"a nested tensor"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), r"a quantized tensor: .*dequantize"),
+        (lambda x: torch.masked.masked_tensor(x, x > 0.5), r"a MaskedTensor"),
+        (lambda x: x.to_sparse_csr() if x.ndim == 2 else x.flatten(1).to_sparse_csr(), r"a sparse tensor"),
+        (lambda x: x.to_mkldnn(), r"a tensor of layout"),
+    ],
+)
+def test_images_of_no_ordinary_kind_are_refused(make, why):
+    with pytest.raises(UserError, match=f"x of data is {why}"):
+        evaluate(MODEL, Data(make(X), DATA.y, DATA.index), THREAT, FEW)
+    with pytest.raises(UserError, match=f"x of arrays is {why}"):
+        from_arrays(make(X), DATA.y)
+
+
+class Photographs(torch.Tensor):
+    """A subclass without arithmetic of its own, as image libraries have them."""
+
+
+def test_a_tensor_with_a_graph_or_a_name_of_its_own_is_read_as_what_it_holds():
+    plain = evaluate(MODEL, DATA, THREAT, FEW)
+    with torch.inference_mode():
+        inferred = X.clone()
+    for x in (X.clone().requires_grad_(), torch.nn.Parameter(X), X.as_subclass(Photographs), inferred):
+        result = evaluate(MODEL, Data(x, DATA.y, DATA.index, DATA.classes), THREAT, FEW)
+        assert same(plain, result)
+        assert type(result.x_adv) is torch.Tensor
 
 
 def test_audit_refuses_what_is_no_evaluation():
@@ -120,6 +166,15 @@ def test_a_budget_that_cannot_be_read(text):
         ({"settings": {"steps": 0}}, r"steps of stage 'a' must be a whole number >= 1"),
         ({"settings": {"restarts": -1}}, r"restarts of stage 'a' must be a whole number >= 1"),
         ({"settings": [10]}, r"settings of stage 'a' must be a dict"),
+        ({"settings": {"model": MODEL}}, r"settings of stage 'a' holds 'model', which an evaluation gives"),
+        ({"settings": {"noise": None}}, r"holds 'noise'"),
+        ({"settings": {"threat": THREAT}}, r"holds 'threat'"),
+        ({"settings": {"score": "dlr"}}, r"holds 'score'.*score= of the Stage"),
+        ({"settings": {"target": X}}, r"holds 'target'.*targets="),
+        ({"settings": {"x": X, "y": X}}, r"holds 'x'"),
+        ({"settings": {1: 2}}, r"settings of stage 'a' must have names as keys"),
+        ({"settings": {"iterate": 5}, "attack": "pgd"}, r"iterate must be a text, got 5"),
+        ({"settings": {"model": MODEL}, "attack": "fgsm"}, r"holds 'model'"),
         ({"targets": -1}, r"targets of stage 'a' must be a whole number >= 0, got -1"),
         ({"targets": 1.5}, r"targets of stage 'a' must be a whole number"),
         ({"fraction": True}, r"fraction of stage 'a' must be a finite number"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ def test_a_stage_attacks_survivors_only(monkeypatch):
             return F.one_hot(k, 10).float()
 
     samples = numbers([0.1 * (label + 1) for label in y], [label + 1 for label in y])
+    samples = replace(samples, classes=tuple("0123456789"))
     stages = tuple(Stage(f"probe{k}", "probe", settings={"breaks": k}) for k in (1, 2, 3))
     e = evaluate(Steps(), samples, Threat("linf", 0.99), stages, batch_size=2)
     broken = {i for i in range(7) if e.broken_by[i] == 1}

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from tests.evaluation.helpers import FEW, THREAT, Threshold, numbers, threshold
+from tests.evaluation.helpers import THREAT, Threshold, numbers, threshold
+from tests.helpers import SmallNet
 from torch import nn
 
 from holdfast.attacks import ATTACKS, AttackEntry
+from holdfast.bracket import bracket
 from holdfast.checks import audit
-from holdfast.data import Data
+from holdfast.data import Data, DataWarning, from_arrays, load
 from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
 from holdfast.evaluation.suites import Stage
+from holdfast.importers.wrapped import wrap
 from holdfast.threat import Threat
+
+FEW = (Stage("apgd", "apgd", settings={"steps": 2}),)
+CLASSES = tuple("abcd")
 
 
 def test_nothing_to_evaluate():
@@ -47,6 +55,82 @@ def test_one_logit_is_no_classifier():
         evaluate(lambda x: x.flatten(1)[:, :1], numbers([0.9, 0.8]), THREAT, FEW)
 
 
+def labelled(n, labels, classes=(), source="", model=None):
+    """Random images under labels 0..labels-1 in turn."""
+    x = torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+    return Data(x, torch.arange(n) % labels, torch.arange(n), classes, source)
+
+
+def test_a_logit_for_each_class_that_the_data_names():
+    model = SmallNet().eval()  # 4 logits
+    for classes in (CLASSES[:3], (*CLASSES, "e")):
+        n = len(classes)
+        with pytest.raises(UserError, match=rf"returns 4 logits, but mine has {n} classes \(a, b, c.*class_order="):
+            evaluate(model, labelled(6, 3, classes, "mine"), THREAT, FEW)
+        with pytest.raises(UserError, match=rf"returns 4 logits, but the data has {n} classes"):
+            bracket(model, labelled(6, 3, classes), THREAT, seconds=0)
+    with pytest.raises(UserError, match=r"a label of data is 2, but it names 2 classes"):
+        evaluate(model, labelled(6, 3, CLASSES[:2]), THREAT, FEW)
+    with pytest.raises(UserError, match=r"classes of data must be a tuple of texts"):
+        evaluate(model, labelled(6, 3, 4), THREAT, FEW)
+    mapped = wrap(model, class_order=(3, 1, 2, 0))
+    assert len(evaluate(mapped, labelled(6, 3, CLASSES[:3]), THREAT, FEW).y) == 6
+
+
+def test_classes_stay_with_a_selection_that_lacks_some():
+    """Nothing is said of a network that knows classes which this part of a data set does not hold."""
+    split = from_arrays(labelled(20, 4).x, labelled(20, 4).y, classes=CLASSES, name="mine")
+    some = split.test.take(split.test.y < 2).to("cpu")
+    assert (some.classes, some.source) == (CLASSES, "mine")
+    assert not evaluate(SmallNet().eval(), some, THREAT, FEW).y.gt(1).any()
+    assert from_arrays(labelled(20, 4).x, labelled(20, 4).y).test.classes == ()  # what occurs need not be all there is
+    assert load("digits").val.classes == tuple("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("labels", "n", "said"),
+    [
+        ([0, 1], 40, True),  # half of the classes, which is no chance
+        ([0, 1, 2], 9, True),  # 0, 1, 2 without a gap
+        ([0, 2], 6, False),  # six of four classes may well miss one
+        ([1], 40, False),  # one class, chosen on purpose
+        ([0, 3], 40, False),  # the last one occurs: the labels are the network's
+        ([0, 1, 2, 3], 40, False),
+    ],
+)
+def test_unnamed_labels_that_miss_the_last_classes_are_said(labels, n, said):
+    data = labelled(n, 1)
+    data = replace(data, y=torch.tensor(labels)[torch.arange(n) % len(labels)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        evaluate(SmallNet().eval(), data, THREAT, FEW)
+    texts = [str(warning.message) for warning in caught]
+    assert bool(texts) == said
+    if said:
+        predicted = int((SmallNet().eval()(data.x).argmax(1) > max(labels)).sum())
+        assert f"4 logits, but no label is above {max(labels)}: {predicted} of {n} clean images" in texts[0]
+        assert caught[0].category is DataWarning
+
+
+def test_images_that_no_reader_has_looked_at_are_looked_at():
+    y, model = torch.zeros(2, dtype=torch.int64), nn.Sequential(nn.Flatten(), nn.Identity())
+    for x, note in [
+        (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), "uint8 images hold 0 and 1 only"),
+        (torch.full((2, 1, 4, 4), 0.05), "the largest value of x is 0.05, read in"),
+        (torch.eye(4).expand(2, 1, 4, 4), "float images hold 0 and 1 only"),
+        (torch.rand(2, 4, 4, 4), r"shape \(2, 4, 4, 4\), read as 4 channels of 4x4 pixels"),
+        (torch.rand(2, 3, 9, 4), "read as 3 channels of 9x4 pixels"),
+    ]:
+        model[1] = nn.Linear(x[0].numel(), 2)
+        with pytest.warns(DataWarning, match=note):
+            evaluate(model, Data(x, y, torch.arange(2)), Threat("linf", 0.02), FEW)
+        with pytest.warns(DataWarning, match=note):
+            bracket(model, Data(x, y, torch.arange(2)), Threat("linf", 0.02), seconds=0)
+    for quiet in (Data(x, y, torch.arange(2), source="read"), Data(x.flatten(1), y, torch.arange(2))):
+        evaluate(model, quiet, Threat("linf", 0.02), FEW)
+    evaluate(model, Data(x * 0 + 0.05, y, torch.arange(2)), Threat("linf", 0.02, -1, 1), FEW)  # not in [0, 1]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_clean_logits_that_are_not_finite(bad):
     def model(x):
@@ -76,7 +160,7 @@ class Convolution(nn.Module):
 def test_channels_last_is_used_where_the_model_can_take_it(view):
     model = Convolution(view)
     x = torch.rand(20, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-    data = Data(x, model(x).argmax(1), torch.arange(20))
+    data = Data(x, model(x).argmax(1), torch.arange(20), classes=tuple("abcd"))
     model.plain = model.last = 0
     e = evaluate(model, data, Threat("linf", 0.02), "quick")
     assert model.last == 1 if view else model.last > 50, "one attempt, or every step of every attack"

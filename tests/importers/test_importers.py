@@ -1,6 +1,7 @@
 """A user's own network from Python code, torch.export, ONNX or memory, and the errors when it does not work."""
 
 import ast
+import copy
 import io
 import json
 import pickle
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +211,74 @@ def test_siblings_are_found_and_namesakes_are_not_mixed(tmp_path, x):
     again = open_model(ModelSource(f"{tmp_path}/a/mine.py:build"))
     torch.testing.assert_close(again(x), -x.flatten(1))
     assert sys.path == before
+
+
+LATE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def forward(self, x):
+        import part
+        from deep.inner import SCALE
+        return part.sign() * SCALE * x.flatten(1)
+
+def build():
+    return Net()
+"""
+
+
+def late_folder(folder, sign, scale):
+    """A network that imports its parts when it answers; one of them imports another in turn."""
+    write(folder, LATE)
+    write(folder, "def sign():\n    from last import SIGN\n    return SIGN\n", "part.py")
+    write(folder, f"SIGN = {sign}", "last.py")
+    write(folder / "deep", "", "__init__.py")
+    write(folder / "deep", "from .value import SCALE", "inner.py")
+    write(folder / "deep", f"SCALE = {scale}", "value.py")
+    return f"{folder}/mine.py:build"
+
+
+def test_what_forward_imports_is_found_in_the_networks_folder(tmp_path, x):
+    """When it answers, not when it is built; two networks at once, with parts of the same names, keep their own."""
+    before = list(sys.path), list(sys.meta_path)
+    one, two = (
+        open_model(ModelSource(late_folder(tmp_path / name, *parts))) for name, *parts in [("a", -1, 2), ("b", 1, 3)]
+    )
+    for model, factor in ((one, -2), (two, 3), (one, -2), (copy.deepcopy(two), 3)):
+        assert torch.equal(model(x), factor * x.flatten(1))
+    assert (sys.path, sys.meta_path) == before
+    x = x.clone().requires_grad_()
+    with ThreadPoolExecutor(4) as pool:
+        answers = [*pool.map(lambda model: model(x), [one, two] * 8)]
+    assert all(torch.equal(answer, factor * x.flatten(1)) for answer, factor in zip(answers, [-2, 3] * 8, strict=True))
+    write(tmp_path / "a", "SIGN = 1", "last.py")
+    assert torch.equal(open_model(ModelSource(f"{tmp_path}/a/mine.py:build"))(x), 2 * x.flatten(1))
+
+
+def test_an_installed_module_of_the_same_name_is_not_taken(tmp_path, x, monkeypatch):
+    monkeypatch.delitem(sys.modules, "wave", raising=False)
+    write(tmp_path, "SCALE = 5", "wave.py")  # of the standard library, which hardly anything imports
+    net = "    def net(x):\n        import wave\n        return wave.SCALE * x.flatten(1)\n"
+    path = write(tmp_path, f"def build():\n{net}    return net\n")
+    assert torch.equal(open_model(ModelSource(f"{path}:build"))(x), 5 * x.flatten(1))
+
+
+@pytest.mark.parametrize("file", ["part.py", "last.py", "deep/__init__.py", "deep/inner.py", "deep/value.py"])
+def test_what_forward_imports_counts_in_the_key(file, tmp_path):
+    """Before it was ever imported."""
+    source = ModelSource(late_folder(tmp_path, 1, 1))
+    before = code_hash(source)
+    (tmp_path / file).write_text((tmp_path / file).read_text() + "\n# changed")
+    assert code_hash(source) != before
+
+
+def test_a_module_written_out_as_a_text_counts_in_the_key(tmp_path):
+    path = write(tmp_path, "import importlib\ndef build():\n    return importlib.import_module('parts.first').net\n")
+    write(tmp_path / "parts", "def net(x): return x.flatten(1)", "first.py")
+    before = code_hash(ModelSource(f"{path}:build"))
+    write(tmp_path / "parts", "def net(x): return -x.flatten(1)", "first.py")
+    assert code_hash(ModelSource(f"{path}:build")) != before
 
 
 def test_a_dataclass_in_the_file_works(tmp_path, x):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..losses import Loss, is_targeted, negative_margin, targeted
-from ..outputs import Model, Outputs, as_outputs, fooled, frozen_eval
+from ..outputs import Model, Outputs, Queried, as_outputs, fooled, frozen_eval, out_of_memory, tensor_fault
 from ..threat import Threat, column
 from ..user_input import check_call
 
@@ -65,8 +65,9 @@ def attack(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The attack contract, as a decorator: an attack returns x_adv, a point of the threat for every sample.
 
     It makes no claim about success. During the attack the model is in eval mode with frozen parameters, and its state
-    is restored afterwards. Gradients are enabled whatever the caller's mode, and autocast is disabled. In the result,
-    pixels that are not finite are replaced by those of x, and the last operation is the projection into the threat.
+    is restored afterwards. It is queried on copies of the images, see ``outputs.Queried``. Gradients are enabled
+    whatever the caller's mode, and autocast is disabled. In the result, pixels that are not finite are replaced by
+    those of x, and the last operation is the projection into the threat.
 
     Args:
         function: (model, x, y, threat, *, score, noise, ...) -> x_adv.
@@ -86,6 +87,9 @@ def attack(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         check_call(function, model, x, y, threat, **settings)
         if settings.get("steps", 1) < 1 or settings.get("restarts", 1) < 1:
             raise UserError(f"{function.__name__} needs steps >= 1 and restarts >= 1, got {settings}.")
+        for name, tensor in (("x", x), ("y", y), ("target", settings.get("target"))):
+            if tensor is not None and tensor_fault(tensor):
+                raise UserError(f"{name} is {tensor_fault(tensor)}.")
         for name, labels in (("y", y), ("target", settings.get("target"))):
             if labels is not None and (labels.shape != x.shape[:1] or labels.dtype != torch.int64):
                 raise UserError(
@@ -106,8 +110,9 @@ def attack(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         x = x.detach()
         if len(x) == 0:
             return x.clone()
+        queried = model if isinstance(model, Queried) else Queried(model)
         with frozen_eval(model), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            x_adv = function(model, x, y, threat, **settings).detach()
+            x_adv = function(queried, x, y, threat, **settings).detach()
         x_adv = torch.where(x_adv.isfinite(), x_adv, x)
         return threat.project(x_adv, x)
 
@@ -150,8 +155,35 @@ def score_and_grad(model: Model, x_adv: Tensor, score: Loss, target: Any) -> tup
     value = score(out, target)
     if not value.requires_grad:  # the model cut the graph
         return out, value, torch.zeros_like(x_adv)
-    (grad,) = torch.autograd.grad(value.sum(), x_adv, allow_unused=True, materialize_grads=True)
-    return out, value.detach(), grad.nan_to_num(0.0)
+    return out, value.detach(), gradient(value, x_adv)
+
+
+def gradient(value: Tensor, x_adv: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """The gradient of a score with respect to x_adv: zero where it does not exist or is NaN.
+
+    Args:
+        value: (N,), with a graph.
+        x_adv: (N, ...).
+        retain_graph: keep the graph for another score.
+
+    Returns:
+        (N, ...).
+
+    Raises:
+        UserError: the model's backward pass fails.
+    """
+    try:
+        found = torch.autograd.grad(
+            value.sum(), x_adv, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+        )
+    except Exception as error:  # what the model edits in place after it was used, or a backward of its own
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        raise UserError(
+            f"the model has no gradient with respect to the images: {type(error).__name__}: {error} Attacks without "
+            "gradients (square, rays, spsa, noise) can be run all the same."
+        ) from error
+    return found[0].nan_to_num(0.0)
 
 
 def predict(model: Model, x_adv: Tensor) -> Outputs:

@@ -22,7 +22,7 @@ from ..losses import Loss, negative_margin, targeted
 from ..outputs import Outputs, as_outputs, logits_of
 from ..threat import Threat, column
 from ..user_input import typed
-from .base import Model, MostAdversarial, all_rows, fooled, predict
+from .base import Model, MostAdversarial, all_rows, fooled, gradient, predict
 
 INITIAL_TEMPERATURE = 0.2  # of the soft maximum over the wrong classes in cw and fmn, relative to the margin at x
 
@@ -110,11 +110,8 @@ def scores_and_grads(
     if not values.requires_grad:  # the model cut the graph
         flat = x_adv.new_zeros(len(values), values.shape[1], *x_adv.shape[1:])
         return logits, values.to(x_adv.dtype), flat
-    grads = [
-        torch.autograd.grad(value.sum(), x_adv, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
-        for value in values.unbind(1)
-    ]
-    return logits.detach(), values.detach().to(x_adv.dtype), torch.stack(grads, 1).nan_to_num(0.0)
+    grads = [gradient(value, x_adv, retain_graph=True) for value in values.unbind(1)]
+    return logits.detach(), values.detach().to(x_adv.dtype), torch.stack(grads, 1)
 
 
 class Adam:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, type_of
-from ..outputs import Model, as_outputs, frozen_eval
+from ..outputs import Model, Queried, frozen_eval
 from ..threat import Threat, as_threat, check_images
 from ..user_input import typed
 from .chain import ROWS, chain_of, in_float64
@@ -58,7 +58,7 @@ def certify(model: Model, x: Tensor, y: Tensor, threat: Threat | str) -> Tensor 
     if x.dtype != torch.float32 or why_not(model):
         return None
     with frozen_eval(model), torch.no_grad():
-        classes = as_outputs(model(x[:1].clone())).logits.shape[1] if len(x) else 0
+        classes = Queried(model)(x[:1]).logits.shape[1] if len(x) else 0
         if len(x) and int(y.max()) >= classes:
             raise UserError(f"labels must be 0 .. K-1: the network returns {classes} logits, a label is {y.max()}.")
         network, images, labels = in_float64(model, x, y)
@@ -102,7 +102,7 @@ def _returns(model: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
     A proof is about the layers that were read. Where the model answers otherwise, it does something that they do not
     show.
     """
-    answer = torch.cat([as_outputs(model(rows.clone())).logits.double() for rows in x.split(ROWS)])
+    answer = torch.cat([Queried(model)(rows).logits.double() for rows in x.split(ROWS)])
     if answer.shape != logits.shape:
         raise CannotBound("the network returns logits of another shape than its layers compute.")
     return (answer - logits).abs().amax(1) <= 1e-3 * logits.abs().amax(1) + 1e-30

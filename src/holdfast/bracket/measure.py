@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attacks import pgd
 from ..bounds import CannotBound, worst_logit_difference
 from ..data import Data, pixels
-from ..data.arguments import as_data
+from ..data.arguments import as_data, check_logits, note_assumptions
 from ..errors import UserError, at_least
 from ..io import load_tensors, save_tensors, understood
 from ..losses import negative_margin
@@ -88,6 +88,7 @@ def bracket(
     """
     at_least("seconds", seconds)
     data, threat, progress = as_data(data), as_threat(threat), as_progress(progress)
+    note_assumptions(data, unit_box=(threat.lo, threat.hi) == (0, 1))
     checkpoint = None if checkpoint is None else Path(checkpoint)
     if not len(data):
         raise UserError("a bracket needs at least one sample.")
@@ -164,15 +165,16 @@ class _Attacked(NamedTuple):
 
 def _attack(model: CountingModel, x: Tensor, data: Data, threat: Threat, seed: int, progress: Progress) -> _Attacked:
     """Attack each logit difference and the largest one."""
-    batches, done = [], 0
+    batches: list[tuple[Tensor, ...]] = []
+    done = 0
     noise = Noise(seed, data.index)
     progress("attacks", 0, len(x))
     for rows in torch.arange(len(x), device=x.device).split(default_batch_size(x)):
         images, y, starts = x[rows], data.y[rows], noise[rows]
         with torch.no_grad():
             z = model(images).logits
-        if int(y.min()) < 0 or int(y.max()) >= z.shape[1]:
-            raise UserError(f"labels must lie in 0 .. {z.shape[1] - 1}, the model's logits.")
+        if not batches:
+            check_logits(model.model, z, data)
         if not bool(z.isfinite().all()):
             raise UserError("the model's logits on clean images are not finite, so there is no margin.")
         order = z.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1]

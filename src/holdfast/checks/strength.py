@@ -22,6 +22,7 @@ NO_SURVIVOR = "there is no survivor without a certificate to try it on"
 FEW = 20  # survivors that a costly check looks at
 RAYS_STEPS, SQUARE_STEPS, NOISE_STEPS = 200, 100, 40  # queries of the attacks without gradients
 MD_TARGETS = 9  # likeliest wrong classes that margin decomposition tries
+MOST_FEATURES = 2**24  # numbers that the planted examples hold at once, 128 MiB in float64
 
 
 def a_huge_eps_leaves_nothing(probe: Probe) -> CheckCount:
@@ -255,25 +256,19 @@ def hidden_adversarial_examples_are_found(probe: Probe, inner: int = 24) -> Chec
         out: Outputs = as_outputs(probe.model(points))
         return out.logits if out.features is None else out.features
 
+    direction = probe.noise[rows].fold(AuditStream.SURFACE_POINT).sign(tuple(x.shape[1:]), x.dtype)
+    planted = threat.project(x + 2 * threat.eps * direction / column(threat.size(direction), x), x)
+    parts = []
     with torch.no_grad():
-        inside = []
-        for number in range(inner):
-            start = threat.random_start(x, probe.noise[rows].fold(AuditStream.INSIDE_POINT, number))
-            inside.append(features(x + 0.9 * (start - x)).double())
-        direction = probe.noise[rows].fold(AuditStream.SURFACE_POINT).sign(tuple(x.shape[1:]), x.dtype)
-        planted = threat.project(x + 2 * threat.eps * direction / column(threat.size(direction), x), x)
         surface = features(planted).double()
-        points = torch.stack([features(x).double(), *inside], 1)  # (n, inner + 1, D)
-        mean = points.mean(1)
-        deviation = points - mean[:, None]
-        scatter = deviation.mT @ deviation
-        ridge = scatter.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-        eye = torch.eye(scatter.shape[1], dtype=scatter.dtype, device=scatter.device)
-        w = torch.linalg.solve(scatter + ridge[:, None, None] * eye, surface - mean)
-        highest_inside = torch.einsum("nd,nid->ni", w, points).amax(1)
-        at_surface = (w * surface).sum(1)
-        separable = at_surface > highest_inside + 1e-9 * at_surface.abs()
-        bias = -(0.99 * at_surface + 0.01 * highest_inside)
+        batch = max(1, MOST_FEATURES // ((inner + 1) * surface.shape[1]))
+        for some in all_rows(rows).split(batch):
+            points = [features(x[some])]
+            for number in range(inner):
+                start = threat.random_start(x[some], probe.noise[rows[some]].fold(AuditStream.INSIDE_POINT, number))
+                points.append(features(x[some] + 0.9 * (start - x[some])))
+            parts.append(_separate(torch.stack(points, 1).double(), surface[some]))
+    w, bias, separable = (torch.cat(part) for part in zip(*parts, strict=True))
     if not bool(separable.any()):
         return "no linear head on the features separates the surface of the threat from its inside"
 
@@ -289,6 +284,32 @@ def hidden_adversarial_examples_are_found(probe: Probe, inner: int = 24) -> Chec
             break
     k, n = int((~found & separable).sum()), int(separable.sum())
     return CheckCount(k, n, 0.25, f"the gradient misses {k} of {n} planted adversarial examples")
+
+
+def _separate(points: Tensor, surface: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Linear heads that separate a point from others, by linear discriminants with a ridge.
+
+    The weights solve (S + ridge) w = surface - mean. S, (D, D), has the rank of the points, so the system is solved in
+    their number, which is the same by Woodbury's identity and takes no memory that grows with D^2.
+
+    Args:
+        points: (n, m, D), float64.
+        surface: (n, D), float64.
+
+    Returns:
+        (weights (n, D), biases (n,), whether they separate (n,)).
+    """
+    mean = points.mean(1)
+    deviation = points - mean[:, None]
+    ridge = deviation.square().sum(1).mean(1).clamp_min(1e-12)[:, None, None]
+    toward = (surface - mean)[:, :, None]
+    gram = deviation @ deviation.mT + ridge * torch.eye(points.shape[1], dtype=points.dtype, device=points.device)
+    solved = torch.linalg.solve_ex(gram, deviation @ toward).result
+    w = ((toward - deviation.mT @ solved) / ridge)[:, :, 0]
+    highest_inside = torch.einsum("nd,nid->ni", w, points).amax(1)
+    at_surface = (w * surface).sum(1)
+    separable = at_surface > highest_inside + 1e-9 * at_surface.abs()  # never where features are NaN
+    return w, -(0.99 * at_surface + 0.01 * highest_inside), separable
 
 
 def margins_are_continuous(probe: Probe, bisections: int = 10) -> CheckCount | str:

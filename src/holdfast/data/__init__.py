@@ -206,7 +206,7 @@ def from_arrays(
         x: (N, C, H, W), uint8, or float in [0, 1].
         y: (N,) integers 0..K-1.
         test: (x, y) of the test set; without it one fold is the test set.
-        classes: K names; default "0".."K-1".
+        classes: K names; default "0".."K-1". Only where they are given, a network must have K logits.
         name: the data set's name, for errors and results.
         cut: device, fold, val, seed, limit, limit_train, whole, eval_split, as for ``load``.
 
@@ -220,4 +220,5 @@ def from_arrays(
     >>> len(split.train), len(split.val), len(split.test), split.classes
     (14, 2, 4, ('cat', 'dog'))
     """
-    return _warn(split_source(name, lambda: check_source((x, y), test, classes, name), **cut))
+    source = partial(check_source, (x, y), test, classes, name)
+    return _warn(split_source(name, source, named=classes is not None, **cut))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..outputs import tensor_fault
 from ..user_input import of_type, typed
 from .dataset import Data, Source
 from .labels import MAX_CLASSES, check_names, count
@@ -40,13 +41,13 @@ def check_arrays(x: Any, y: Any, *, classes: Sequence[str] | None = None, what: 
     Traceback (most recent call last):
     holdfast.errors.UserError: x of the data runs from 9 to 9: float must lie in [0, 1]. Divide by 255, or pass uint8.
     """
+    for name, v in (("x", x), ("y", y)):
+        if isinstance(v, Tensor) and tensor_fault(v):
+            raise UserError(f"{name} of {what} is {tensor_fault(v)}.")
     try:  # numpy is copied: torch warns about arrays it may not write
         x, y = (v.detach().cpu() if isinstance(v, Tensor) else torch.from_numpy(np.array(v)) for v in (x, y))
     except (TypeError, ValueError) as error:
         raise UserError(f"{what} must be arrays of numbers ({error}): pass numpy arrays or tensors x and y.") from error
-    for name, v in (("x", x), ("y", y)):
-        if v.layout is not torch.strided or v.is_quantized:
-            raise UserError(f"{name} of {what} is sparse or quantised: pass a dense array or tensor.")
     shape = tuple(x.shape)
     if x.ndim != 4:
         hint = " Add the channel with x[:, None]." if x.ndim == 3 else ""
@@ -181,7 +182,7 @@ def assumptions(x: Tensor, what: str) -> list[str]:
     """What is assumed about images that could also be meant in another way.
 
     Args:
-        x: (N, C, H, W), uint8, or float in [0, 1].
+        x: (N, ...), uint8, or float in [0, 1]; only of (N, C, H, W) the layout is looked at.
         what: name of the data.
 
     Returns:
@@ -196,15 +197,16 @@ def assumptions(x: Tensor, what: str) -> list[str]:
     if whole and high <= 1:
         read = "read as 0/255 and 1/255, nearly black. If 1 is white, multiply x by 255."
         notes.append(f"{what}: uint8 images hold 0 and 1 only, {read}")
-    elif high < DARK * (255 if whole else 1):
+    elif low >= 0 and high < DARK * (255 if whole else 1):
         box = "0..255" if whole else "[0, 1]"
         read = f"read in {box}, nearly black. If another range is meant, scale x to {box}."
         notes.append(f"{what}: the largest value of x is {high:g}, {read}")
     elif not whole and high == 1 and low == 0 and bool(((x == 0) | (x == 1)).all()):
         read = "read as black and white. If they are meant in 0..255, divide x by 255."
         notes.append(f"{what}: float images hold 0 and 1 only, {read}")
-    channels, height, width = x.shape[1:]
-    if channels in (1, 3) and width in (1, 3) and channels + width > 2:
+    channels, height, width = x.shape[1:] if x.ndim == 4 else (0, 0, 0)
+    either_way = {channels, width} <= {1, 3} or {channels, width} <= {3, 4}  # grey or RGB, RGB or RGBA
+    if either_way and channels + width > 2:
         read = f"read as {channels} channels of {height}x{width} pixels (channels first)."
         notes.append(f"{what}: x has the shape {tuple(x.shape)}, {read}")
     return notes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -25,11 +25,16 @@ class Data:
         x: (N, C, H, W), uint8, or float32 in [0, 1] if the user's own array was float.
         y: (N,) int64, labels.
         index: (N,) int64, the sample's number in its source split, which it keeps in every selection.
+        classes: names of the labels 0..K-1, those that do not occur in this selection too; empty where nobody named
+            them. A network must have one logit for each.
+        source: name of the data set that the samples were read and checked with; "" for tensors of a user's own.
     """
 
     x: Tensor
     y: Tensor
     index: Tensor
+    classes: tuple[str, ...] = ()
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.y)
@@ -43,11 +48,11 @@ class Data:
         Returns:
             The samples at ``rows``, in that order.
         """
-        return Data(self.x[rows], self.y[rows], self.index[rows])
+        return replace(self, x=self.x[rows], y=self.y[rows], index=self.index[rows])
 
     def to(self, device: str | torch.device) -> Data:
         """Move the samples to a device."""
-        return Data(self.x.to(device), self.y.to(device), self.index.to(device))
+        return replace(self, x=self.x.to(device), y=self.y.to(device), index=self.index.to(device))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -62,6 +63,7 @@ def split_source(
     limit_train: int | None = None,
     whole: bool = False,
     eval_split: str = "test",
+    named: bool = True,
 ) -> Split:
     """Check the arguments, then read the source (which may mean a download), then split it. See ``load``.
 
@@ -76,6 +78,7 @@ def split_source(
         limit_train: at most so many training samples.
         whole: nothing is to be trained.
         eval_split: "test" or "val".
+        named: whether the classes are known, not merely the labels that occur.
 
     Returns:
         Tensors on ``device``.
@@ -135,5 +138,8 @@ def split_source(
     digest = hashlib.sha256(f"{tuple(test.x.shape)} {test.x.dtype}".encode())
     digest.update(test.x.numpy().data)
     digest.update(test.y.numpy().data)
-    parts = (train.to(device), validation.to(device), test.to(device))
-    return Split(name, *parts, classes, digest.hexdigest()[:16], notes)
+    known = classes if named else ()
+    train, validation, test = (
+        replace(part.to(device), classes=known, source=name) for part in (train, validation, test)
+    )
+    return Split(name, train, validation, test, classes, digest.hexdigest()[:16], notes)

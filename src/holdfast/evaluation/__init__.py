@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..attacks import ATTACKS
 from ..data import Data
-from ..data.arguments import as_data
+from ..data.arguments import as_data, note_assumptions
 from ..errors import UserError, type_of
 from ..losses import Loss, as_loss
 from ..noise import Noise
@@ -100,6 +100,7 @@ def evaluate(
             not finite, unknown suites, attacks or scores, and a checkpoint of another evaluation.
     """
     data, threat, trained_with = as_data(data), as_threat(threat), as_loss(trained_with)
+    note_assumptions(data, unit_box=(threat.lo, threat.hi) == (0, 1))
     report = as_progress(progress)
     of_type("key", key, str)
     stages = tuple(stage for stage in resolve(suite) if threat.norm in ATTACKS[stage.attack].norms)

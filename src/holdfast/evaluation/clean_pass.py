@@ -12,6 +12,7 @@ from ..attacks.base import all_rows
 from ..attacks.minimal_norm import scores_and_grads
 from ..bounds import certify
 from ..data import pixels
+from ..data.arguments import check_logits
 from ..errors import UserError
 from ..losses import negative_margin
 from ..noise import EvaluationStream
@@ -43,7 +44,8 @@ def clean_pass(task: Task) -> State:
     with torch.no_grad():
         outputs = task.batches.map(all_rows(y), lambda rows: majority_vote(task.model, pixels(x[rows]), votes_needed))
     z, votes = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    _check_logits(z, y)
+    check_logits(task.model.model, z, task.data, task.model.ruled_out)
+    _check_finite(z, y)
     clean = votes.gather(1, y[:, None])[:, 0] > votes_needed / 2
     margin, prediction = -negative_margin(z, y), votes.argmax(1)
     queried = attack_model(task.model, model.channels_last, model.randomised)
@@ -107,12 +109,7 @@ def _preflight(task: Task) -> _Preflight:
     return _Preflight(all(channels_last), any(randomised), float(torch.cat(differs).double().mean()) > DIFFER)
 
 
-def _check_logits(z: Tensor, y: Tensor) -> None:
-    if z.shape[1] < 2 or int(y.max()) >= z.shape[1] or int(y.min()) < 0:
-        raise UserError(
-            f"the model returns {z.shape[1]} logits, but the labels range from {int(y.min())} to {int(y.max())}: "
-            "they must lie in 0 .. K-1, with K >= 2."
-        )
+def _check_finite(z: Tensor, y: Tensor) -> None:
     if not bool(z.isfinite().all()):
         bad = int((~z.isfinite().all(1)).sum())
         raise UserError(

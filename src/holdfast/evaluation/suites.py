@@ -18,7 +18,7 @@ from ..errors import UserError, printable, type_of, unknown
 from ..losses import Loss
 from ..noise import EvaluationStream
 from ..spec import accepts
-from ..user_input import flag, number, of_type, text, typed, whole
+from ..user_input import check_settings, flag, number, of_type, text, typed, whole
 
 N_NEAREST, N_RANDOM = 32, 32  # size of the spot check: survivors with the smallest margins, and random others
 # Which samples a stage attacks. A cascade spends its passes on the samples most likely to break; the spot check then
@@ -29,6 +29,15 @@ SUBSETS: dict[str, str] = {
     "sampled": f"the spot check: the {N_NEAREST} survivors with the smallest margins and {N_RANDOM} random others",
     "escalated": f"the nearest fraction if the spot check broke one of the {N_NEAREST} nearest, all survivors if it "
     "broke a random one",
+}
+
+
+# Arguments of every attack that are no settings of a stage: where they come from.
+GIVEN = {
+    **dict.fromkeys(("model", "x", "y", "threat"), "leave it out"),
+    "score": "use score= of the Stage",
+    "noise": "use noise_stream= of the Stage, or seed= of evaluate",
+    "target": "use target= or targets= of the Stage",
 }
 
 
@@ -97,11 +106,18 @@ class Stage:
             raise UserError(
                 f"settings of {what} must be a dict of the attack's arguments, got {type_of(self.settings)}."
             )
+        of_type(f"score of {what}", self.score, str)
+        for key in self.settings:
+            if not isinstance(key, str):
+                raise UserError(f"settings of {what} must have names as keys, got {key!r}.")
+            if key in GIVEN:
+                raise UserError(f"settings of {what} holds '{key}', which an evaluation gives: {GIVEN[key]}.")
         if self.attack in ATTACKS:  # `resolve` names one that is not
             attack = ATTACKS[self.attack].attack
             required = [name for name, p in inspect.signature(attack).parameters.items() if p.default is p.empty]
             optional = {name: value for name, value in self.settings.items() if name not in required}
             accepts("attack", self.attack, attack, optional)
+            check_settings(attack, self.settings)
             for key in ("steps", "restarts", "searches"):
                 whole(f"{key} of {what}", self.settings.get(key, 1), 1)
             if self.settings.get("step_size") is not None:

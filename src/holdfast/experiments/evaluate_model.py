@@ -15,6 +15,7 @@ from torch import distributed, nn
 
 from .. import bounds, run_folder
 from ..data import Split, pixels
+from ..data.arguments import classes_differ
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
 from ..evaluation.distributed import Processes
@@ -233,8 +234,7 @@ def check_classes(subject: ModelUnderTest) -> None:
     with frozen_eval(subject.model), torch.no_grad():
         n_logits = CountingModel(subject.model)(pixels(subject.split.test.x[:2])).logits.shape[1]
     names = subject.split.classes
-    mapped = getattr(subject.model, "class_order", None) is not None
-    if n_logits != len(names) and not (mapped and n_logits > len(names)):
+    if classes_differ(subject.model, n_logits, names):
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         what = f"the network returns {n_logits} logits, but {subject.data} has {len(names)} classes ({shown})"
         if subject.folder is not None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import hashlib
 import importlib.util
 import inspect
 import re
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +28,7 @@ from ..outputs import Model, out_of_memory
 
 _HERE, _TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 _OWNER = "__holdfast_folder__"  # set on a module: the user's folder that it was imported from
+_MODULE = re.compile(r"[^\W\d]\w{0,99}(\.[^\W\d]\w{0,99}){0,9}")  # a module's name
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
@@ -69,25 +75,101 @@ def user_code_errors(what: str, path: Path | None = None) -> Iterator[None]:
 def importing_from(folder: Path) -> Iterator[None]:
     """Put a folder first on the import path, and keep its modules apart from another folder's of the same name.
 
+    Code of that folder finds its modules later too, such as by an import statement inside of ``forward``.
+
     Args:
         folder: the user's folder. Modules imported from it are marked as its own. First they are forgotten, since their
-            files may have changed, and so are those that another folder left under the name of one of its files.
+            files may have changed.
     """
-    siblings = {entry.stem for entry in folder.iterdir() if entry.suffix == ".py" or (entry / "__init__.py").exists()}
-    for name, module in list(sys.modules.items()):
-        owner = vars(module).get(_OWNER) if isinstance(module, ModuleType) else None
-        if owner == str(folder) or (owner is not None and name.partition(".")[0] in siblings):
-            del sys.modules[name]
-    before = set(sys.modules)
+    with _lock:
+        for name in _modules.pop(folder, {}):
+            if _owner(sys.modules.get(name)) == str(folder):
+                del sys.modules[name]
+        _current[:] = []
+        with _on_path(folder):
+            yield
+
+
+_lock = threading.RLock()  # sys.path and sys.modules belong to all threads
+_modules: dict[Path, dict[str, ModuleType]] = {}  # what was imported from each folder of a user
+_current: list[Path] = []  # the folder whose modules stand in sys.modules where two folders have one of the same name
+
+
+def _owner(module: object) -> str | None:
+    """The user's folder that a module was imported from."""
+    return vars(module).get(_OWNER) if isinstance(module, ModuleType) else None
+
+
+@contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    """A folder first on the import path, its modules in sys.modules instead of other folders' of the same names."""
+    if _current != [folder]:
+        siblings = {file.stem for file in folder.iterdir() if file.suffix == ".py" or file.is_dir()}
+        for name, module in list(sys.modules.items()):
+            if _owner(module) not in (None, str(folder)) and name.partition(".")[0] in siblings:
+                del sys.modules[name]
+        sys.modules.update(_modules.setdefault(folder, {}))
+        _current[:] = [folder]
+        importlib.invalidate_caches()
+    before, finder = set(sys.modules), _Finder(folder)
     sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
+        sys.meta_path.remove(finder)
         sys.path.remove(str(folder))
         for name in set(sys.modules) - before:
-            if _is_in(getattr(sys.modules[name], "__file__", None), folder):
-                sys.modules[name].__dict__[_OWNER] = str(folder)
+            module = sys.modules[name]
+            place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+            if _is_in(place, folder):
+                module.__dict__[_OWNER] = str(folder)
+                _modules.setdefault(folder, {})[name] = module
+
+
+class _Finder(MetaPathFinder):
+    """Finds the Python files of one folder, before any other module of the same name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of a module in the folder; None for any other module."""
+        spec = PathFinder.find_spec(name, [str(self.folder)] if path is None else path, target)
+        if spec is None or not isinstance(spec.loader, SourceFileLoader) or not _is_in(spec.origin, self.folder):
+            return None
+        spec.loader = _Loader(spec.loader.name, spec.loader.path, self.folder)
+        return spec
+
+
+class _Loader(SourceFileLoader):
+    """Executes a Python file of a user's folder so that its import statements look there whenever they run."""
+
+    def __init__(self, name: str, path: str, folder: Path) -> None:
+        super().__init__(name, path)
+        self.folder = folder
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the file with an ``__import__`` of its own."""
+        module.__dict__["__builtins__"] = {**vars(builtins), "__import__": partial(_import, self.folder)}
+        super().exec_module(module)
+
+
+def _import(
+    folder: Path,
+    name: str,
+    globals: Mapping[str, object] | None = None,
+    locals: Mapping[str, object] | None = None,
+    fromlist: Sequence[str] | None = (),
+    level: int = 0,
+) -> ModuleType:
+    """``__import__`` for the code of a folder."""
+    with _lock:
+        known = sys.modules.get(name) if _current == [folder] and level == 0 else None
+        if known is not None and all(hasattr(known, part) for part in fromlist or ()):
+            return builtins.__import__(name, globals, locals, fromlist or (), level)
+        with _on_path(folder):
+            return builtins.__import__(name, globals, locals, fromlist or (), level)
 
 
 def _is_in(file: str | None, folder: Path) -> bool:
@@ -98,8 +180,10 @@ def _is_in(file: str | None, folder: Path) -> bool:
 def source_hash(path: Path) -> str:
     """Hash a Python file and every module of its folder that it imports: a changed network need not show in weights.
 
-    What counts are the files that the import statements lead to, from file to file, and what the file imported by other
-    means when it was executed. Modules outside of its folder do not count.
+    What counts are the files that the import statements lead to, from file to file and wherever they stand, those whose
+    module is written out as a text (for ``importlib.import_module``), and what the file imported by other means when it
+    was executed. Modules outside of its folder do not count, nor do data files, nor modules whose name is computed when
+    the network runs.
 
     Args:
         path: the file, absolute.
@@ -111,9 +195,8 @@ def source_hash(path: Path) -> str:
         UserError: a file cannot be read.
     """
     folder, files = path.parent, {path}
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and vars(module).get(_OWNER) == str(folder) and module.__file__:
-            files.add(Path(module.__file__))
+    places = (getattr(module, "__file__", None) for module in _modules.get(folder, {}).values())
+    files |= {Path(place) for place in places if place}
     todo = list(files)
     while todo:
         found = _imported_files(todo.pop(), folder) - files
@@ -130,7 +213,7 @@ def source_hash(path: Path) -> str:
 
 
 def _imported_files(path: Path, folder: Path) -> set[Path]:
-    """The files of a folder that the import statements of a Python file name, wherever in it they stand."""
+    """The files of a folder that the import statements and texts of a Python file name, wherever in it they stand."""
     try:
         tree = ast.parse(path.read_bytes()) if path.suffix == ".py" else ast.Module([], [])
     except (OSError, SyntaxError, ValueError, RecursionError):
@@ -144,6 +227,8 @@ def _imported_files(path: Path, folder: Path) -> set[Path]:
             start = path.parents[node.level - 1] if 0 < node.level <= len(path.parents) else folder
             base = f"{node.module}." if node.module else ""
             names = [base + alias.name for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _MODULE.fullmatch(node.value):
+            names = [node.value]
         for name in names:
             parts = name.split(".")
             stems = [start.joinpath(*parts[:k]) for k in range(1, len(parts) + 1)]
@@ -237,7 +322,7 @@ def build_model(path: Path, name: str) -> Model:
 def _execute(path: Path) -> ModuleType:
     """Import a file as a module of its own, registered so that pickle and dataclasses find its classes."""
     name = f"_holdfast_{path.stem}_{abs(hash(path)):x}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path), path.parent))
     if spec is None or spec.loader is None:
         raise UserError(f"{path} cannot be imported as Python.")
     module = importlib.util.module_from_spec(spec)

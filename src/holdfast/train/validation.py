@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..attacks import pgd
 from ..data import Data, augment, pixels
-from ..data.arguments import as_data
+from ..data.arguments import as_data, note_assumptions
 from ..errors import UserError, type_of
 from ..losses import negative_margin
 from ..noise import Noise
 from ..objectives import Schedule
-from ..outputs import Model, as_outputs, fooled, frozen_eval
+from ..outputs import Model, Queried, fooled, frozen_eval
 from ..threat import Threat, as_threat, check_eps
 from ..user_input import path, typed, whole
 from .checkpoint import CHECKPOINT_FILE
@@ -51,7 +51,7 @@ def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
     correct = torch.zeros((), dtype=torch.int64, device=data.y.device)
     with frozen_eval(model), torch.no_grad():
         for x, y in zip(data.x.split(batch_size), data.y.split(batch_size), strict=True):
-            logits = as_outputs(model(pixels(x))).logits
+            logits = Queried(model)(pixels(x)).logits
             correct += ((logits.argmax(1) == y) & logits.isfinite().all(1)).sum()
     return float(correct) / len(data)
 
@@ -89,7 +89,7 @@ def robust_accuracy(
         with fast_input_gradients(x.device):
             x_adv = pgd(model, x, y, threat, score=negative_margin, noise=noise[rows], steps=steps)
         with frozen_eval(model), torch.no_grad():
-            logits = as_outputs(model(x_adv)).logits
+            logits = Queried(model)(x_adv).logits
         correct += (~fooled(logits, y) & logits.isfinite().all(1)).sum()
     return float(correct) / len(data)
 
@@ -163,6 +163,7 @@ def check_arguments(
         check_eps(threat)
     train, val = as_data(train, "train"), as_data(val, "val")
     augment(train.x[:1], torch.Generator(), pad=config.pad, flip=False)  # refuses a pad that does not fit
+    note_assumptions(train, "train")
     return train, val, threat, None if out is None else path("out", out)
 
 
@@ -187,7 +188,7 @@ def check_task(model: nn.Module, train: Data) -> None:
         raise UserError("the training set is empty: expected at least one sample.")
     device = next(iter(model.parameters()), train.x).device
     with frozen_eval(model), torch.no_grad():
-        classes = as_outputs(model(pixels(train.x[:1]).to(device))).logits.shape[1]
+        classes = Queried(model)(pixels(train.x[:1]).to(device)).logits.shape[1]
     lowest, highest = int(train.y.min()), int(train.y.max())
     if lowest < 0:
         raise UserError(f"labels must be 0 .. K-1, the lowest is {lowest}.")
