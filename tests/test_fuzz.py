@@ -26,7 +26,7 @@ from tests.helpers import places, put, write_parquet
 from tests.results.factory import make_results, make_run
 
 from holdfast import cli, data, errors, importers, outputs, results
-from holdfast.cli.arguments import _declared
+from holdfast.cli.arguments import _options_of
 from holdfast.errors import UserError
 from holdfast.evaluation import load_x_adv
 from holdfast.evaluation.suites import SUITES, Stage
@@ -34,7 +34,8 @@ from holdfast.evaluation.suites import SUITES, Stage
 CASES = int(os.environ.get("FUZZ_CASES", 2000))  # of the slow test, over all kinds
 LONGEST = 30  # seconds of a case
 COMMANDS = {
-    one.name or one.callback.__name__.replace("_", "-"): _declared(one.callback) for one in cli.app.registered_commands
+    one.name or one.callback.__name__.replace("_", "-"): _options_of(one.callback)
+    for one in cli.app.registered_commands
 }
 
 

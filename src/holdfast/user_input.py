@@ -92,8 +92,9 @@ def whole(name: str, value: Any, low: int = 0, high: int = MOST) -> int:
     holdfast.errors.UserError: batch_size must be a whole number >= 1, got 1.5.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= int(value) <= high:
-        shown = f"<= {MOST:,}, " if isinstance(value, numbers.Integral) and int(value) > high >= MOST else ""
-        raise UserError(f"{name} must be {_range(low, high, kind='a whole number')}, {shown}got {value!r}.")
+        beyond = f" and <= {MOST:,}" if isinstance(value, numbers.Integral) and int(value) > high >= MOST else ""
+        got = printable(repr(value), 80)
+        raise UserError(f"{name} must be {_range(low, high, kind='a whole number')}{beyond}, got {got}.")
     return int(value)
 
 

@@ -87,7 +87,7 @@ def test_every_option_says_what_it_is(command, holdfast_):
         about = parameter.annotation.__metadata__[0]
         assert about.help, name
         if parameter.default is not parameter.empty and isinstance(about, OptionInfo):
-            flag = {"as_json": "--json"}.get(name, "--" + name.replace("_", "-"))
+            flag = {"as_json": "--json", "fit_settings": "--fit"}.get(name, "--" + name.replace("_", "-"))
             assert re.search(rf"(?<![\w-]){flag}(?![\w-])", out), flag
 
 
@@ -230,7 +230,9 @@ def test_compare_prints_a_table_and_says_where_things_are(compared, holdfast_):
         assert name in out
     for name in ("results.json", "report.html", "witnesses.safetensors", "config.json", "env.json"):
         assert (folder / name).is_file(), name
-    lines = [line for line in err.splitlines() if line.startswith("network ")]  # more on a slow machine
+    lines = [
+        line.partition(", about ")[0] for line in err.splitlines() if line.startswith("network ")
+    ]  # more on a slow machine
     assert lines == [f"network {i} of 2 done: {name}" for i, name in
                      enumerate(("sce-seed0-fold0", "isce_s=10-seed0-fold0"), 1)]  # fmt: skip
     found = results.load(folder)

@@ -27,6 +27,12 @@ COLUMNS = [field.name for field in dataclasses.fields(results.Samples)]
 KILLS = 50
 
 
+def in_foreground():
+    """Signals as a terminal leaves them: under nohup, and in the background of a script, some are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(folder, words):
     """``holdfast`` in a session of its own, so that whoever is left of it can be found and ended."""
     return subprocess.Popen(
@@ -157,6 +163,7 @@ def test_an_idle_worker_does_not_outlive_its_parent(tmp_path):
     script.write_text(ONE_IDLE)
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)], start_new_session=True, cwd=tmp_path,
+        preexec_fn=in_foreground,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
@@ -180,6 +187,7 @@ def test_a_polite_end_leaves_nothing_behind(number, everyone, tmp_path):
     script.write_text(ONE_IDLE)
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)], start_new_session=True, cwd=tmp_path, text=True,
+        preexec_fn=in_foreground,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     number = getattr(signal, number)
@@ -225,6 +233,7 @@ def test_ctrl_c_while_workers_start_leaves_no_traceback(tmp_path):
     script.write_text(SLOW_TO_START)
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)], start_new_session=True, cwd=tmp_path, text=True,
+        preexec_fn=in_foreground,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -245,10 +254,6 @@ def test_ctrl_c_while_workers_start_leaves_no_traceback(tmp_path):
         left = left_after(process.pid, 10)
     assert not left
     assert (process.returncode, err) == (130, "")
-
-
-class Killed(BaseException):
-    """Stands for kill -9 in this process."""
 
 
 def test_a_kill_at_any_write_of_a_comparison(tmp_path, monkeypatch):

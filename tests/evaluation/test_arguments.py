@@ -182,7 +182,7 @@ def test_a_budget_that_cannot_be_read(text):
         ({"step": math.nan}, r"step of stage 'a'"),
         ({"round": -1}, r"round of stage 'a'"),
         ({"noise_stream": "x"}, r"noise_stream of stage 'a'"),
-        ({"noise_stream": 10_000}, r"noise_stream of stage 'a' must be .* <= 9999"),  # from there on, the audit's
+        ({"noise_stream": 10_000}, r"noise_stream of stage 'a' must be .* <= 9,999"),  # from there on, the audit's
         ({"individual": "yes"}, r"individual of stage 'a' must be True or False"),
         ({"name": 5}, r"name of a stage must be a text"),
         ({"name": "a\x1b[2J"}, r"control characters"),

@@ -280,11 +280,12 @@ def with_later_witnesses(audited: Audit, model: Model, evaluation: Evaluation) -
     """
     findings = list(audited.findings)
     broken = torch.nonzero(evaluation.broken_by >= 0)[:, 0]
-    number = next(n for n, one in enumerate(CHECKS) if one.function is strength.witnesses_hold_in_onnxruntime)
-    if len(findings) == len(CHECKS) and findings[number].n != len(broken):
-        with frozen_eval(model):
-            outcome = strength.confirmed_by_onnxruntime(model, evaluation.y[broken], evaluation.x_adv[broken])
-        findings[number] = _finding(CHECKS[number], outcome)
+    asks = {name_of(one): one for one in CHECKS if one.function is strength.witnesses_hold_in_onnxruntime}
+    for number, finding in enumerate(findings):
+        if finding.name in asks and finding.n != len(broken):
+            with frozen_eval(model):
+                outcome = strength.confirmed_by_onnxruntime(model, evaluation.y[broken], evaluation.x_adv[broken])
+            findings[number] = _finding(asks[finding.name], outcome)
     return replace(audited, evaluation=evaluation, findings=tuple(findings))
 
 

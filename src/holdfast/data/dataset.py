@@ -157,13 +157,14 @@ def augment(x: Tensor, rng: torch.Generator, *, pad: int, flip: bool) -> Tensor:
         The batch in x's shape, dtype and device; x itself with pad=0 and flip=False.
 
     Raises:
-        UserError: pad < 0, or larger than the images.
+        UserError: pad < 0, or more than 16 and twice the longer side of the images.
 
     >>> augment(torch.full((1, 1, 1, 3), 7), torch.Generator().manual_seed(0), pad=0, flip=True)
     tensor([[[[7, 7, 7]]]])
     """
-    if not 0 <= pad <= min(x.shape[-2:]):
-        raise UserError(f"pad must be 0 to {min(x.shape[-2:])} pixels, the side of the images, got {pad}.")
+    most = max(16, 2 * max(x.shape[-2:]))
+    if not 0 <= pad <= most:
+        raise UserError(f"pad must be 0 to {most} pixels for these images, got {pad}.")
     if pad == 0 and not flip:
         return x
     n, c, h, w = x.shape

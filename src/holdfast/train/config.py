@@ -29,7 +29,7 @@ class FitConfig:
         weight_decay: >= 0, decoupled for adam; not applied to biases, norms, centers and variances.
         momentum: of sgd and momentum, in [0, 1).
         ema: decay of a moving average of the weights, in [0, 1); the average is what is validated and saved. 0: off.
-        pad: random crops after padding by so many pixels, 0 to the side of the images.
+        pad: random crops after padding by so many pixels, 0 to 16, or to twice the side of larger images.
         flip: random horizontal mirroring.
         precision: "no" (float32) or "bf16" for the forward passes of training, including the inner attack's.
         seed: of data order, augmentation and noise; at most 2^43 in size.
