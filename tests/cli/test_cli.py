@@ -230,9 +230,7 @@ def test_compare_prints_a_table_and_says_where_things_are(compared, holdfast_):
         assert name in out
     for name in ("results.json", "report.html", "witnesses.safetensors", "config.json", "env.json"):
         assert (folder / name).is_file(), name
-    lines = [
-        line.partition(", about ")[0] for line in err.splitlines() if line.startswith("network ")
-    ]  # more on a slow machine
+    lines = [line.partition(", about ")[0] for line in err.splitlines() if line.startswith("network ")]
     assert lines == [f"network {i} of 2 done: {name}" for i, name in
                      enumerate(("sce-seed0-fold0", "isce_s=10-seed0-fold0"), 1)]  # fmt: skip
     found = results.load(folder)

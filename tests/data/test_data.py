@@ -365,7 +365,7 @@ def test_augment_uses_every_crop_and_only_its_own_generator():
     assert data.augment(x, rng, pad=0, flip=False) is x
     one, two = (data.augment(x, rng, pad=2, flip=True) for _ in range(2))
     assert not torch.equal(one, two)
-    with pytest.raises(UserError, match="pad must be >= 0 pixels, got -1"):
+    with pytest.raises(UserError, match="pad must be 0 to 16 pixels for these images, got -1"):
         data.augment(x, rng, pad=-1, flip=False)
 
 
