@@ -138,7 +138,7 @@ def test_a_certificate_needs_a_logit_for_every_label():
         bounds.certify(NET, X, torch.full((6,), 5), THREAT)
 
 
-@pytest.mark.parametrize("device", ["gpu", "", "meta", "cpu:x", 5, "cuda:9999"])
+@pytest.mark.parametrize("device", ["gpu", "", "meta", "cpu:x", "cpu:7", 5, "cuda:9999"])
 def test_a_device_that_is_none(device):
     with pytest.raises(UserError, match="device"):
         train.fit(SmallNet(), DATA, DATA, objectives.standard("sce"), FitConfig(epochs=1), device=device)

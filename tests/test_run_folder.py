@@ -357,3 +357,13 @@ def test_a_harmed_file_of_a_run_is_one_sentence(name, evaluated_run, tmp_path, m
         (run / name).write_bytes(harm)
         for call in opened(run):
             one_sentence(call, f"{name}: {harm[:300]!r}")
+
+
+def test_the_folder_of_a_comparison_is_told_from_a_run(tmp_path):
+    for name in ("sce-seed0-fold0", "mmc-seed0-fold0"):
+        run = tmp_path / "out" / "runs" / name
+        run.mkdir(parents=True)
+        (run / "config.json").write_text("{}")
+    (tmp_path / "out" / "config.json").write_text('{"model": ""}')
+    with pytest.raises(UserError, match=r"holds a comparison of 2 networks: name one, such as .*runs/mmc-seed0-fold0"):
+        run_folder.read_config(tmp_path / "out")

@@ -37,10 +37,13 @@ MOST_PIXELS = 2**24  # values of an image that config.json may ask for
 def check_device(device: str) -> None:
     """Raise UserError unless a tensor can be made on this device."""
     try:
-        torch.zeros(1, device=device).cpu()  # a device without values, such as meta, fails here
+        made = torch.zeros(1, device=device)
+        made.cpu()  # a device without values, such as meta, fails here
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"the device '{device}' cannot be used here: {reason}. Try --device cpu.") from None
+    if made.device.type == "cpu" and torch.device(device).index:
+        raise UserError(f"the device '{device}' cannot be used here: there is one CPU. Write --device cpu.")
 
 
 @typed
@@ -180,12 +183,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The configuration of a run folder, checked.
 
     Raises:
-        UserError: the folder has no config.json, or it is damaged; the message names the field.
+        UserError: the folder has no config.json, or it is damaged (the message names the field), or it is the folder of
+            a comparison (the message names one of its networks).
     """
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.json.")
+    networks = sorted(inner.parent for inner in (folder / "runs").glob("*/config.json"))
+    if networks:
+        raise UserError(f"{folder} holds a comparison of {len(networks)} networks: name one, such as {networks[0]}.")
     config: dict[str, Any] = read_json(path, RunConfig, what="the config.json of a run folder")
     return config
 
