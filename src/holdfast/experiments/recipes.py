@@ -205,7 +205,7 @@ def cifar10_small(data: str = "cifar10") -> Recipe:
             threat="linf:1/255,linf:8/255",
             suite="per-attack",
             model="fastconvnet",
-            limit=500,
+            limit=250,
             fit=FitConfig(
                 epochs=12, batch_size=256, lr=5e-3, schedule="onecycle", weight_decay=0.05, ema=0.99, pad=4, flip=True
             ),
