@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import signal
 
 import numpy as np
 import pyarrow as pa
@@ -252,3 +253,9 @@ def put(value, path, new):
     copy = list(value) if isinstance(value, list) else dict(value)
     copy[path[0]] = put(value[path[0]], path[1:], new)
     return copy
+
+
+def in_foreground():
+    """Signals as a terminal leaves them: under nohup, and in the background of a script, some are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.helpers import write_parquet
+from tests.helpers import in_foreground, write_parquet
 from typer.models import OptionInfo
 
 import holdfast
@@ -660,7 +660,7 @@ def real(*words, **settings):
         [sys.executable, "-m", "holdfast.cli", *map(str, words)] if not shutil.which("holdfast", path=BIN)
         else [os.path.join(BIN, "holdfast"), *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, **settings,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, preexec_fn=in_foreground, **settings,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.helpers import write_parquet
+from tests.helpers import in_foreground, write_parquet
 
 from holdfast import cli, results
 from holdfast.checks import CHECKS
@@ -25,12 +25,6 @@ from holdfast.train import FitConfig
 
 COLUMNS = [field.name for field in dataclasses.fields(results.Samples)]
 KILLS = 50
-
-
-def in_foreground():
-    """Signals as a terminal leaves them: under nohup, and in the background of a script, some are ignored."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def started(folder, words):
