@@ -188,6 +188,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     path = folder / "config.json"
+    if not folder.exists():
+        raise UserError(
+            f"{folder} is not a run folder: there is nothing of this name. A model file is named as model.onnx, "
+            "model.pt2 or mymodel.py:build."
+        )
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.json.")
     networks = sorted(inner.parent for inner in (folder / "runs").glob("*/config.json"))
