@@ -11,7 +11,7 @@ rows+=,isce_c:mask=true,isce_c:m=0,center,lgm,mmc,cosface:m=0.2,scale=15,contras
 seeds=(--seeds 3)
 [[ $stage == confirm-* ]] && rows=$ROWS seeds=(--first-seed 10 --seeds 8)
 case ${stage#confirm-} in
-standard) what=(--threat linf:1/255,linf:2/255,linf:8/255) ;;
+standard) what=(--threat linf:0.25/255,linf:1/255,linf:2/255,linf:8/255) ;;
 at8) what=(--threat linf:8/255 --objective adversarial:steps=2,ramp=0.3) ;;
 at2) what=(--threat linf:2/255 --objective adversarial:steps=2,ramp=0.3) ;;
 *) echo "no such stage: $stage" >&2; exit 2 ;;
