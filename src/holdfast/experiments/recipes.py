@@ -198,11 +198,11 @@ def cifar10(data: str = "cifar10") -> Recipe:
 def cifar10_small(data: str = "cifar10") -> Recipe:
     """SCE and reading C on CIFAR-10 by the narrow network of the record: what two cores can repeat within the hour."""
     return Recipe(
-        about="SCE and reading C on CIFAR-10 without adversarial training: a narrow network, linf 1/255 and 8/255",
+        about="SCE and reading C on CIFAR-10 without adversarial training: a narrow network, linf 0.25/255 and 8/255",
         comparison=Comparison(
             data=data,
             losses=("sce", "isce_c"),
-            threat="linf:1/255,linf:8/255",
+            threat="linf:0.25/255,linf:8/255",
             suite="per-attack",
             model="fastconvnet",
             limit=250,
@@ -211,6 +211,13 @@ def cifar10_small(data: str = "cifar10") -> Recipe:
             ),
         ),
         cost="under an hour on 2 cores",
+        expects={
+            ("sce", "clean"): (0.78, 0.88),
+            ("sce", "robust"): (0.28, 0.50),
+            ("isce_c", "clean"): (0.78, 0.88),
+            ("isce_c", "robust"): (0.28, 0.50),
+        },
+        note="The figures that were measured are of CIFAR-10 as JPEG; a network without its artefacts may do better.",
     )
 
 
