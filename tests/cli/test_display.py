@@ -403,6 +403,20 @@ def test_the_expected_time_is_measured_and_short_work_is_not_announced(monkeypat
     assert not list(Path().glob("nowhere*"))
 
 
+def test_a_training_that_cannot_be_timed_is_estimated_and_fails_where_it_runs(monkeypatch):
+    """A measurement of ours ends no job: a loss that is not finite at the full eps may be so before."""
+    from holdfast.errors import UserError
+    from holdfast.experiments import expected
+    from holdfast.experiments.config import Comparison
+
+    def refuse(*arguments, **settings):
+        raise UserError("the loss of sample 3 is not finite")
+
+    monkeypatch.setattr(expected, "fit", refuse)
+    job = Comparison("moons", ("sce+mlp",), suite="quick", limit=50).checked().jobs("nowhere")[0]
+    assert expected.expected_of(job, job.cut.load("moons")).training > 0
+
+
 def test_a_log_says_how_long_the_other_networks_will_take(capsys, monkeypatch):
     """Networks that were found done say nothing about the time."""
     now = [1000.0]

@@ -120,9 +120,7 @@ def test_two_kills_cost_nothing_but_time(tmp_path, monkeypatch):
     first, second = (f"broken/runs/{name}-seed0-fold0" for name in ("sce", "isce_s=10"))
     for sign in (f"{first}/config.json", f"{second}/config.json"):
         process = started(tmp_path, words_for("broken", **settings))
-        until = time.monotonic() + 60
-        while not (tmp_path / sign).exists() and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_for(tmp_path / sign)
         assert process.poll() is None
         process.kill()
         process.wait()
@@ -132,6 +130,24 @@ def test_two_kills_cost_nothing_but_time(tmp_path, monkeypatch):
     assert (tmp_path / first / "train.json").exists()
     in_this_process(tmp_path, words_for("broken", **settings), monkeypatch)
     assert_equal(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def script(folder, code):
+    """A process of its own session that runs this code, told the folder; what it says on stderr is kept."""
+    file = folder / "script.py"
+    file.write_text(code)
+    return subprocess.Popen(
+        [sys.executable, str(file), str(folder)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=folder,
+        preexec_fn=in_foreground, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for(*files):
+    """Until they exist, a minute at most."""
+    until = time.monotonic() + 60
+    while not all(file.exists() for file in files) and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 ONE_IDLE = """
@@ -153,23 +169,15 @@ if __name__ == "__main__":
 
 def test_an_idle_worker_does_not_outlive_its_parent(tmp_path):
     """Towards the end of a comparison one worker has nothing left to do: a kill then must end it as well."""
-    script = tmp_path / "script.py"
-    script.write_text(ONE_IDLE)
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)], start_new_session=True, cwd=tmp_path,
-        preexec_fn=in_foreground,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = script(tmp_path, ONE_IDLE)
     try:
-        until = time.monotonic() + 60
-        while not ((tmp_path / "ended").exists() and (tmp_path / "began1").exists()) and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for(tmp_path / "ended", tmp_path / "began1")
         assert (tmp_path / "ended").exists()
         assert (tmp_path / "began1").exists()
         assert len(members(process.pid)) >= 3
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
         left = left_after(process.pid, 10)
     assert not left, f"{len(left)} processes waited for ever"
 
@@ -177,24 +185,15 @@ def test_an_idle_worker_does_not_outlive_its_parent(tmp_path):
 @pytest.mark.parametrize(("number", "everyone"), [("SIGTERM", False), ("SIGTERM", True), ("SIGHUP", False)])
 def test_a_polite_end_leaves_nothing_behind(number, everyone, tmp_path):
     """No process, no warning of leaked semaphores, and the usual exit status; to the process alone, or to its group."""
-    script = tmp_path / "script.py"
-    script.write_text(ONE_IDLE)
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)], start_new_session=True, cwd=tmp_path, text=True,
-        preexec_fn=in_foreground,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = script(tmp_path, ONE_IDLE)
     number = getattr(signal, number)
     try:
-        until = time.monotonic() + 60
-        while not ((tmp_path / "ended").exists() and (tmp_path / "began1").exists()) and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for(tmp_path / "ended", tmp_path / "began1")
         (os.killpg if everyone else os.kill)(process.pid, number)
         _, err = process.communicate(timeout=30)
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+        process.kill()
+        process.communicate()
         left = left_after(process.pid, 10)
     assert not left
     assert "semaphore" not in err
@@ -223,17 +222,9 @@ if __name__ == "__main__":
 
 def test_ctrl_c_while_workers_start_leaves_no_traceback(tmp_path):
     """A terminal sends it to the whole group, also to workers that do not ignore it yet."""
-    script = tmp_path / "script.py"
-    script.write_text(SLOW_TO_START)
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)], start_new_session=True, cwd=tmp_path, text=True,
-        preexec_fn=in_foreground,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = script(tmp_path, SLOW_TO_START)
     try:
-        until = time.monotonic() + 60
-        while not (tmp_path / "starting").exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for(tmp_path / "starting")
         workers = set(members(process.pid)) - {process.pid}
         for pid in workers:  # they first, so that the command cannot end them before they say anything
             os.kill(pid, signal.SIGINT)
@@ -242,9 +233,8 @@ def test_ctrl_c_while_workers_start_leaves_no_traceback(tmp_path):
         os.kill(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=30)
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+        process.kill()
+        process.communicate()
         left = left_after(process.pid, 10)
     assert not left
     assert (process.returncode, err) == (130, "")

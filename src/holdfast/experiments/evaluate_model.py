@@ -16,6 +16,7 @@ from torch import distributed, nn
 from .. import bounds, run_folder
 from ..data import Split, pixels
 from ..data.arguments import classes_differ
+from ..data.labels import some
 from ..errors import UserError, unknown
 from ..evaluation import Budget, evaluate
 from ..evaluation.distributed import Processes
@@ -235,8 +236,7 @@ def check_classes(subject: ModelUnderTest) -> None:
         n_logits = CountingModel(subject.model)(pixels(subject.split.test.x[:2])).logits.shape[1]
     names = subject.split.classes
     if classes_differ(subject.model, n_logits, names):
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        what = f"the network returns {n_logits} logits, but {subject.data} has {len(names)} classes ({shown})"
+        what = f"the network returns {n_logits} logits, but {subject.data} has {len(names)} classes ({some(names)})"
         if subject.folder is not None:
             raise UserError(
                 f"{what}. It was trained on other classes: has the data changed? Train again, or bring it back."

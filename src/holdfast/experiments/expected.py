@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from .. import models
 from ..data import Split, pixels
+from ..errors import UserError
 from ..evaluation.suites import resolve
 from ..outputs import as_outputs, frozen_eval
 from ..progress import EXPECTED
@@ -106,6 +108,8 @@ def expected_of_all(jobs: Sequence[Job], split: Split, workers: int) -> str:
 def _training_seconds(job: Job, split: Split, net: nn.Module, one: float) -> float:
     """Three steps of the job's own training, less one step, for each of its steps; with fewer images where one is slow.
 
+    Where training cannot start, the training itself will say so: plain steps are counted then.
+
     Args:
         job: the job.
         split: its data.
@@ -124,8 +128,10 @@ def _training_seconds(job: Job, split: Split, net: nn.Module, one: float) -> flo
         fit(net, split.train.take(rows), split.train.take(rows[:0]), lambda _: schedule(LATE), short, device=job.device)
         return time.perf_counter() - began
 
-    first = seconds(1)  # with what is done once
-    step = max(seconds(3) - seconds(1), 0.0) / 2 or first
+    step = 2 * one * images
+    with suppress(UserError):
+        first = seconds(1)  # with what is done once
+        step = max(seconds(3) - seconds(1), 0.0) / 2 or first
     return step * len(split.train) / images * config.epochs
 
 

@@ -48,10 +48,10 @@ def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
     0.5
     """
     whole("batch_size", batch_size, 1)
-    correct = torch.zeros((), dtype=torch.int64, device=data.y.device)
+    queried, correct = Queried(model), torch.zeros((), dtype=torch.int64, device=data.y.device)
     with frozen_eval(model), torch.no_grad():
         for x, y in zip(data.x.split(batch_size), data.y.split(batch_size), strict=True):
-            logits = Queried(model)(pixels(x)).logits
+            logits = queried(pixels(x)).logits
             correct += ((logits.argmax(1) == y) & logits.isfinite().all(1)).sum()
     return float(correct) / len(data)
 
@@ -83,13 +83,14 @@ def robust_accuracy(
     """
     whole("batch_size", batch_size, 1)
     correct, noise = torch.zeros((), dtype=torch.int64, device=data.y.device), Noise(seed, data.index)
+    queried = Queried(model)
     for start in range(0, len(data), batch_size):
         rows = slice(start, start + batch_size)
         x, y = pixels(data.x[rows]), data.y[rows]
         with fast_input_gradients(x.device):
             x_adv = pgd(model, x, y, threat, score=negative_margin, noise=noise[rows], steps=steps)
         with frozen_eval(model), torch.no_grad():
-            logits = Queried(model)(x_adv).logits
+            logits = queried(x_adv).logits
         correct += (~fooled(logits, y) & logits.isfinite().all(1)).sum()
     return float(correct) / len(data)
 
