@@ -208,8 +208,7 @@ def test_streams_keep_their_values():
         ],
         "BracketStream": [0, 1],
         "StartStream": [1, 2],
-        "GridStream": [(1, 2)],
-        "BesideStream": [1],
+        "GridStream": [3],
         "SquareStream": [0],
         "SquareQueryStream": [1, 2, 3, 4],
     }  # fmt: skip

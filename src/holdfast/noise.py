@@ -178,15 +178,9 @@ class StartStream(Stream):
 
 
 class GridStream(Stream):
-    """Of the noise of points on the 8-bit grid and beside it; the random start there folds the same noise by RADIUS."""
+    """Of the noise of a line that leaves the 8-bit grid; its start folds the same noise by the keys of StartStream."""
 
-    BESIDE = 1, 2
-
-
-class BesideStream(Stream):
-    """Of the noise of one point beside the grid."""
-
-    SIGN = 1
+    BESIDE = 3
 
 
 class SquareStream(Stream):

@@ -130,6 +130,20 @@ def test_an_honest_network_has_no_more_stages_and_the_same_answers():
     assert differs_off_grid(Planted(honest, data), data, THREAT, Noise(0, data.index)).all()
 
 
+def test_a_smooth_model_does_not_differ_off_the_grid_where_its_logits_follow_one_direction():
+    """Two random points beside the grid agree by chance where the direction has its extremum: 7% of these samples."""
+    chance = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (2000, 1, 4, 4), generator=chance, dtype=torch.uint8)
+    direction = 100 * torch.randn(16, generator=chance)
+
+    def model(x):
+        z = (x.flatten(1) - 0.5) @ direction
+        return torch.stack([z.sin(), -z.sin()], 1)
+
+    data = Data(x, torch.zeros(2000, dtype=torch.long), torch.arange(2000))
+    assert differs_off_grid(model, data, THREAT, Noise(0, data.index)).float().mean() < 0.005
+
+
 def test_no_point_off_the_grid_is_judged_where_images_are_not_8_bit():
     honest = LinearModel()
     beside, on = honest.data(20), samples(honest, 20)

@@ -9,12 +9,13 @@ If the model answers 8-bit images otherwise than images beside them, the suite r
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..data import Data, pixels
-from ..noise import BesideStream, GridStream, Noise
+from ..noise import GridStream, Noise
 from ..outputs import Model, Outputs, as_outputs
 from ..straight_through import rounded_through
 from ..threat import TOLERANCE, Threat, column
@@ -23,7 +24,7 @@ from ..user_input import typed
 LEVELS = 255
 LONG = 40  # passes of an attack from which on one more for the rounded candidate costs little
 CHUNK = 4096  # images that are compared with the grid at a time
-CLOSE, FAR = 0.2, 0.45  # how far from the grid, in levels, the points lie that are compared with a point on it
+STEPS, FAR = 3, 0.45  # a line that leaves the grid: its steps, and how far it takes each pixel, in levels
 RATIO, SHARE = 5.0, 0.01  # see ``differs_off_grid``
 
 
@@ -104,9 +105,10 @@ class OnGrid:
 def differs_off_grid(model: Model, data: Data, threat: Threat, noise: Noise) -> Tensor:
     """Whether the model answers other things on the 8-bit grid than beside it, at a random point of the threat.
 
-    One point on the grid is compared with two points beside it, each pixel less than half a level away. A smooth model
-    answers the three nearly alike. A sample differs if the logits change by more than 1% of their range when the grid
-    is left, and by five times as much as between the two points off the grid.
+    The model is asked at a point on the grid, and at three equal steps along a line that takes each pixel less than
+    half a level away. Along so short a line the logits of a smooth model change at a steady pace: where they follow a
+    parabola, no step changes them more than three times as much as both of the others. A sample differs if one step
+    changes the logits by more than 1% of their range, and more than five times as much as both of the others.
 
     Args:
         model: images to logits or Outputs.
@@ -119,19 +121,12 @@ def differs_off_grid(model: Model, data: Data, threat: Threat, noise: Noise) -> 
     """
     x = pixels(data.x)
     on = to_grid(threat.random_start(x, noise), x, threat)
-    shape = tuple(x.shape[1:])
-
-    def beside(stream: Noise) -> Tensor:
-        levels = CLOSE + (FAR - CLOSE) * stream.uniform(shape, x.dtype)
-        inward = torch.where(on < 0.5, 1.0, -1.0)  # off the grid, and still in the box
-        at_edge = (on == 0) | (on == 1)
-        sign = torch.where(at_edge, inward, stream.fold(BesideStream.SIGN).sign(shape, x.dtype))
-        return on + sign * levels / LEVELS
-
+    inward = torch.where(on < 0.5, 1.0, -1.0)  # off the grid, and still in the box
+    sign = noise.fold(GridStream.BESIDE).sign(tuple(x.shape[1:]), x.dtype)
+    line = torch.where((on == 0) | (on == 1), inward, sign) * FAR / LEVELS
     with torch.no_grad():
-        points = (on, *(beside(noise.fold(GridStream.BESIDE.numbered(number))) for number in range(2)))
-        here, one, other = (as_outputs(model(point)).logits.double() for point in points)
-    width = here.amax(1) - here.amin(1)
-    leaving = torch.minimum((here - one).abs().amax(1), (here - other).abs().amax(1))
-    staying = (one - other).abs().amax(1)
-    return (leaving > SHARE * width) & (leaving > RATIO * staying)
+        answers = [as_outputs(model(on + line * (step / STEPS))).logits.double() for step in range(STEPS + 1)]
+    changes = torch.stack([(there - here).abs().amax(1) for here, there in pairwise(answers)])
+    rest, largest = changes.sort(dim=0).values[-2:]
+    width = answers[0].amax(1) - answers[0].amin(1)
+    return (largest > SHARE * width) & (largest > RATIO * rest)
