@@ -1,0 +1,243 @@
+"""Composite operators, written in primitive ones: to bound another one, write it here.
+
+Each takes the arguments of its operator (``torch.ops.aten``), a tensor as an example of its shape, and gives a function
+of the same arguments; or None where the operator is primitive as it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+
+Function = Callable[..., Tensor]
+Chooser = Callable[[tuple[Any, ...], tuple[bool, ...]], Function | None]
+
+
+def _always(function: Function) -> Chooser:
+    return lambda args, varies: function
+
+
+def maximum(a: Tensor, b: Tensor) -> Tensor:
+    """b + relu(a - b)."""
+    return b + F.relu(a - b)
+
+
+def minimum(a: Tensor, b: Tensor) -> Tensor:
+    """b - relu(b - a)."""
+    return b - F.relu(b - a)
+
+
+def clamp(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
+    """low + relu(x - low), and then high - relu(high - x)."""
+    if low is not None:
+        x = F.relu(x - low) + low
+    return x if high is None else high - F.relu(high - x)
+
+
+def leaky_relu(x: Tensor, slope: float = 0.01) -> Tensor:
+    """slope x + (1 - slope) relu(x)."""
+    return slope * x + (1 - slope) * F.relu(x)
+
+
+def prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """The same, with a slope for each channel."""
+    slope = weight.view(-1, *[1] * (x.ndim - 2)) if x.ndim > 1 else weight
+    return slope * x + (1 - slope) * F.relu(x)
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """clamp(x / 6 + 1 / 2, 0, 1)."""
+    return clamp(x / 6 + 0.5, 0.0, 1.0)
+
+
+def _softmax_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function:
+    """The sum over j of exp(x_j - x_i) as a sum over a new dimension behind all others."""
+    dim = args[1] % max(args[0].ndim, 1)
+
+    def total(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        last = x.movedim(dim, -1)
+        return (last.unsqueeze(-2) - last.unsqueeze(-1)).exp().sum(-1).movedim(-1, dim)
+
+    return lambda x, *_, **__: total(x).reciprocal()
+
+
+def _log_softmax_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function:
+    dim = args[1] % max(args[0].ndim, 1)
+
+    def function(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        last = x.movedim(dim, -1)
+        return (last.unsqueeze(-2) - last.unsqueeze(-1)).exp().sum(-1).log().neg().movedim(-1, dim)
+
+    return function
+
+
+def layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) weight + bias, over the last dimensions."""
+    dims = list(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    out = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, pixels: int, groups: int, eps: float
+) -> Tensor:
+    """The same, over each group of channels."""
+    grouped = x.reshape(n, groups, -1)
+    out = layer_norm(grouped, [grouped.shape[-1]], None, None, eps).reshape(n, c, -1)
+    out = out if weight is None else out * weight[:, None]
+    return (out if bias is None else out + bias[:, None]).reshape(x.shape)
+
+
+def _batch_norm_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function | None:
+    """Primitive in eval mode."""
+    if args[5] or args[3] is None:
+        raise UserError("a batch norm with the statistics of its batch depends on other images: it cannot be bounded.")
+    return None
+
+
+def _product_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function | None:
+    """Primitive for two values of one shape, and for a value and a constant."""
+    if not all(varies) or args[0].shape == args[1].shape:
+        return None
+    shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
+    return lambda a, b: a.expand(shape) * b.expand(shape)
+
+
+def _quotient_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function | None:
+    """a times 1 / b; primitive for a constant divisor."""
+    return (lambda a, b: a * b.reciprocal()) if varies[1] else None
+
+
+def _matrix_product_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function | None:
+    """The sum over k of a_ik b_kj; primitive where one of the two is a constant."""
+    return (lambda a, b: (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)) if all(varies[:2]) else None
+
+
+def _power_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function | None:
+    """A square is primitive."""
+    simple: dict[float, Function | None] = {
+        1: lambda x, p: x.clone(), 2: None, 3: lambda x, p: x * x.square(),
+        0.5: lambda x, p: x.sqrt(), -0.5: lambda x, p: x.rsqrt(), -1: lambda x, p: x.reciprocal(),
+        -2: lambda x, p: x.square().reciprocal(),
+    }  # fmt: skip
+    if isinstance(args[1], Tensor) or args[1] not in simple:
+        raise UserError("no bound is known for a power other than 1, 2, 3, 1/2, -1/2, -1, -2.")
+    return simple[args[1]]
+
+
+def vector_norm(x: Tensor, p: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    """The square root of the sum of squares; the sum of absolute values."""
+    dims = list(range(x.ndim)) if dim is None else dim
+    if p == 1:
+        return x.abs().sum(dims, keepdim=keepdim)
+    if p != 2:
+        raise UserError(f"no bound is known for a norm of order {p}, only for 1 and 2.")
+    return x.square().sum(dims, keepdim=keepdim).sqrt()
+
+
+def variance(x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    """The mean of squared deviations."""
+    dims = list(range(x.ndim)) if dim is None else list(dim)
+    n = math.prod(x.shape[d] for d in dims)
+    squares = (x - x.mean(dims, keepdim=True)).square().sum(dims, keepdim=keepdim)
+    return squares / (n - (1 if correction is None else correction))
+
+
+def _max_pool_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function:
+    """The maximum of k^2 selections of pixels. A place outside the image repeats one inside the same window."""
+    x, window = args[0], args[1]
+    stride = args[2] if len(args) > 2 and args[2] else window
+    padding = args[3] if len(args) > 3 else [0, 0]
+    dilation = args[4] if len(args) > 4 else [1, 1]
+    ceil = args[5] if len(args) > 5 else False
+    pairs = [list(p) * 2 if len(p) == 1 else list(p) for p in (window, stride, padding, dilation)]
+    height, width = x.shape[-2:]
+    out = F.max_pool2d(x.float(), *pairs, ceil_mode=ceil).shape[-2:]
+    places = [
+        [_window(o * s - p, k, d, size) for o in range(n)]
+        for n, k, s, p, d, size in zip(out, *pairs, (height, width), strict=True)
+    ]
+    selections = [
+        torch.tensor([rows[i] * width + columns[j] for rows in places[0] for columns in places[1]])
+        for i in range(pairs[0][0])
+        for j in range(pairs[0][1])
+    ]
+
+    def function(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        flat = x.flatten(-2)
+        parts = [flat.index_select(-1, selection.to(x.device)) for selection in selections]
+        while len(parts) > 1:  # a tree: fewer operators in a row than a chain
+            parts = [torch.maximum(*pair) for pair in zip(parts[::2], parts[1::2], strict=False)] + (
+                parts[-1:] if len(parts) % 2 else []
+            )
+        return parts[0].reshape(*x.shape[:-2], *out)
+
+    return function
+
+
+def _window(start: int, k: int, dilation: int, size: int) -> list[int]:
+    """The places of a window along one side, those outside replaced by one that is inside."""
+    places = [start + i * dilation for i in range(k)]
+    inside = [place for place in places if 0 <= place < size]
+    return [place if 0 <= place < size else inside[0] for place in places]
+
+
+def amax(x: Tensor, dims: Any = (), keepdim: bool = False) -> Tensor:
+    """The maximum of selections."""
+    for dim in sorted((d % x.ndim for d in (dims or range(x.ndim))), reverse=True):
+        parts = list(x.unbind(dim))
+        while len(parts) > 1:
+            parts = [torch.maximum(*pair) for pair in zip(parts[::2], parts[1::2], strict=False)] + (
+                parts[-1:] if len(parts) % 2 else []
+            )
+        x = parts[0].unsqueeze(dim) if keepdim else parts[0]
+    return x
+
+
+# What each operator is written in. Those that keep the order of their inputs also stand in MONOTONE.
+COMPOSITES: dict[str, Chooser] = {
+    "maximum": _always(maximum),
+    "minimum": _always(minimum),
+    "clamp": _always(clamp),
+    "clamp_min": _always(lambda x, low: clamp(x, low)),
+    "clamp_max": _always(lambda x, high: clamp(x, None, high)),
+    "hardtanh": _always(lambda x, low=-1.0, high=1.0: clamp(x, low, high)),
+    "relu6": _always(lambda x: clamp(x, 0.0, 6.0)),
+    "leaky_relu": _always(leaky_relu),
+    "prelu": _always(prelu),
+    "_prelu_kernel": _always(lambda x, weight: weight * x + (1 - weight) * F.relu(x)),
+    "hardsigmoid": _always(hardsigmoid),
+    "max_pool2d": _max_pool_of,
+    "max_pool2d_with_indices": _max_pool_of,
+    "amax": _always(amax),
+    "max": lambda args, varies: (lambda x, dim, keepdim=False: amax(x, [dim], keepdim)) if len(args) > 1 else amax,
+    "_softmax": _softmax_of,
+    "_safe_softmax": _softmax_of,
+    "_log_softmax": _log_softmax_of,
+    "native_layer_norm": _always(layer_norm),
+    "native_group_norm": _always(group_norm),
+    "native_batch_norm": _batch_norm_of,
+    "cudnn_batch_norm": _batch_norm_of,
+    "mul": _product_of,
+    "div": _quotient_of,
+    "bmm": _matrix_product_of,
+    "mm": _matrix_product_of,
+    "pow": _power_of,
+    "linalg_vector_norm": _always(vector_norm),
+    "norm": _always(lambda x, p=2, dim=None, keepdim=False: vector_norm(x, 2 if p is None else p, dim, keepdim)),
+    "var": _always(variance),
+    "std": _always(lambda x, dim=None, **more: variance(x, dim, **more).sqrt()),
+}
+MONOTONE = {
+    "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "hardtanh", "relu6", "max_pool2d",
+    "max_pool2d_with_indices", "amax", "hardsigmoid",
+}  # fmt: skip

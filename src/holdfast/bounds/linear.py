@@ -1,0 +1,315 @@
+"""Bounds of a network by lines: one pass forward for boxes, passes backward that carry lines to the image (CROWN).
+
+    boxes:  lo_i <= h_i <= hi_i of each operation over the threat, and how far float32 may be from exact arithmetic
+    lines:  A h_i >= ... >= A_0 x + b, operation by operation backward, each non-affine one replaced by a line
+
+Source: Zhang et al. 2018 (CROWN); Xu et al. 2020 (general graphs), 2021 (optimised slopes, alpha-CROWN).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..threat import Threat
+from .rounding import DOUBLE
+from .rules import AffineStep, Box, Lines, RelaxedStep, ReluStep, Step, over_rows
+
+MEMORY = 2**28  # bytes of the widest rows that are carried backward at a time
+
+
+@dataclass
+class Forward:
+    """Boxes and rounding errors of all operations for a batch of N images.
+
+    Args:
+        boxes: of each operation's float32 output, (N, ...).
+        errors: how far that output may be from the exact one of the same inputs, (N, ...); None: it is exact.
+        unbounded: images that some bound does not exist for, (N,) bool; their boxes are empty of meaning.
+    """
+
+    boxes: list[Box] = field(default_factory=list)
+    errors: list[Tensor | None] = field(default_factory=list)
+    unbounded: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class Region:
+    """The images that are allowed: center (N, *shape) and the box around it, and the ball of a norm in it."""
+
+    box: Box
+    center: Tensor
+    threat: Threat
+    eps: float
+
+    def least(self, rows: Tensor) -> Tensor:
+        """min over the region of <row, image>: rows (N, S, *shape) -> (N, S). The larger of the bounds by box and ball."""
+        middle = ((self.box.lo + self.box.hi) / 2)[:, None]
+        radius = ((self.box.hi - self.box.lo) / 2)[:, None]
+        by_box = (rows * middle - rows.abs() * radius).flatten(2).sum(2)
+        if self.threat.norm == "linf":
+            return by_box
+        flat = rows.flatten(2)
+        dual = flat.norm(dim=2) if self.threat.norm == "l2" else flat.abs().amax(2)
+        by_ball = (flat * self.center[:, None].flatten(2)).sum(2) - self.eps * dual
+        return torch.maximum(by_box, by_ball)
+
+
+def forward(steps: Sequence[Step], region: Region, *, rounding: bool = True, refine: bool = False) -> Forward:
+    """Boxes of all operations.
+
+    Args:
+        steps: of the network.
+        region: the images.
+        rounding: also cover what float32 loses.
+        refine: tighten the inputs of each non-affine operation by lines, where that matters (full CROWN).
+    """
+    found = Forward(unbounded=torch.zeros(len(region.center), dtype=torch.bool, device=region.center.device))
+    read_by_relaxed = {number for step in steps if isinstance(step, RelaxedStep) for number in step.inputs}
+    lines: dict[int, Lines] = {}
+    for number, step in enumerate(steps):
+        inputs = [found.boxes[i] for i in step.inputs]
+        box = region.box if number == 0 else step.box(inputs)
+        if step.operation.corners is not None:
+            corners = step.operation.corners
+            box = _within(box, [found.boxes[i] for i in corners.inputs], corners.bind(_double(step, box.lo.dtype)))
+        error = step.rounding(inputs, box) if rounding else None
+        if error is not None:
+            box = Box(box.lo - error, box.hi + error)
+        if rounding:
+            box, error = _finite(box, error, found)
+        found.boxes.append(box)
+        found.errors.append(error)
+        if isinstance(step, RelaxedStep):
+            lines[number] = step.lines(inputs)
+        if refine and number in read_by_relaxed and number:
+            found.boxes[number] = _refined(steps, found, lines, region, number)
+    return found
+
+
+def _double(step: Step, dtype: torch.dtype) -> list[Tensor]:
+    return [c.to(dtype) if c.is_floating_point() else c for c in step.constants]
+
+
+def _within(box: Box, inputs: list[Box], corners: Callable[..., Tensor]) -> Box:
+    """The part of a box between the values of a monotone operator at the corners of its inputs."""
+    low = over_rows(corners, *(each.lo for each in inputs))
+    high = over_rows(corners, *(each.hi for each in inputs))
+    return Box(torch.maximum(box.lo, low), torch.minimum(box.hi, high))
+
+
+def _finite(box: Box, error: Tensor | None, found: Forward) -> tuple[Box, Tensor | None]:
+    """Mark images without a bound, and give them numbers that break no arithmetic."""
+    good = box.lo.isfinite() & box.hi.isfinite()
+    if error is not None:
+        good = good & error.isfinite()
+    found.unbounded |= ~good.flatten(1).all(1)
+    lo, hi = (torch.where(good, side, torch.zeros_like(side)) for side in box)
+    return Box(lo, hi), None if error is None else torch.where(good, error, torch.zeros_like(error))
+
+
+def all_lines(steps: Sequence[Step], found: Forward) -> dict[int, Lines]:
+    """The lines of each non-affine operation over these boxes."""
+    return {
+        number: step.lines([found.boxes[i] for i in step.inputs])
+        for number, step in enumerate(steps)
+        if isinstance(step, RelaxedStep)
+    }
+
+
+def least(
+    steps: Sequence[Step],
+    found: Forward,
+    lines: dict[int, Lines],
+    region: Region,
+    start: int,
+    rows: Tensor,
+    *,
+    stop: bool = False,
+    visit: Callable[[int, Tensor], Tensor | None] | None = None,
+) -> Tensor:
+    """Lower bounds of <row, output of operation ``start``> over the region, as float32 computes that output.
+
+    Args:
+        steps: of the network.
+        found: boxes and errors.
+        lines: of the non-affine operations before ``start``.
+        region: the images.
+        start: the operation.
+        rows: (N, S, *shape of its output).
+        stop: use the boxes of non-affine operations instead of their lines (interval bounds, the last layers merged).
+        visit: is shown the rows of each operation's output, and may return what to add to them (N, S, ...).
+
+    Returns:
+        (N, S).
+    """
+    waiting: dict[int, Tensor] = {start: rows}
+    total = rows.new_zeros(rows.shape[:2])
+    for number in range(start, -1, -1):
+        if number not in waiting:
+            continue
+        rows, step = waiting.pop(number), steps[number]
+        if visit is not None and (more := visit(number, rows)) is not None:
+            rows = rows + more
+        error = found.errors[number]
+        if error is not None:
+            total = total - (rows.abs() * error[:, None]).flatten(2).sum(2)
+        if number == 0:
+            total = total + region.least(rows)
+        elif isinstance(step, AffineStep):
+            flat = rows.flatten(0, 1)
+            total = total + (rows * step.offset()).flatten(2).sum(2)
+            for source, part in zip(step.inputs, step.pull(flat), strict=True):
+                _add(waiting, source, part.unflatten(0, rows.shape[:2]))
+        elif stop:
+            total = total + _least_in_box(rows, found.boxes[number])
+        else:
+            total = total + _through_lines(rows, lines[number], found.boxes[number], step, waiting)
+    return total
+
+
+def _least_in_box(rows: Tensor, box: Box) -> Tensor:
+    plus, minus = rows.clamp_min(0), rows.clamp_max(0)
+    return (plus * box.lo[:, None] + minus * box.hi[:, None]).flatten(2).sum(2)
+
+
+def _through_lines(rows: Tensor, lines: Lines, box: Box, step: Step, waiting: dict[int, Tensor]) -> Tensor:
+    """Pass rows through a non-affine operation: the lower line where a row is positive, the upper one elsewhere."""
+    plus, minus = rows.clamp_min(0), rows.clamp_max(0)
+    for source, low, high in zip(step.inputs, lines.lower, lines.upper, strict=True):
+        _add(waiting, source, plus * low + minus * high)
+    at = plus * lines.lower_at + minus * lines.upper_at
+    lost = DOUBLE * (plus - minus) * (box.largest[:, None] + lines.lower_at.abs() + lines.upper_at.abs())
+    return (at - lost).flatten(2).sum(2)
+
+
+def _add(waiting: dict[int, Tensor], number: int, rows: Tensor) -> None:
+    waiting[number] = waiting[number] + rows if number in waiting else rows
+
+
+def _refined(steps: Sequence[Step], found: Forward, lines: dict[int, Lines], region: Region, number: int) -> Box:
+    """The box of an operation's output, tightened by lines where a later operation cares."""
+    box = found.boxes[number]
+    wanted = torch.zeros_like(box.lo, dtype=torch.bool)
+    for step in steps:
+        if isinstance(step, RelaxedStep) and number in step.inputs:
+            wanted |= step.unstable(box)
+    wanted[found.unbounded] = False
+    lo, hi = (side.flatten(1).clone() for side in box)
+    counts = wanted.flatten(1).sum(1)
+    width = max(step_width(step) for step in steps[: number + 1]) * lo.element_size()
+    order = counts.argsort(descending=True)
+    at = 0
+    while at < len(order) and counts[order[at]]:
+        most = int(counts[order[at]])
+        images = order[at : at + max(1, MEMORY // (width * most))]
+        part = _take(found, region, lines, images)
+        places = wanted.flatten(1)[images].long().topk(most, 1).indices  # padded with values that need no bound
+        for some in places.split(max(1, MEMORY // (width * len(images))), 1):
+            one = torch.zeros(*some.shape, lo.shape[1], dtype=lo.dtype, device=lo.device)
+            one.scatter_(2, some[..., None], 1.0)
+            one = one.unflatten(2, box.lo.shape[1:])
+            low = least(steps, part[0], part[2], part[1], number, one)
+            high = -least(steps, part[0], part[2], part[1], number, -one)
+            rows = images[:, None].expand_as(some)
+            lo[rows, some] = torch.maximum(lo[rows, some], low)
+            hi[rows, some] = torch.minimum(hi[rows, some], high)
+        at += len(images)
+    crossed = lo > hi  # by what float64 loses: the float32 value lies in both
+    lo, hi = torch.where(crossed, torch.minimum(lo, hi), lo), torch.where(crossed, torch.maximum(lo, hi), hi)
+    return Box(lo.view_as(box.lo), hi.view_as(box.hi))
+
+
+def step_width(step: Step) -> int:
+    """How many values its output has for one image."""
+    return math.prod(step.shape)
+
+
+def _take(
+    found: Forward, region: Region, lines: dict[int, Lines], images: Tensor
+) -> tuple[Forward, Region, dict[int, Lines]]:
+    """All of it for some images."""
+    part = Forward(
+        [Box(box.lo[images], box.hi[images]) for box in found.boxes],
+        [None if error is None else error[images] for error in found.errors],
+        found.unbounded[images],
+    )
+    inside = Region(
+        Box(region.box.lo[images], region.box.hi[images]), region.center[images], region.threat, region.eps
+    )
+    return part, inside, {number: take_lines(each, images) for number, each in lines.items()}
+
+
+def take_lines(lines: Lines, images: Tensor) -> Lines:
+    return Lines(
+        tuple(slope[images] for slope in lines.lower), lines.lower_at[images],
+        tuple(slope[images] for slope in lines.upper), lines.upper_at[images],
+    )  # fmt: skip
+
+
+def against(y: Tensor, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of logit_y - logit_j for each j != y: (N, K - 1, 1, K), and the j: (N, K - 1)."""
+    eye = torch.eye(classes, dtype=dtype, device=y.device)
+    others = torch.arange(classes, device=y.device).expand(len(y), classes)
+    others = others[others != y[:, None]].view(len(y), classes - 1)
+    return (eye[y][:, None] - eye[others])[:, :, None], others
+
+
+def optimised(
+    steps: Sequence[Step],
+    found: Forward,
+    region: Region,
+    rows: Tensor,
+    *,
+    iterations: int = 20,
+    rate: float = 0.1,
+) -> Tensor:
+    """The best lower bounds of ``rows`` that slopes of ReLUs reach: 0, 1 and the adaptive ones, then Adam (alpha-CROWN).
+
+    Args:
+        steps: of the network.
+        found: boxes and errors, which stay.
+        region: the images.
+        rows: (N, S, 1, K) of the last operation.
+        iterations: steps of Adam on the slopes, one slope for each image, row and ReLU.
+        rate: of Adam.
+
+    Returns:
+        (N, S).
+    """
+    last, lines = len(steps) - 1, all_lines(steps, found)
+    best = least(steps, found, lines, region, last, rows)
+    relus = [number for number, step in enumerate(steps) if isinstance(step, ReluStep)]
+    if not relus:
+        return best
+
+    def bound(alphas: dict[int, Tensor]) -> Tensor:
+        own = dict(lines)
+        for number, alpha in alphas.items():
+            step = steps[number]
+            assert isinstance(step, ReluStep)
+            own[number] = step.lines([found.boxes[i] for i in step.inputs], alpha)
+        return least(steps, found, own, region, last, rows)
+
+    shapes = {number: (*rows.shape[:2], *steps[number].shape) for number in relus}
+    for slope in (0.0, 1.0):
+        best = torch.maximum(best, bound({n: rows.new_full((1, 1, *shape[2:]), slope) for n, shape in shapes.items()}))
+    alphas = {n: lines[n].lower[0].expand(shape).clone().requires_grad_() for n, shape in shapes.items()}
+    optimiser = torch.optim.Adam(alphas.values(), lr=rate)
+    for _ in range(iterations):
+        with torch.enable_grad():
+            reached = bound(alphas)
+            optimiser.zero_grad()
+            (-reached[reached < 0]).sum().backward()  # what is proved needs no better slope
+        best = torch.maximum(best, reached.detach())
+        optimiser.step()
+        with torch.no_grad():
+            for alpha in alphas.values():
+                alpha.clamp_(0, 1)
+        if bool((best > 0).all()):
+            break
+    return best
