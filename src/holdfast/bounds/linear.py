@@ -79,7 +79,7 @@ def forward(steps: Sequence[Step], region: Region, *, rounding: bool = True, ref
             box = _within(box, [found.boxes[i] for i in corners.inputs], corners.bind(_double(step, box.lo.dtype)))
         error = step.rounding(inputs, box) if rounding else None
         if error is not None:
-            box = Box(box.lo - error, box.hi + error)
+            box = step.rounded(inputs, box, error)
         if rounding:
             box, error = _finite(box, error, found)
         found.boxes.append(box)
@@ -162,7 +162,7 @@ def least(
             total = total + region.least(rows)
         elif isinstance(step, AffineStep):
             flat = rows.flatten(0, 1)
-            total = total + (rows * step.offset()).flatten(2).sum(2)
+            total = total + (rows * step.offset).flatten(2).sum(2)
             for source, part in zip(step.inputs, step.pull(flat), strict=True):
                 _add(waiting, source, part.unflatten(0, rows.shape[:2]))
         elif stop:

@@ -235,6 +235,10 @@ class Step(ABC):
     def rounding(self, boxes: list[Box], out: Box) -> Tensor | None:
         """At most how far a float32 output is from the exact output of the same inputs, (N, ...); None: it is exact."""
 
+    def rounded(self, boxes: list[Box], out: Box, error: Tensor) -> Box:
+        """The box of float32 outputs: ``out``, and the error on either side where nothing better is known."""
+        return Box(out.lo - error, out.hi + error)
+
 
 class AffineStep(Step):
     """W h + b."""
@@ -245,6 +249,7 @@ class AffineStep(Step):
         self.shapes = [graph.operations[number].shape for number in self.inputs]
         self.terms = rule.terms if isinstance(rule.terms, int) else rule.terms(operation, constants, graph)
         self.moves = self.terms == 0 and rule.absolute is None
+        self.averages = rule.absolute is None and not rule.weights and not rule.biases and operation.name not in NORMS
         ready = [c.to(dtype) if c.is_floating_point() else c for c in constants]
         norm = operation.name in NORMS
         weights, biases = ((1,), (2, 3)) if norm else (rule.weights, rule.biases)
@@ -264,10 +269,17 @@ class AffineStep(Step):
         largest = _largest(operation, constants, weights)
         return max(largest, _largest_scale(operation, constants)) ** 2 if norm else largest
 
+    @cached_property
     def offset(self) -> Tensor:
         """b, for one image."""
         out: Tensor = self.function(*self.zeros)
         return out
+
+    @cached_property
+    def _back(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        with torch.enable_grad():
+            back: Callable[[Tensor], tuple[Tensor, ...]] = torch.func.vjp(self.function, *self.zeros)[1]
+        return back
 
     def box(self, boxes: list[Box]) -> Box:
         if self.moves:
@@ -285,11 +297,22 @@ class AffineStep(Step):
         error = gamma(self.terms) * size + column(underflow(self.terms, most, self.largest_weight), size)
         return error.masked_fill(~(size < HUGE), math.inf)
 
+    def rounded(self, boxes: list[Box], out: Box, error: Tensor) -> Box:
+        """One sum is rounded monotonically: by its own size, not by the largest one of the box. No sum of positive
+        numbers is rounded below zero. Both keep a variance away from zero."""
+        box = super().rounded(boxes, out, error)
+        if self.operation.name in ("add", "sub", "rsub") and not self.operation.kwargs:
+            constant = self.magnitude(*self.zeros)
+            lo, hi = (gamma(2) * (side.abs() + constant) + 16 * TINY for side in out)
+            box = Box(torch.maximum(box.lo, out.lo - lo), torch.minimum(box.hi, out.hi + hi))
+        if self.averages:
+            positive = torch.stack([(each.lo >= 0).flatten(1).all(1) for each in boxes]).all(0)
+            box = Box(torch.where(column(positive, box.lo), box.lo.clamp_min(0), box.lo), box.hi)
+        return box
+
     def pull(self, rows: Tensor) -> tuple[Tensor, ...]:
         """A W, for each input: (R, *out) -> (R, *in)."""
-        with torch.enable_grad():
-            back = torch.func.vjp(self.function, *self.zeros)[1]
-        pulled: tuple[Tensor, ...] = torch.vmap(back)(rows)
+        pulled: tuple[Tensor, ...] = torch.vmap(self._back)(rows)
         return pulled
 
 
@@ -365,11 +388,15 @@ class CurvedStep(RelaxedStep):
 
     def rounding(self, boxes: list[Box], out: Box) -> Tensor | None:
         [box] = boxes
-        places, values, leaves = self.samples(box)
+        places, values, _ = self.samples(box)
         steepest = (values.diff(dim=0) / places.diff(dim=0).clamp_min(1e-300)).abs().amax(0)
         curvature = self.rule.curvature(self.operation, *box)
         steepest = steepest + curvature * (box.hi - box.lo) / CELLS
-        return FUNCTION * (out.largest + steepest * box.largest) + 4 * TINY + 0 * leaves
+        return FUNCTION * (out.largest + steepest * box.largest) + 4 * TINY
+
+    def rounded(self, boxes: list[Box], out: Box, error: Tensor) -> Box:
+        box = super().rounded(boxes, out, error)
+        return Box(box.lo.clamp_min(self.rule.least), box.hi)
 
     def lines(self, boxes: list[Box]) -> Lines:
         [box] = boxes
