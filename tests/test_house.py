@@ -48,7 +48,7 @@ KNOWS = {
     "results": {"errors", "io", "user_input"},
     "io": {"errors", "user_input"},
     "attacks": {"losses", "threat", "noise", "outputs", "errors", "user_input"},
-    "bounds": {"models", "importers", "threat", "outputs", "errors", "io", "user_input"},
+    "bounds": {"models", "data", "progress", "importers", "threat", "outputs", "errors", "io", "user_input"},
 }
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FORBIDDEN = {

@@ -81,7 +81,7 @@ CALLS = [
     (objectives.standard, {"loss": losses.sce}),
     (objectives.adversarial, {"loss": losses.sce, "threat": THREAT, "steps": 2, "ramp": 0.0, "score": None, "s": None}),
     (objectives.interval, {"loss": "sce", "threat": "linf:0.1", "kappa": 0.5}),
-    (bounds.certify, {"model": NET, "x": X, "y": Y, "threat": THREAT}),
+    (bounds.cheaply_proved, {"model": NET, "x": X, "y": Y, "threat": THREAT}),
     (bounds.worst_logit_difference, {"model": NET, "x": X, "y": Y, "threat": THREAT}),
     (partial(pgd, NET, steps=1, noise=Noise(0, DATA.index)), {"x": X, "y": Y, "threat": THREAT, "score": losses.dlr}),
     (data.check_arrays, {"x": X, "y": Y, "classes": None}),
@@ -135,7 +135,7 @@ def test_objectives_read_losses_and_threats_as_text():
 
 def test_a_certificate_needs_a_logit_for_every_label():
     with pytest.raises(UserError, match="returns 2 logits, a label is 5"):
-        bounds.certify(NET, X, torch.full((6,), 5), THREAT)
+        bounds.cheaply_proved(NET, X, torch.full((6,), 5), THREAT)
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "meta", "cpu:x", "cpu:7", 5, "cuda:9999"])

@@ -46,7 +46,7 @@ def test_a_model_without_bounds_has_no_certificate(mlp, some):
 
 
 def test_a_misclassified_sample_is_never_certified(monkeypatch, mlp, some):
-    monkeypatch.setattr(clean_pass, "certify", lambda model, x, y, threat: torch.ones_like(y, dtype=torch.bool))
+    monkeypatch.setattr(clean_pass, "cheaply_proved", lambda model, x, y, threat: torch.ones_like(y, dtype=torch.bool))
     labelled = data.Data(some.x, (some.y + (some.index % 2)) % 10, some.index)
     e = evaluate(mlp, labelled, CLOSE, ())
     assert torch.equal(e.certified, e.clean)
@@ -65,7 +65,7 @@ def test_a_correct_certificate_voids_nothing(mlp, some, per_attack):
 
 
 def test_a_wrong_certificate_voids_both_claims(monkeypatch, mlp, some):
-    monkeypatch.setattr(clean_pass, "certify", lambda model, x, y, threat: y < 5)
+    monkeypatch.setattr(clean_pass, "cheaply_proved", lambda model, x, y, threat: y < 5)
     wrong = evaluate(mlp, some, CLOSE, "quick")
     finding, verdicts = finding_and_verdicts(audit(mlp, some, wrong, size=24))
     broken = int((wrong.certified & ~wrong.robust).sum())
@@ -77,7 +77,7 @@ def test_a_wrong_certificate_voids_both_claims(monkeypatch, mlp, some):
 
 def test_one_certified_sample_broken_by_a_check_is_enough(monkeypatch, mlp, some):
     """The only attack of the evaluation, PGD-50, is made harmless: it is the audit that breaks samples."""
-    monkeypatch.setattr(clean_pass, "certify", lambda model, x, y, threat: torch.ones_like(y, dtype=torch.bool))
+    monkeypatch.setattr(clean_pass, "cheaply_proved", lambda model, x, y, threat: torch.ones_like(y, dtype=torch.bool))
     monkeypatch.setitem(ATTACKS, "pgd", replace(ATTACKS["pgd"], attack=lambda model, x, y, threat, **_: x))
     harmless = evaluate(mlp, some, CLOSE, ())
     assert torch.equal(harmless.certified, harmless.robust)
@@ -96,7 +96,7 @@ def test_one_certified_sample_broken_by_a_check_is_enough(monkeypatch, mlp, some
     ],
 )
 def test_without_a_certificate_the_check_does_not_run(monkeypatch, mlp, some, proof, lacks):
-    monkeypatch.setattr(clean_pass, "certify", proof)
+    monkeypatch.setattr(clean_pass, "cheaply_proved", proof)
     few = some.take(slice(0, 24))
     finding, _ = finding_and_verdicts(audit(mlp, few, evaluate(mlp, few, CLOSE, ()), size=12))
     assert (finding.status, finding.why) == ("not run", lacks)

@@ -7,19 +7,22 @@ competitor j. To bound another kind of layer, add a class and a line to ``LAYERS
 
 from __future__ import annotations
 
-from .certify import certify, why_not
+from .certify import METHODS, Certified, certify, cheaply_proved, why_not
+from .graph import CannotBound
 from .interval import box_of, logit_difference_bounds, worst_logit_difference
-from .layers import CannotBound
 from .lipschitz import l2_radius, lipschitz_constant, lipschitz_s, s_lipschitz_pairwise
 
 __all__ = [
+    "METHODS",
     "CannotBound",
+    "Certified",
     "box_of",
     "certify",
     "l2_radius",
     "lipschitz_constant",
     "lipschitz_s",
     "logit_difference_bounds",
+    "cheaply_proved",
     "s_lipschitz_pairwise",
     "why_not",
     "worst_logit_difference",

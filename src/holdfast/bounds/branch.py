@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +37,13 @@ class Answer:
     Args:
         bound: a lower bound of the smallest margin; above zero it is a proof.
         domains: how many were bounded.
+        ended: with a proof or an adversarial example; False: the time was over, or no ReLU was left to split.
         point: an image of the region that the linear bound proposed, misclassified as ``misclassified`` judged it.
     """
 
     bound: float
     domains: int
+    ended: bool
     point: Tensor | None = None
 
 
@@ -55,7 +58,8 @@ class _Pool:
     betas: dict[int, Tensor]
 
     def take(self, which: Tensor) -> _Pool:
-        return _Pool(self.bounds[which], self.rows[which], *({n: t[which] for n, t in d.items()} for d in self._parts()))
+        parts = ({n: tensor[which] for n, tensor in part.items()} for part in self._parts())
+        return _Pool(self.bounds[which], self.rows[which], *parts)
 
     def join(self, other: _Pool) -> _Pool:
         parts = (
@@ -112,7 +116,7 @@ def branch(
         bounded += len(children.bounds)
         pool = pool.join(children.take((children.bounds <= 0).nonzero()[:, 0]))
     left = float(pool.bounds.amin()) if len(pool.bounds) else float("inf")
-    return Answer(left, bounded, point)
+    return Answer(left, bounded, point is not None or left > 0, point)
 
 
 def _repeated(found: Forward, region: Region, count: int) -> tuple[Forward, Region]:
@@ -133,14 +137,12 @@ def _with_signs(steps: Sequence[Step], found: Forward, signs: dict[int, Tensor])
     for number, sign in signs.items():
         [source] = steps[number].inputs
         lo, hi = boxes[source]
-        boxes[source] = Box(
-            torch.where(sign > 0, lo.clamp_min(0), lo), torch.where(sign < 0, hi.clamp_max(0), hi)
-        )
+        boxes[source] = Box(torch.where(sign > 0, lo.clamp_min(0), lo), torch.where(sign < 0, hi.clamp_max(0), hi))
     return Forward(boxes, found.errors, found.unbounded)
 
 
 def _lines_of(
-    steps: Sequence[Step], inside: Forward, lines: dict[int, Lines], alphas: dict[int, Tensor], count: int
+    steps: Sequence[Step], inside: Forward, lines: dict[int, Lines], alphas: dict[int, Tensor]
 ) -> dict[int, Lines]:
     own = dict(lines)
     for number, alpha in alphas.items():
@@ -160,6 +162,10 @@ def _pushed(steps: Sequence[Step], signs: dict[int, Tensor], betas: dict[int, Te
     return more
 
 
+def _adding(more: dict[int, Tensor]) -> Callable[[int, Tensor], Tensor | None]:
+    return lambda number, rows: more.get(number)
+
+
 def _bounded(
     steps: Sequence[Step],
     found: Forward,
@@ -175,12 +181,13 @@ def _bounded(
     alphas = {n: alpha.clone().requires_grad_() for n, alpha in pool.alphas.items()}
     betas = {n: beta.clone().requires_grad_() for n, beta in pool.betas.items()}
     best, kept = pool.bounds.clone(), _Pool(pool.bounds, pool.rows, pool.signs, dict(pool.alphas), dict(pool.betas))
-    optimiser = torch.optim.Adam([{"params": [*alphas.values()]}, {"params": [*betas.values()], "lr": RATE / 2}], lr=RATE)
+    groups: list[dict[str, Any]] = [{"params": [*alphas.values()]}, {"params": [*betas.values()], "lr": RATE / 2}]
+    optimiser = torch.optim.Adam(groups, lr=RATE)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, DECAY)
     proposed: list[Tensor] = []
     for _ in range(ITERATIONS):
         with torch.enable_grad():
-            own = _lines_of(steps, inside, lines, alphas, count)
+            own = _lines_of(steps, inside, lines, alphas)
             more = _pushed(steps, pool.signs, betas)
 
             def visit(number: int, rows: Tensor, more: dict[int, Tensor] = more) -> Tensor | None:
@@ -215,14 +222,12 @@ def _bounded(
     return kept, point
 
 
-def _split(
-    steps: Sequence[Step], found: Forward, region: Region, pool: _Pool, lines: dict[int, Lines]
-) -> _Pool | None:
+def _split(steps: Sequence[Step], found: Forward, region: Region, pool: _Pool, lines: dict[int, Lines]) -> _Pool | None:
     """Both children of each domain, at the ReLU whose worse child has the better bound; None if no ReLU is left."""
     count, last = len(pool.rows), len(steps) - 1
     many, around = _repeated(found, region, count)
     inside = _with_signs(steps, many, pool.signs)
-    own = _lines_of(steps, inside, lines, pool.alphas, count)
+    own = _lines_of(steps, inside, lines, pool.alphas)
     more = _pushed(steps, pool.signs, pool.betas)
     at_relus: dict[int, Tensor] = {}
 
@@ -255,10 +260,8 @@ def _split(
         children = _children(pool, numbers, sizes, candidate)
         two, twice = _repeated(found, region, 2 * count)
         within = _with_signs(steps, two, children.signs)
-        bound = least(
-            steps, within, _lines_of(steps, within, lines, children.alphas, 2 * count), twice, last,
-            children.rows[:, None], visit=lambda n, rows, more=_pushed(steps, children.signs, children.betas): more.get(n),
-        )[:, 0]  # fmt: skip
+        own, more = _lines_of(steps, within, lines, children.alphas), _pushed(steps, children.signs, children.betas)
+        bound = least(steps, within, own, twice, last, children.rows[:, None], visit=_adding(more))[:, 0]
         worse = torch.minimum(bound[:count], bound[count:])
         better = valid & (worse > best)
         best, chosen = torch.where(better, worse, best), torch.where(better, candidate, chosen)

@@ -1,153 +1,400 @@
-"""Certificates: which samples are proved robust."""
+"""Certificates: which samples are proved robust, by which method, and how large their margins are at least."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, type_of
+from ..data import Data, pixels
+from ..errors import UserError, type_of, unknown
 from ..outputs import Model, Queried, frozen_eval
+from ..progress import Progress, silent
 from ..threat import Threat, as_threat, check_images
 from ..user_input import typed
-from .chain import ROWS, chain_of, in_float64
-from .interval import worst_logit_difference
-from .layers import HUGE, CannotBound, gamma, underflow
-from .lipschitz import l2_radius, layer_constants
+from .branch import branch
+from .by_lipschitz import margins_by_lipschitz
+from .chain import in_float64
+from .graph import CannotBound, Graph, read
+from .linear import Forward, Region, against, all_lines, forward, least, optimised, take
+from .rounding import HUGE
+from .rules import Box, Step, bind
+
+METHODS = ("interval", "linear", "crown", "alpha", "branch")  # each tries the ones before it first
+ROWS = 64  # images that are bounded at a time
+AGREES = 1e-3  # how far the network may be from its graph in float64, relative to its largest logit
 
 
-def certify(model: Model, x: Tensor, y: Tensor, threat: Threat | str) -> Tensor | None:
-    """Prove of each sample that no x_adv of the threat has another argmax than y.
-
-    By intervals and by Lipschitz constants; a sample counts if either proves it. The arithmetic is float64 on the
-    float32 weights, with slack for the float32 rounding of the network itself and for all that ``Threat.violation``
-    forgives. Rounding is bounded for sums in any order at float32 precision: without TF32, and not for FFT or Winograd
-    kernels.
+@dataclass(frozen=True)
+class Certified:
+    """What is proved of each sample, and by what.
 
     Args:
-        model: Images to logits or Outputs. It is evaluated in eval mode.
-        x: (N, C, H, W) float32 images.
-        y: (N,) int64 labels.
-        threat: Of any norm, or its text, such as "linf:8/255".
+        proved: (N,) bool: no point of the threat has another argmax than y.
+        by: the method that proved each sample; "" where none did.
+        bound: (N,) float64 lower bounds of the smallest logit_y - logit_j over the threat; -inf where there is none.
+        x_adv: adversarial examples that branch and bound met: sample number -> image. They are misclassified.
+        seconds: (N,) float64, what each sample cost.
+        ended: (N,) bool: its last method ran to its end; False: time ran out first.
+    """
+
+    proved: Tensor
+    by: tuple[str, ...]
+    bound: Tensor
+    x_adv: dict[int, Tensor]
+    seconds: Tensor
+    ended: Tensor
+
+
+@typed
+def certify(
+    model: Model,
+    data: Data,
+    threat: Threat | str,
+    *,
+    method: str = "alpha",
+    seconds: float = math.inf,
+    progress: Progress | None = None,
+) -> Certified:
+    """Prove of each sample that no x_adv of the threat has another argmax than y.
+
+    The network is read as a graph of primitive operators (``graph.read``), and bounded in float64 on its float32
+    weights. What float32 rounding can do in each operator counts as bounded noise, and so does all that
+    ``Threat.violation`` forgives: a proof speaks of the numbers that a computer gets, if it sums at float32 precision,
+    in any order (no TF32, no FFT or Winograd kernels).
+
+    Args:
+        model: an nn.Module, images to logits or Outputs. It is evaluated in eval mode, without gradients.
+        data: float images in the threat's box, or uint8; labels.
+        threat: of any norm, or its text, such as "linf:8/255".
+        method: the last one that is tried on what is left by those before it.
+            "interval": boxes, the last layers merged; and products of Lipschitz constants where the network is a chain.
+            "linear": lines over these boxes, from the logits to the image (CROWN on the last layer).
+            "crown": lines for the inputs of every non-affine operator too.
+            "alpha": slopes of ReLUs optimised.
+            "branch": branch and bound on the signs of ReLUs. It ends with a proof, an adversarial example, or the time.
+        seconds: wall-clock time for all samples. Branch and bound shares it out evenly among those that are left.
+        progress: is called with (what, done, total).
 
     Returns:
-        (N,) bool, True where it is proved; None if no bound is known for the model. Where the network's own answer at
-        x is not what its layers compute, nothing is proved.
+        The columns of ``Certified``.
 
     Raises:
-        UserError: Images outside the threat's box, or not float; a label without a logit.
+        CannotBound: the network cannot be read, an operator has no rule, or the network's answers are not those of its
+            graph (it answers by batch, by history or at random).
+        UserError: images outside the threat's box; a label without a logit; an unknown method.
+
+    Source: Gowal et al. 2019 (interval); Zhang et al. 2018, Xu et al. 2021 (lines); Wang et al. 2021 (branch).
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # right while x > 0
+    >>> x = torch.tensor([0.05, 0.25]).view(2, 1, 1, 1)
+    >>> found = certify(net, Data(x, torch.tensor([0, 0]), torch.arange(2)), Threat("linf", 0.1, -1, 1))
+    >>> found.proved.tolist(), found.by, [round(bound, 3) for bound in found.bound.tolist()]
+    ([False, True], ('', 'interval'), [-0.1, 0.3])
+    """
+    threat = as_threat(threat)
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    x, y = pixels(data.x), data.y
+    _check(x, y, threat)
+    if not isinstance(model, nn.Module):
+        raise CannotBound("bounds need a torch module, and the model is a function.")
+    until = time.monotonic() + seconds
+    with frozen_eval(model), torch.no_grad():
+        network, images, labels = in_float64(model, x, y)
+        graph = read_network(network, images.shape[1:], images.device)
+        if len(y) and int(y.max()) >= graph.classes:
+            raise UserError(
+                f"labels must be 0 .. K-1: the network returns {graph.classes} logits, a label is {y.max()}."
+            )
+        work = _Work(network, graph, bind(graph, torch.float64), images, labels, threat, METHODS.index(method))
+        parts: list[Certified] = []
+        for rows in torch.arange(len(y)).split(ROWS):  # of no images too: one empty part
+            left = (until - time.monotonic()) * len(rows) / max(1, len(y) - int(rows[0]))
+            parts.append(_certify_rows(work, rows, time.monotonic() + left, progress or silent))
+    x_adv = {number: image for part in parts for number, image in part.x_adv.items()}
+    columns = ("proved", "bound", "seconds", "ended")
+    together = {
+        name: torch.cat([getattr(part, name) for part in parts]) if parts else torch.zeros(0) for name in columns
+    }
+    return Certified(by=tuple(by for part in parts for by in part.by), x_adv=x_adv, **together)
+
+
+@typed
+def cheaply_proved(model: Model, x: Tensor, y: Tensor, threat: Threat | str) -> Tensor | None:
+    """Which samples the cheap methods prove, interval, Lipschitz and linear: (N,) bool; None if no bound is known.
+
+    Args:
+        model: as for ``certify``.
+        x: (N, C, H, W) float32 images.
+        y: (N,) int64 labels.
+        threat: of any norm, or its text.
+
+    Raises:
+        UserError: images outside the threat's box, or not float; a label without a logit.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # right while x > 0
     >>> x, y = torch.tensor([0.05, 0.25]).view(2, 1, 1, 1), torch.tensor([0, 0])
-    >>> certify(net, x, y, Threat("linf", 0.1, -1, 1))
+    >>> cheaply_proved(net, x, y, Threat("linf", 0.1, -1, 1))
     tensor([False,  True])
     """
     threat = as_threat(threat)
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and y.shape == x.shape[:1]):
-        raise UserError(f"certify expects tensors of images and of one label each, got {type_of(x)} and {type_of(y)}.")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or (len(y) and int(y.min()) < 0):
-        raise UserError(f"labels must be integers >= 0, got {y.dtype}{f' from {y.min()}' if len(y) else ''}.")
-    y = y.long()
-    check_images(x, threat)
-    if not isinstance(model, nn.Module):
+    _check(x, y, threat)
+    if not isinstance(model, nn.Module) or x.dtype != torch.float32:
         return None
-    if not x.is_floating_point():
-        raise UserError(f"certify expects float images in the threat's box, got {x.dtype}. Divide by 255 first.")
-    if x.dtype != torch.float32 or why_not(model):
+    try:
+        found = certify(model, Data(x, y.long(), torch.arange(len(y))), threat, method="linear")
+    except CannotBound:
         return None
-    with frozen_eval(model), torch.no_grad():
-        classes = Queried(model)(x[:1]).logits.shape[1] if len(x) else 0
-        if len(x) and int(y.max()) >= classes:
-            raise UserError(f"labels must be 0 .. K-1: the network returns {classes} logits, a label is {y.max()}.")
-        network, images, labels = in_float64(model, x, y)
-        try:
-            proved = worst_logit_difference(network, images, labels, threat) < 0
-            by_lipschitz, logits = _proved_by_lipschitz(network, images, labels, threat)
-            return ((proved | by_lipschitz) & _returns(network, images, logits)).to(x.device)
-        except CannotBound:
-            return None
+    return found.proved.to(x.device)
 
 
 @typed
-def why_not(model: Model) -> str:
+def why_not(model: Model, shape: tuple[int, ...]) -> str:
     """Why no bound is known for a model, in one sentence; "" where one is.
 
     Args:
-        model: Images to logits or Outputs.
+        model: images to logits or Outputs.
+        shape: (C, H, W) of an image.
 
     Returns:
         The sentence, or "".
 
-    >>> why_not(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+    >>> why_not(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), (1, 2, 2))
     ''
-    >>> why_not(nn.Sequential(nn.Flatten(), nn.GELU(), nn.Linear(4, 2)))
-    'no bound is known for a layer of kind GELU.'
+    >>> class Rounded(nn.Sequential):
+    ...     def forward(self, x):
+    ...         return super().forward(x.round())
+    >>> why_not(Rounded(nn.Flatten(), nn.Linear(4, 2)), (1, 2, 2))
+    'no bound is known for the operator round.'
     """
     if not isinstance(model, nn.Module):
         return "bounds need a torch module, and the model is a function."
-    if any(tensor.dtype != torch.float32 for tensor in model.parameters()):
-        return "bounds know the rounding of float32, and the model has weights of another precision."
     try:
-        chain_of(model)
+        with frozen_eval(model), torch.no_grad():
+            device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+            bind(read_network(model, shape, device), torch.float64)
     except CannotBound as error:
         return str(error)
     return ""
 
 
-def _returns(model: nn.Module, x: Tensor, logits: Tensor) -> Tensor:
-    """Whether the model returns these (N, K) logits at x, up to float32 rounding, (N,) bool.
+def read_network(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> Graph:
+    """``graph.read``, of a network in float32."""
+    if any(tensor.dtype != torch.float32 for tensor in model.parameters()):
+        raise CannotBound("bounds know the rounding of float32, and the model has weights of another precision.")
+    return read(Queried(model), shape, device=device)
 
-    A proof is about the layers that were read. Where the model answers otherwise, it does something that they do not
-    show.
+
+@typed
+def region_of(x: Tensor, threat: Threat) -> Region:
+    """All that ``Threat.violation`` forgives around float32 images, in float64."""
+    center = x.double()[:, None]
+    eps = threat.farthest(math.prod(x.shape[1:]))
+    return Region(Box((center - eps).clamp_min(threat.lo), (center + eps).clamp_max(threat.hi)), center, threat, eps)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What certifying any of the samples needs."""
+
+    model: nn.Module
+    graph: Graph
+    steps: list[Step]
+    x: Tensor
+    y: Tensor
+    threat: Threat
+    level: int
+
+
+def _certify_rows(work: _Work, rows: Tensor, until: float, report: Progress) -> Certified:
+    """The ladder of methods for some images."""
+    began = time.monotonic()
+    region = region_of(work.x[rows], work.threat)
+    finite = _compare(work, work.x[rows], region)
+    found = forward(work.steps, region)
+    ladder = _Ladder(work, rows, region, found, until, report)
+    ladder.finite = finite
+    ladder.cheap()
+    ladder.seconds += (time.monotonic() - began) / max(1, len(rows))
+    if work.level >= METHODS.index("linear"):
+        ladder.improve(ladder.linear, ROWS)
+    if work.level >= METHODS.index("crown"):
+        ladder.improve(ladder.crown, _share(work))
+    if work.level >= METHODS.index("branch"):
+        ladder.branch()
+    low = ladder.bounds.amin(1).cpu()
+    return Certified(low > 0, tuple(ladder.by), low, ladder.x_adv, ladder.seconds, ladder.ended)
+
+
+class _Ladder:
+    """The methods one after another for some images; what each of them changes is kept here."""
+
+    def __init__(
+        self, work: _Work, rows: Tensor, region: Region, found: Forward, until: float, report: Progress
+    ) -> None:
+        self.work, self.rows, self.region, self.found, self.until, self.report = (
+            work,
+            rows,
+            region,
+            found,
+            until,
+            report,
+        )
+        self.x, self.y = work.x[rows], work.y[rows]
+        self.margins = against(self.y, work.graph.classes, torch.float64)[0]
+        self.finite = torch.ones(len(rows), dtype=torch.bool, device=self.x.device)
+        self.bounds = torch.full(self.margins.shape[:2], -math.inf, dtype=torch.float64, device=self.x.device)
+        self.by = [""] * len(rows)
+        self.seconds = torch.zeros(len(rows), dtype=torch.float64)
+        self.ended = torch.ones(len(rows), dtype=torch.bool)
+        self.refined: dict[int, tuple[Forward, Region]] = {}
+        self.x_adv: dict[int, Tensor] = {}
+
+    def raise_to(self, some: Tensor, low: Tensor, found: Forward, method: str) -> None:
+        """Take lower bounds (n, K - 1) of these images, where they exist and are better."""
+        low = low.masked_fill((found.unbounded | ~self.finite[some])[:, None], -math.inf)
+        before = self.bounds[some].amin(1)
+        self.bounds[some] = torch.maximum(self.bounds[some], low)
+        for number in some[(before <= 0) & (self.bounds[some].amin(1) > 0)].tolist():
+            self.by[number] = method
+        proved = int((self.bounds.amin(1) > 0).sum())
+        self.report(method, int(self.rows[0]) + proved, len(self.work.y))
+
+    def cheap(self) -> None:
+        """Boxes, and Lipschitz constants."""
+        every, steps = torch.arange(len(self.rows), device=self.x.device), self.work.steps
+        lines = all_lines(steps, self.found)
+        low = least(steps, self.found, lines, self.region, len(steps) - 1, self.margins, stop=True)
+        self.raise_to(every, low, self.found, "interval")
+        low_by_constants = margins_by_lipschitz(self.work.model, self.x, self.y, self.work.threat)
+        if low_by_constants is not None:
+            bounded = replace(self.found, unbounded=torch.zeros_like(self.found.unbounded))
+            self.raise_to(every, low_by_constants[:, None].expand_as(low), bounded, "lipschitz")
+
+    def improve(self, method: Callable[[Tensor, Forward, Region], None], share: int) -> None:
+        """A method for what is left, in parts that fit in memory."""
+        left = (self.bounds.amin(1) <= 0).nonzero()[:, 0]
+        for some in left.split(share) if len(left) else ():
+            start = time.monotonic()
+            if start > self.until:
+                self.ended[some.cpu()] = False
+                continue
+            part, inside, _ = take(self.found, self.region, {}, some)
+            method(some, part, inside)
+            self.seconds[some.cpu()] += (time.monotonic() - start) / len(some)
+
+    def linear(self, some: Tensor, part: Forward, inside: Region) -> None:
+        """Lines over boxes."""
+        steps = self.work.steps
+        low = least(steps, part, all_lines(steps, part), inside, len(steps) - 1, self.margins[some])
+        self.raise_to(some, low, part, "linear")
+
+    def crown(self, some: Tensor, part: Forward, inside: Region) -> None:
+        """Lines over boxes that lines have tightened; and the best slopes for these."""
+        steps, margins = self.work.steps, self.margins[some]
+        tight = forward(steps, inside, refine=True, until=self.until)
+        self.raise_to(
+            some, least(steps, tight, all_lines(steps, tight), inside, len(steps) - 1, margins), tight, "crown"
+        )
+        if self.work.level >= METHODS.index("alpha"):
+            left = (self.bounds[some].amin(1) <= 0).nonzero()[:, 0]
+            if len(left):
+                open_, around, _ = take(tight, inside, {}, left)
+                self.raise_to(some[left], optimised(steps, open_, around, margins[left]), open_, "alpha")
+        if self.work.level >= METHODS.index("branch"):
+            for place, number in enumerate(some.tolist()):
+                self.refined[number] = take(tight, inside, {}, torch.tensor([place], device=some.device))[:2]
+
+    def branch(self) -> None:
+        """Branch and bound, one image after another; each may take its share of the time that is left."""
+        left = (self.bounds.amin(1) <= 0).nonzero()[:, 0].tolist()
+        for place, number in enumerate(left):
+            start = time.monotonic()
+            if number not in self.refined or start > self.until:
+                self.ended[number] = False
+                continue
+            part, inside = self.refined[number]
+            share = (self.until - start) / (len(left) - place)
+            answer = branch(
+                self.work.steps, part, inside, self.margins[number][self.bounds[number] <= 0],
+                until=start + share, misclassified=_judge(self.work, self.x[number], self.y[number]),
+            )  # fmt: skip
+            if answer.point is not None:
+                self.x_adv[int(self.rows[number])] = answer.point[0].to(self.work.x.dtype)
+            else:
+                self.ended[number] = answer.ended
+                low = self.bounds[number].clamp_min(answer.bound)
+                self.raise_to(torch.tensor([number]), low[None], part, "branch")
+            self.seconds[number] += time.monotonic() - start
+
+
+def _share(work: _Work) -> int:
+    """How many images are refined at a time: fewer where the network is wide."""
+    width = sum(math.prod(step.shape) for step in work.steps)
+    return max(1, min(16, 2_000_000 // width))
+
+
+def _judge(work: _Work, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """Whether images of the region, rounded to float32 and projected onto the threat, are misclassified."""
+
+    def misclassified(points: Tensor) -> Tensor:
+        images = points[:, 0].to(work.x.dtype)
+        start = x.expand_as(images)
+        inside = work.threat.project(images, start)
+        points[:, 0] = inside.double()
+        wrong = Queried(work.model)(inside).logits.argmax(1) != y
+        return wrong & (work.threat.violation(inside, start) == 0)
+
+    return misclassified
+
+
+def _compare(work: _Work, x: Tensor, region: Region) -> Tensor:
+    """Which images the network answers with finite logits, (N,) bool.
+
+    Raises CannotBound unless these are what its graph computes: at the images and beside them, in a batch, alone, and
+    with gradients on.
     """
-    queried = Queried(model)
-    answer = torch.cat([queried(rows).logits.double() for rows in x.split(ROWS)])
-    if answer.shape != logits.shape:
-        raise CannotBound("the network returns logits of another shape than its layers compute.")
-    return (answer - logits).abs().amax(1) <= 1e-3 * logits.abs().amax(1) + 1e-30
+    finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    if not len(x):
+        return finite
+    share = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)).to(region.center)[:, None]
+    beside = (region.box.lo + (region.box.hi - region.box.lo) * share)[:, 0].to(x.dtype)
+    queried = Queried(work.model)
+    for images in (x, beside):
+        point = images.double()[:, None]
+        exact = forward(work.steps, replace(region, box=Box(point, point), center=point, eps=0.0), rounding=False)
+        logits = exact.boxes[-1].lo[:, 0]
+        answers = [(queried(images).logits, logits), (queried(images[-1:]).logits, logits[-1:])]
+        with torch.enable_grad():
+            answers.append((queried(images.clone().requires_grad_()).logits.detach(), logits))
+        for answer, expected in answers:
+            if answer.shape != expected.shape:
+                raise CannotBound("the network returns logits of another shape for a batch than for one image.")
+            known = answer.isfinite().all(1) & (expected.abs().amax(1) < HUGE)
+            apart = (answer.double() - expected).abs().amax(1)
+            if bool((known & ~(apart <= AGREES * expected.abs().amax(1) + 1e-30)).any()):
+                raise CannotBound(
+                    "the network's answers are not those of the operators that one run of it showed: it answers by "
+                    "batch, by history or at random, or in lower precision."
+                )
+            finite[-len(known) :] &= known
+    return finite
 
 
-def _proved_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
-    """Which samples are proved by Lipschitz constants, (N,) bool; and the layers' exact logits at x, (N, K).
-
-    Layer by layer, with L the layer's constant: h is its output at x, in exact arithmetic; no x_adv's exact output is
-    farther from h than ``radius``; no float32 output is farther from the exact one than ``rounding_error``, where
-
-        rounding_error' = L rounding_error + gamma (||  |W| |h| + |b|  || + || |W| || (radius + rounding_error))
-
-    and what underflow may lose is added to it. A sample that may overflow is not proved.
-    """
-    dim = math.prod(x.shape[1:])
-    layers, last = chain_of(model)
-    constants = layer_constants(layers, x[:1].double(), proved=True)
-    weight, bias = last.parameters(torch.float64)
-    distances, lengths = (weight[None] - weight[:, None]).norm(dim=2), weight.norm(dim=1)
-    proved, exact = [], []
-    for rows, labels in zip(x.split(ROWS), y.split(ROWS), strict=True):
-        h = rows.double()
-        farthest = l2_radius(threat, dim, threat.farthest(dim))
-        radius = torch.full((len(h),), farthest, dtype=h.dtype, device=h.device)
-        rounding_error = torch.zeros_like(radius)
-        for layer, constant in zip(layers, constants, strict=True):
-            before, rounding_error = rounding_error, rounding_error * constant
-            if layer.n_terms:
-                terms = layer.magnitude(h).flatten(1)
-                size = terms.norm(dim=1) + layer.magnitude_norm(h) * (radius + before)
-                largest = h.abs().flatten(1).amax(1) + radius + before
-                lost = underflow(layer.n_terms, largest, layer.largest_weight()) * math.sqrt(terms.shape[1])
-                rounding_error = rounding_error + gamma(layer.n_terms) * size + lost
-                rounding_error = rounding_error.masked_fill(~(size < HUGE), math.inf)
-            h, radius = layer.apply(h), constant * radius
-        logits = h @ weight.T + bias
-        exact.append(logits)
-        size = h.abs() @ weight.abs().T + bias.abs() + lengths * (radius + rounding_error)[:, None]
-        largest = h.abs().amax(1) + radius + rounding_error
-        lost = underflow(weight.shape[1], largest, weight.abs().amax())
-        slack = gamma(weight.shape[1]) * (size + size.gather(1, labels[:, None])) + 2 * lost[:, None]
-        slack = slack.masked_fill(~(size.amax(1, keepdim=True) < HUGE), math.inf)
-        rise = distances[labels] * (radius + rounding_error)[:, None]
-        differences = logits - logits.gather(1, labels[:, None]) + rise + slack
-        proved.append((differences.scatter(1, labels[:, None], -math.inf) < 0).all(1))
-    return torch.cat(proved), torch.cat(exact)
+def _check(x: Tensor, y: Tensor, threat: Threat) -> None:
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and y.shape == x.shape[:1]):
+        raise UserError(
+            f"certificates expect tensors of images and of one label each, got {type_of(x)} and {type_of(y)}."
+        )
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or (len(y) and int(y.min()) < 0):
+        raise UserError(f"labels must be integers >= 0, got {y.dtype}{f' from {y.min()}' if len(y) else ''}.")
+    if not x.is_floating_point():
+        raise UserError(f"certificates expect float images in the threat's box, got {x.dtype}. Divide by 255 first.")
+    check_images(x, threat)

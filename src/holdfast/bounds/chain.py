@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..importers import OnnxNet, Wrapped
 from ..importers.layout import FileNetwork
 from ..models import Classifier, LogitsOnly, convnets, heads, lipschitz, orthogonal
-from .layers import Arrangement, CannotBound, Layer, Normalisation, Rescaling, computes_as, layer_of
+from .graph import CannotBound
+from .layers import Arrangement, Layer, Normalisation, Rescaling, computes_as, layer_of
 
 ROWS = 256  # samples that are bounded at a time
 # Backbones whose forward is their Sequential ``layers`` and nothing else.

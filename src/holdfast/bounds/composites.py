@@ -161,7 +161,7 @@ def _max_pool_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function:
     ceil = args[5] if len(args) > 5 else False
     pairs = [list(p) * 2 if len(p) == 1 else list(p) for p in (window, stride, padding, dilation)]
     height, width = x.shape[-2:]
-    out = F.max_pool2d(x.float(), *pairs, ceil_mode=ceil).shape[-2:]
+    out = F.max_pool2d(x.float(), pairs[0], pairs[1], pairs[2], pairs[3], ceil).shape[-2:]
     places = [
         [_window(o * s - p, k, d, size) for o in range(n)]
         for n, k, s, p, d, size in zip(out, *pairs, (height, width), strict=True)

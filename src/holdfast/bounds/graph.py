@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..outputs import as_outputs
 from .composites import COMPOSITES, MONOTONE
 
+Change = Callable[[int | str, Any], Any]  # what a constant argument becomes, from its position or keyword
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -75,12 +76,12 @@ class Operation:
         leaves = _leaves((self.args, self.kwargs))
         return tuple(dict.fromkeys(leaf.number for leaf in leaves if isinstance(leaf, Value)))
 
-    def bind(self, constants: Sequence[Tensor], change: Callable[[int | str, Any], Any] | None = None) -> Callable[..., Any]:
+    def bind(self, constants: Sequence[Tensor], change: Change | None = None) -> Callable[..., Any]:
         """The operator as a function of its inputs alone.
 
         Args:
             constants: of the graph.
-            change: what a constant argument becomes, from its position or keyword, and its value.
+            change: of the constant arguments.
         """
         numbers = self.inputs
 
@@ -210,15 +211,14 @@ class _Reader:
     def call(self, node: fx.Node, item: int | None, found: dict[fx.Node, Any]) -> Value | Constant:
         """One operator: an operation if it depends on the image, else a constant; composite ones in primitive ones."""
         args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), found.__getitem__)
-        name = node.target._opname.removesuffix("_copy")
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
+        target: Any = node.target
+        name = target._opname
+        if torch.Tag.nondeterministic_seeded in target.tags:
             raise CannotBound(f"the network draws random numbers ({name}): a bound is of one function.")
-        if node.target._schema.is_mutable:
+        if target._schema.is_mutable:
             raise CannotBound("the network changes its own tensors when it is asked: a bound is of one function.")
         value = node.meta["val"] if item is None else node.meta["val"][item]
-        operation = Operation(
-            name, node.target, tuple(args), tuple(sorted(kwargs.items())), item, tuple(value.shape)
-        )
+        operation = Operation(name, target, tuple(args), tuple(sorted(kwargs.items())), item, tuple(value.shape))
         if not operation.inputs:
             return self.constant(operation)
         if value.dtype not in FLOATS:

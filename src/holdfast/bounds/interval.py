@@ -12,7 +12,8 @@ from ..outputs import check_samples
 from ..threat import Threat
 from ..user_input import typed
 from .chain import ROWS, chain_of, in_float64
-from .layers import HUGE, CannotBound, gamma, underflow
+from .graph import CannotBound
+from .rounding import HUGE, gamma, underflow
 
 
 @typed

@@ -17,45 +17,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _global_hooks
 from torch.nn.utils import parametrize
 
-from ..errors import UserError
 from ..models import convnets, orthogonal
 from ..threat import column
+from .graph import CannotBound
+from .rounding import HUGE, gamma, underflow
 
 M = TypeVar("M", bound=nn.Module)
 # What a subclass may define without computing something else.
 _HARMLESS = {"__init__", "__module__", "__doc__", "__annotations__", "__static_attributes__", "__firstlineno__"}
-UNIT = 2.0**-24  # the unit roundoff of float32, in which networks are evaluated
-TINY = 2.0**-126  # the smallest normal float32: a kernel may flush anything smaller to zero
-HUGE = 2.0**100  # sums of absolute terms beyond this may overflow float32 on the way (its largest is 2^128)
 SMALL = 4096  # a convolution's singular values are computed if neither its input nor its output has more values
-
-
-class CannotBound(UserError):
-    """A network with a layer that no bound is known for."""
-
-
-def underflow(terms: int, largest: Tensor, largest_weight: Tensor | float) -> Tensor:
-    """At most how much a sum of ``terms`` products loses where float32 flushes anything below TINY to zero, (N,).
-
-    A flushed input or weight loses at most TINY times the other factor, and a flushed product or sum TINY.
-
-    Args:
-        terms: number of products.
-        largest: (N,), no input is larger in absolute value.
-        largest_weight: 0-dim, no factor of an input is larger in absolute value.
-    """
-    return 4 * TINY * (terms + 2) * (1 + largest + largest_weight)
-
-
-def gamma(terms: int) -> float:
-    """The relative rounding error of a float32 sum of ``terms`` products and a bias, in any order of summation.
-
-    The error is at most gamma times the sum of the absolute terms.
-
-    >>> gamma(0) == 2 * UNIT / (1 - 2 * UNIT)
-    True
-    """
-    return (terms + 2) * UNIT / (1 - (terms + 2) * UNIT)
 
 
 def computes_as(module: nn.Module, kind: type[M]) -> TypeGuard[M]:

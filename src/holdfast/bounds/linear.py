@@ -9,6 +9,7 @@ Source: Zhang et al. 2018 (CROWN); Xu et al. 2020 (general graphs), 2021 (optimi
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -47,7 +48,7 @@ class Region:
     eps: float
 
     def least(self, rows: Tensor) -> Tensor:
-        """min over the region of <row, image>: rows (N, S, *shape) -> (N, S). The larger of the bounds by box and ball."""
+        """min over the region of <row, image>, at least: rows (N, S, *shape) -> (N, S)."""
         middle = ((self.box.lo + self.box.hi) / 2)[:, None]
         radius = ((self.box.hi - self.box.lo) / 2)[:, None]
         by_box = (rows * middle - rows.abs() * radius).flatten(2).sum(2)
@@ -59,7 +60,9 @@ class Region:
         return torch.maximum(by_box, by_ball)
 
 
-def forward(steps: Sequence[Step], region: Region, *, rounding: bool = True, refine: bool = False) -> Forward:
+def forward(
+    steps: Sequence[Step], region: Region, *, rounding: bool = True, refine: bool = False, until: float = math.inf
+) -> Forward:
     """Boxes of all operations.
 
     Args:
@@ -67,6 +70,7 @@ def forward(steps: Sequence[Step], region: Region, *, rounding: bool = True, ref
         region: the images.
         rounding: also cover what float32 loses.
         refine: tighten the inputs of each non-affine operation by lines, where that matters (full CROWN).
+        until: ``time.monotonic()`` from which on nothing is tightened any more.
     """
     found = Forward(unbounded=torch.zeros(len(region.center), dtype=torch.bool, device=region.center.device))
     read_by_relaxed = {number for step in steps if isinstance(step, RelaxedStep) for number in step.inputs}
@@ -87,7 +91,7 @@ def forward(steps: Sequence[Step], region: Region, *, rounding: bool = True, ref
         if isinstance(step, RelaxedStep):
             lines[number] = step.lines(inputs)
         if refine and number in read_by_relaxed and number:
-            found.boxes[number] = _refined(steps, found, lines, region, number)
+            found.boxes[number] = _refined(steps, found, lines, region, number, until)
     return found
 
 
@@ -191,7 +195,9 @@ def _add(waiting: dict[int, Tensor], number: int, rows: Tensor) -> None:
     waiting[number] = waiting[number] + rows if number in waiting else rows
 
 
-def _refined(steps: Sequence[Step], found: Forward, lines: dict[int, Lines], region: Region, number: int) -> Box:
+def _refined(
+    steps: Sequence[Step], found: Forward, lines: dict[int, Lines], region: Region, number: int, until: float
+) -> Box:
     """The box of an operation's output, tightened by lines where a later operation cares."""
     box = found.boxes[number]
     wanted = torch.zeros_like(box.lo, dtype=torch.bool)
@@ -207,9 +213,11 @@ def _refined(steps: Sequence[Step], found: Forward, lines: dict[int, Lines], reg
     while at < len(order) and counts[order[at]]:
         most = int(counts[order[at]])
         images = order[at : at + max(1, MEMORY // (width * most))]
-        part = _take(found, region, lines, images)
+        part = take(found, region, lines, images)
         places = wanted.flatten(1)[images].long().topk(most, 1).indices  # padded with values that need no bound
         for some in places.split(max(1, MEMORY // (width * len(images))), 1):
+            if time.monotonic() > until:
+                break
             one = torch.zeros(*some.shape, lo.shape[1], dtype=lo.dtype, device=lo.device)
             one.scatter_(2, some[..., None], 1.0)
             one = one.unflatten(2, box.lo.shape[1:])
@@ -229,7 +237,7 @@ def step_width(step: Step) -> int:
     return math.prod(step.shape)
 
 
-def _take(
+def take(
     found: Forward, region: Region, lines: dict[int, Lines], images: Tensor
 ) -> tuple[Forward, Region, dict[int, Lines]]:
     """All of it for some images."""
@@ -238,9 +246,7 @@ def _take(
         [None if error is None else error[images] for error in found.errors],
         found.unbounded[images],
     )
-    inside = Region(
-        Box(region.box.lo[images], region.box.hi[images]), region.center[images], region.threat, region.eps
-    )
+    inside = Region(Box(region.box.lo[images], region.box.hi[images]), region.center[images], region.threat, region.eps)
     return part, inside, {number: take_lines(each, images) for number, each in lines.items()}
 
 
@@ -268,7 +274,7 @@ def optimised(
     iterations: int = 20,
     rate: float = 0.1,
 ) -> Tensor:
-    """The best lower bounds of ``rows`` that slopes of ReLUs reach: 0, 1 and the adaptive ones, then Adam (alpha-CROWN).
+    """The best lower bounds of ``rows`` by slopes of ReLUs: 0, 1, the adaptive ones, and Adam (alpha-CROWN).
 
     Args:
         steps: of the network.

@@ -1,9 +1,9 @@
 """The primitive operators: how each maps a box, how lines bound it from both sides, how float32 rounds it.
 
 Four kinds. An affine operator is exact for lines; AFFINE says which of its arguments multiply and which are added, and
-how many products it sums. A smooth function of one variable is bounded by samples and a bound of its second derivative
-(CURVED). A ReLU and a product of two values have rules of their own. To bound another operator, add a line to one of the
-tables; a composite one goes to ``composites.py``.
+how many products it sums. A smooth function of one variable is bounded by samples and by its second derivative: CURVED.
+A ReLU and a product of two values have rules of their own. To bound another operator, add a line to one of the tables;
+a composite one goes to ``composites.py``.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _positive(bound: Callable[[Tensor], Tensor]) -> Callable[[Operation, Tensor,
 
 
 def _elu(operation: Operation, lo: Tensor, hi: Tensor) -> float:
-    alpha, scale, inner = (*operation.args[1:], *(1.0, 1.0, 1.0)[len(operation.args) - 1 :])
+    alpha, scale, inner = [*operation.args[1:], 1.0, 1.0, 1.0][:3]
     return abs(alpha * scale) * inner * inner
 
 
@@ -191,7 +191,7 @@ CURVED: dict[str, Curved] = {
     "gelu": Curved(_constant(1.0)),
     "silu": Curved(_constant(0.501)),
     "mish": Curved(_constant(1.0)),
-    "softplus": Curved(lambda operation, lo, hi: 0.25 * (operation.args[1] if len(operation.args) > 1 else 1.0), True, slack=3e-9),
+    "softplus": Curved(lambda operation, lo, hi: 0.25 * (operation.args[1:2] or (1.0,))[0], True, slack=3e-9),
     "log_sigmoid_forward": Curved(_constant(0.25), True),
     "elu": Curved(_elu, False, (0.0,)),
     "hardswish": Curved(_constant(0.334), False, (-3.0, 3.0)),
@@ -361,10 +361,12 @@ class CurvedStep(RelaxedStep):
         if operation.name == "pow" and operation.args[1] != 2:
             raise CannotBound(f"no bound is known for the power {operation.args[1]}.")
         self.rule = CURVED[operation.name]
-        self.function = operation.bind([c.to(dtype) if c.is_floating_point() else c for c in constants], _as_dtype(dtype))
+        self.function = operation.bind(
+            [c.to(dtype) if c.is_floating_point() else c for c in constants], _as_dtype(dtype)
+        )
 
     def samples(self, box: Box) -> tuple[Tensor, Tensor, Tensor]:
-        """Places (cells + 1, N, ...) from lo to hi in order, the function there, and how far it may leave its chords."""
+        """Places (cells + 1, N, ...) from lo to hi, the function there, and how far it may leave its chords."""
         lo, hi = box
         share = torch.linspace(0, 1, CELLS + 1, dtype=lo.dtype, device=lo.device).view(-1, *[1] * lo.ndim)
         places = lo + (hi - lo) * share
@@ -541,4 +543,3 @@ def _largest_scale(operation: Operation, constants: list[Tensor]) -> float:
 
 def _no_nan(values: Tensor, instead: float) -> Tensor:
     return torch.where(values.isnan(), torch.full_like(values, instead), values)
-
