@@ -137,7 +137,7 @@ def test_logit_scale_and_batch_norm_count():
     normed.eval()
     y = normed(x).argmax(1)
     assert torch.allclose(logit_difference_bounds(normed, x, x, y), logit_differences(normed(x), y), atol=1e-5)
-    assert proved(normed, x, y, Threat("linf", 1e-5)).any()
+    assert cheaply_proved(normed, x, y, Threat("linf", 1e-5)).any()
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in CHAINS and name != "fractalnet"][:3])

@@ -391,10 +391,10 @@ def _compare(work: _Work, x: Tensor, region: Region) -> Tensor:
 def _check(x: Tensor, y: Tensor, threat: Threat) -> None:
     if not (isinstance(x, Tensor) and isinstance(y, Tensor) and y.shape == x.shape[:1]):
         raise UserError(
-            f"certificates expect tensors of images and of one label each, got {type_of(x)} and {type_of(y)}."
+            f"certify expects tensors of images and of one label each, got {type_of(x)} and {type_of(y)}."
         )
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or (len(y) and int(y.min()) < 0):
         raise UserError(f"labels must be integers >= 0, got {y.dtype}{f' from {y.min()}' if len(y) else ''}.")
     if not x.is_floating_point():
-        raise UserError(f"certificates expect float images in the threat's box, got {x.dtype}. Divide by 255 first.")
+        raise UserError(f"certify expects float images in the threat's box, got {x.dtype}. Divide by 255 first.")
     check_images(x, threat)

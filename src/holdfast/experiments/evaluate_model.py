@@ -260,10 +260,11 @@ def why_uncertified(subject: ModelUnderTest, results: Results) -> str:
     """
     run = results.runs[0]
     if run.samples is None or run.samples.certified is None:
-        reason = bounds.why_not(subject.model) or "the model's answers vary, or its images are not float32."
+        shape = tuple(pixels(subject.split.test.x[:1]).shape[1:])
+        reason = bounds.why_not(subject.model, shape) or "the model's answers vary, or its images are not float32."
         return f"certified: not measured, since {reason}"
     if not any(run.samples.certified):
-        return f"certified: none of {run.n:,} samples could be proved, by interval and Lipschitz bounds."
+        return f"certified: none of {run.n:,} samples could be proved, by interval, Lipschitz and linear bounds."
     return ""
 
 
