@@ -20,12 +20,12 @@ from .branch import branch
 from .by_lipschitz import margins_by_lipschitz
 from .chain import in_float64
 from .graph import CannotBound, Graph, read
-from .linear import Forward, Region, against, all_lines, forward, least, optimised, take
+from .linear import MEMORY, Forward, Region, against, all_lines, forward, least, optimised, take
 from .rounding import HUGE
 from .rules import Box, Step, bind
 
 METHODS = ("interval", "linear", "crown", "alpha", "branch")  # each tries the ones before it first
-ROWS = 64  # images that are bounded at a time
+ROWS = 256  # images that are bounded at a time, at most
 AGREES = 1e-3  # how far the network may be from its graph in float64, relative to its largest logit
 
 
@@ -36,7 +36,8 @@ class Certified:
     Args:
         proved: (N,) bool: no point of the threat has another argmax than y.
         by: the method that proved each sample; "" where none did.
-        bound: (N,) float64 lower bounds of the smallest logit_y - logit_j over the threat; -inf where there is none.
+        bound: (N,) float64 lower bounds of the smallest logit_y - logit_j over the threat; -inf where there is none, and
+            where the image itself is misclassified.
         x_adv: adversarial examples that branch and bound met: sample number -> image. They are misclassified.
         seconds: (N,) float64, what each sample cost.
         ended: (N,) bool: its last method ran to its end; False: time ran out first.
@@ -114,7 +115,7 @@ def certify(
             )
         work = _Work(network, graph, bind(graph, torch.float64), images, labels, threat, METHODS.index(method))
         parts: list[Certified] = []
-        for rows in torch.arange(len(y)).split(ROWS):  # of no images too: one empty part
+        for rows in torch.arange(len(y)).split(work.rows):  # of no images too: one empty part
             left = (until - time.monotonic()) * len(rows) / max(1, len(y) - int(rows[0]))
             parts.append(_certify_rows(work, rows, time.monotonic() + left, progress or silent))
     x_adv = {number: image for part in parts for number, image in part.x_adv.items()}
@@ -212,19 +213,25 @@ class _Work:
     threat: Threat
     level: int
 
+    @property
+    def rows(self) -> int:
+        """How many images are bounded at a time: as many as fit in memory with a row for each class."""
+        width = max(math.prod(step.shape) for step in self.steps) * 8 * self.graph.classes
+        return max(1, min(ROWS, MEMORY // width))
+
 
 def _certify_rows(work: _Work, rows: Tensor, until: float, report: Progress) -> Certified:
     """The ladder of methods for some images."""
     began = time.monotonic()
     region = region_of(work.x[rows], work.threat)
-    finite = _compare(work, work.x[rows], region)
+    finite, logits = _compare(work, work.x[rows], region)
     found = forward(work.steps, region)
     ladder = _Ladder(work, rows, region, found, until, report)
-    ladder.finite = finite
+    ladder.possible = finite & (logits.argmax(1) == ladder.y)
     ladder.cheap()
     ladder.seconds += (time.monotonic() - began) / max(1, len(rows))
     if work.level >= METHODS.index("linear"):
-        ladder.improve(ladder.linear, ROWS)
+        ladder.improve(ladder.linear, work.rows)
     if work.level >= METHODS.index("crown"):
         ladder.improve(ladder.crown, _share(work))
     if work.level >= METHODS.index("branch"):
@@ -249,7 +256,7 @@ class _Ladder:
         )
         self.x, self.y = work.x[rows], work.y[rows]
         self.margins = against(self.y, work.graph.classes, torch.float64)[0]
-        self.finite = torch.ones(len(rows), dtype=torch.bool, device=self.x.device)
+        self.possible = torch.ones(len(rows), dtype=torch.bool, device=self.x.device)
         self.bounds = torch.full(self.margins.shape[:2], -math.inf, dtype=torch.float64, device=self.x.device)
         self.by = [""] * len(rows)
         self.seconds = torch.zeros(len(rows), dtype=torch.float64)
@@ -259,7 +266,7 @@ class _Ladder:
 
     def raise_to(self, some: Tensor, low: Tensor, found: Forward, method: str) -> None:
         """Take lower bounds (n, K - 1) of these images, where they exist and are better."""
-        low = low.masked_fill((found.unbounded | ~self.finite[some])[:, None], -math.inf)
+        low = low.masked_fill((found.unbounded | ~self.possible[some])[:, None], -math.inf)
         before = self.bounds[some].amin(1)
         self.bounds[some] = torch.maximum(self.bounds[some], low)
         for number in some[(before <= 0) & (self.bounds[some].amin(1) > 0)].tolist():
@@ -280,7 +287,7 @@ class _Ladder:
 
     def improve(self, method: Callable[[Tensor, Forward, Region], None], share: int) -> None:
         """A method for what is left, in parts that fit in memory."""
-        left = (self.bounds.amin(1) <= 0).nonzero()[:, 0]
+        left = ((self.bounds.amin(1) <= 0) & self.possible).nonzero()[:, 0]
         for some in left.split(share) if len(left) else ():
             start = time.monotonic()
             if start > self.until:
@@ -314,7 +321,7 @@ class _Ladder:
 
     def branch(self) -> None:
         """Branch and bound, one image after another; each may take its share of the time that is left."""
-        left = (self.bounds.amin(1) <= 0).nonzero()[:, 0].tolist()
+        left = ((self.bounds.amin(1) <= 0) & self.possible).nonzero()[:, 0].tolist()
         for place, number in enumerate(left):
             start = time.monotonic()
             if number not in self.refined or start > self.until:
@@ -355,15 +362,15 @@ def _judge(work: _Work, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     return misclassified
 
 
-def _compare(work: _Work, x: Tensor, region: Region) -> Tensor:
-    """Which images the network answers with finite logits, (N,) bool.
+def _compare(work: _Work, x: Tensor, region: Region) -> tuple[Tensor, Tensor]:
+    """Which images the network answers with finite logits, (N,) bool; and the logits, (N, K).
 
     Raises CannotBound unless these are what its graph computes: at the images and beside them, in a batch, alone, and
     with gradients on.
     """
     finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if not len(x):
-        return finite
+        return finite, x.new_zeros(0, work.graph.classes)
     share = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)).to(region.center)[:, None]
     beside = (region.box.lo + (region.box.hi - region.box.lo) * share)[:, 0].to(x.dtype)
     queried = Queried(work.model)
@@ -385,14 +392,14 @@ def _compare(work: _Work, x: Tensor, region: Region) -> Tensor:
                     "batch, by history or at random, or in lower precision."
                 )
             finite[-len(known) :] &= known
-    return finite
+        if images is x:
+            clean = answers[0][0]
+    return finite, clean
 
 
 def _check(x: Tensor, y: Tensor, threat: Threat) -> None:
     if not (isinstance(x, Tensor) and isinstance(y, Tensor) and y.shape == x.shape[:1]):
-        raise UserError(
-            f"certify expects tensors of images and of one label each, got {type_of(x)} and {type_of(y)}."
-        )
+        raise UserError(f"certify expects tensors of images and of one label each, got {type_of(x)} and {type_of(y)}.")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or (len(y) and int(y.min()) < 0):
         raise UserError(f"labels must be integers >= 0, got {y.dtype}{f' from {y.min()}' if len(y) else ''}.")
     if not x.is_floating_point():
