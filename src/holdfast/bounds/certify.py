@@ -36,8 +36,8 @@ class Certified:
     Args:
         proved: (N,) bool: no point of the threat has another argmax than y.
         by: the method that proved each sample; "" where none did.
-        bound: (N,) float64 lower bounds of the smallest logit_y - logit_j over the threat; -inf where there is none, and
-            where the image itself is misclassified.
+        bound: (N,) float64 lower bounds of the smallest logit_y - logit_j over the threat; -inf where there is none,
+            and where the image itself is misclassified.
         x_adv: adversarial examples that branch and bound met: sample number -> image. They are misclassified.
         seconds: (N,) float64, what each sample cost.
         ended: (N,) bool: its last method ran to its end; False: time ran out first.

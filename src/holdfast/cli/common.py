@@ -113,6 +113,7 @@ def run_evaluation(
     quiet: bool,
     as_json: bool,
     budget: str = "",
+    proofs: str = "linear",
     batch_size: int | None = None,
 ) -> tuple[Results, OutputFile, str] | None:
     """Evaluate one network and show its progress.
@@ -127,6 +128,7 @@ def run_evaluation(
         quiet: whether to show no progress.
         as_json: whether stdout is for one JSON document.
         budget: as typed; "" for none.
+        proofs: the last method of proof that is tried.
         batch_size: of the attacks.
 
     Returns:
@@ -152,6 +154,7 @@ def run_evaluation(
             folder,
             seed=seed,
             budget=limited,
+            proofs=proofs,
             batch_size=batch_size,
             progress=partial(display.progress, subject.name),
             command=command_line(),

@@ -35,6 +35,14 @@ def evaluate(
             "10min, 2h, 1e6passes. Default: no limit."
         ),
     ] = "",
+    proofs: Annotated[
+        str,
+        option(
+            "The last method of proof that is tried on what the individual attacks leave; what is proved leaves the "
+            "other attacks. linear: bounds by lines over intervals, cheap. crown: lines for every layer. alpha: their "
+            "slopes optimised. The stronger ones pay where a network is small or trained to be proved."
+        ),
+    ] = "linear",
     limit: o.Limit = 1000,
     seed: o.NoiseSeed = 0,
     batch_size: Annotated[
@@ -91,7 +99,7 @@ def evaluate(
     folder = out or default_folder(model, f"evaluation-THREAT-{suite}", threat)
     answer = run_evaluation(
         subject, threat, suite, folder,
-        seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, batch_size=batch_size,
+        seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, proofs=proofs, batch_size=batch_size,
     )  # fmt: skip
     if answer is None:
         return

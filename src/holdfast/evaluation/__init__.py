@@ -12,7 +12,7 @@ from pathlib import Path
 from ..attacks import ATTACKS
 from ..data import Data
 from ..data.arguments import as_data, note_assumptions
-from ..errors import UserError, type_of
+from ..errors import UserError, type_of, unknown
 from ..losses import Loss, as_loss
 from ..noise import Noise
 from ..outputs import Model, frozen_eval
@@ -27,11 +27,12 @@ from .checkpoint import load_x_adv
 from .distributed import Processes
 from .evaluation import MISCLASSIFIED, UNBROKEN, Evaluation, StageCost, add_witnesses
 from .grid import differs_off_grid, is_8bit
-from .state import Task
+from .state import PROOFS, Task
 from .suites import SUITES, Stage, individual_names, resolve, stage_scores, with_pgd50
 
 __all__ = [
     "MISCLASSIFIED",
+    "PROOFS",
     "SUITES",
     "UNBROKEN",
     "Budget",
@@ -56,6 +57,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int | None = None,
     budget: Budget | None = None,
+    proofs: str = "linear",
     checkpoint: str | Path | None = None,
     key: str = "",
     progress: Progress | None = None,
@@ -71,7 +73,8 @@ def evaluate(
 
     A model that answers the same image differently is randomised: attacks use the mean of 8 outputs per step, and
     a sample is correct or broken only by the majority of 32 fresh outputs. Where a bound of the network is known,
-    samples it proves are ``certified``; they are attacked like all others.
+    samples it proves are ``certified``. The individual attacks, PGD-50 among them, attack these too, which would expose
+    a false proof; the other stages leave them out.
 
     Under torch.distributed, processes share the batches, and all return the result that a single one would.
 
@@ -88,6 +91,8 @@ def evaluate(
         budget: upper limit on the cost. Individual attacks, PGD-50 among them, are finished once begun; the other
             stages attack samples with the smallest margins first. What is left after the suite is spent on further
             rounds. None: run the suite once.
+        proofs: the last method of ``bounds.certify`` that is tried on what the individual attacks leave: "linear",
+            "crown" or "alpha". The methods up to "linear" are cheap and always tried, on all samples.
         checkpoint: file to save to; an interrupted evaluation resumes from it.
         key: identifies the weights and data that the checkpoint belongs to.
         progress: called after each batch with (stage and robust accuracy so far, passes so far, passes expected).
@@ -103,6 +108,8 @@ def evaluate(
     note_assumptions(data, unit_box=(threat.lo, threat.hi) == (0, 1))
     report = as_progress(progress)
     of_type("key", key, str)
+    if proofs not in PROOFS:
+        raise unknown("proofs", str(proofs), PROOFS)
     stages = tuple(stage for stage in resolve(suite) if threat.norm in ATTACKS[stage.attack].norms)
     if len(data) == 0:
         raise UserError("there is nothing to evaluate: the data set is empty.")
@@ -122,6 +129,7 @@ def evaluate(
         batch_size=size,
         batches=Batches(size),
         grid=is_8bit(data, threat),
+        proofs=proofs,
         progress=report if Processes.current().is_first else silent,
     )
     with exact_float32(), frozen_eval(model):

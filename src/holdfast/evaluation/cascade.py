@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attacks import ATTACKS
+from ..bounds import METHODS, certify
 from ..data import pixels
 from ..progress import silent
 from ..queries import judge_candidates
@@ -35,12 +36,27 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
     if processes.count > 1:
         synchronise(task, state, processes)
     while state.ended < len(state.stages) and not state.budget_spent:
+        if not state.proved and not state.stages[state.ended].individual:
+            prove_survivors(task, state)
         run_stage(task, state, state.ended, checkpoint, processes)
         state.ended += not state.budget_spent
-        if task.budget is not None and state.ended == len(state.stages) and bool(state.survivors.any()):
+        if task.budget is not None and state.ended == len(state.stages) and bool(state.open.any()):
             add_extra_stages(task, state, state.ended + 1)
+    if not state.proved:
+        prove_survivors(task, state)
     checkpoint.save(state, force=True)
     return result(task, state, processes)
+
+
+def prove_survivors(task: Task, state: State) -> None:
+    """Try the stronger proofs on what the individual attacks left. What is proved leaves the attacks."""
+    began, certified = time.perf_counter(), state.columns.certified
+    if certified is not None and METHODS.index(task.proofs) > METHODS.index("linear"):
+        rows = torch.nonzero(state.open)[:, 0]
+        found = certify(task.model.model, task.data.take(rows), task.threat, method=task.proofs, progress=task.progress)
+        certified[rows] = found.proved.to(certified.device)
+        add_cost(task, state, 0, began)
+    state.proved = True
 
 
 def run_stage(task: Task, state: State, number: int, checkpoint: Checkpoint, processes: Processes) -> None:

@@ -41,6 +41,7 @@ class Checkpoint:
             "stages": json.loads(json.dumps([asdict(stage) for stage in task.suite])),
             "matched": getattr(matched, "__name__", repr(matched)),
             "seed": task.noise.seed,
+            "proofs": task.proofs,
             "n": len(task.data),
         }
 
@@ -80,6 +81,7 @@ class Checkpoint:
             "differs_off_grid": state.differs_off_grid,
             "chosen_for": state.chosen_for,
             "n_rest": state.n_rest,
+            "proved": state.proved,
         }
         about = {"identity": self.identity, "state": saved}
         save_tensors(self.path, NAME, VERSION, state.columns.to_tensors(), about, packed=["x_adv"])

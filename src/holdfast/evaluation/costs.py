@@ -53,7 +53,7 @@ def planned_passes(state: State, number: int, waiting: int, target: int) -> int:
         waiting: samples that the current stage has not attacked yet at its current target.
         target: rank of that target.
     """
-    survivors, clean = int(state.survivors.sum()), int(state.columns.clean.sum())
+    survivors, clean = int(state.open.sum()), int(state.columns.clean.sum())
     stage, classes = state.stages[number], state.n_classes
     each = stage.passes(classes) / stage.n_targets(classes)
     planned = each * (waiting + int(state.due(number).sum()) * (stage.n_targets(classes) - target - 1))

@@ -23,8 +23,8 @@ def choose(task: Task, state: State, number: int) -> None:
 
 
 def _chosen(task: Task, state: State, number: int) -> Tensor:
-    stage, columns, survivors = state.stages[number], state.columns, state.survivors
-    nobody = torch.zeros_like(survivors)
+    stage, columns, left = state.stages[number], state.columns, state.open
+    nobody = torch.zeros_like(left)
     if stage.individual:
         return columns.clean
     if stage.round > 1:
@@ -44,11 +44,11 @@ def _chosen(task: Task, state: State, number: int) -> Tensor:
     if stage.subset == "escalated":
         broken = columns.spot_check[state.broken_by_stages(_numbers(state, "sampled"))]
         if bool((broken == RANDOM).any()):
-            chosen = survivors
+            chosen = left
         else:
             chosen = _nearest(state, stage.fraction) if bool((broken == NEAR).any()) else nobody
         return chosen & (columns.spot_check == 0)  # the spot check itself has had these attacks
-    return survivors
+    return left
 
 
 def _numbers(state: State, subset: str) -> list[int]:
@@ -57,18 +57,18 @@ def _numbers(state: State, subset: str) -> list[int]:
 
 
 def _nearest(state: State, fraction: float) -> Tensor:
-    """(N,) bool: this fraction of the survivors, at least 32, those with the smallest margins."""
-    rows = torch.nonzero(state.survivors)[:, 0]
+    """(N,) bool: this fraction of what is open, at least 32 samples, those with the smallest margins."""
+    rows = torch.nonzero(state.open)[:, 0]
     count = max(math.ceil(fraction * len(rows)), N_NEAREST)
-    chosen = torch.zeros_like(state.survivors)
+    chosen = torch.zeros_like(state.open)
     chosen[rows[state.columns.margin_adv[rows].argsort(stable=True)[:count]]] = True
     return chosen
 
 
 def _draw_spot_check(task: Task, state: State) -> None:
-    """Draw the survivors with the smallest margins, and others at random by the samples' own noise."""
+    """Draw the open samples with the smallest margins, and others at random by the samples' own noise."""
     near = _nearest(state, 1e-9)
-    rest = torch.nonzero(state.survivors & ~near)[:, 0]
+    rest = torch.nonzero(state.open & ~near)[:, 0]
     order = task.noise[rest].fold(EvaluationStream.SPOT_CHECK).uniform(()).argsort(stable=True)
     state.columns.spot_check[near] = NEAR
     state.columns.spot_check[rest[order[:N_RANDOM]]] = RANDOM

@@ -22,6 +22,7 @@ from .evaluation import UNBROKEN, StageCost
 from .grid import OnGrid
 from .suites import EXTRA_ROUND, Stage, on_grid_too
 
+PROOFS = ("linear", "crown", "alpha")  # of the methods of ``bounds.certify``, the last one that is tried
 MAX_TARGETS = 16  # more than any stage has: places reserved for a stage in ``Columns.done``
 
 
@@ -39,6 +40,7 @@ class Task:
         noise: one stream per sample.
         budget: None for no limit.
         batch_size: how samples are distributed over processes; never changes.
+        proofs: the last method of ``bounds.certify`` that is tried on the survivors of the individual attacks.
         grid: whether the images are 8-bit: candidates are then judged on the 8-bit grid as well.
         batches: the batch size in use, which shrinks where memory runs out.
         progress: see ``evaluate``.
@@ -55,6 +57,7 @@ class Task:
     batch_size: int
     batches: Batches
     progress: Progress
+    proofs: str = "linear"
     grid: bool = False
 
     def stages(self, differs_off_grid: bool) -> tuple[Stage, ...]:
@@ -124,6 +127,7 @@ class State:
         chosen_for: number of the stage that ``columns.chosen`` belongs to; -1 before the first.
         ended: number of stages that are finished.
         n_rest: survivors outside the 32 nearest when the spot check was drawn.
+        proved: whether the survivors of the individual attacks have had their proofs.
         budget_spent: whether the budget has ended the evaluation.
     """
 
@@ -136,12 +140,19 @@ class State:
     chosen_for: int = -1
     ended: int = 0
     n_rest: int = 0
+    proved: bool = False
     budget_spent: bool = field(default=False)
 
     @property
     def survivors(self) -> Tensor:
         """(N,) bool: correctly classified and not broken so far."""
         return self.columns.broken_by == UNBROKEN
+
+    @property
+    def open(self) -> Tensor:
+        """(N,) bool: survivors that are not proved. Attacks without an accuracy of their own leave the others."""
+        certified = self.columns.certified
+        return self.survivors if certified is None else self.survivors & ~certified
 
     @property
     def n_classes(self) -> int:
@@ -159,9 +170,9 @@ class State:
         return EOT_SAMPLES if self.randomised else 1
 
     def due(self, number: int) -> Tensor:
-        """(N,) bool: samples that a stage still has to attack: those chosen for it, unless already broken."""
+        """(N,) bool: samples that a stage still has to attack: those chosen for it, unless broken or proved by now."""
         chosen = self.columns.chosen
-        return chosen if self.stages[number].individual else chosen & self.survivors
+        return chosen if self.stages[number].individual else chosen & self.open
 
     def broken_by_stages(self, numbers: list[int]) -> Tensor:
         """(N,) bool: broken by one of these stages."""

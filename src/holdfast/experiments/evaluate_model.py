@@ -18,7 +18,7 @@ from ..data import Split, pixels
 from ..data.arguments import classes_differ
 from ..data.labels import some
 from ..errors import UserError, unknown
-from ..evaluation import Budget, evaluate
+from ..evaluation import PROOFS, Budget, evaluate
 from ..evaluation.distributed import Processes
 from ..evaluation.suites import SUITES
 from ..importers.model_file import ModelSource, class_order, code_hash, open_model
@@ -277,6 +277,7 @@ def evaluate_model(
     *,
     seed: int = 0,
     budget: Budget | None = None,
+    proofs: str = "linear",
     batch_size: int | None = None,
     progress: Progress | None = None,
     command: str = "",
@@ -292,6 +293,7 @@ def evaluate_model(
         out: the output folder; the work is cached there, and the same call resumes.
         seed: of the attacks' noise.
         budget: stop the attacks there.
+        proofs: as for ``evaluate``.
         batch_size: of the attacks; default by image size.
         progress: called with (what is being done, units done, units in all).
         command: the command line, for the report.
@@ -306,13 +308,18 @@ def evaluate_model(
     against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
     if suite not in SUITES:
         raise unknown("suite", suite, SUITES)
+    if proofs not in PROOFS:
+        raise unknown("proofs", proofs, PROOFS)
     settings = {**subject.about, "threat": threat, "suite": suite, "seed": seed, "cut": subject.cut.to_json()}
     if budget:
         settings["budget"] = {name: value for name, value in asdict(budget).items() if value < math.inf}
+    if proofs != "linear":
+        settings["proofs"] = proofs
     check_classes(subject)  # nor must a model that cannot answer
     key = f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {subject.code}".strip()
     arguments: Any = {
         "trained_with": subject.loss.loss, "seed": seed, "batch_size": batch_size, "budget": budget, "key": key,
+        "proofs": proofs,
     }  # fmt: skip
     if not Processes.current().is_first:
         evaluate(subject.model, subject.split.test, against, suite, checkpoint=out / EVALUATION_FILE, **arguments)

@@ -58,6 +58,7 @@ def evaluate_network(
     seed: int = 0,
     batch_size: int | None = None,
     budget: Budget | None = None,
+    proofs: str = "linear",
     cache: str | Path | None = None,
     key: str = "",
     transfer_source: Tensor | Callable[[], Tensor | None] | None = None,
@@ -81,6 +82,7 @@ def evaluate_network(
         seed: of the noise of attacks and checks.
         batch_size: of the attacks, >= 1; default by image size, halved when memory runs out.
         budget: stop the attacks there; the verdict then says what may be left.
+        proofs: as for ``evaluate``.
         cache: a folder where work is kept: a killed call resumes from it, a finished one is read back.
         key: what the cache belongs to, data and weights; default a hash of both.
         transfer_source: (N, C, H, W), adversarial examples of an SCE network for the same samples, for the transfer
@@ -99,7 +101,9 @@ def evaluate_network(
         if not isinstance(model, nn.Module):
             raise UserError("a function has no weights to tell it by: with a cache, give a key that names it.")
         key = f"{content_hash(data.x, data.y, data.index)} {run_folder.weights_hash(model)}"
-    result_id = result_key(threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget)
+    result_id = result_key(
+        threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget, proofs=proofs
+    )
     processes = Processes.current()
     if cache is not None:
         alone = processes.count == 1  # in a group, all processes must attack or none
@@ -118,6 +122,7 @@ def evaluate_network(
         seed=seed,
         batch_size=batch_size,
         budget=budget,
+        proofs=proofs,
         checkpoint=None if cache is None else cache / EVALUATION_FILE,
         key=key,
         progress=lambda what, done, total: report(f"{threat}, {what}", done, total),
@@ -217,6 +222,7 @@ def result_key(
     s: float | None,
     seed: int,
     budget: Budget | None = None,
+    proofs: str = "linear",
 ) -> str:
     """What a stored NetworkResult belongs to: data and weights (``key``), the arguments, and the versions of the code.
 
@@ -234,6 +240,7 @@ def result_key(
         "s": s,
         "seed": seed,
         "budget": None if budget is None else repr(budget),
+        "proofs": proofs,
         "checks": identity_of_checks(),
         "versions": [__version__, region.VERSION, REGION_VERSION],
     }
