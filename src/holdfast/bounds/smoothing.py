@@ -67,6 +67,7 @@ class Vote:
             raise UserError(
                 f"sigma must be {LEAST_SIGMA:g} to {MOST_SIGMA:g}, in units of pixels in [0, 1], got {sigma:g}.{hint}"
             )
+        object.__setattr__(self, "sigma", float(sigma))
         for name in ("n", "n0"):
             whole(f"{name}, a number of votes,", getattr(self, name), 1, MOST_VOTES)
         if not 0 < number("alpha, the probability that a certificate is wrong,", self.alpha) < 1:
