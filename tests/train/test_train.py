@@ -101,6 +101,7 @@ CASES = {
     "sgd without momentum": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.0, "schedule": "step"},
     "ema": {"ema": 0.9},
     "augmented": {"pad": 1, "flip": True},
+    "noise": {"noise_sigma": 0.3, "pad": 1},
     "everything": {"ema": 0.8, "pad": 1, "flip": True, "weight_decay": 0.01, "schedule": "constant", "seed": 7},
     "adversarial": {},
 }

@@ -14,7 +14,7 @@ from ..bounds.smoothing import Vote
 from ..experiments.evaluate_model import ModelUnderTest, check_classes
 from ..progress import Progress
 from ..user_input import any_seed, typed
-from .measure import COPIES, STEPS, ExpectedModel, radii_of, smooth, smoothadv
+from .measure import COPIES, STEPS, ExpectedModel, checked_radii, radii_of, smooth, smoothadv
 from .plot import figure, save
 from .result import SmoothedAccuracy, sentence, table
 
@@ -74,17 +74,17 @@ def smooth_subject(
     Raises:
         UserError: As ``smooth`` does; ``out`` belongs to other work.
     """
-    radii, out = radii_of(radii), Path(out)  # what cannot be read must not leave a folder behind
-    Vote(sigma, n, n0, alpha)
+    out, data = Path(out), subject.split.test.take(slice(0, limit or None))
+    Vote(sigma, n, n0, alpha)  # what is out of range must not leave a folder behind
+    radii = checked_radii(radii, data, steps=steps, copies=copies, batch_size=batch_size)
     check_classes(subject)
     asked = {"sigma": sigma, "radii": list(radii), "n": n, "n0": n0, "alpha": alpha, "steps": steps, "copies": copies}
     settings = {**subject.about, "smoothing": asked, "seed": any_seed(seed), "limit": limit}
     run_folder.reserve(out, settings)
     network = f"{run_folder.weights_hash(subject.model)} {subject.code}".strip()
     found = smooth(
-        subject.model, subject.split.test.take(slice(0, limit or None)), sigma, radii, n=n, n0=n0, alpha=alpha,
-        steps=steps, copies=copies, seed=seed, batch_size=batch_size, folder=out, progress=progress,
-        key=f"{subject.split.fingerprint} {network}",
+        subject.model, data, sigma, radii, n=n, n0=n0, alpha=alpha, steps=steps, copies=copies, seed=seed,
+        batch_size=batch_size, folder=out, progress=progress, key=f"{subject.split.fingerprint} {network}",
     )  # fmt: skip
     about = {
         "network": subject.name, "weights": run_folder.weights_hash(subject.model), "data": subject.data,

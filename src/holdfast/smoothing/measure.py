@@ -145,13 +145,10 @@ def smooth(
     >>> found.certified(0.25).tolist(), found.broken_at.tolist()
     ([True, False], [inf, 0.25])
     """
-    vote, report = Vote(sigma, n, n0, alpha), as_progress(progress)
-    data, radii = samples_of(model, as_data(data)), radii_of(radii)
+    vote, report, data = Vote(sigma, n, n0, alpha), as_progress(progress), as_data(data)
+    radii = checked_radii(radii, data, steps=steps, copies=copies, batch_size=batch_size)
+    data = samples_of(model, data)
     of_type("key", key, str)
-    whole("steps", steps, 1, MOST_STEPS)
-    whole("copies", copies, 1, MOST_COPIES)
-    for radius in radii:
-        check_eps(Threat("l2", radius), math.prod(data.x.shape[1:]))
     files = None if folder is None else path("folder", folder)
     smoothed = certify_smoothed(
         model, data, sigma, n=n, n0=n0, alpha=alpha, seed=seed, batch_size=batch_size, key=key, progress=report,
@@ -250,6 +247,31 @@ def _check_conflicts(found: SmoothedAccuracy) -> None:
         )
 
 
+def checked_radii(radii: Any, data: Data, *, steps: int, copies: int, batch_size: int | None) -> tuple[float, ...]:
+    """The l2 radii, and the settings of the attack checked, before anything is done or written.
+
+    Args:
+        radii: As for ``radii_of``.
+        data: The samples; no radius may cover all images of their size.
+        steps: Of the attack.
+        copies: Of the attack.
+        batch_size: As for ``smooth``.
+
+    Returns:
+        The radii.
+
+    Raises:
+        UserError: A setting out of its range.
+    """
+    found = radii_of(radii)
+    whole("steps", steps, 1, MOST_STEPS)
+    whole("copies", copies, 1, MOST_COPIES)
+    batch_size_of(data, batch_size)
+    for radius in found:
+        check_eps(Threat("l2", radius), math.prod(data.x.shape[1:]))
+    return found
+
+
 def radii_of(radii: Any) -> tuple[float, ...]:
     """The l2 radii that an argument is, ascending, each once.
 
@@ -284,8 +306,8 @@ def _radius(one: Any) -> float:
             wider = "eps sqrt(d) around images of d values" if one.norm == "linf" else "the same radius"
             raise UserError(
                 f"randomised smoothing certifies l2 and not {one.norm}: give the radius in l2, such as 0.5. An "
-                f"{one.norm} ball of eps lies in the l2 ball of {wider}; holdfast evaluate --threat {one.norm}:EPS certifies "
-                "the network itself by bounds."
+                f"{one.norm} ball of eps lies in the l2 ball of {wider}; holdfast evaluate --threat {one.norm}:EPS "
+                "certifies the network itself by bounds."
             )
         one = one.eps
     if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 < one < math.inf:

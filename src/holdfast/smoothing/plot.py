@@ -52,9 +52,10 @@ def figure(found: SmoothedAccuracy, name: str = "") -> Figure:
         ax.set_axisbelow(True)
         ax.grid(axis="y", color=report.RULE, linewidth=0.6)
         ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, borderpad=0, borderaxespad=0.3)
-        title = f"smoothed classifier{f' of {name}' if name else ''}, sigma {vote.sigma:g}, not the network; each "
-        title += f"certificate holds with probability {confidence_text(vote.alpha)}"
-        canvas.text(0.12 / WIDTH, 1 - 0.16 / HEIGHT, title, fontweight="bold", va="center", fontsize=7)
+        title = f"smoothed classifier{f' of {name}' if name else ''}, sigma {vote.sigma:g}"
+        canvas.text(0.12 / WIDTH, 1 - 0.16 / HEIGHT, title, fontweight="bold", va="center")
+        caption = f"not the network itself; each certificate holds with probability {confidence_text(vote.alpha)}"
+        canvas.text(0.12 / WIDTH, 1 - 0.34 / HEIGHT, caption, color=report.MUTED, va="center")
     return canvas
 
 

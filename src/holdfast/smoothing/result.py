@@ -14,8 +14,8 @@ from ..results.terminal import Printed
 from ..user_input import typed
 
 METHOD = (
-    "What is certified is the smoothed classifier, which answers by noisy votes, and not the network itself; each sample's "
-    "certificate holds with probability {confidence}."
+    "What is certified is the smoothed classifier, which answers by noisy votes, and not the network itself; each "
+    "sample's certificate holds with probability {confidence}."
 )
 
 
