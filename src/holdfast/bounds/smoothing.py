@@ -266,13 +266,13 @@ def certify_smoothed(
         work = Work(checkpoint, {"key": key, "what": "clean", **settings_of(vote, data, seed)}, probe.model)
         work.open({"counts": (len(data), probe.classes), "votes": (len(data),)}, data.x.device)
         selected = count_votes(work, data.x, noise, vote, batches, report)
+        cost = work.finish()
         probe.repeat()
-        work.save()
     votes = work.tensors["votes"].cpu().long()
     p_low = p_lower_bound(votes, n, alpha)
     return Smoothed(
         vote, data.index.cpu(), data.y.cpu(), selected.cpu(), votes, p_low, radius_of(p_low, sigma),
-        math.prod(data.x.shape[1:]), work.cost,
+        math.prod(data.x.shape[1:]), cost,
     )  # fmt: skip
 
 
@@ -373,7 +373,7 @@ class Work:
     def __init__(self, path: str | Path | None, identity: dict[str, Any], model: CountingModel) -> None:
         self.path, self.identity, self.model = None if path is None else Path(path), identity, model
         self.tensors: dict[str, Tensor] = {}
-        self.done, self.earlier = 0, Cost()
+        self.done, self.done_earlier, self.earlier = 0, 0, Cost()
         self.began = time.perf_counter()
         self.forwards, self.backwards = model.forwards, model.backwards
         self.next_save = self.began + INTERVAL
@@ -390,7 +390,7 @@ class Work:
             if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes or about["done"] < 0:
                 raise ValueError("columns of other shapes")
             self.tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        self.done = about["done"]
+        self.done = self.done_earlier = about["done"]
         self.earlier = Cost(about["forwards"], about["backwards"], about["seconds"])
 
     @property
@@ -413,6 +413,13 @@ class Work:
             if time.perf_counter() > self.next_save:
                 self.save()
             report(last)
+
+    def finish(self) -> Cost:
+        """Write the checkpoint, unless it was complete already; and what all of the work took."""
+        if self.done == self.done_earlier:
+            return self.earlier
+        self.save()
+        return self.cost
 
     def save(self) -> None:
         """Write the checkpoint."""

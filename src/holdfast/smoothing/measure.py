@@ -219,19 +219,17 @@ def _broken(
     what = f"attack l2 {radius:g}"
     report(what, work.done, len(data))
     work.through(0, len(data), batches.size, step, lambda done: report(what, done, len(data)))
-    work.save()
-    spent, x_adv = work.cost, work.tensors["x_adv"]
+    spent, x_adv = work.finish(), work.tensors["x_adv"]
     work = work_on(f"votes-l2-{place}")
     work.open({"counts": (len(data), probe.classes), "votes": (len(data),)}, device)
     with torch.no_grad():
         selected = count_votes(
             work, x_adv, fresh, vote, Batches(size), report, unless=data.y, what=f"votes at l2 {radius:g}"
         )
+        cost = work.finish()
         probe.repeat()
-    work.save()
     p_low = p_lower_bound(work.tensors["votes"].cpu().long(), vote.n, vote.alpha).to(device)
     inside = threat.violation(x_adv, pixels(data.x).float()) == 0
-    cost = work.cost
     return (selected != data.y) & (p_low > 0.5) & inside, Cost(
         spent.forwards + cost.forwards, spent.backwards + cost.backwards, spent.seconds + cost.seconds
     )
