@@ -51,8 +51,9 @@ KNOWS = {
     "bounds": {"models", "importers", "threat", "outputs", "errors", "io", "user_input"}
     | {"noise", "data", "queries", "progress", "results"},  # of smoothing, which counts answers
 }
-# Words that are forbidden for one idea and the field's own for another, and where.
-MEANT = {"alpha": ("bounds/smoothing.py", "smoothing/", "cli/smooth.py")}  # the probability that a certificate is wrong
+# Words that are forbidden for one idea and the field's own for another, and where: alpha is no step size in smoothing,
+# but the probability that a certificate is wrong.
+MEANT = {"alpha": ("bounds/smoothing.py", "bounds/votes.py", "smoothing/", "cli/smooth.py")}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FORBIDDEN = {
     "inputs": "x", "labels": "y", "images": "x", "epsilon": "eps", "iters": "steps", "num_steps": "steps",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import run_folder
-from ..bounds.smoothing import Vote
+from ..bounds.votes import Vote
 from ..experiments.evaluate_model import ModelUnderTest, check_classes
 from ..progress import Progress
 from ..user_input import any_seed, typed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,21 @@ from torch import Tensor
 
 from ..attacks import pgd
 from ..bounds import certify_smoothed
-from ..bounds.smoothing import (
-    ABSTAIN,
+from ..bounds.votes import (
     Cost,
     Probe,
     Vote,
     Work,
     batch_size_of,
     count_votes,
-    p_lower_bound,
+    outvoted,
     samples_of,
     settings_of,
 )
 from ..data import Data, pixels
 from ..data.arguments import as_data
 from ..errors import UserError, type_of
-from ..losses import negative_log_odds
+from ..losses import negative_log_odds, negative_margin
 from ..noise import Noise, SmoothingStream
 from ..outputs import Model, Outputs, Queried, frozen_eval
 from ..progress import Progress, as_progress
@@ -69,7 +69,8 @@ class ExpectedModel(Queried):
 def smoothadv(model: ExpectedModel, x: Tensor, y: Tensor, threat: Threat, *, noise: Noise, steps: int) -> Tensor:
     """PGD on the expected loss of noisy copies (Salman et al. 2019), from x and from a random start.
 
-    It climbs the log odds of the mean probability of y, a monotone function of SmoothAdv's loss that never saturates.
+    From x it climbs the log odds of the mean probability of y, a monotone function of SmoothAdv's loss that never
+    saturates; from the random start the margin of the mean probabilities.
 
     Args:
         model: The mean over noisy copies.
@@ -80,14 +81,14 @@ def smoothadv(model: ExpectedModel, x: Tensor, y: Tensor, threat: Threat, *, noi
         steps: Of PGD, >= 1.
 
     Returns:
-        x_adv, (N, C, H, W), in the threat: whichever of the two ends is the more adversarial.
+        x_adv, (N, C, H, W), in the threat: whichever of the two ends has the smaller margin.
     """
     ends = [
-        pgd(model, x, y, threat, score=negative_log_odds, noise=noise, steps=steps, random_start=start, iterate="last")
-        for start in (False, True)
+        pgd(model, x, y, threat, score=score, noise=noise, steps=steps, random_start=start, iterate="last")
+        for score, start in ((negative_log_odds, False), (negative_margin, True))
     ]
     with torch.no_grad():
-        scores = [negative_log_odds(model(end), y) for end in ends]
+        scores = [negative_margin(model(end), y) for end in ends]
     return torch.where(column(scores[1] > scores[0], x), ends[1], ends[0])
 
 
@@ -113,8 +114,8 @@ def smooth(
 
     ``certify_smoothed`` gives the certified radii. At each given radius every sample that is not broken yet, certified
     or not, is attacked by ``smoothadv``; the smoothed classifier is then asked at x_adv with fresh noise, by as many
-    votes. The sample is broken if its class there is another than y with probability 1 - alpha. All of it is about the
-    smoothed classifier, not the network; and each statement about a sample holds with that probability.
+    votes. The sample is broken if another class is more probable there than y, with probability 1 - alpha. All of it is
+    about the smoothed classifier, not the network; and each statement about a sample holds with that probability.
 
     Args:
         model: As for ``certify_smoothed``.
@@ -154,8 +155,7 @@ def smooth(
         model, data, sigma, n=n, n0=n0, alpha=alpha, seed=seed, batch_size=batch_size, key=key, progress=report,
         checkpoint=None if files is None else files / "votes.safetensors",
     )  # fmt: skip
-    wrong = (smoothed.prediction != smoothed.y) & (smoothed.prediction != ABSTAIN)
-    broken_at = torch.where(wrong, 0.0, torch.full(wrong.shape, math.inf, dtype=torch.float64))
+    broken_at = torch.where(smoothed.wrong, 0.0, torch.full(data.y.shape, math.inf, dtype=torch.float64))
     costs = []
     noise = Noise(int(seed), data.index)
     with exact_float32(), frozen_eval(model):
@@ -169,7 +169,7 @@ def smooth(
                 size=batch_size_of(data, batch_size), folder=files, report=report,
                 identity={"key": key, "radii": list(radii), **settings_of(vote, data, seed)},
             )  # fmt: skip
-            broken_at[rows[broken].cpu()] = radius
+            broken_at[rows.cpu()[broken]] = radius
             costs.append(cost)
     found = SmoothedAccuracy(smoothed, radii, broken_at, steps, copies, tuple(costs))
     _check_conflicts(found)
@@ -221,16 +221,17 @@ def _broken(
     work.through(0, len(data), batches.size, step, lambda done: report(what, done, len(data)))
     spent, x_adv = work.finish(), work.tensors["x_adv"]
     work = work_on(f"votes-l2-{place}")
-    work.open({"counts": (len(data), probe.classes), "votes": (len(data),)}, device)
+    work.open_votes(len(data), probe.classes, device)
     with torch.no_grad():
-        selected = count_votes(
-            work, x_adv, fresh, vote, Batches(size), report, unless=data.y, what=f"votes at l2 {radius:g}"
+        moved = replace(data, x=x_adv)
+        counted = count_votes(
+            work, moved, fresh, vote, Batches(size), report, only_wrong=True, what=f"votes at l2 {radius:g}"
         )
         cost = work.finish()
         probe.repeat()
-    p_low = p_lower_bound(work.tensors["votes"].cpu().long(), vote.n, vote.alpha).to(device)
+    other = (counted.selected != data.y).cpu() & outvoted(counted.votes, counted.votes_y, vote.alpha)
     inside = threat.violation(x_adv, pixels(data.x).float()) == 0
-    return (selected != data.y) & (p_low > 0.5) & inside, Cost(
+    return other & inside.cpu(), Cost(
         spent.forwards + cost.forwards, spent.backwards + cost.backwards, spent.seconds + cost.seconds
     )
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bounds.smoothing import Cost, Smoothed
+from ..bounds.smoothing import Smoothed
+from ..bounds.votes import Cost
 from ..results import Interval, percent, proportion
 from ..results.terminal import Printed
 from ..user_input import typed
@@ -26,8 +27,8 @@ class SmoothedAccuracy:
     Args:
         smoothed: Classes, votes and certified radii, sample by sample.
         radii: The radii that were attacked, ascending.
-        broken_at: (N,) float64, the smallest of them at which the smoothed classifier's class was found to be, with
-            probability 1 - alpha, another than y; 0 where it is at x itself, infinite where none was found.
+        broken_at: (N,) float64, the smallest of them at which the smoothed classifier's class was found to be another
+            than y, with probability 1 - alpha; 0 where it is at x itself, infinite where none was found.
         steps: Steps of the attack.
         copies: Noisy copies whose mean the attack climbs.
         costs: What the attack and the votes at its points took, for each radius.
@@ -100,6 +101,7 @@ class SmoothedAccuracy:
                 "prediction": smoothed.prediction.tolist(),
                 "selected": smoothed.selected.tolist(),
                 "votes": smoothed.votes.tolist(),
+                "votes_y": smoothed.votes_y.tolist(),
                 "p_low": smoothed.p_low.tolist(),
                 "radius": smoothed.radius.tolist(),
                 "broken_at": [None if at > 1e300 else at for at in self.broken_at.tolist()],
