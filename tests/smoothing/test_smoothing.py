@@ -16,7 +16,7 @@ import holdfast.bounds.votes as voting
 from holdfast import models
 from holdfast.bounds import ABSTAIN, certify_smoothed
 from holdfast.bounds.smoothing import Smoothed
-from holdfast.bounds.votes import Cost, Vote, p_lower_bound, radius_of
+from holdfast.bounds.votes import Cost, Vote, outvoted, p_lower_bound, radius_of
 from holdfast.data import Data, DataWarning, load
 from holdfast.errors import UserError
 from holdfast.losses import sce

@@ -74,8 +74,9 @@ def smooth(
     with probability 1 - alpha. Train with noise for it: `holdfast train --augment noise:0.25`.
 
     Attacked is what SmoothAdv (PGD on the mean over noisy copies) leaves; a sample is broken if, by the votes at its
-    adversarial example, another class is more probable than the label, with the same probability. Writes smoothing.json, .svg and .png. An
-    interrupted command resumes when it is rerun.
+    adversarial example, another class is more probable than the label, with the same probability.
+
+    Writes smoothing.json, .svg and .png. An interrupted command resumes when it is rerun.
     """
     from ..smoothing import radii_of, sentence, smooth_subject, table
 

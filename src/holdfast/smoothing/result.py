@@ -173,8 +173,8 @@ def table(found: SmoothedAccuracy, name: str = "") -> Printed:
     seconds = sum(cost.seconds for cost in (smoothed.cost, *found.costs))
     caption = (
         f"smoothed classifier{f' of {name}' if name else ''}, sigma {vote.sigma:g}, {len(found)} samples, {vote.n:,} "
-        f"votes each, in percent;\n95% Clopper-Pearson interval over samples; {int(smoothed.abstains.sum())} "
-        f"abstentions; {passes:,} passes, {seconds:.1f} s"
+        f"votes each, in percent; 95% Clopper-Pearson interval over samples; it abstains on "
+        f"{int(smoothed.abstains.sum())}; {passes:,} passes, {seconds:.1f} s"
     )
     return Printed(("l2 radius", "certified, 95%", "attacked, 95%"), tuple(lines), caption)
 
