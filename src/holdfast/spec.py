@@ -136,7 +136,7 @@ def augmentation(text: str | None) -> dict[str, Any]:
     """
     if text is None:
         return {}
-    form = re.fullmatch(r"none|(?:crop:([0-9]{1,6})(\+flip)?)?(?:(?(1)\+)noise:([^+]+))?", text)
+    form = re.fullmatch(r"none|(?:crop:([0-9]{1,6})(\+flip)?)?(?:(?(1)\+)noise:([^+\s]+))?", text)
     sigma = read_number(form[3]) if form and form[3] else 0.0
     if not text or form is None or sigma is None:
         raise UserError(
