@@ -333,7 +333,7 @@ def test_augmentations_are_read_in_this_order_alone():
     assert spec.augmentation("crop:4+noise:0.5") == {"pad": 4, "flip": False, "noise_sigma": 0.5}
     assert spec.augmentation("crop:4") == {"pad": 4, "flip": False, "noise_sigma": 0.0}
     assert spec.augmentation(None) == {}
-    for wrong in ("", "+", "flip", "noise", "noise:", "noise:x", "noise:nan", "noise:0.5+crop:4", 
+    for wrong in ("", "+", "flip", "noise", "noise:", "noise:x", "noise:nan", "noise:0.5+crop:4",
                   "noise:0.5+noise:0.5", "crop:4noise:0.5", "none+noise:0.5", "+noise:0.5", "noise:0.5\n",
                   "crop:4+noise:0.5+flip"):  # fmt: skip
         with pytest.raises(UserError, match="cannot read the augmentation"):

@@ -169,6 +169,10 @@ def test_what_was_stopped_goes_on(calls, linear, tmp_path, monkeypatch):
     for other in ({"key": "b"}, {"seed": 1}, {"n0": 10}):
         with pytest.raises(UserError, match="belongs to another certificate"):
             smooth(model, data, SIGMA, radii, **{**asked, "key": "a", **other}, folder=tmp_path)
+    with pytest.raises(UserError, match="a network that answers otherwise"):
+        smooth(lambda x: model(1 - x), data, SIGMA, radii, **asked, folder=tmp_path, key="a")
+    with pytest.raises(UserError, match="belongs to another certificate"):
+        smooth(model, dataclasses.replace(data, x=data.x.flip(2)), SIGMA, radii, **asked, folder=tmp_path, key="a")
     (tmp_path / "votes.safetensors").write_bytes(b"harmed")
     with pytest.raises(UserError, match="cut short or damaged"):
         smooth(model, data, SIGMA, radii, **asked, folder=tmp_path, key="a")

@@ -181,7 +181,7 @@ def certify_smoothed(
     noise = Noise(any_seed(seed), data.index)
     with exact_float32(), frozen_eval(model), torch.no_grad():
         probe = Probe(model, data, vote, noise)
-        work = Work(checkpoint, {"key": key, "what": "clean", **settings_of(vote, data, seed)}, probe.model)
+        work = Work(checkpoint, {"key": key, "what": "clean", **settings_of(vote, data, seed)}, probe)
         work.open_votes(len(data), probe.classes, data.x.device)
         counted = count_votes(work, data, noise, vote, batches, report)
         cost = work.finish()

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data import Data, pixels
 from ..data.arguments import check_logits, note_assumptions
 from ..errors import UserError
-from ..io import load_tensors, save_tensors, understood
+from ..io import content_hash, load_tensors, save_tensors, understood
 from ..noise import Noise, SmoothingStream
 from ..outputs import Model
 from ..progress import Progress
@@ -169,7 +169,8 @@ def batch_size_of(data: Data, batch_size: int | None) -> int:
 def settings_of(vote: Vote, data: Data, seed: int) -> dict[str, Any]:
     """What a checkpoint belongs to, beside network and data."""
     return {
-        "sigma": vote.sigma, "n": vote.n, "n0": vote.n0, "alpha": vote.alpha, "seed": int(seed), "samples": len(data),
+        "sigma": vote.sigma, "n": vote.n, "n0": vote.n0, "alpha": vote.alpha, "seed": int(seed),
+        "samples": content_hash(data.x, data.y, data.index),
     }  # fmt: skip
 
 
@@ -181,6 +182,7 @@ class Probe:
         data: The samples.
         vote: How it is asked.
         noise: Of the samples.
+        occurring: The labels that occur in all of the data; None for those of these samples.
 
     Attributes:
         model: The same, counting its passes.
@@ -190,8 +192,8 @@ class Probe:
         UserError: The answers differ, or the logits do not fit the labels.
     """
 
-    def __init__(self, model: Model, data: Data, vote: Vote, noise: Noise) -> None:
-        self.model = CountingModel(model, occurring=data.y.unique())
+    def __init__(self, model: Model, data: Data, vote: Vote, noise: Noise, occurring: Tensor | None = None) -> None:
+        self.model = CountingModel(model, occurring=data.y.unique() if occurring is None else occurring)
         few = slice(0, PROBED)
         x = pixels(data.x[few])
         clean = self.model(x).logits
@@ -230,19 +232,20 @@ class Work:
     Args:
         path: The checkpoint; None saves nothing.
         identity: What the work is; a checkpoint of another one is refused.
-        model: Counts the passes.
+        probe: Of the network, whose passes it counts; a checkpoint of one that answers otherwise is refused.
 
     Attributes:
         tensors: What the work fills in.
         done: Units done.
     """
 
-    def __init__(self, path: str | Path | None, identity: dict[str, Any], model: CountingModel) -> None:
-        self.path, self.identity, self.model = None if path is None else Path(path), identity, model
+    def __init__(self, path: str | Path | None, identity: dict[str, Any], probe: Probe) -> None:
+        self.path, self.identity, self.probe = None if path is None else Path(path), identity, probe
+        self.model = probe.model
         self.tensors: dict[str, Tensor] = {}
         self.done, self.done_earlier, self.earlier = 0, 0, Cost()
         self.began = time.perf_counter()
-        self.forwards, self.backwards = model.forwards, model.backwards
+        self.forwards, self.backwards = self.model.forwards, self.model.backwards
         self.next_save = self.began + INTERVAL
 
     def open(self, shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype = torch.int32) -> None:
@@ -254,6 +257,9 @@ class Work:
         if about["identity"] != self.identity:
             raise UserError(f"{self.path} belongs to another certificate. Name another folder.")
         with understood(self.path):
+            answers = tensors.pop("probe").to(device)
+            if answers.shape != self.probe.first.shape or bool(differs_off_data(answers, self.probe.first).any()):
+                raise UserError("it belongs to a network that answers otherwise. Name another folder.")
             if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes or about["done"] < 0:
                 raise ValueError("columns of other shapes")
             self.tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
@@ -300,8 +306,9 @@ class Work:
         began, cost = time.perf_counter(), self.cost
         about = {"identity": self.identity, "done": self.done, "forwards": cost.forwards, "backwards": cost.backwards}
         packed = [name for name, tensor in self.tensors.items() if tensor.is_floating_point()]
+        tensors = {**self.tensors, "probe": self.probe.first}
         save_tensors(
-            self.path, CHECKPOINT, CHECKPOINT_VERSION, self.tensors, {**about, "seconds": cost.seconds}, packed=packed
+            self.path, CHECKPOINT, CHECKPOINT_VERSION, tensors, {**about, "seconds": cost.seconds}, packed=packed
         )
         ended = time.perf_counter()
         self.next_save = ended + max(INTERVAL, SHARE * (ended - began))

@@ -28,6 +28,7 @@ from ..bounds.votes import (
 from ..data import Data, pixels
 from ..data.arguments import as_data
 from ..errors import UserError, type_of
+from ..io import content_hash
 from ..losses import negative_log_odds, negative_margin
 from ..noise import Noise, SmoothingStream
 from ..outputs import Model, Outputs, Queried, frozen_eval
@@ -166,7 +167,7 @@ def smooth(
                 continue
             broken, cost = _broken(
                 model, data.take(rows), noise[rows], vote, radius, place, steps=steps, copies=copies,
-                size=batch_size_of(data, batch_size), folder=files, report=report,
+                size=batch_size_of(data, batch_size), folder=files, occurring=data.y.unique(), report=report,
                 identity={"key": key, "radii": list(radii), **settings_of(vote, data, seed)},
             )  # fmt: skip
             broken_at[rows.cpu()[broken]] = radius
@@ -188,6 +189,7 @@ def _broken(
     copies: int,
     size: int,
     folder: Path | None,
+    occurring: Tensor,
     report: Progress,
     identity: dict[str, Any],
 ) -> tuple[Tensor, Cost]:
@@ -195,14 +197,14 @@ def _broken(
     threat, shape, device = Threat("l2", radius), tuple(data.x.shape[1:]), data.x.device
     fresh = noise.fold(SmoothingStream.ATTACKED.numbered(place))  # of votes that no attack has seen
     with torch.no_grad():
-        probe = Probe(model, data, vote, fresh)
+        probe = Probe(model, data, vote, fresh, occurring)
     common = Noise(noise.seed, torch.arange(copies, device=device)).fold(SmoothingStream.COPIES).gaussian(shape)
     expected, batches = ExpectedModel(probe.model, vote.sigma * common), Batches(max(1, size // copies))
-    identity = {**identity, "steps": steps, "copies": copies, "rows": len(data)}
+    identity = {**identity, "steps": steps, "copies": copies, "rows": content_hash(data.index)}
 
     def work_on(what: str) -> Work:
         file = None if folder is None else folder / f"{what}.safetensors"
-        return Work(file, {**identity, "what": what}, probe.model)
+        return Work(file, {**identity, "what": what}, probe)
 
     work = work_on(f"attack-l2-{place}")
     work.open({"x_adv": tuple(data.x.shape)}, device, torch.float32)
