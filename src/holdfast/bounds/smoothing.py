@@ -180,7 +180,7 @@ def certify_smoothed(
     data, batches = samples_of(model, data), Batches(batch_size_of(data, batch_size))
     noise = Noise(any_seed(seed), data.index)
     with exact_float32(), frozen_eval(model), torch.no_grad():
-        probe = Probe(model, data, vote, noise)
+        probe = Probe(model, data, vote, noise, batches)
         work = Work(checkpoint, {"key": key, "what": "clean", **settings_of(vote, data, seed)}, probe)
         work.open_votes(len(data), probe.classes, data.x.device)
         counted = count_votes(work, data, noise, vote, batches, report)

@@ -177,30 +177,42 @@ def settings_of(vote: Vote, data: Data, seed: int) -> dict[str, Any]:
 class Probe:
     """A few noisy images whose answers must not depend on the rest of the batch, nor on when they are asked.
 
+    They are asked first in a batch as large as those of the votes, among more noisy copies; later in small ones.
+
     Args:
         model: What is smoothed.
         data: The samples.
         vote: How it is asked.
         noise: Of the samples.
+        batches: The batch size of the votes.
         occurring: The labels that occur in all of the data; None for those of these samples.
 
     Attributes:
         model: The same, counting its passes.
         classes: Number of logits.
+        first: (P, K), the first answers.
 
     Raises:
         UserError: The answers differ, or the logits do not fit the labels.
     """
 
-    def __init__(self, model: Model, data: Data, vote: Vote, noise: Noise, occurring: Tensor | None = None) -> None:
+    def __init__(
+        self, model: Model, data: Data, vote: Vote, noise: Noise, batches: Batches, occurring: Tensor | None = None
+    ) -> None:
         self.model = CountingModel(model, occurring=data.y.unique() if occurring is None else occurring)
-        few = slice(0, PROBED)
-        x = pixels(data.x[few])
+        few = min(PROBED, len(data))
+        x, noise = pixels(data.x[:few]), noise[:few].fold(SmoothingStream.PROBE)
         clean = self.model(x).logits
         check_logits(model, clean, data, self.model.ruled_out)
         self.classes = clean.shape[1]
-        self.x = x + vote.sigma * noise[few].fold(SmoothingStream.PROBE).gaussian(tuple(x.shape[1:]))
-        self.first = self.model(self.x).logits
+
+        def noisy(places: Tensor) -> Tensor:
+            rows = places % few
+            return x[rows] + vote.sigma * noise[rows].gaussian(tuple(x.shape[1:]), places // few)
+
+        places = torch.arange(max(few, batches.size), device=x.device)
+        answers = batches.map(places, lambda some: self.model(noisy(some)).logits)
+        self.x, self.first = noisy(places[:few]), torch.cat(answers)[:few]
         self.repeat()
 
     def repeat(self) -> None:

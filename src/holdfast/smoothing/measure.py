@@ -197,7 +197,7 @@ def _broken(
     threat, shape, device = Threat("l2", radius), tuple(data.x.shape[1:]), data.x.device
     fresh = noise.fold(SmoothingStream.ATTACKED.numbered(place))  # of votes that no attack has seen
     with torch.no_grad():
-        probe = Probe(model, data, vote, fresh, occurring)
+        probe = Probe(model, data, vote, fresh, Batches(size), occurring)
     common = Noise(noise.seed, torch.arange(copies, device=device)).fold(SmoothingStream.COPIES).gaussian(shape)
     expected, batches = ExpectedModel(probe.model, vote.sigma * common), Batches(max(1, size // copies))
     identity = {**identity, "steps": steps, "copies": copies, "rows": content_hash(data.index)}
