@@ -38,7 +38,7 @@ LAYERS = (
     ("checks", "objectives"),
     ("train",),
     ("experiments",),
-    ("bracket",),
+    ("bracket", "smoothing"),
     ("cli",),
     ("__main__",),
 )
@@ -48,7 +48,21 @@ KNOWS = {
     "results": {"errors", "io", "user_input"},
     "io": {"errors", "user_input"},
     "attacks": {"losses", "threat", "noise", "outputs", "errors", "user_input"},
-    "bounds": {"models", "data", "progress", "importers", "threat", "outputs", "errors", "io", "user_input"},
+    "bounds": {"models", "importers", "threat", "outputs", "errors", "io", "user_input"}
+    | {"noise", "data", "queries", "progress", "results"},  # of smoothing, which counts answers
+}
+# Words that are forbidden for one idea and the field's own for another, and where: alpha is no step size in smoothing,
+# but the probability that a certificate is wrong; and the slope of a line under a ReLU in bounds.
+MEANT = {
+    "alpha": (
+        "bounds/linear.py",
+        "bounds/rules.py",
+        "bounds/branch.py",
+        "bounds/smoothing.py",
+        "bounds/votes.py",
+        "smoothing/",
+        "cli/smooth.py",
+    )
 }
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FORBIDDEN = {
@@ -225,7 +239,9 @@ def test_one_word_per_idea():
     found = {(str(path), *name) for path, tree in trees().items() for name in public_names(tree)}
     assert len(found) > 1000
     assert not [
-        f"{path}, {where}: say {FORBIDDEN[word]}, not {word}" for path, where, word in found if word in FORBIDDEN
+        f"{path}, {where}: say {FORBIDDEN[word]}, not {word}"
+        for path, where, word in found
+        if word in FORBIDDEN and not path.startswith(MEANT.get(word, ("-",)))
     ]
 
 

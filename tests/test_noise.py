@@ -22,6 +22,8 @@ DRAWS = {
     "uniform": lambda noise, shape: noise.uniform(shape),
     "uniform64": lambda noise, shape: noise.uniform(shape, torch.float64),
     "normal": lambda noise, shape: noise.normal(shape),
+    "gaussian": lambda noise, shape: noise.gaussian(shape),
+    "a later draw": lambda noise, shape: noise.gaussian(shape, noise.index % 5),
     "sign": lambda noise, shape: noise.sign(shape),
     "integers": lambda noise, shape: noise.integers(1000, shape),
 }
@@ -209,6 +211,8 @@ def test_streams_keep_their_values():
         "BracketStream": [0, 1],
         "StartStream": [1, 2],
         "GridStream": [3],
+        "SmoothingStream": [0, 1, 2, 3, 4, (100, 1000)],
+        "TrainingStream": [10_000],
         "SquareStream": [0],
         "SquareQueryStream": [1, 2, 3, 4],
     }  # fmt: skip

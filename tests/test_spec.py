@@ -326,3 +326,15 @@ def test_two_of_a_kind_are_refused(text):
 def test_a_word_for_s_must_be_a_source():
     with pytest.raises(UserError, match="unknown source of s 'ten'"):
         loss_spec.parse("isce:s=ten")
+
+
+def test_augmentations_are_read_in_this_order_alone():
+    assert spec.augmentation("noise:64/255") == {"pad": 0, "flip": False, "noise_sigma": 64 / 255}
+    assert spec.augmentation("crop:4+noise:0.5") == {"pad": 4, "flip": False, "noise_sigma": 0.5}
+    assert spec.augmentation("crop:4") == {"pad": 4, "flip": False, "noise_sigma": 0.0}
+    assert spec.augmentation(None) == {}
+    for wrong in ("", "+", "flip", "noise", "noise:", "noise:x", "noise:nan", "noise:0.5+crop:4",
+                  "noise:0.5+noise:0.5", "crop:4noise:0.5", "none+noise:0.5", "+noise:0.5", "noise:0.5\n",
+                  "crop:4+noise:0.5+flip"):  # fmt: skip
+        with pytest.raises(UserError, match="cannot read the augmentation"):
+            spec.augmentation(wrong)

@@ -76,10 +76,12 @@ class Noise:
             seed = _mix_int(_mix_int(seed + _GAMMA) ^ (key + 1))
         return replace(self, seed=seed)
 
-    def bits(self, shape: Sequence[int]) -> Tensor:
-        """(N, *shape) int64, all 64 bits uniform."""
+    def bits(self, shape: Sequence[int], draw: Tensor | None = None) -> Tensor:
+        """(N, *shape) int64, all 64 bits uniform; with ``draw``, (N,) int64 >= 0, each sample's draw of that number."""
         count = math.prod(shape)
         rows = _mix(self.index.to(torch.int64) * _STRIDE + _signed(_mix_int(self.seed + _GAMMA)))
+        if draw is not None:  # further along the sample's own sequence, so that no two draws overlap
+            rows = rows + draw * _signed(count * _GAMMA)
         cells = torch.arange(1, count + 1, device=self.index.device, dtype=torch.int64) * _STRIDE
         return _mix(rows[:, None] + cells).view(len(self), *shape)
 
@@ -92,6 +94,24 @@ class Noise:
     def normal(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, *shape), standard normal: the inverse distribution function of ``uniform``."""
         return torch.special.ndtri(self.uniform(shape, dtype))
+
+    def gaussian(self, shape: Sequence[int], draw: Tensor | None = None) -> Tensor:
+        """(N, *shape) float32, standard normal with its tails, as a proof needs it.
+
+        ``normal`` has 23 random bits and ends at 5.3 standard deviations, this has 64 and ends at 9.
+
+        Args:
+            shape: of one sample.
+            draw: (N,) int64 >= 0, which of the sample's draws; None for the first.
+
+        >>> noise = Noise(0, torch.zeros(2, dtype=torch.int64))
+        >>> one, two = noise.gaussian((3,), torch.tensor([0, 1]))
+        >>> bool((one == two).any()), bool((noise.gaussian((6,))[0] == torch.cat([one, two])).all())
+        (False, True)
+        """
+        bits = self.bits(shape, draw)
+        tail = ((bits & (2**63 - 1)).to(torch.float32) + 0.5) * 2.0**-64  # in (0, 1/2], fine where it is small
+        return torch.special.ndtri(tail) * ((bits >> 63) * 2 + 1)
 
     def sign(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """(N, *shape), -1 or +1 with equal probability."""
@@ -181,6 +201,23 @@ class GridStream(Stream):
     """Of the noise of a line that leaves the 8-bit grid; its start folds the same noise by the keys of StartStream."""
 
     BESIDE = 3
+
+
+class SmoothingStream(Stream):
+    """Of the noise of a smoothed classifier: each pair of votes draws its own, and the attack another."""
+
+    SELECTION = 0
+    VOTES = 1
+    PROBE = 2
+    COPIES = 3
+    START = 4
+    ATTACKED = 100, 1000  # the votes at adversarial images, by the number of the radius
+
+
+class TrainingStream(Stream):
+    """Of the noise of an epoch of training. Smaller keys belong to the inner attack."""
+
+    AUGMENTATION = 10_000
 
 
 class SquareStream(Stream):

@@ -28,6 +28,7 @@ PATHS = "paths"  # the key of config.json for where data and code were found: no
 _FILES = (  # of a run, an evaluation or a bracket; env.json may be there first
     "checkpoint.safetensors", "model.safetensors", "log.jsonl", "train.json", "results.json", "witnesses.safetensors",
     "evaluation.safetensors", "audit.safetensors", "region.safetensors", "result.safetensors", "bracket.json",
+    "smoothing.json",
 )  # fmt: skip
 LATER = "resumed_in"  # the key of env.json for the environments that the run was resumed in
 MOST_PIXELS = 2**24  # values of an image that config.json may ask for

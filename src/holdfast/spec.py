@@ -118,29 +118,32 @@ def _writable(parameter: inspect.Parameter) -> bool:
 
 
 def augmentation(text: str | None) -> dict[str, Any]:
-    """The settings of FitConfig for ``none``, ``crop:PAD`` or ``crop:PAD+flip``.
+    """The settings of FitConfig for ``none``, ``crop:PAD``, ``crop:PAD+flip``, ``noise:SIGMA``, or crop and noise.
 
     Args:
         text: one of these forms; None sets nothing.
 
     Returns:
-        {"pad": int, "flip": bool}, or an empty dict for None.
+        {"pad": int, "flip": bool, "noise_sigma": float}, or an empty dict for None.
 
     Raises:
         UserError: any other text.
 
-    >>> augmentation("crop:4+flip"), augmentation("none")
-    ({'pad': 4, 'flip': True}, {'pad': 0, 'flip': False})
+    >>> augmentation("crop:4+flip+noise:0.25")
+    {'pad': 4, 'flip': True, 'noise_sigma': 0.25}
+    >>> augmentation("none")
+    {'pad': 0, 'flip': False, 'noise_sigma': 0.0}
     """
     if text is None:
         return {}
-    if text == "none":
-        return {"pad": 0, "flip": False}
-    crop, _, flip = text.partition("+")
-    name, _, pad = crop.partition(":")
-    if name != "crop" or not re.fullmatch(r"[0-9]{1,6}", pad) or flip not in ("", "flip"):
-        raise UserError(f"cannot read the augmentation '{text}': expected none, crop:PAD or crop:PAD+flip.")
-    return {"pad": int(pad), "flip": flip == "flip"}
+    form = re.fullmatch(r"none|(?:crop:([0-9]{1,6})(\+flip)?)?(?:(?(1)\+)noise:([^+\s]+))?", text)
+    sigma = read_number(form[3]) if form and form[3] else 0.0
+    if not text or form is None or sigma is None:
+        raise UserError(
+            f"cannot read the augmentation '{text}': expected none, crop:PAD, crop:PAD+flip, noise:SIGMA or "
+            "crop:PAD+flip+noise:SIGMA."
+        )
+    return {"pad": int(form[1] or 0), "flip": bool(form[2]), "noise_sigma": float(sigma)}
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:

@@ -101,6 +101,7 @@ CASES = {
     "sgd without momentum": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.0, "schedule": "step"},
     "ema": {"ema": 0.9},
     "augmented": {"pad": 1, "flip": True},
+    "noise": {"noise_sigma": 0.3, "pad": 1},
     "everything": {"ema": 0.8, "pad": 1, "flip": True, "weight_decay": 0.01, "schedule": "constant", "seed": 7},
     "adversarial": {},
 }
@@ -434,6 +435,7 @@ def test_negative_labels_are_refused(split):
         ("optimizer", "Adam"), ("lr", 0.0), ("lr", -1e-3), ("lr", math.inf), ("lr", math.nan), ("schedule", "linear"),
         ("weight_decay", -1e-4), ("weight_decay", math.nan), ("ema", -0.1), ("ema", 1.0), ("ema", math.nan),
         ("pad", -1), ("precision", "fp8"), ("precision", "float32"), ("momentum", -0.5), ("momentum", math.nan),
+        ("noise_sigma", -0.1), ("noise_sigma", 25.0),
         ("checkpoint_seconds", -1.0), ("checkpoint_seconds", math.nan), ("checkpoint", "first"),
     ],
 )  # fmt: skip
@@ -998,3 +1000,44 @@ def test_a_lost_worker_ends_the_others_with_a_word_and_a_checkpoint_to_go_on_fro
     again = subprocess.run(command, capture_output=True, timeout=240, **settings)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "done 60" in again.stdout
+
+
+def test_noise_is_seen_by_the_network_alone_and_not_clipped(split):
+    """Attack and loss have x in the box; the network sees the same noise at x and x_adv, and another each epoch."""
+    seen, asked = [], []
+
+    class Looks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network(split)
+
+        def forward(self, x):
+            seen.append(x.detach().clone())
+            return self.net(x)
+
+    def schedule(progress):
+        def perturb(model, x, y, noise):
+            asked.append(x.clone())
+            return x + 0.25
+
+        return Objective(perturb, lambda model, x, x_adv, y: losses.sce(model(x), y) + losses.sce(model(x_adv), y))
+
+    train = split.train.take(slice(0, 32))
+    config = FitConfig(epochs=2, batch_size=32, noise_sigma=0.5)
+    fit(Looks(), train, train.take(slice(0, 0)), schedule, config, device="cpu")
+    at_x, at_x_adv = (seen[-2] - asked[-1], seen[-1] - asked[-1] - 0.25)
+    assert torch.allclose(at_x, at_x_adv, atol=1e-6)
+    assert abs(float(at_x.std()) - 0.5) < 0.03
+    assert seen[-1].min() < 0
+    first = sorted((seen[-4] - asked[-2]).flatten(1).sum(1).tolist())
+    assert first != sorted(at_x.flatten(1).sum(1).tolist())
+    assert asked[-1].min() >= 0
+    assert asked[-1].max() <= 1
+
+
+def test_folders_of_runs_without_noise_are_what_they_were(split, tmp_path):
+    fit_digits(split, network(split), config=dataclasses.replace(TINY, epochs=1), out=tmp_path / "plain")
+    assert "noise_sigma" not in json.loads((tmp_path / "plain" / "config.json").read_text())["fit"]
+    noisy = dataclasses.replace(TINY, epochs=1, noise_sigma=0.25)
+    with pytest.raises(UserError, match="another configuration"):
+        fit_digits(split, network(split), config=noisy, out=tmp_path / "plain")

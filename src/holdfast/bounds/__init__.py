@@ -1,5 +1,7 @@
 """Bounds of a network over a threat: how far each logit difference can rise, by intervals and by Lipschitz constants.
 
+Randomised smoothing certifies another classifier, the smoothed one, and with a probability: ``certify_smoothed``.
+
 Training and certificates share them. The upper bound of logit_j - logit_y, less its value at x, is the inference
 information s that certified training puts into I-SCE; a sample is certified if that upper bound is negative for every
 competitor j. To bound another kind of layer, add a class and a line to ``LAYERS`` in ``layers.py``.
@@ -11,13 +13,17 @@ from .certify import METHODS, Certified, certify, cheaply_proved, why_not
 from .graph import CannotBound
 from .interval import box_of, logit_difference_bounds, worst_logit_difference
 from .lipschitz import l2_radius, lipschitz_constant, lipschitz_s, s_lipschitz_pairwise
+from .smoothing import ABSTAIN, Smoothed, certify_smoothed
 
 __all__ = [
+    "ABSTAIN",
     "METHODS",
     "CannotBound",
     "Certified",
+    "Smoothed",
     "box_of",
     "certify",
+    "certify_smoothed",
     "cheaply_proved",
     "l2_radius",
     "lipschitz_constant",

@@ -33,6 +33,7 @@ One network
   holdfast evaluate runs/mine    attack it and judge its robust accuracy
   holdfast explain runs/mine     which change of the attack broke how many samples
   holdfast bracket runs/mine     attacks, certificates and the exact answer, per sample
+  holdfast smooth runs/mine      certified and attacked accuracy of its smoothed classifier
 
 Your own model
   holdfast evaluate mymodel.py:build --data FOLDER --threat linf:8/255

@@ -89,7 +89,13 @@ BatchSize = Annotated[int | None, option("Training batch size. Default: by data 
 Optimizer = Annotated[str | None, option("adam, sgd (Nesterov) or momentum (classical). Default: by data set.")]
 LearningRate = Annotated[float | None, option("Learning rate. Default: by data set.")]
 WeightDecay = Annotated[float | None, option("Weight decay (decoupled for adam). Default: by data set.")]
-Augment = Annotated[str | None, option("none, crop:PAD or crop:PAD+flip. Default: crop:4+flip for CIFAR.")]
+Augment = Annotated[
+    str | None,
+    option(
+        "none, crop:PAD, crop:PAD+flip, noise:SIGMA (Gaussian noise, as randomised smoothing needs it), or "
+        "crop:PAD+flip+noise:SIGMA. Default: crop:4+flip for CIFAR."
+    ),
+]
 FitSettings = Annotated[
     str,
     option(

@@ -17,11 +17,10 @@ from ..losses import Loss, as_loss
 from ..noise import Noise
 from ..outputs import Model, frozen_eval
 from ..progress import Progress, as_progress, silent
-from ..queries import CountingModel, copied, default_batch_size, device_of, exact_float32
+from ..queries import Batches, CountingModel, copied, default_batch_size, device_of, exact_float32
 from ..threat import Threat, as_threat
 from ..user_input import any_seed, of_type, path, whole
 from . import cascade
-from .batching import Batches
 from .budget import Budget
 from .checkpoint import load_x_adv
 from .distributed import Processes

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from .batching import unlimited
+from ..queries import unlimited
 from .state import State, Task
 from .suites import N_NEAREST, N_RANDOM
 

@@ -14,9 +14,8 @@ from ..losses import Loss
 from ..noise import Noise
 from ..outputs import Model
 from ..progress import Progress
-from ..queries import EOT_SAMPLES, VOTES, CountingModel, EOTModel
+from ..queries import EOT_SAMPLES, VOTES, Batches, CountingModel, EOTModel
 from ..threat import Threat
-from .batching import Batches
 from .budget import Budget
 from .evaluation import UNBROKEN, StageCost
 from .grid import OnGrid

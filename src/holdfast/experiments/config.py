@@ -20,7 +20,7 @@ from ..information.sources import source
 from ..io import decode, existing_file
 from ..objectives import OBJECTIVES, Schedule
 from ..threat import Threat
-from ..train import FitConfig
+from ..train import FitConfig, fit_to_json
 from ..user_input import MOST, check_fields, typed, whole
 from . import loss_spec
 from .loss_spec import LossSpec
@@ -177,9 +177,10 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """What identifies the comparison, as its folder keeps it; without settings of reading that are the default."""
+        every = {**asdict(self), "fit": fit_to_json(self.fit)}
         return {
             key: value
-            for key, value in json.loads(json.dumps(asdict(self))).items()
+            for key, value in json.loads(json.dumps(every)).items()
             if key in self.reading or key not in ("image_column", "label_column", "convert", "resize")
         }
 

@@ -5,7 +5,7 @@ No test data enters here.
 
 from __future__ import annotations
 
-from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config
+from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config, fit_to_json
 from .loop import fit
 from .validation import accuracy, robust_accuracy
 
@@ -17,5 +17,6 @@ __all__ = [
     "best_epoch",
     "expected_config",
     "fit",
+    "fit_to_json",
     "robust_accuracy",
 ]

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..threat import Threat
 from ..user_input import flag, number, text, whole
 
+MOST_SIGMA = 10.0  # of noise on pixels in [0, 1]: more hides every image
 MOST_SEED = 2**43  # torch's generator takes 1,000,003 times as much
 
 
@@ -31,6 +32,10 @@ class FitConfig:
         ema: decay of a moving average of the weights, in [0, 1); the average is what is validated and saved. 0: off.
         pad: random crops after padding by so many pixels, 0 to 16, or to twice the side of larger images.
         flip: random horizontal mirroring.
+        noise_sigma: standard deviation, 0 to 10, of Gaussian noise that the network sees on every training image, in
+            units of the pixels; 0: none. It is not clipped to the box, and it is the same for x and x_adv: an inner
+            attack climbs the loss of the noisy image, and its threat and all bounds are around the image without noise.
+            Validation images have none.
         precision: "no" (float32) or "bf16" for the forward passes of training, including the inner attack's.
         seed: of data order, augmentation and noise; at most 2^43 in size.
         checkpoint_seconds: how much work a kill may cost at most, >= 0; 0 saves after every epoch.
@@ -51,6 +56,7 @@ class FitConfig:
     ema: float = 0.0
     pad: int = 0
     flip: bool = False
+    noise_sigma: float = 0.0
     precision: str = "no"
     seed: int = 0
     checkpoint_seconds: float = 10.0
@@ -61,6 +67,7 @@ class FitConfig:
             whole(name, getattr(self, name), least)
         whole("seed", self.seed, -MOST_SEED, MOST_SEED)
         flag("flip", self.flip)
+        number("noise_sigma", self.noise_sigma, 0, MOST_SIGMA)
         for name in ("lr", "weight_decay", "momentum", "ema"):
             number(name, getattr(self, name), 0, above=name == "lr")
         if not (
@@ -109,6 +116,15 @@ class Fitted:
     kept_epoch: int
 
 
+def fit_to_json(config: FitConfig) -> dict[str, Any]:
+    """The settings as JSON holds them: without noise where there is none, as folders of earlier versions have them.
+
+    >>> "noise_sigma" in fit_to_json(FitConfig()), fit_to_json(FitConfig(noise_sigma=0.25))["noise_sigma"]
+    (False, 0.25)
+    """
+    return {key: value for key, value in asdict(config).items() if value or key != "noise_sigma"}
+
+
 def expected_config(config: FitConfig, val_threat: Threat | None, about: dict[str, Any] | None) -> dict[str, Any]:
     """Make the content of a run folder's config.json. A run resumes only where it is the same.
 
@@ -121,7 +137,7 @@ def expected_config(config: FitConfig, val_threat: Threat | None, about: dict[st
         What JSON can hold.
     """
     return {
-        "fit": asdict(config),
+        "fit": fit_to_json(config),
         **({} if val_threat is None else {"val_threat": val_threat.describe()}),
         **(about or {}),
     }

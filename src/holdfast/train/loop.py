@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ..data import Data, augment, pixels
-from ..noise import Noise
+from ..noise import Noise, TrainingStream
 from ..objectives import Schedule
 from ..progress import Progress, as_progress
 from ..run_folder import reserve
@@ -24,6 +24,7 @@ from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint, save_
 from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config
 from .distributed import accelerator_on, group_errors
 from .fast_kernels import InBfloat16, fast_input_gradients
+from .noise_augmentation import WithNoise
 from .validation import averaged_weights, check_arguments, check_finite, check_task, check_validation, validate
 
 
@@ -209,12 +210,13 @@ def _epoch(
             x = augment(x, rng, pad=config.pad, flip=config.flip)
         own = slice(rank, None, world)
         x, y, index = x[own], y[own], train.index[batch][own]
-        problem = objective(fraction)
+        problem, noise = objective(fraction), Noise(config.seed, index).fold(epoch)
+        attacked, perturbed, parallel = _with_noise(state, config.noise_sigma, x, noise)
         with fast_input_gradients(device):
-            x_adv = problem.perturb(state.attacked_model, x, y, Noise(config.seed, index).fold(epoch))
-        with problem.weight_context(state.model, x, x_adv, y):
+            x_adv = problem.perturb(attacked, x, y, noise)
+        with problem.weight_context(perturbed, x, x_adv, y):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = problem.loss(state.parallel_model, x, x_adv, y)
+                loss = problem.loss(parallel, x, x_adv, y)
             mean = loss.sum() * world / len(batch)  # gradients are averaged over processes: this is the batch's mean
             optimizer.zero_grad()
             mean.backward()  # bf16 needs no loss scaling
@@ -226,6 +228,16 @@ def _epoch(
         indices.append(index)
     stacked = torch.stack(means)
     return stacked.to(torch.promote_types(stacked.dtype, torch.float32)), losses, indices  # bf16 is too coarse to log
+
+
+def _with_noise(state: _TrainingState, sigma: float, x: Tensor, noise: Noise) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The attacked, the plain and the parallel model, as they see this batch: with noise where sigma > 0."""
+    models = state.attacked_model, state.model, state.parallel_model
+    if not sigma:
+        return models
+    added = sigma * noise.fold(TrainingStream.AUGMENTATION).gaussian(tuple(x.shape[1:]))
+    attacked, plain, parallel = (WithNoise(model, added) for model in models)
+    return attacked, plain, parallel
 
 
 def _update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
