@@ -10,6 +10,8 @@ from holdfast.evaluation import Budget, evaluate
 from holdfast.evaluation.suites import PGD50_TRAIN_LOSS, Stage
 from holdfast.threat import Threat
 
+pytestmark = pytest.mark.usefixtures("unproved")
+
 
 @pytest.mark.parametrize("text", ["", "10", "min", "ten min", "-3s", "0s", "1e999passes", "nan s", "1.2.3s", "5days"])
 def test_budgets_that_cannot_be_read(text):

@@ -16,6 +16,8 @@ from holdfast.evaluation.suites import Stage
 from holdfast.losses import dlr, isce, mmc, negative_margin, scaled_log_odds
 from holdfast.threat import Threat
 
+pytestmark = pytest.mark.usefixtures("unproved")
+
 
 def test_a_stage_attacks_survivors_only(monkeypatch):
     """The k-th probe breaks samples of class k: each gets what earlier ones left, and no sample twice."""

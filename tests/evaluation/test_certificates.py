@@ -12,6 +12,7 @@ from torch import nn
 from holdfast import data
 from holdfast.attacks import ATTACKS
 from holdfast.checks import audit
+from holdfast.errors import UserError
 from holdfast.evaluation import clean_pass, evaluate
 from holdfast.threat import Threat
 
@@ -20,17 +21,33 @@ CHECK = "certified samples are unbroken"
 
 def test_certified_samples_are_correct_and_unbroken(mlp, some, per_attack):
     assert per_attack.certified.dtype == torch.bool
-    assert 0 < int(per_attack.certified.sum()) < int(per_attack.robust.sum())
+    assert 0 < int(per_attack.certified.sum()) <= int(per_attack.robust.sum())
     assert not (per_attack.certified & ~per_attack.clean).any()
     assert not (per_attack.certified & ~per_attack.robust).any()
+    for stage in per_attack.stages[1:]:
+        if stage.name in per_attack.attack_correct:
+            assert stage.attacked == int(per_attack.clean.sum()), "an individual attack also tries what is proved"
     sweep = next(stage for stage in per_attack.stages if stage.name == "sweep")
-    assert sweep.attacked == int(torch.stack(list(per_attack.attack_correct.values())).all(0).sum()), (
-        "certified or not, all are attacked"
-    )
+    left = torch.stack(list(per_attack.attack_correct.values())).all(0)
+    assert sweep.attacked == int((left & ~per_attack.certified).sum()), "what is proved leaves the other attacks"
     parts = evaluate(mlp, some, CLOSE, (), batch_size=7)
     assert torch.equal(parts.certified, per_attack.certified)
     wide = evaluate(mlp, some.take(slice(0, 20)), Threat("linf", 0.5), ())
     assert wide.certified.tolist() == [False] * 20
+
+
+def test_stronger_proofs_leave_the_attacks_less_to_do(mlp, some):
+    """Optimised slopes prove one sample more than lines over intervals, and then nothing is left to attack."""
+    threat = Threat("linf", 0.08)
+    cheap, strong = (evaluate(mlp, some, threat, "standard", proofs=proofs) for proofs in ("linear", "alpha"))
+    assert torch.equal(cheap.robust, strong.robust)
+    assert not (cheap.certified & ~strong.certified).any()
+    assert int(strong.certified.sum()) > int(cheap.certified.sum())
+    assert not (strong.certified & ~strong.robust).any()
+    assert torch.equal(strong.certified, strong.robust), "exact: certified = attacked"
+    assert sum(stage.passes for stage in strong.stages) < 0.8 * sum(stage.passes for stage in cheap.stages)
+    with pytest.raises(UserError, match="unknown proofs 'branches'"):
+        evaluate(mlp, some, CLOSE, "quick", proofs="branches")
 
 
 def test_a_model_without_bounds_has_no_certificate(mlp, some):
@@ -46,7 +63,7 @@ def test_a_model_without_bounds_has_no_certificate(mlp, some):
 
 
 def test_a_misclassified_sample_is_never_certified(monkeypatch, mlp, some):
-    monkeypatch.setattr(clean_pass, "cheaply_proved", lambda model, x, y, threat: torch.ones_like(y, dtype=torch.bool))
+    monkeypatch.setattr(clean_pass, "proved", lambda task, rows, method: torch.ones_like(rows, dtype=torch.bool))
     labelled = data.Data(some.x, (some.y + (some.index % 2)) % 10, some.index)
     e = evaluate(mlp, labelled, CLOSE, ())
     assert torch.equal(e.certified, e.clean)
@@ -65,7 +82,7 @@ def test_a_correct_certificate_voids_nothing(mlp, some, per_attack):
 
 
 def test_a_wrong_certificate_voids_both_claims(monkeypatch, mlp, some):
-    monkeypatch.setattr(clean_pass, "cheaply_proved", lambda model, x, y, threat: y < 5)
+    monkeypatch.setattr(clean_pass, "proved", lambda task, rows, method: task.data.y[rows] < 5)
     wrong = evaluate(mlp, some, CLOSE, "quick")
     finding, verdicts = finding_and_verdicts(audit(mlp, some, wrong, size=24))
     broken = int((wrong.certified & ~wrong.robust).sum())
@@ -77,7 +94,7 @@ def test_a_wrong_certificate_voids_both_claims(monkeypatch, mlp, some):
 
 def test_one_certified_sample_broken_by_a_check_is_enough(monkeypatch, mlp, some):
     """The only attack of the evaluation, PGD-50, is made harmless: it is the audit that breaks samples."""
-    monkeypatch.setattr(clean_pass, "cheaply_proved", lambda model, x, y, threat: torch.ones_like(y, dtype=torch.bool))
+    monkeypatch.setattr(clean_pass, "proved", lambda task, rows, method: torch.ones_like(rows, dtype=torch.bool))
     monkeypatch.setitem(ATTACKS, "pgd", replace(ATTACKS["pgd"], attack=lambda model, x, y, threat, **_: x))
     harmless = evaluate(mlp, some, CLOSE, ())
     assert torch.equal(harmless.certified, harmless.robust)
@@ -91,12 +108,12 @@ def test_one_certified_sample_broken_by_a_check_is_enough(monkeypatch, mlp, some
 @pytest.mark.parametrize(
     ("proof", "lacks"),
     [
-        (lambda model, x, y, threat: None, "there is no certificate: no bound of the network is known"),
-        (lambda model, x, y, threat: y < 0, "there is no certificate: no sample is certified"),
+        (lambda task, rows, method: None, "there is no certificate: no bound of the network is known"),
+        (lambda task, rows, method: rows < 0, "there is no certificate: no sample is certified"),
     ],
 )
 def test_without_a_certificate_the_check_does_not_run(monkeypatch, mlp, some, proof, lacks):
-    monkeypatch.setattr(clean_pass, "cheaply_proved", proof)
+    monkeypatch.setattr(clean_pass, "proved", proof)
     few = some.take(slice(0, 24))
     finding, _ = finding_and_verdicts(audit(mlp, few, evaluate(mlp, few, CLOSE, ()), size=12))
     assert (finding.status, finding.why) == ("not run", lacks)

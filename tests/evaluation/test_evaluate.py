@@ -29,6 +29,8 @@ from holdfast.losses import negative_margin
 from holdfast.outputs import Outputs, fooled
 from holdfast.threat import Threat
 
+pytestmark = pytest.mark.usefixtures("unproved")
+
 
 def test_every_column_of_a_model_that_can_be_computed_by_hand():
     values = [0.9, 0.55, 0.3, 0.65, 0.59, 0.61]

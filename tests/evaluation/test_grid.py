@@ -16,6 +16,8 @@ from holdfast.evaluation.suites import Stage, on_grid_too
 from holdfast.noise import Noise
 from holdfast.threat import Threat
 
+pytestmark = pytest.mark.usefixtures("unproved")
+
 THREAT, LEVELS = Threat("linf", 2.5 / 255), 2  # no multiple of a level: of two and a half, two can be used
 
 

@@ -9,7 +9,7 @@ competitor j. To bound another kind of layer, add a class and a line to ``LAYERS
 
 from __future__ import annotations
 
-from .certify import METHODS, Certified, certify, cheaply_proved, why_not
+from .certify import METHODS, ROWS, Certified, certify, cheaply_proved, why_not
 from .graph import CannotBound
 from .interval import box_of, logit_difference_bounds, worst_logit_difference
 from .lipschitz import l2_radius, lipschitz_constant, lipschitz_s, s_lipschitz_pairwise
@@ -18,6 +18,7 @@ from .smoothing import ABSTAIN, Smoothed, certify_smoothed
 __all__ = [
     "ABSTAIN",
     "METHODS",
+    "ROWS",
     "CannotBound",
     "Certified",
     "Smoothed",

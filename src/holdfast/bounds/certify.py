@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..data import Data, pixels
 from ..errors import UserError, type_of, unknown
 from ..outputs import Model, Queried, frozen_eval
-from ..progress import Progress, silent
+from ..progress import Progress, as_progress
+from ..queries import Batches
 from ..threat import Threat, as_threat, check_images
 from ..user_input import typed
 from .branch import branch
@@ -59,6 +60,7 @@ def certify(
     *,
     method: str = "alpha",
     seconds: float = math.inf,
+    batch_size: int = ROWS,
     progress: Progress | None = None,
 ) -> Certified:
     """Prove of each sample that no x_adv of the threat has another argmax than y.
@@ -79,6 +81,7 @@ def certify(
             "alpha": slopes of ReLUs optimised.
             "branch": branch and bound on the signs of ReLUs. It ends with a proof, an adversarial example, or the time.
         seconds: wall-clock time for all samples. Branch and bound shares it out evenly among those that are left.
+        batch_size: images that are bounded at a time, at most; fewer where the network is wide.
         progress: is called with (what, done, total).
 
     Returns:
@@ -114,16 +117,27 @@ def certify(
                 f"labels must be 0 .. K-1: the network returns {graph.classes} logits, a label is {y.max()}."
             )
         work = _Work(network, graph, bind(graph, torch.float64), images, labels, threat, METHODS.index(method))
-        parts: list[Certified] = []
-        for rows in torch.arange(len(y)).split(work.rows):  # of no images too: one empty part
-            left = (until - time.monotonic()) * len(rows) / max(1, len(y) - int(rows[0]))
-            parts.append(_certify_rows(work, rows, time.monotonic() + left, progress or silent))
+        report = as_progress(progress)
+
+        def certified(rows: Tensor) -> Certified:
+            left = (until - time.monotonic()) * len(rows) / (len(y) - int(rows[0]))
+            return _certify_rows(work, rows, time.monotonic() + left, report)
+
+        parts = Batches(min(work.rows, batch_size)).map(torch.arange(len(y)), certified)
+    return _joined(parts)
+
+
+def _joined(parts: list[Certified]) -> Certified:
+    """The columns of all batches."""
     x_adv = {number: image for part in parts for number, image in part.x_adv.items()}
-    columns = ("proved", "bound", "seconds", "ended")
-    together = {
-        name: torch.cat([getattr(part, name) for part in parts]) if parts else torch.zeros(0) for name in columns
-    }
-    return Certified(by=tuple(by for part in parts for by in part.by), x_adv=x_adv, **together)
+    columns = {
+        name: torch.cat([torch.zeros(0, dtype=dtype), *(getattr(part, name) for part in parts)])
+        for name, dtype in (
+            ("proved", torch.bool), ("bound", torch.float64), ("seconds", torch.float64), ("ended", torch.bool),
+        )
+    }  # fmt: skip
+    by = tuple(by for part in parts for by in part.by)
+    return Certified(by=by, x_adv=x_adv, **columns)
 
 
 @typed

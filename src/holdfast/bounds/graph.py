@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import UserError
-from ..outputs import as_outputs
+from ..outputs import as_outputs, out_of_memory
 from .composites import COMPOSITES, MONOTONE
 
 Change = Callable[[int | str, Any], Any]  # what a constant argument becomes, from its position or keyword
@@ -157,6 +157,8 @@ def read(model: Callable[[Tensor], Any], shape: Sequence[int], *, device: torch.
     except UserError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         if "value out of" in str(error) or "data-dependent" in str(error).lower():
             raise CannotBound("the network's code looks at values of its images: bounds cannot follow it.") from None

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..attacks import ATTACKS
-from ..bounds import METHODS, certify
 from ..data import pixels
 from ..progress import silent
 from ..queries import judge_candidates
@@ -21,6 +20,7 @@ from .costs import add_cost, affordable, passes_spent, planned_passes
 from .distributed import Processes, exchange_results, synchronise, total_costs
 from .evaluation import UNBROKEN, Evaluation
 from .grid import LONG, to_grid, whole_levels
+from .proofs import prove_survivors
 from .selection import choose, spot_check_result
 from .state import MAX_TARGETS, State, Task, add_extra_stages, attack_model
 
@@ -46,17 +46,6 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
         prove_survivors(task, state)
     checkpoint.save(state, force=True)
     return result(task, state, processes)
-
-
-def prove_survivors(task: Task, state: State) -> None:
-    """Try the stronger proofs on what the individual attacks left. What is proved leaves the attacks."""
-    began, certified = time.perf_counter(), state.columns.certified
-    if certified is not None and METHODS.index(task.proofs) > METHODS.index("linear"):
-        rows = torch.nonzero(state.open)[:, 0]
-        found = certify(task.model.model, task.data.take(rows), task.threat, method=task.proofs, progress=task.progress)
-        certified[rows] = found.proved.to(certified.device)
-        add_cost(task, state, 0, began)
-    state.proved = True
 
 
 def run_stage(task: Task, state: State, number: int, checkpoint: Checkpoint, processes: Processes) -> None:

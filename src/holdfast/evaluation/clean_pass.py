@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..attacks.base import all_rows
 from ..attacks.minimal_norm import scores_and_grads
-from ..bounds import cheaply_proved
 from ..data import pixels
 from ..data.arguments import check_logits
 from ..errors import UserError
@@ -21,6 +20,7 @@ from ..queries import VOTES, logits_differ, majority_vote, prefers_channels_last
 from .costs import add_cost
 from .evaluation import MISCLASSIFIED, UNBROKEN, StageCost
 from .grid import differs_off_grid
+from .proofs import CHEAP, proved
 from .state import Columns, State, Task, attack_model
 
 PREFLIGHT = 64  # samples that are queried twice before anything else
@@ -66,8 +66,8 @@ def clean_pass(task: Task) -> State:
     if any(stage.target for stage in task.suite):  # all wrong classes are equally likely
         drawn = task.noise.fold(EvaluationStream.RANDOM_TARGET).integers(z.shape[1] - 1)
         columns.random_target = drawn + (drawn >= y)
-    proved = None if model.randomised else cheaply_proved(task.model.model, pixels(x), y, task.threat)
-    columns.certified = None if proved is None else proved & clean
+    certified = None if model.randomised else proved(task, all_rows(y), CHEAP)
+    columns.certified = None if certified is None else certified & clean
     costs = [StageCost("clean"), *(StageCost(stage.name) for stage in stages)]
     state = State(columns, costs, list(stages), **model._asdict())
     add_cost(task, state, 0, began)
