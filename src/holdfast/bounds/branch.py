@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import linprog
 from torch import Tensor
 
 from .linear import MEMORY, Forward, Region, all_lines, least, step_width
@@ -26,6 +28,7 @@ from .rules import Box, Lines, ReluStep, Step
 
 FILTERED = 4  # how many ReLUs the score proposes for each domain
 ITERATIONS = 12  # steps of Adam on the slopes and multipliers of new domains
+LARGEST = 1e4  # of the multipliers of a linear program: where its signs contradict each other, they grow without end
 RATE, DECAY = 0.2, 0.97
 MOST = 50_000  # domains of one image that may wait: beyond them memory ends first
 
@@ -108,10 +111,14 @@ def branch(
     while len(pool.bounds) and point is None and time.monotonic() < until and len(pool.bounds) < MOST:
         order = pool.bounds.argsort()
         some, pool = pool.take(order[: batch // 2]), pool.take(order[batch // 2 :])
-        children = _split(steps, found, region, some, lines)
-        if children is None:  # nothing is left to split: the bound is what it is
-            pool = pool.join(some)
-            break
+        children, whole = _split(steps, found, region, some, lines)
+        if len(whole.bounds):  # every ReLU has its sign: what is left is to find the multipliers
+            whole = _solved(steps, found, region, whole, lines)
+            if bool((whole.bounds <= 0).any()):
+                pool = pool.join(children).join(whole)
+                break
+        if not len(children.bounds):
+            continue
         children, point = _bounded(steps, found, region, children, lines, misclassified)
         bounded += len(children.bounds)
         pool = pool.join(children.take((children.bounds <= 0).nonzero()[:, 0]))
@@ -222,8 +229,70 @@ def _bounded(
     return kept, point
 
 
-def _split(steps: Sequence[Step], found: Forward, region: Region, pool: _Pool, lines: dict[int, Lines]) -> _Pool | None:
-    """Both children of each domain, at the ReLU whose worse child has the better bound; None if no ReLU is left."""
+def _solved(steps: Sequence[Step], found: Forward, region: Region, pool: _Pool, lines: dict[int, Lines]) -> _Pool:
+    """Domains whose ReLUs all have a sign, with the multipliers of a linear program: the network is affine on each.
+
+        min c x + d  with  s_k (a_k x + b_k) >= 0 and x in the box;  beta_k is the price of the k-th condition
+
+    The program only proposes multipliers: the bound is that of ``least`` with them.
+    """
+    for number in range(len(pool.bounds)):
+        one = pool.take(torch.tensor([number], device=pool.bounds.device))
+        inside = _with_signs(steps, found, one.signs)
+        own = _lines_of(steps, inside, lines, one.alphas)
+        objective, _ = _as_affine(steps, inside, own, region, len(steps) - 1, one.rows[:, None])
+        fixed = {n: signs.flatten().nonzero()[:, 0] for n, signs in one.signs.items()}
+        conditions = []
+        for relu, places in fixed.items():
+            [source] = steps[relu].inputs
+            signs = one.signs[relu].flatten()
+            rows = torch.diag(signs.to(objective.dtype))[places].view(1, len(places), *steps[source].shape)
+            conditions.append(_as_affine(steps, inside, own, region, source, rows))
+        slopes, offsets = (torch.cat(parts) for parts in zip(*conditions, strict=True))
+        prices = _prices(objective[0], slopes, offsets, region.box)
+        if prices is None:
+            continue
+        betas = {n: torch.zeros_like(beta) for n, beta in one.betas.items()}
+        for (relu, places), part in zip(fixed.items(), prices.split([*map(len, fixed.values())]), strict=True):
+            betas[relu].view(-1)[places] = part
+        more = _pushed(steps, one.signs, betas)
+        low = least(steps, inside, own, region, len(steps) - 1, one.rows[:, None], visit=_adding(more))
+        pool.bounds[number] = torch.maximum(pool.bounds[number], low[0, 0])
+    return pool
+
+
+def _as_affine(
+    steps: Sequence[Step], inside: Forward, lines: dict[int, Lines], region: Region, start: int, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(a (S, D), b (S,)): a x + b is below these rows of an operation's output, as a function of the one image x."""
+    at_image = []
+
+    def visit(number: int, rows: Tensor) -> None:
+        if number == 0:
+            at_image.append(rows)
+
+    low = least(steps, inside, lines, region, start, rows, visit=visit)
+    return at_image[0][0].flatten(1), (low - region.least(at_image[0]))[0]
+
+
+def _prices(objective: Tensor, slopes: Tensor, offsets: Tensor, box: Box) -> Tensor | None:
+    """Prices (R,) >= 0 of the conditions slopes x + offsets >= 0 in the minimum of objective x over the box."""
+    count = len(offsets)
+    lo, hi = (side.flatten().tolist() for side in box)
+    missed = np.full(count, LARGEST)  # a condition may be missed at this price: the program always has an answer
+    answer = linprog(
+        np.concatenate([objective.cpu().numpy(), missed]), A_ub=np.hstack([-slopes.cpu().numpy(), -np.eye(count)]),
+        b_ub=offsets.cpu().numpy(), bounds=[*zip(lo, hi, strict=True), *[(0, None)] * count], method="highs",
+    )  # fmt: skip
+    if answer.status != 0:
+        return None
+    return torch.as_tensor(-answer.ineqlin.marginals, dtype=objective.dtype).clamp_min(0).to(objective.device)
+
+
+def _split(
+    steps: Sequence[Step], found: Forward, region: Region, pool: _Pool, lines: dict[int, Lines]
+) -> tuple[_Pool, _Pool]:
+    """Both children of each domain, at the ReLU whose worse child has the better bound; and the domains without one."""
     count, last = len(pool.rows), len(steps) - 1
     many, around = _repeated(found, region, count)
     inside = _with_signs(steps, many, pool.signs)
@@ -250,8 +319,11 @@ def _split(steps: Sequence[Step], found: Forward, region: Region, pool: _Pool, l
         scores.append(torch.where(unstable, score, torch.full_like(score, -1.0)).flatten(1))
         sizes.append(scores[-1].shape[1])
     every = torch.cat(scores, 1)
-    if every.shape[1] == 0 or not bool((every >= 0).any(1).all()):
-        return None
+    divisible = (every >= 0).any(1)
+    if not bool(divisible.all()):
+        rest = divisible.nonzero()[:, 0]
+        whole = pool.take((~divisible).nonzero()[:, 0])
+        return (_split(steps, found, region, pool.take(rest), lines)[0] if len(rest) else pool.take(rest)), whole
     filtered = every.topk(min(FILTERED, every.shape[1]), 1)
     best = torch.full((count,), -torch.inf, dtype=pool.rows.dtype, device=pool.rows.device)
     chosen = filtered.indices[:, 0]
@@ -265,7 +337,7 @@ def _split(steps: Sequence[Step], found: Forward, region: Region, pool: _Pool, l
         worse = torch.minimum(bound[:count], bound[count:])
         better = valid & (worse > best)
         best, chosen = torch.where(better, worse, best), torch.where(better, candidate, chosen)
-    return _children(pool, numbers, sizes, chosen)
+    return _children(pool, numbers, sizes, chosen), pool.take(chosen[:0])
 
 
 def _children(pool: _Pool, numbers: list[int], sizes: list[int], chosen: Tensor) -> _Pool:
