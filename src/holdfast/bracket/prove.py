@@ -418,7 +418,6 @@ def _certify(work: _Work, state: _State, method: str, rows: Tensor, seconds: flo
         return
     columns = state.columns
     bound = found.bound.cpu().double()
-    bound = bound.masked_fill(bound == math.inf, 0.0)  # branch and bound proves the sign alone
     _contradictions(work, rows, bound, columns["margin_adv"][rows])
     columns["bound"][rows] = torch.maximum(columns["bound"][rows], bound)
     columns["seconds"][rows] += found.seconds.cpu()
