@@ -23,10 +23,11 @@ from .chain import in_float64
 from .graph import CannotBound, Graph, read
 from .linear import MEMORY, Forward, Region, against, all_lines, forward, least, optimised, take
 from .rounding import HUGE
-from .rules import Box, Step, bind
+from .rules import Box, ReluStep, Step, bind
 
 METHODS = ("interval", "linear", "crown", "alpha", "branch")  # each tries the ones before it first
 ROWS = 256  # images that are bounded at a time, at most
+LEAST = 2.0**-1074  # the smallest number above zero: the bound of a margin whose sign alone is proved
 AGREES = 1e-3  # how far the network may be from its graph in float64, relative to its largest logit
 
 
@@ -248,7 +249,7 @@ def _certify_rows(work: _Work, rows: Tensor, until: float, report: Progress) -> 
         ladder.improve(ladder.linear, work.rows)
     if work.level >= METHODS.index("crown"):
         ladder.improve(ladder.crown, _share(work))
-    if work.level >= METHODS.index("branch"):
+    if ladder.branches:
         ladder.branch()
     low = ladder.bounds.amin(1).cpu()
     return Certified(low > 0, tuple(ladder.by), low, ladder.x_adv, ladder.seconds, ladder.ended)
@@ -277,6 +278,8 @@ class _Ladder:
         self.ended = torch.ones(len(rows), dtype=torch.bool)
         self.refined: dict[int, tuple[Forward, Region]] = {}
         self.x_adv: dict[int, Tensor] = {}
+        splits = any(isinstance(step, ReluStep) for step in work.steps)
+        self.branches = splits and work.level >= METHODS.index("branch")
 
     def raise_to(self, some: Tensor, low: Tensor, found: Forward, method: str) -> None:
         """Take lower bounds (n, K - 1) of these images, where they exist and are better."""
@@ -329,7 +332,7 @@ class _Ladder:
             if len(left):
                 open_, around, _ = take(tight, inside, {}, left)
                 self.raise_to(some[left], optimised(steps, open_, around, margins[left]), open_, "alpha")
-        if self.work.level >= METHODS.index("branch"):
+        if self.branches:
             for place, number in enumerate(some.tolist()):
                 self.refined[number] = take(tight, inside, {}, torch.tensor([place], device=some.device))[:2]
 
@@ -351,7 +354,7 @@ class _Ladder:
                 self.x_adv[int(self.rows[number])] = answer.point[0].to(self.work.x.dtype)
             else:
                 self.ended[number] = answer.ended
-                low = self.bounds[number].clamp_min(answer.bound)
+                low = self.bounds[number].clamp_min(min(answer.bound, LEAST))  # a proof is of the sign alone
                 self.raise_to(torch.tensor([number]), low[None], part, "branch")
             self.seconds[number] += time.monotonic() - start
 

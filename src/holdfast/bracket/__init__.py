@@ -1,4 +1,7 @@
-"""The bracket of inference information, sample by sample: s_att <= s* <= s_cert, compared with the margin.
+"""Two brackets: certified <= accuracy under a threat <= attacked; and per sample the worst-case margin drop.
+
+``bracket_accuracy`` attacks every sample, and proves or breaks what is left. ``bracket`` measures, sample by sample,
+s_att <= s* <= s_cert, compared with the margin:
 
     d_j = logit_j - logit_y,   margin = -max_{j != y} d_j(x),   S(x_adv) = max_{j != y} d_j(x_adv) + margin
 
@@ -8,20 +11,40 @@ of it, s_att; bounds prove that it is at most s_cert; for small networks under l
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 from .. import run_folder
 from ..errors import at_least
-from ..experiments.evaluate_model import ModelUnderTest, from_run
+from ..experiments.evaluate_model import ModelUnderTest, check_classes, from_run
+from ..io import save_tensors, write_atomic
 from ..progress import Progress
 from ..spec import threat_file_name
 from ..threat import Threat
 from ..user_input import typed
+from .accuracy import AccuracyBracket, StepCost, witnesses
 from .measure import bracket
 from .plot import figure, save, sentence
+from .prove import bracket_accuracy
 from .result import STATUS, Bracket
 
-__all__ = ["STATUS", "Bracket", "bracket", "bracket_run", "bracket_subject", "figure", "save", "sentence"]
+__all__ = [
+    "STATUS",
+    "AccuracyBracket",
+    "Bracket",
+    "StepCost",
+    "bracket",
+    "bracket_accuracy",
+    "bracket_run",
+    "bracket_subject",
+    "figure",
+    "save",
+    "sentence",
+    "subject_accuracy",
+]
+
+WITNESSES, WITNESSES_VERSION = "bracket witnesses", 1
 
 
 @typed
@@ -109,3 +132,60 @@ def bracket_subject(
         progress=progress,
     )
     return result, save(result, out, subject.name)
+
+
+@typed
+def subject_accuracy(
+    subject: ModelUnderTest,
+    threat: str,
+    out: str | Path,
+    *,
+    method: str = "branch",
+    seconds: float = math.inf,
+    limit: int = 100,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[AccuracyBracket, list[Path]]:
+    """Bracket the accuracy of any network on its test images; write accuracy.json and the adversarial examples.
+
+    After an interruption, the same call resumes; with more time, it goes on.
+
+    Args:
+        subject: What ``from_run`` or ``from_file`` opened.
+        threat: "norm:eps".
+        out: The output folder.
+        method: As for ``bracket_accuracy``.
+        seconds: As for ``bracket_accuracy``.
+        limit: The maximum number of images; 0 for all.
+        seed: Seed of the attacks' noise.
+        progress: As for ``bracket_accuracy``.
+
+    Returns:
+        (the AccuracyBracket, the files written: accuracy.json, witnesses.safetensors).
+
+    Raises:
+        UserError: As ``bracket_accuracy`` does; ``out`` belongs to another bracket.
+    """
+    parsed, out = Threat.parse(threat), Path(out)  # before anything is written
+    check_classes(subject)
+    settings = {**subject.about, "threat": threat, "method": method, "seed": seed, "limit": limit}
+    run_folder.reserve(out, settings)
+    network = f"{run_folder.weights_hash(subject.model)} {subject.code}".strip()
+    found = bracket_accuracy(
+        subject.model,
+        subject.split.test.take(slice(0, limit or None)),
+        parsed,
+        method=method,
+        seconds=seconds,
+        trained_with=subject.loss.loss,
+        seed=seed,
+        checkpoint=out / "accuracy.safetensors",
+        key=f"{subject.split.fingerprint} {network}",
+        progress=progress,
+    )
+    told = write_atomic(out / "accuracy.json", json.dumps(found.describe()))
+    save_tensors(
+        out / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION, witnesses(found),
+        {"threat": parsed.describe(), "network": network, "name": subject.name}, packed=["x_adv"],
+    )  # fmt: skip
+    return found, [told, out / "witnesses.safetensors"]

@@ -18,6 +18,7 @@ from ..io import write_atomic
 from ..report.figures import RULE
 from ..results import percent
 from ..user_input import typed
+from .accuracy import without_nan
 from .result import STATUS, Bracket
 
 COLOURS = {
@@ -171,15 +172,6 @@ def save(bracket: Bracket, folder: str | Path, name: str = "") -> list[Path]:
     Returns:
         The three files.
     """
-    text = json.dumps(_without_nan({**bracket.describe(), "sentence": sentence(bracket)}))
+    text = json.dumps(without_nan({**bracket.describe(), "sentence": sentence(bracket)}))
     drawn = report.write_figure(figure(bracket, name), folder, "bracket")
     return [write_atomic(Path(folder) / "bracket.json", text), *drawn]
-
-
-def _without_nan(value: Any) -> Any:
-    """None for NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,34 +1,68 @@
-"""``holdfast bracket``: per sample, how far the margin can fall within the threat."""
+"""``holdfast bracket``: both ends of a network's accuracy under a threat; or of one property, or per sample."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..errors import UserError
 from . import options as o
-from .app import app, exits
+from .app import app
 from .common import best_device, print_json, say_files
-from .display import Display, aside, screen
+from .display import Display, aside, errors, screen
 from .evaluate import default_folder, subject_of
 from .options import NETWORK, option
-from .output_files import own_folder
+from .output_files import own_folder, write_files
+
+EXITS = (
+    "**Exit status:** 0 success, with --vnnlib unsat; 1 sat; 3 timeout or unknown; 2 invalid request (one-line reason "
+    "on stderr); 130 interrupted by Ctrl-C."
+)
+STATUS = {"unsat": 0, "sat": 1, "timeout": 3, "unknown": 3}
+# Which options each way of the command takes, beside those that all of them do.
+DATA = {
+    "threat", "limit", "device", "data", "weights", "input_range", "mean", "std", "input_layout", "loss", "run_code",
+    "image_column", "label_column", "convert", "resize", "output", "classes",
+}  # fmt: skip
+ALL = {"run", "seed", "out", "quiet", "as_json"}
+WAYS = {
+    "vnnlib": ALL | {"vnnlib", "budget"},
+    "margins": ALL | DATA | {"margins", "seconds"},
+    "": ALL | DATA | {"method", "budget"},
+}
 
 
-@app.command(rich_help_panel="Look", epilog=exits())
+@app.command(rich_help_panel="Look", epilog=EXITS)
 def bracket(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(help=NETWORK)],
     threat: o.OneThreat = "linf:0.1",
+    budget: Annotated[str, option("Wall-clock time in all: 90s, 10min, 2h. Open samples share it evenly.")] = "10min",
+    method: Annotated[
+        str,
+        option("The last method of proof that is tried on what is left: interval, linear, crown, alpha, branch."),
+    ] = "branch",
     limit: Annotated[int, option("Maximum number of test images; 0: all.")] = 100,
-    seconds: Annotated[float, option("Time limit per sample for the exact answer; 0: no exact answers.")] = 10.0,
+    margins: Annotated[
+        bool, option("Per sample instead: how far the margin can fall, s_att <= s* <= s_cert.", "--margins")
+    ] = False,
+    seconds: Annotated[
+        float, option("With --margins: time limit per sample for the exact answer; 0: no exact answers.")
+    ] = 10.0,
+    vnnlib: Annotated[
+        Path | None,
+        option("Decide one VNN-LIB property of an .onnx file instead: sat with a counterexample, unsat, or timeout."),
+    ] = None,
     seed: o.NoiseSeed = 0,
     device: o.Device = "auto",
     out: Annotated[
         Path | None,
         option(
-            "Output folder. Default: bracket-THREAT in the run folder, or out/NAME-bracket-THREAT for your own model.",
+            "Output folder. Default: bracket-THREAT (margins-THREAT) in the run folder, or out/NAME-bracket-THREAT for "
+            "your own model. With --vnnlib: a file for the answer, which is printed anyway.",
             "--out",
             "-o",
         ),
@@ -40,33 +74,139 @@ def bracket(
     std: o.Std = "",
     input_layout: o.InputLayout = "",
     loss: o.TrainedWith = "",
+    image_column: o.ImageColumn = "",
+    label_column: o.LabelColumn = "",
+    convert: o.Convert = "",
+    resize: o.Resize = 0,
     run_code: o.RunCode = False,
+    output: o.ModelOutput = "",
+    classes: o.ModelClasses = "",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """Worst-case margin drop per sample: lower bound from attacks, upper bound from certificates, exact if tractable.
+    """Prove what attacks leave: certified <= accuracy under the threat <= attacked, and how many samples lie between.
 
-    s_att is the largest drop that attacks found, s_cert the largest that certificates allow, and the exact value s*
-    lies between them. A sample is certified if its margin exceeds s_cert, robust if it exceeds s*, and broken if it is
-    at most s_att. s* needs linf and a small fully connected ReLU network. Writes bracket.json, .svg and .png.
+    **holdfast bracket model.onnx --data FOLDER --threat linf:2/255 --budget 10min**
+
+    **holdfast bracket runs/mine --threat linf:0.05 --method crown**
+
+    **holdfast bracket model.onnx --vnnlib property.vnnlib --budget 5min**
+
+    Attacks come first, then proofs on what they leave: intervals and Lipschitz constants, lines (CROWN), optimised
+    slopes, branch and bound on ReLUs. Where nothing lies between, the answer is exact. Writes accuracy.json and
+    witnesses.safetensors. An interrupted command resumes when it is rerun; with a larger --budget it goes on.
+
+    --margins brackets each sample's worst-case margin drop: s_att by attacks, s_cert by bounds, s* exactly (linf and a
+    small fully connected ReLU network). Writes bracket.json, .svg and .png.
     """
-    from ..bracket import bracket_subject, sentence
-
+    way = "vnnlib" if vnnlib is not None else "margins" if margins else ""
+    _check_options(context, way)
+    if vnnlib is not None:
+        _property(run, vnnlib, budget, out, seed, quiet, as_json)
+        return
     own = {
         "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
-        "input-layout": input_layout, "loss": loss,
+        "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
     }  # fmt: skip
-    open_subject = subject_of(run, own, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
-    folder = out or default_folder(run, "bracket-THREAT", threat)
+    reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
+    allowed = _seconds(budget)
+    open_subject = subject_of(run, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
+    folder = out or default_folder(run, f"{way or 'bracket'}-THREAT", threat)
     own_folder(folder)
+    bracketed = _margins if margins else _accuracy
+    more = {"seconds": seconds} if margins else {"seconds": allowed, "method": method}
     with aside(as_json), Display(quiet) as display:
         subject = open_subject(device=best_device(device))
-        answer, files = bracket_subject(
-            subject, threat, folder, seconds=seconds, limit=limit, seed=seed,
-            progress=partial(display.progress, subject.name),
-        )  # fmt: skip
-    if as_json:
-        print_json(files[0].read_text())
-    else:
+        show = bracketed(
+            subject, threat, folder, limit=limit, seed=seed, progress=partial(display.progress, subject.name), **more
+        )
+    show(quiet, as_json)
+
+
+def _check_options(context: typer.Context, way: str) -> None:
+    """Refuse options that this way of the command would leave unused."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in WAYS[way]:
+            theirs = [other for other, names in WAYS.items() if name in names and other]
+            option_name = f"--{name.replace('_', '-')}"
+            where = f"--{way} takes no {option_name}" if way else f"{option_name} needs --{theirs[0]}"
+            raise UserError(f"{where}: leave one of them out." if way else f"{where}: add it, or leave it out.")
+
+
+def _seconds(budget: str) -> float:
+    """A budget of time. Raises UserError for one of passes."""
+    from ..evaluation import Budget
+
+    found = Budget.parse(budget)
+    if found.passes < float("inf"):
+        raise UserError(f"the budget of a bracket is a time, such as 90s, 10min or 2h, got '{budget}'.")
+    return found.seconds
+
+
+def _accuracy(subject: Any, threat: str, folder: Path, **settings: Any) -> Any:
+    """Bracket the accuracy; returns what prints it."""
+    from ..bracket import subject_accuracy
+    from ..bracket.accuracy import sentence, table
+
+    found, files = subject_accuracy(subject, threat, folder, **settings)
+
+    def show(quiet: bool, as_json: bool) -> None:
+        if as_json:
+            print_json(files[0].read_text())
+            return
+        screen.print(table(found), soft_wrap=True)
+        screen.print(sentence(found), soft_wrap=True)
+        say_files([*files], quiet, as_json)
+
+    return show
+
+
+def _margins(subject: Any, threat: str, folder: Path, **settings: Any) -> Any:
+    """Bracket the margins; returns what prints them."""
+    from ..bracket import bracket_subject, sentence
+
+    answer, files = bracket_subject(subject, threat, folder, **settings)
+
+    def show(quiet: bool, as_json: bool) -> None:
+        if as_json:
+            print_json(files[0].read_text())
+            return
         screen.print(sentence(answer), soft_wrap=True)
         say_files([*files], quiet, as_json)
+
+    return show
+
+
+def _property(model: str, vnnlib: Path, budget: str, out: Path | None, seed: int, quiet: bool, as_json: bool) -> None:
+    """Decide a property, print the answer, and end with its status."""
+    from dataclasses import asdict
+
+    from ..bracket.solve import check_precision, check_property
+    from ..bracket.vnnlib import read_property
+    from ..importers import load_onnx
+
+    if Path(model).suffix.lower() != ".onnx":
+        raise UserError(f"--vnnlib needs an .onnx file, whose inputs X_0, X_1, ... have an order; {model} is none.")
+    seconds = _seconds(budget)
+    with aside(as_json), Display(quiet) as display:
+        net = load_onnx(model, strip_softmax=False)
+        check_precision(net.path)
+        wanted = read_property(vnnlib)
+        answer = check_property(
+            net, wanted, seconds=seconds, seed=seed, progress=partial(display.progress, Path(model).name)
+        )
+    if out is not None:
+        write_files(lambda stage: [_written(stage / out.name, answer.text())], out.parent)
+    if as_json:
+        print_json(asdict(answer))
+    else:
+        screen.print(answer.text(), soft_wrap=True)
+    if answer.why:
+        errors.print(answer.why, soft_wrap=True)
+    raise typer.Exit(STATUS[answer.verdict])
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text + "\n")
+    return path

@@ -48,7 +48,7 @@ def runtime_predictions(model: nn.Module, x: Tensor, batch_size: int = 64) -> Te
     hook = None
     try:
         session = onnxruntime.InferenceSession(net.path, providers=["CPUExecutionProvider"])
-        hook = net.register_forward_hook(lambda _, given, out: _answers(session, net, given[0], out))
+        hook = net.register_forward_hook(lambda _, given, out: runtime_outputs(session, net, given[0], out))
         with torch.no_grad():
             parts = [as_outputs(model(part.to(device))).logits.argmax(1) for part in x.split(batch_size)]
     except Exception as error:  # whatever onnxruntime refuses: no answer is no doubt
@@ -60,8 +60,18 @@ def runtime_predictions(model: nn.Module, x: Tensor, batch_size: int = 64) -> Te
     return torch.cat(parts).to(x.device)
 
 
-def _answers(session: Any, net: OnnxNet, x: Tensor, out: Tensor) -> Tensor:
-    """What onnxruntime answers for the images that the network was given, in the form of the network's own answer."""
+def runtime_outputs(session: Any, net: OnnxNet, x: Tensor, out: Tensor) -> Tensor:
+    """What onnxruntime answers for images, in the form of the network's own answer.
+
+    Args:
+        session: of the network's file.
+        net: the network.
+        x: the images that the network was given, (N, ...).
+        out: what the network answered.
+
+    Returns:
+        A tensor in the shape, type and place of ``out``.
+    """
     entry = session.get_inputs()[0]
     points = x.detach().cpu()
     if net.integer_range is not None:
