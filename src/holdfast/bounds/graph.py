@@ -128,13 +128,17 @@ class Graph:
         return found
 
 
-def read(model: Callable[[Tensor], Any], shape: Sequence[int], *, device: torch.device | str = "cpu") -> Graph:
+def read(
+    model: Callable[[Tensor], Any], shape: Sequence[int], *, device: torch.device | str = "cpu", grad: bool = False
+) -> Graph:
     """Read a network as a flat list of primitive operators.
 
     Args:
         model: images to logits or Outputs, in eval mode.
         shape: (C, H, W) of an image.
         device: where the network is.
+        grad: read what the network computes while it trains, so that constants have a graph to its weights. Modules
+            that keep what they compute from weights (orthogonal layers) do so in evaluation alone.
 
     Raises:
         CannotBound: The code looks at values of the image, draws random numbers, changes its own buffers, computes in
@@ -151,7 +155,7 @@ def read(model: Callable[[Tensor], Any], shape: Sequence[int], *, device: torch.
         return as_outputs(model(x)).logits
 
     try:
-        with _plain_kernels(), torch.no_grad(), _NoValues():
+        with _plain_kernels(), torch.set_grad_enabled(grad), _NoValues():
             model(image)  # what a module computes once and keeps is not kept from the recorded run
             traced = make_fx(functionalize(logits, remove="mutations"), tracing_mode="real")(image)
     except UserError:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..outputs import check_samples
+from ..outputs import Queried, check_samples
 from ..threat import Threat
 from ..user_input import typed
 from .chain import ROWS, chain_of, in_float64
-from .graph import CannotBound
+from .graph import CannotBound, Graph, read
+from .linear import Region, forward, upper_differences
 from .rounding import HUGE, gamma, underflow
+from .rules import Box, bind
+
+_GRAPHS: WeakKeyDictionary[nn.Module, tuple[Any, Graph]] = WeakKeyDictionary()
 
 
 @typed
@@ -26,9 +34,9 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
     its running statistics, as in eval mode.
 
     Args:
-        model: A Classifier with a chain for a backbone (linear, mlp, the convnets, the Lipschitz networks) and a linear
-            head, or an nn.Sequential of Linear, Conv2d, ReLU, MaxMin, pooling, Flatten, BatchNorm2d, Dropout; also
-            inside ``importers.wrap`` or ``models.logits_only``.
+        model: any that ``bounds.graph`` can read. Chains of layers take a faster way: a Classifier with a linear, mlp,
+            convnet or Lipschitz backbone and a linear head, or an nn.Sequential of Linear, Conv2d, ReLU, MaxMin,
+            pooling, Flatten, BatchNorm2d, Dropout; also inside ``importers.wrap`` or ``models.logits_only``.
         lo: (N, C, H, W), the lower corner of each sample's box.
         hi: (N, C, H, W), the upper corner.
         y: (N,) int64 labels.
@@ -41,7 +49,7 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
         (N, K) upper bounds, 0 at y.
 
     Raises:
-        CannotBound: The network has a layer of another kind.
+        CannotBound: The network cannot be read, or an operator of it has no rule.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # logit_1 - logit_0 = -2 x
@@ -49,8 +57,11 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
     >>> logit_difference_bounds(net, lo, hi, torch.tensor([0])).detach()
     tensor([[ 0.0000, -0.4000]])
     """
+    try:
+        layers, last = chain_of(model)
+    except CannotBound:
+        return _by_graph(model, lo, hi, y, slack)
     center, radius = (lo + hi) / 2, (hi - lo) / 2
-    layers, last = chain_of(model)
     weight, bias = last.parameters(center.dtype)
     for layer in layers:
         center, radius = layer.propagate_interval(center, radius, slack)
@@ -68,6 +79,40 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
         bounds = bounds + gamma(weight.shape[1]) * (size + size.gather(1, y[:, None])) + 2 * lost[:, None]
         bounds = bounds.masked_fill(~(size.amax(1, keepdim=True) < HUGE), math.inf)
     return bounds.scatter(1, y[:, None], 0.0)
+
+
+def _by_graph(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, slack: bool) -> Tensor:
+    """The bounds by the graph of operators: for networks that are no chains."""
+    with _in_eval_mode(model):
+        steps = bind(_graph_of(model, tuple(lo.shape[1:]), lo.device), lo.dtype)
+    lo, hi = lo[:, None], hi[:, None]
+    region = Region(Box(lo, hi), (lo + hi) / 2, Threat("linf", 0.0), 0.0)
+    found = forward(steps, region, rounding=slack)
+    bounds = upper_differences(steps, found, y)
+    bounds = bounds.masked_fill(found.unbounded[:, None], math.inf)
+    return bounds.scatter(1, y[:, None], 0.0)
+
+
+def _graph_of(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> Graph:
+    """The graph of a network, read again when one of its modules or tensors is another object than before."""
+    parts = (*model.modules(), *model.parameters(), *model.buffers())
+    key = shape, str(device), *map(id, parts)
+    kept = _GRAPHS.get(model)
+    if kept is None or kept[0] != key:
+        kept = _GRAPHS[model] = key, read(Queried(model), shape, device=device, grad=True)
+    return kept[1]
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @typed

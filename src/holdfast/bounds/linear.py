@@ -265,6 +265,43 @@ def against(y: Tensor, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return (eye[y][:, None] - eye[others])[:, :, None], others
 
 
+def label_rows(classes: int, dtype: torch.dtype) -> Tensor:
+    """Rows of logit_y - logit_j for every label y and class j: (K, K, 1, K). Zero where j = y."""
+    eye = torch.eye(classes, dtype=dtype)
+    return (eye[:, None] - eye)[:, :, None]
+
+
+def upper_differences(steps: Sequence[Step], found: Forward, y: Tensor) -> Tensor:
+    """Upper bounds of logit_j - logit_y by boxes, the last affine operations merged: (N, K), 0 at y.
+
+    Rows on the way through the last affine operations depend on the label alone: they are carried for K labels, not for
+    N images.
+    """
+    last, dtype = len(steps) - 1, found.boxes[0].lo.dtype
+    rows = label_rows(steps[last].shape[-1], dtype).to(y.device)
+    waiting, total = {last: rows}, rows.new_zeros(len(y), rows.shape[1])
+    for number in range(last, -1, -1):
+        if number not in waiting:
+            continue
+        rows, step = waiting.pop(number), steps[number]
+        error = found.errors[number]
+        if error is not None:
+            total = total - _spread(rows, error, y)
+        if isinstance(step, AffineStep):
+            total = total + (rows * step.offset).flatten(2).sum(2)[y]
+            for source, part in zip(step.inputs, step.pull(rows.flatten(0, 1)), strict=True):
+                _add(waiting, source, part.unflatten(0, rows.shape[:2]))
+        else:
+            box = found.boxes[number]
+            middle = torch.einsum("nd,nkd->nk", ((box.lo + box.hi) / 2).flatten(1), rows.flatten(2)[y])
+            total = total + middle - _spread(rows, (box.hi - box.lo) / 2, y)
+    return -total
+
+
+def _spread(rows: Tensor, radius: Tensor, y: Tensor) -> Tensor:
+    return torch.einsum("nd,nkd->nk", radius.flatten(1), rows.abs().flatten(2)[y])
+
+
 def optimised(
     steps: Sequence[Step],
     found: Forward,
