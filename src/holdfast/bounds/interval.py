@@ -86,7 +86,7 @@ def _by_graph(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, slack: bool) 
     with _in_eval_mode(model):
         steps = bind(_graph_of(model, tuple(lo.shape[1:]), lo.device), lo.dtype)
     lo, hi = lo[:, None], hi[:, None]
-    region = Region(Box(lo, hi), (lo + hi) / 2, Threat("linf", 0.0), 0.0)
+    region = Region(Box(lo, hi), (lo + hi) / 2, Threat("linf", 1.0), 0.0)  # the box alone counts
     found = forward(steps, region, rounding=slack)
     bounds = upper_differences(steps, found, y)
     bounds = bounds.masked_fill(found.unbounded[:, None], math.inf)
