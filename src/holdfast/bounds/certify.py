@@ -28,6 +28,7 @@ from .rules import Box, ReluStep, Step, bind
 METHODS = ("interval", "linear", "crown", "alpha", "branch")  # each tries the ones before it first
 ROWS = 256  # images that are bounded at a time, at most
 LEAST = 2.0**-1074  # the smallest number above zero: the bound of a margin whose sign alone is proved
+INNER = 10  # steps of Adam on the slopes of lines for inner operations
 AGREES = 1e-3  # how far the network may be from its graph in float64, relative to its largest logit
 
 
@@ -249,6 +250,8 @@ def _certify_rows(work: _Work, rows: Tensor, until: float, report: Progress) -> 
         ladder.improve(ladder.linear, work.rows)
     if work.level >= METHODS.index("crown"):
         ladder.improve(ladder.crown, _share(work))
+    if work.level >= METHODS.index("alpha"):
+        ladder.improve(ladder.alpha, _share(work))
     if ladder.branches:
         ladder.branch()
     low = ladder.bounds.amin(1).cpu()
@@ -321,17 +324,18 @@ class _Ladder:
         self.raise_to(some, low, part, "linear")
 
     def crown(self, some: Tensor, part: Forward, inside: Region) -> None:
-        """Lines over boxes that lines have tightened; and the best slopes for these."""
+        """Lines over boxes that lines have tightened."""
         steps, margins = self.work.steps, self.margins[some]
         tight = forward(steps, inside, refine=True, until=self.until)
-        self.raise_to(
-            some, least(steps, tight, all_lines(steps, tight), inside, len(steps) - 1, margins), tight, "crown"
-        )
-        if self.work.level >= METHODS.index("alpha"):
-            left = (self.bounds[some].amin(1) <= 0).nonzero()[:, 0]
-            if len(left):
-                open_, around, _ = take(tight, inside, {}, left)
-                self.raise_to(some[left], optimised(steps, open_, around, margins[left]), open_, "alpha")
+        low = least(steps, tight, all_lines(steps, tight), inside, len(steps) - 1, margins)
+        self.raise_to(some, low, tight, "crown")
+
+    def alpha(self, some: Tensor, part: Forward, inside: Region) -> None:
+        """The same with optimised slopes, of inner operations too."""
+        steps, margins = self.work.steps, self.margins[some]
+        tight = forward(steps, inside, refine=True, iterations=INNER, until=self.until)
+        low = optimised(steps, tight, all_lines(steps, tight), inside, len(steps) - 1, margins)
+        self.raise_to(some, low, tight, "alpha")
         if self.branches:
             for place, number in enumerate(some.tolist()):
                 self.refined[number] = take(tight, inside, {}, torch.tensor([place], device=some.device))[:2]

@@ -20,6 +20,7 @@ from ..threat import Threat
 from .rounding import DOUBLE
 from .rules import AffineStep, Box, Lines, RelaxedStep, ReluStep, Step, over_rows
 
+SLOPES = 2**22  # of inner operations, that are optimised at a time, at most
 MEMORY = 2**28  # bytes of the widest rows that are carried backward at a time
 
 
@@ -61,7 +62,13 @@ class Region:
 
 
 def forward(
-    steps: Sequence[Step], region: Region, *, rounding: bool = True, refine: bool = False, until: float = math.inf
+    steps: Sequence[Step],
+    region: Region,
+    *,
+    rounding: bool = True,
+    refine: bool = False,
+    iterations: int = 0,
+    until: float = math.inf,
 ) -> Forward:
     """Boxes of all operations.
 
@@ -70,6 +77,7 @@ def forward(
         region: the images.
         rounding: also cover what float32 loses.
         refine: tighten the inputs of each non-affine operation by lines, where that matters (full CROWN).
+        iterations: of Adam on the slopes of these lines, where rows and slopes fit in memory.
         until: ``time.monotonic()`` from which on nothing is tightened any more.
     """
     found = Forward(unbounded=torch.zeros(len(region.center), dtype=torch.bool, device=region.center.device))
@@ -91,7 +99,7 @@ def forward(
         if isinstance(step, RelaxedStep):
             lines[number] = step.lines(inputs)
         if refine and number in read_by_relaxed and number:
-            found.boxes[number] = _refined(steps, found, lines, region, number, until)
+            found.boxes[number] = _refined(steps, found, lines, region, number, iterations, until)
     return found
 
 
@@ -196,7 +204,13 @@ def _add(waiting: dict[int, Tensor], number: int, rows: Tensor) -> None:
 
 
 def _refined(
-    steps: Sequence[Step], found: Forward, lines: dict[int, Lines], region: Region, number: int, until: float
+    steps: Sequence[Step],
+    found: Forward,
+    lines: dict[int, Lines],
+    region: Region,
+    number: int,
+    iterations: int,
+    until: float,
 ) -> Box:
     """The box of an operation's output, tightened by lines where a later operation cares."""
     box = found.boxes[number]
@@ -221,15 +235,30 @@ def _refined(
             one = torch.zeros(*some.shape, lo.shape[1], dtype=lo.dtype, device=lo.device)
             one.scatter_(2, some[..., None], 1.0)
             one = one.unflatten(2, box.lo.shape[1:])
-            low = least(steps, part[0], part[2], part[1], number, one)
-            high = -least(steps, part[0], part[2], part[1], number, -one)
+            low, high = (_bound(steps, *part, number, sign * one, iterations) for sign in (1, -1))
             rows = images[:, None].expand_as(some)
             lo[rows, some] = torch.maximum(lo[rows, some], low)
-            hi[rows, some] = torch.minimum(hi[rows, some], high)
+            hi[rows, some] = torch.minimum(hi[rows, some], -high)
         at += len(images)
     crossed = lo > hi  # by what float64 loses: the float32 value lies in both
     lo, hi = torch.where(crossed, torch.minimum(lo, hi), lo), torch.where(crossed, torch.maximum(lo, hi), hi)
     return Box(lo.view_as(box.lo), hi.view_as(box.hi))
+
+
+def _bound(
+    steps: Sequence[Step],
+    found: Forward,
+    region: Region,
+    lines: dict[int, Lines],
+    number: int,
+    rows: Tensor,
+    iterations: int,
+) -> Tensor:
+    """Lower bounds of rows of an inner operation, with optimised slopes where there are not too many of them."""
+    slopes = rows.shape[0] * rows.shape[1] * sum(step_width(steps[relu]) for relu in lines)
+    if iterations and lines and slopes <= SLOPES:
+        return optimised(steps, found, lines, region, number, rows, iterations=iterations)
+    return least(steps, found, lines, region, number, rows)
 
 
 def step_width(step: Step) -> int:
@@ -305,7 +334,9 @@ def _spread(rows: Tensor, radius: Tensor, y: Tensor) -> Tensor:
 def optimised(
     steps: Sequence[Step],
     found: Forward,
+    lines: dict[int, Lines],
     region: Region,
+    start: int,
     rows: Tensor,
     *,
     iterations: int = 20,
@@ -316,17 +347,18 @@ def optimised(
     Args:
         steps: of the network.
         found: boxes and errors, which stay.
+        lines: of the non-affine operations before ``start``.
         region: the images.
-        rows: (N, S, 1, K) of the last operation.
+        start: the operation whose output the rows read.
+        rows: (N, S, *shape).
         iterations: steps of Adam on the slopes, one slope for each image, row and ReLU.
         rate: of Adam.
 
     Returns:
         (N, S).
     """
-    last, lines = len(steps) - 1, all_lines(steps, found)
-    best = least(steps, found, lines, region, last, rows)
-    relus = [number for number, step in enumerate(steps) if isinstance(step, ReluStep)]
+    best = least(steps, found, lines, region, start, rows)
+    relus = [number for number in lines if isinstance(steps[number], ReluStep)]
     if not relus:
         return best
 
@@ -336,7 +368,7 @@ def optimised(
             step = steps[number]
             assert isinstance(step, ReluStep)
             own[number] = step.lines([found.boxes[i] for i in step.inputs], alpha)
-        return least(steps, found, own, region, last, rows)
+        return least(steps, found, own, region, start, rows)
 
     shapes = {number: (*rows.shape[:2], *steps[number].shape) for number in relus}
     for slope in (0.0, 1.0):
@@ -344,15 +376,15 @@ def optimised(
     alphas = {n: lines[n].lower[0].expand(shape).clone().requires_grad_() for n, shape in shapes.items()}
     optimiser = torch.optim.Adam(alphas.values(), lr=rate)
     for _ in range(iterations):
+        if bool((best > 0).all()):
+            break
         with torch.enable_grad():
             reached = bound(alphas)
             optimiser.zero_grad()
-            (-reached[reached < 0]).sum().backward()  # what is proved needs no better slope
+            (-reached[best < 0]).sum().backward()  # what is above zero needs no better slope
         best = torch.maximum(best, reached.detach())
         optimiser.step()
         with torch.no_grad():
             for alpha in alphas.values():
                 alpha.clamp_(0, 1)
-        if bool((best > 0).all()):
-            break
     return best

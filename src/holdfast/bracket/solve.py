@@ -386,7 +386,7 @@ class _Work:
             if bound is None:
                 more = least(steps, found, all_lines(steps, found), region, last, every)
             else:
-                more = optimised(steps, found, region, every)
+                more = optimised(steps, found, all_lines(steps, found), region, last, every)
             low = torch.maximum(low, more.masked_fill(found.unbounded[:, None], -math.inf))
             if bool(group.refuted(low).all()):
                 return True, method, True
