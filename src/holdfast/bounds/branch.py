@@ -108,6 +108,7 @@ def branch(
     batch = max(2, min(512, MEMORY // width))
     pool, point = _bounded(steps, found, region, pool, lines, misclassified)
     bounded = len(pool.bounds)
+    pool = pool.take((pool.bounds <= 0).nonzero()[:, 0])
     while len(pool.bounds) and point is None and time.monotonic() < until and len(pool.bounds) < MOST:
         order = pool.bounds.argsort()
         some, pool = pool.take(order[: batch // 2]), pool.take(order[batch // 2 :])

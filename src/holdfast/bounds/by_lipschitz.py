@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..threat import Threat
-from .chain import ROWS, chain_of
+from .chain import ROWS, LogitLayer, chain_of
 from .graph import CannotBound
+from .layers import Layer
 from .lipschitz import l2_radius, layer_constants
 from .rounding import HUGE, gamma, underflow
 
+AGREES = 1e-6  # how far a chain may be from the graph of the network, both in float64, relative to its largest logit
 
-def margins_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor | None:
+
+def margins_by_lipschitz(
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, answers: Sequence[tuple[Tensor, Tensor]] = ()
+) -> Tensor | None:
     """Lower bounds of the smallest margin over the threat by Lipschitz constants, (N,); None if a layer has none.
 
     Layer by layer, with L the layer's constant: h is its output at x, in exact arithmetic; no x_adv's exact output is
@@ -23,12 +29,17 @@ def margins_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat)
         rounding_error' = L rounding_error + gamma (||  |W| |h| + |b|  || + || |W| || (radius + rounding_error))
 
     and what underflow may lose is added to it. A sample that may overflow is not proved.
+
+    A chain is what the classes of modules say. ``answers`` are images and the logits (N, K) that the network's own
+    operators give there: where the layers compute others, the chain is of another function, and None is returned.
     """
     dim = math.prod(x.shape[1:])
     try:
         layers, last = chain_of(model)
         constants = layer_constants(layers, x[:1].double(), proved=True)
     except CannotBound:
+        return None
+    if not all(_computes(layers, last, images.double(), logits) for images, logits in answers):
         return None
     weight, bias = last.parameters(torch.float64)
     distances, lengths = (weight[None] - weight[:, None]).norm(dim=2), weight.norm(dim=1)
@@ -58,3 +69,12 @@ def margins_by_lipschitz(model: nn.Module, x: Tensor, y: Tensor, threat: Threat)
         differences = logits - logits.gather(1, labels[:, None]) + rise + slack
         least.append(-differences.scatter(1, labels[:, None], -math.inf).amax(1))
     return torch.cat(least)
+
+
+def _computes(layers: Sequence[Layer], last: LogitLayer, h: Tensor, logits: Tensor) -> bool:
+    """Whether a chain maps images h to these logits."""
+    for layer in layers:
+        h = layer.apply(h)
+    weight, bias = last.parameters(torch.float64)
+    apart = (h @ weight.T + bias - logits).abs().amax(1)
+    return bool(((apart <= AGREES * logits.abs().amax(1) + 1e-30) | ~(logits.abs().amax(1) < HUGE)).all())

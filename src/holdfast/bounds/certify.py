@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import Data, pixels
 from ..errors import UserError, type_of, unknown
-from ..outputs import Model, Queried, frozen_eval
+from ..outputs import Model, Queried, fooled, frozen_eval
 from ..progress import Progress, as_progress
 from ..queries import Batches
 from ..threat import Threat, as_threat, check_images
@@ -214,7 +214,10 @@ def region_of(x: Tensor, threat: Threat) -> Region:
     """All that ``Threat.violation`` forgives around float32 images, in float64."""
     center = x.double()[:, None]
     eps = threat.farthest(math.prod(x.shape[1:]))
-    return Region(Box((center - eps).clamp_min(threat.lo), (center + eps).clamp_max(threat.hi)), center, threat, eps)
+    lowest, highest = (torch.tensor(edge, dtype=torch.float32).item() for edge in (threat.lo, threat.hi))
+    low = (center - eps).clamp_min(min(lowest, threat.lo)).minimum(center)
+    high = (center + eps).clamp_max(max(highest, threat.hi)).maximum(center)
+    return Region(Box(low, high), center, threat, eps)
 
 
 @dataclass(frozen=True)
@@ -240,11 +243,11 @@ def _certify_rows(work: _Work, rows: Tensor, until: float, report: Progress) -> 
     """The ladder of methods for some images."""
     began = time.monotonic()
     region = region_of(work.x[rows], work.threat)
-    finite, logits = _compare(work, work.x[rows], region)
+    finite, logits, compared = _compare(work, work.x[rows], region)
     found = forward(work.steps, region)
     ladder = _Ladder(work, rows, region, found, until, report)
     ladder.possible = finite & (logits.argmax(1) == ladder.y)
-    ladder.cheap()
+    ladder.cheap(compared)
     ladder.seconds += (time.monotonic() - began) / max(1, len(rows))
     if work.level >= METHODS.index("linear"):
         ladder.improve(ladder.linear, work.rows)
@@ -286,7 +289,7 @@ class _Ladder:
 
     def raise_to(self, some: Tensor, low: Tensor, found: Forward, method: str) -> None:
         """Take lower bounds (n, K - 1) of these images, where they exist and are better."""
-        low = low.masked_fill((found.unbounded | ~self.possible[some])[:, None], -math.inf)
+        low = low.masked_fill(low.isnan() | (found.unbounded | ~self.possible[some])[:, None], -math.inf)
         before = self.bounds[some].amin(1)
         self.bounds[some] = torch.maximum(self.bounds[some], low)
         for number in some[(before <= 0) & (self.bounds[some].amin(1) > 0)].tolist():
@@ -294,13 +297,13 @@ class _Ladder:
         proved = int((self.bounds.amin(1) > 0).sum())
         self.report(method, int(self.rows[0]) + proved, len(self.work.y))
 
-    def cheap(self) -> None:
+    def cheap(self, compared: list[tuple[Tensor, Tensor]]) -> None:
         """Boxes, and Lipschitz constants."""
         every, steps = torch.arange(len(self.rows), device=self.x.device), self.work.steps
         lines = all_lines(steps, self.found)
         low = least(steps, self.found, lines, self.region, len(steps) - 1, self.margins, stop=True)
         self.raise_to(every, low, self.found, "interval")
-        low_by_constants = margins_by_lipschitz(self.work.model, self.x, self.y, self.work.threat)
+        low_by_constants = margins_by_lipschitz(self.work.model, self.x, self.y, self.work.threat, compared)
         if low_by_constants is not None:
             bounded = replace(self.found, unbounded=torch.zeros_like(self.found.unbounded))
             self.raise_to(every, low_by_constants[:, None].expand_as(low), bounded, "lipschitz")
@@ -342,7 +345,7 @@ class _Ladder:
 
     def branch(self) -> None:
         """Branch and bound, one image after another; each may take its share of the time that is left."""
-        left = ((self.bounds.amin(1) <= 0) & self.possible).nonzero()[:, 0].tolist()
+        left = ((self.bounds.amin(1) <= 0) & self.possible & ~self.found.unbounded).nonzero()[:, 0].tolist()
         for place, number in enumerate(left):
             start = time.monotonic()
             if number not in self.refined or start > self.until:
@@ -350,8 +353,9 @@ class _Ladder:
                 continue
             part, inside = self.refined[number]
             share = (self.until - start) / (len(left) - place)
+            open_ = self.bounds[number] <= 0
             answer = branch(
-                self.work.steps, part, inside, self.margins[number][self.bounds[number] <= 0],
+                self.work.steps, part, inside, self.margins[number][open_],
                 until=start + share, misclassified=_judge(self.work, self.x[number], self.y[number]),
             )  # fmt: skip
             if answer.point is not None:
@@ -377,29 +381,33 @@ def _judge(work: _Work, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         start = x.expand_as(images)
         inside = work.threat.project(images, start)
         points[:, 0] = inside.double()
-        wrong = Queried(work.model)(inside).logits.argmax(1) != y
+        wrong = fooled(Queried(work.model)(inside).logits, y)
         return wrong & (work.threat.violation(inside, start) == 0)
 
     return misclassified
 
 
-def _compare(work: _Work, x: Tensor, region: Region) -> tuple[Tensor, Tensor]:
-    """Which images the network answers with finite logits, (N,) bool; and the logits, (N, K).
+def _compare(work: _Work, x: Tensor, region: Region) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Which images the network answers with finite logits, (N,) bool; the logits, (N, K); and what was compared.
 
     Raises CannotBound unless these are what its graph computes: at the images and beside them, in a batch, alone, and
     with gradients on.
     """
     finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if not len(x):
-        return finite, x.new_zeros(0, work.graph.classes)
+        return finite, x.new_zeros(0, work.graph.classes), []
+    compared = []
     share = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)).to(region.center)[:, None]
     beside = (region.box.lo + (region.box.hi - region.box.lo) * share)[:, 0].to(x.dtype)
     queried = Queried(work.model)
-    for images in (x, beside):
+    for images, others in ((x, beside), (beside, x)):
         point = images.double()[:, None]
-        exact = forward(work.steps, replace(region, box=Box(point, point), center=point, eps=0.0), rounding=False)
-        logits = exact.boxes[-1].lo[:, 0]
-        answers = [(queried(images).logits, logits), (queried(images[-1:]).logits, logits[-1:])]
+        at = replace(region, box=Box(point, point), center=point, eps=0.0)
+        last = forward(work.steps, at, rounding=False).boxes[-1]
+        logits = ((last.lo + last.hi) / 2)[:, 0]
+        compared.append((images, logits))
+        batch = images if len(images) > 1 else torch.cat([images, others])
+        answers = [(queried(batch).logits[: len(images)], logits), (queried(images[-1:]).logits, logits[-1:])]
         with torch.enable_grad():
             answers.append((queried(images.clone().requires_grad_()).logits.detach(), logits))
         for answer, expected in answers:
@@ -407,7 +415,8 @@ def _compare(work: _Work, x: Tensor, region: Region) -> tuple[Tensor, Tensor]:
                 raise CannotBound("the network returns logits of another shape for a batch than for one image.")
             known = answer.isfinite().all(1) & (expected.abs().amax(1) < HUGE)
             apart = (answer.double() - expected).abs().amax(1)
-            if bool((known & ~(apart <= AGREES * expected.abs().amax(1) + 1e-30)).any()):
+            other = (known & ~(apart <= AGREES * expected.abs().amax(1) + 1e-30)).nonzero()[:, 0]
+            if len(other) and not _by_rounding(work, at, other + len(x) - len(known), answer[other].double()):
                 raise CannotBound(
                     "the network's answers are not those of the operators that one run of it showed: it answers by "
                     "batch, by history or at random, or in lower precision."
@@ -415,7 +424,17 @@ def _compare(work: _Work, x: Tensor, region: Region) -> tuple[Tensor, Tensor]:
             finite[-len(known) :] &= known
         if images is x:
             clean = answers[0][0]
-    return finite, clean
+    return finite, clean, compared
+
+
+def _by_rounding(work: _Work, at: Region, some: Tensor, answers: Tensor) -> bool:
+    """Whether float32 may give these answers (n, K) at some of these points, as where large numbers cancel."""
+    part, inside, _ = take(forward(work.steps, at), at, {}, some)
+    eye = torch.eye(work.graph.classes, dtype=torch.float64, device=some.device)
+    rows = eye[None, :, None].expand(len(some), -1, 1, -1)
+    lines, last = all_lines(work.steps, part), len(work.steps) - 1
+    low, high = (least(work.steps, part, lines, inside, last, rows * sign) * sign for sign in (1, -1))
+    return bool((part.unbounded | ((low <= answers) & (answers <= high)).all(1)).all())
 
 
 def _check(x: Tensor, y: Tensor, threat: Threat) -> None:

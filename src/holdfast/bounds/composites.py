@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
+LARGEST = torch.finfo(torch.float32).max
 Function = Callable[..., Tensor]
 Chooser = Callable[[tuple[Any, ...], tuple[bool, ...]], Function | None]
 
@@ -35,10 +36,10 @@ def minimum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def clamp(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    """low + relu(x - low), and then high - relu(high - x)."""
-    if low is not None:
+    """low + relu(x - low), and then high - relu(high - x); a side that float32 cannot pass is left out."""
+    if low is not None and not (isinstance(low, float) and low <= -LARGEST):
         x = F.relu(x - low) + low
-    return x if high is None else high - F.relu(high - x)
+    return x.clone() if high is None or (isinstance(high, float) and high >= LARGEST) else high - F.relu(high - x)
 
 
 def leaky_relu(x: Tensor, slope: float = 0.01) -> Tensor:
@@ -50,6 +51,20 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
     """The same, with a slope for each channel."""
     slope = weight.view(-1, *[1] * (x.ndim - 2)) if x.ndim > 1 else weight
     return slope * x + (1 - slope) * F.relu(x)
+
+
+def unfold(x: Tensor, dim: int, size: int, step: int) -> Tensor:
+    """A selection of places; the windows become a new dimension behind all others."""
+    dim %= x.ndim
+    starts = torch.arange(0, x.shape[dim] - size + 1, step, device=x.device)
+    places = starts[:, None] + torch.arange(size, device=x.device)
+    return x.index_select(dim, places.flatten()).unflatten(dim, places.shape).movedim(dim + 1, -1)
+
+
+def glu(x: Tensor, dim: int = -1) -> Tensor:
+    """One half times the sigmoid of the other."""
+    a, b = x.chunk(2, dim)
+    return a * b.sigmoid()
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
@@ -203,8 +218,32 @@ def amax(x: Tensor, dims: Any = (), keepdim: bool = False) -> Tensor:
     return x
 
 
+def _filled(place: int, value: float | None = 0.0) -> Chooser:
+    """A constant: of the shape of the first argument, or of the second; value: None for that of the next argument."""
+
+    def chooser(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function:
+        shape = args[0].shape if place == 0 else args[1]
+        like, number = args[0], args[place + 1] if value is None else value
+        if isinstance(number, Tensor):
+            return lambda x, *rest, **more: rest[place].to(like.dtype).expand(shape)
+        return lambda x, *rest, **more: torch.full(shape, number, dtype=like.dtype, device=like.device)
+
+    return chooser
+
+
 # What each operator is written in. Those that keep the order of their inputs also stand in MONOTONE.
 COMPOSITES: dict[str, Chooser] = {
+    "detach": _always(lambda x: x.clone()),  # lines need its derivative
+    "copy": _always(lambda x, source, non_blocking=False: source.to(x.dtype).expand(x.shape)),
+    **dict.fromkeys(("zero", "zeros_like", "empty_like"), _filled(0)),
+    **dict.fromkeys(("new_zeros", "new_empty"), _filled(1)),
+    "ones_like": _filled(0, 1.0),
+    "new_ones": _filled(1, 1.0),
+    **dict.fromkeys(("fill", "full_like"), _filled(0, None)),
+    "new_full": _filled(1, None),
+    "masked_fill": _always(lambda x, mask, value: torch.where(mask, value, x)),
+    "glu": _always(glu),
+    "unfold": _always(unfold),
     "maximum": _always(maximum),
     "minimum": _always(minimum),
     "clamp": _always(clamp),
@@ -219,6 +258,8 @@ COMPOSITES: dict[str, Chooser] = {
     "max_pool2d": _max_pool_of,
     "max_pool2d_with_indices": _max_pool_of,
     "amax": _always(amax),
+    "amin": _always(lambda x, dims=(), keepdim=False: -amax(-x, dims, keepdim)),
+    "min": lambda args, varies: lambda x, *dim, **more: -amax(-x, list(dim[:1]), *dim[1:], **more),
     "max": lambda args, varies: (lambda x, dim, keepdim=False: amax(x, [dim], keepdim)) if len(args) > 1 else amax,
     "_softmax": _softmax_of,
     "_safe_softmax": _softmax_of,
@@ -239,5 +280,5 @@ COMPOSITES: dict[str, Chooser] = {
 }
 MONOTONE = {
     "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "hardtanh", "relu6", "max_pool2d",
-    "max_pool2d_with_indices", "amax", "hardsigmoid",
+    "max_pool2d_with_indices", "amax", "amin", "min", "hardsigmoid",
 }  # fmt: skip

@@ -14,10 +14,12 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,19 +32,22 @@ from .composites import COMPOSITES, MONOTONE
 
 Change = Callable[[int | str, Any], Any]  # what a constant argument becomes, from its position or keyword
 FLOATS = (torch.float32, torch.float64)
+LOOKS_AT_VALUES = "the network's code looks at values of its images: bounds cannot follow it."
 
 
 class CannotBound(UserError):
     """A network that no bound is known for."""
 
 
-class Value(NamedTuple):
+@dataclass(frozen=True)  # of two types: no value equals a constant of the same number
+class Value:
     """The number of an operation whose output depends on the image; 0 is the image itself."""
 
     number: int
 
 
-class Constant(NamedTuple):
+@dataclass(frozen=True)
+class Constant:
     """The number of a tensor that depends on the weights alone."""
 
     number: int
@@ -154,10 +159,11 @@ def read(
     def logits(x: Tensor) -> Tensor:
         return as_outputs(model(x)).logits
 
+    watch = _NoValues()
     try:
-        with _plain_kernels(), torch.set_grad_enabled(grad), _NoValues():
+        with _plain_kernels(), torch.set_grad_enabled(grad), watch:
             model(image)  # what a module computes once and keeps is not kept from the recorded run
-            traced = make_fx(functionalize(logits, remove="mutations"), tracing_mode="real")(image)
+            traced = _traced(logits, image)
     except UserError:
         raise
     except Exception as error:
@@ -165,24 +171,45 @@ def read(
             raise
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         if "value out of" in str(error) or "data-dependent" in str(error).lower():
-            raise CannotBound("the network's code looks at values of its images: bounds cannot follow it.") from None
-        raise CannotBound(f"the network cannot be read as a graph of operators: {first[0][:200]}") from None
-    reader = _Reader()
+            raise CannotBound(LOOKS_AT_VALUES) from None
+        if "non-functional tensor" in str(error):
+            raise CannotBound(
+                "the network keeps what it computes from its images: a bound is of one function."
+            ) from None
+        raise CannotBound(f"the network cannot be read as a graph of operators: {first[0][:200]}.") from None
+    if watch.taken:  # code may have caught the refusal, and gone on without the values
+        raise CannotBound(LOOKS_AT_VALUES)
+    reader = _Reader(image.device)
     image_number = reader.add(Operation("image", torch.Tensor.clone, shape=tuple(image.shape)))
     [answer] = reader.inline(traced, [image_number])
     graph = Graph(tuple(reader.operations), tuple(reader.sources))
     if not isinstance(answer, Value):
         raise CannotBound("the logits do not depend on the image.")
     graph = _without_unused(graph, answer.number)
-    if len(graph.operations[-1].shape) != 2 or graph.operations[-1].shape[0] != 1:
-        raise CannotBound(f"one image gives logits of shape {graph.operations[-1].shape}, expected (1, K).")
+    if len(graph.operations[-1].shape) != 2 or graph.operations[-1].shape[0] != 1 or graph.classes < 2:
+        raise CannotBound(f"one image gives logits of shape {graph.operations[-1].shape}, expected (1, K) with K >= 2.")
+    if any(isinstance(source, Tensor) and bool(source.isnan().any()) for source in graph.sources):
+        raise CannotBound("a weight of the network is NaN.")
     return graph
+
+
+def _traced(function: Callable[..., Any], *examples: Tensor) -> fx.GraphModule:
+    """The operators of one run, without those that change tensors."""
+
+    def once(function: Callable[..., Any]) -> fx.GraphModule:
+        return make_fx(functionalize(function, remove="mutations"), tracing_mode="real")(*examples)
+
+    traced = once(function)
+    if any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in traced.graph.nodes):
+        traced = once(traced)  # of kernels that are made of others, and change tensors of their own
+    return traced
 
 
 class _Reader:
     """Collects operations and constants while graphs of torch are walked."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.operations: list[Operation] = []
         self.sources: list[Tensor | Operation] = []
         self.computed: list[Tensor] = []  # constants, as far as they were needed
@@ -199,6 +226,7 @@ class _Reader:
         """Add the operations of a traced function; inputs: what its arguments are. Returns what its outputs are."""
         found: dict[fx.Node, Any] = {}
         given = iter(inputs)
+        _refuse_sizes_from_values(traced)  # before what is unused is left out: Python may have used its size
         traced.graph.eliminate_dead_code()
         for node in traced.graph.nodes:
             if node.op == "placeholder":
@@ -218,21 +246,32 @@ class _Reader:
         """One operator: an operation if it depends on the image, else a constant; composite ones in primitive ones."""
         args, kwargs = fx.map_arg((tuple(node.args), dict(node.kwargs)), found.__getitem__)
         target: Any = node.target
+        if not isinstance(target, OpOverload) or target.namespace != "aten":
+            raise CannotBound(f"no bound is known for the operator {target}.")
         name = target._opname
         if torch.Tag.nondeterministic_seeded in target.tags:
             raise CannotBound(f"the network draws random numbers ({name}): a bound is of one function.")
         if target._schema.is_mutable:
-            raise CannotBound("the network changes its own tensors when it is asked: a bound is of one function.")
+            raise CannotBound(
+                f"the network changes its own tensors when it is asked ({name}): a bound is of one function."
+            )
         value = node.meta["val"] if item is None else node.meta["val"][item]
         operation = Operation(name, target, tuple(args), tuple(sorted(kwargs.items())), item, tuple(value.shape))
+        if name in ("view", "_unsafe_view"):  # of boxes that lie otherwise in memory too
+            operation = replace(operation, function=torch.reshape)
         if not operation.inputs:
             return self.constant(operation)
         if value.dtype not in FLOATS:
             raise CannotBound(f"{name} computes {value.dtype}: bounds know networks in float32.")
         composite = COMPOSITES.get(name)
-        function = None if composite is None else composite(*self.examples(operation))
-        if function is None:
-            return self.add(operation)
+        try:
+            function = None if composite is None else composite(*self.examples(operation))
+        except UserError as error:
+            raise CannotBound(str(error)) from None
+        return self.add(operation) if function is None else self.in_primitives(operation, function)
+
+    def in_primitives(self, operation: Operation, function: Callable[..., Tensor]) -> Value | Constant:
+        """A composite operator, as the function of its arguments that it is written as."""
         leaves = [leaf for leaf in _leaves((operation.args, operation.kwargs)) if _is_reference(leaf)]
         references = list(dict.fromkeys(leaves))
         examples = [self.example(reference) for reference in references]
@@ -246,10 +285,13 @@ class _Reader:
             )
             return function(*whole[0], **whole[1])
 
-        with torch.no_grad():
-            traced = make_fx(functionalize(of_examples, remove="mutations"), tracing_mode="real")(*examples)
+        try:
+            with torch.no_grad():
+                traced = _traced(of_examples, *examples)
+        except UserError as error:
+            raise CannotBound(str(error)) from None
         [out] = self.inline(traced, references)
-        if name in MONOTONE and isinstance(out, Value) and out.number == len(self.operations) - 1:
+        if operation.name in MONOTONE and isinstance(out, Value) and out.number == len(self.operations) - 1:
             self.operations[-1] = replace(self.operations[-1], corners=operation)
         return out
 
@@ -265,12 +307,26 @@ class _Reader:
     def example(self, reference: Value | Constant) -> Tensor:
         """The constant, or ones in the shape of a value."""
         if isinstance(reference, Value):
-            return torch.ones(self.operations[reference.number].shape)
+            return torch.ones(self.operations[reference.number].shape, device=self.device)
         while len(self.computed) <= reference.number:
             source = self.sources[len(self.computed)]
             with torch.no_grad():
                 self.computed.append(source if isinstance(source, Tensor) else source.bind(self.computed)())
         return self.computed[reference.number].detach()
+
+
+def _refuse_sizes_from_values(traced: fx.GraphModule) -> None:
+    """Raise CannotBound where the size of a tensor depends on values of the arguments, as that of ``nonzero`` does."""
+    varies: set[fx.Node] = set()
+    for node in traced.graph.nodes:
+        read = varies.intersection(node.all_input_nodes)
+        if node.op == "placeholder" or read:
+            varies.add(node)
+        dynamic = isinstance(node.target, OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags
+        if dynamic and node.target._opname.startswith("index"):  # by a mask alone
+            read = {each for each in read if each.meta["val"].dtype in (torch.bool, torch.uint8)}
+        if dynamic and read:
+            raise CannotBound(LOOKS_AT_VALUES)
 
 
 def _without_unused(graph: Graph, answer: int) -> Graph:
@@ -312,6 +368,11 @@ def leaves_of(operation: Operation) -> list[Any]:
     return [leaf for leaf in _leaves((operation.args, operation.kwargs)) if _is_reference(leaf)]
 
 
+def leaves_in(argument: Any) -> list[Any]:
+    """The leaves of a nested argument, with each Value or Constant as one."""
+    return _leaves(argument)
+
+
 def _constants_in(operation: Operation) -> set[int]:
     return {leaf.number for leaf in _leaves((operation.args, operation.kwargs)) if isinstance(leaf, Constant)}
 
@@ -330,6 +391,8 @@ def _attribute(module: nn.Module, path: str) -> Tensor:
     for parent in parents:
         module = getattr(module, parent)
     tensor: Tensor = getattr(module, name)
+    if not isinstance(tensor, Tensor):
+        raise CannotBound(f"the network uses {type(tensor).__name__}, which is no tensor: a bound is of one function.")
     if torch._is_functional_tensor(tensor):
         tensor = torch._from_functional_tensor(tensor)
     return tensor
@@ -348,14 +411,44 @@ def _plain_kernels() -> Iterator[None]:
 
 
 class _NoValues(TorchFunctionMode):
-    """Refuses Python code that takes the values out of a tensor: they would be those of one image for ever."""
+    """Refuses Python code that takes the values out of a tensor: they would be those of one image for ever.
 
-    TAKING = ("numpy", "__array__", "tolist", "__reversed__", "data_ptr")
+    An instance norm is read as the group norm that it is: torch computes it as a batch norm of batch statistics.
+    """
+
+    TAKING = (
+        "numpy", "__array__", "__dlpack__", "tolist", "item", "__bool__", "__int__", "__float__", "__index__",
+        "__complex__", "__contains__", "__repr__", "__format__", "__reversed__", "__reduce_ex__", "__deepcopy__",
+        "is_nonzero", "equal", "allclose", "data_ptr", "storage", "untyped_storage", "nonzero", "unique",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in self.TAKING and args and _is_traced(args[0]):
-            raise CannotBound("the network's code takes the values out of a tensor: bounds cannot follow it.")
+        name = getattr(func, "__name__", "")
+        if name in self.TAKING and any(isinstance(arg, Tensor) and _is_traced(arg) for arg in args):
+            self.taken = True
+            raise CannotBound(LOOKS_AT_VALUES)
+        if func is F.instance_norm:
+            return _instance_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if use_input_stats:
+        return F.group_norm(input, input.shape[1], weight, bias, eps)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
 def _is_traced(tensor: Tensor) -> bool:

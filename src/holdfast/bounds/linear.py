@@ -181,7 +181,7 @@ def least(
             total = total + _least_in_box(rows, found.boxes[number])
         else:
             total = total + _through_lines(rows, lines[number], found.boxes[number], step, waiting)
-    return total
+    return torch.where(total.isnan(), -math.inf, total)  # inf - inf: nothing is known
 
 
 def _least_in_box(rows: Tensor, box: Box) -> Tensor:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..threat import column
-from .graph import CannotBound, Constant, Graph, Operation, Value, leaves_of
-from .rounding import FUNCTION, HUGE, TINY, gamma, underflow
+from .graph import CannotBound, Constant, Graph, Operation, Value, leaves_in, leaves_of
+from .rounding import FUNCTION, HUGE, TINY, UNIT, gamma, underflow
 
 CELLS = 32  # of the grid on which a curved function is sampled
 
@@ -58,12 +58,14 @@ class Affine:
         weights: arguments that multiply, where they are constants.
         biases: arguments that are added, where they are constants.
         absolute: the operator with every sign positive, where it is another one.
+        inputs: arguments that may be values, where not all may: the operator is affine in these alone.
     """
 
     terms: int | Callable[[Operation, Sequence[Tensor], Graph], int] = 0
     weights: tuple[int | str, ...] = ()
     biases: tuple[int | str, ...] = ()
     absolute: Callable[..., Any] | None = None
+    inputs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,28 @@ class Curved:
         monotone: whether it increases.
         kinks: where its derivative jumps.
         least: of its values, where samples alone would not give it.
-        slack: by how much the kernel may differ from a smooth function, such as softplus beyond its threshold.
+        slack: by how much the kernel may differ from a smooth function, as softplus does beyond its threshold.
+        cancels: what the kernel loses where it adds numbers of the size of its argument, in units of that size: a gelu
+            is x (1 + erf), also where erf is almost -1.
     """
 
     curvature: Callable[[Operation, Tensor, Tensor], Tensor | float]
     monotone: bool = False
     kinks: tuple[float, ...] = ()
     least: float = -math.inf
-    slack: float = 0.0
+    slack: Callable[[Operation], float] = lambda operation: 0.0
+    cancels: float = 0.0
 
 
 def _inputs_per_output(operation: Operation, constants: Sequence[Tensor], graph: Graph) -> int:
     """Of a sum or a mean over whole dimensions."""
     size = math.prod(graph.operations[operation.inputs[0]].shape)
     return max(1, size // max(1, math.prod(operation.shape)))
+
+
+def _inputs_of_mean(operation: Operation, constants: Sequence[Tensor], graph: Graph) -> int:
+    """A fused norm computes x scale - mean scale, and not (x - mean) scale: as if its mean rounded three times more."""
+    return _inputs_per_output(operation, constants, graph) + 3
 
 
 def _all_inputs(operation: Operation, constants: Sequence[Tensor], graph: Graph) -> int:
@@ -116,6 +126,11 @@ def _window(operation: Operation, constants: Sequence[Tensor], graph: Graph) -> 
     return math.prod(kernel) ** (2 if len(kernel) == 1 else 1)
 
 
+def _of_positions(operation: Operation, constants: Sequence[Tensor], graph: Graph) -> int:
+    """Of a bilinear interpolation, whose weights come from positions in float32: they round as the largest of them."""
+    return 16 + 8 * max(*graph.operations[operation.inputs[0]].shape[-2:], *operation.shape[-2:])
+
+
 def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, *more: Any) -> tuple[Tensor]:
     """x factor + offset, one of each for a channel, with running statistics."""
     factor = (var + more[-1]).rsqrt()
@@ -136,24 +151,24 @@ MOVE = Affine()
 NORMS = ("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training")
 SCALED = Affine(1, (0, 1))
 AFFINE: dict[str, Affine] = {
-    "convolution": Affine(_of_kernel, (1,), (2,)),
+    "convolution": Affine(_of_kernel, (1,), (2,), inputs=(0, 2)),
     "addmm": Affine(_inner, (1, 2, "alpha", "beta"), (0,)),
     "mm": Affine(_inner, (0, 1)),
     "bmm": Affine(_inner, (0, 1)),
-    **dict.fromkeys(NORMS, Affine(4)),
+    **dict.fromkeys(NORMS, Affine(8, (1, 3), (2,), inputs=(0,))),  # 6 on a CPU; a GPU's rsqrt has a few more units
     "mul": SCALED,
-    "div": Affine(1, (1,)),
+    "div": Affine(1, (1,), inputs=(0,)),
     "add": Affine(2, ("alpha",), (0, 1)),
     "sub": Affine(2, ("alpha",), (0, 1), torch.add),
-    "rsub": Affine(2, ("alpha",), (1,), torch.add),
+    "rsub": Affine(2, (2, "alpha"), (1,), lambda x, other, alpha=1: other + alpha * x),
     "neg": Affine(0, absolute=torch.clone),
     "sum": Affine(_inputs_per_output),
-    "mean": Affine(_inputs_per_output),
+    "mean": Affine(_inputs_of_mean),
     "cumsum": Affine(_all_inputs),
     "avg_pool2d": Affine(_window),
     "_adaptive_avg_pool2d": Affine(_all_inputs),
-    "upsample_bilinear2d": Affine(16),
-    "where": Affine(0, (), (1, 2)),
+    "upsample_bilinear2d": Affine(_of_positions),
+    "where": Affine(0, (), (1, 2), inputs=(1, 2)),
     "constant_pad_nd": Affine(0, (), (2,)),
     "cat": Affine(0, (), (0,)),
     "stack": Affine(0, (), (0,)),
@@ -161,9 +176,9 @@ AFFINE: dict[str, Affine] = {
         (
             "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "squeeze", "unsqueeze",
             "expand", "slice", "select", "split", "split_with_sizes", "unbind", "index_select", "index", "flip", "roll",
-            "clone", "alias", "detach", "_to_copy", "lift_fresh", "reflection_pad2d", "replication_pad2d", "repeat",
+            "clone", "alias", "_to_copy", "lift_fresh", "reflection_pad2d", "replication_pad2d", "repeat",
             "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "upsample_nearest2d",
-            "unfold", "im2col", "diagonal", "copy", "movedim", "slice_scatter", "select_scatter",
+            "im2col", "diagonal", "copy", "movedim", "slice_scatter", "select_scatter",
         ),
         MOVE,
     ),
@@ -176,25 +191,48 @@ def _constant(bound: float) -> Callable[[Operation, Tensor, Tensor], Tensor | fl
 
 def _positive(bound: Callable[[Tensor], Tensor]) -> Callable[[Operation, Tensor, Tensor], Tensor | float]:
     """Of a function that is smooth on x > 0 alone, and less and less curved there."""
-    return lambda operation, lo, hi: torch.where(lo > 0, bound(lo.clamp_min(1e-300)), math.inf)
+    return lambda operation, lo, hi: torch.where(lo > 2 * TINY, bound(lo.clamp_min(TINY)), math.inf)
 
 
-def _elu(operation: Operation, lo: Tensor, hi: Tensor) -> float:
-    alpha, scale, inner = [*operation.args[1:], 1.0, 1.0, 1.0][:3]
-    return abs(alpha * scale) * inner * inner
+def _elu(operation: Operation, lo: Tensor, hi: Tensor) -> Tensor:
+    """Of alpha (exp(inner x) - 1) on x < 0; 0 beyond."""
+    alpha, scale, inner = _elu_settings(operation)
+    return abs(alpha * scale) * inner * inner * torch.maximum((inner * lo).exp(), torch.ones_like(lo))
+
+
+def _elu_settings(operation: Operation) -> tuple[float, float, float]:
+    """(alpha, scale, input scale) of elu and celu."""
+    given = [float(each) for each in operation.args[1:]]
+    if operation.name == "celu":
+        alpha = given[0] if given else 1.0
+        return alpha, 1.0, 1.0 / alpha
+    alpha, scale, inner = [*given, *[1.0] * (3 - len(given))]
+    return alpha, scale, inner
+
+
+def _softplus(operation: Operation) -> tuple[float, float]:
+    """(beta, threshold)."""
+    beta, threshold = [*(float(each) for each in operation.args[1:]), *(1.0, 20.0)[len(operation.args) - 1 :]]
+    return beta, threshold
+
+
+def _softplus_slack(operation: Operation) -> float:
+    """The jump at the threshold, beyond which the kernel returns x; and what it may flush to zero before it divides."""
+    beta, threshold = _softplus(operation)
+    return (math.log1p(math.exp(min(-threshold, 700.0))) + 2 * TINY) / abs(beta)
 
 
 CURVED: dict[str, Curved] = {
     "sigmoid": Curved(_constant(0.0963), True),
     "tanh": Curved(_constant(0.77), True),
     "erf": Curved(_constant(0.97), True),
-    "gelu": Curved(_constant(1.0)),
+    "gelu": Curved(_constant(1.0), cancels=4.0),
     "silu": Curved(_constant(0.501)),
     "mish": Curved(_constant(1.0)),
-    "softplus": Curved(lambda operation, lo, hi: 0.25 * (operation.args[1:2] or (1.0,))[0], True, slack=3e-9),
+    "softplus": Curved(lambda operation, lo, hi: 0.25 * abs(_softplus(operation)[0]), True, slack=_softplus_slack),
     "log_sigmoid_forward": Curved(_constant(0.25), True),
-    "elu": Curved(_elu, False, (0.0,)),
-    "hardswish": Curved(_constant(0.334), False, (-3.0, 3.0)),
+    **dict.fromkeys(("elu", "celu"), Curved(_elu, False, (0.0,))),
+    "hardswish": Curved(_constant(0.334), False, (-3.0, 3.0), cancels=4.0),
     "abs": Curved(_constant(0.0), False, (0.0,), 0.0),
     "sin": Curved(_constant(1.0)),
     "cos": Curved(_constant(1.0)),
@@ -212,7 +250,7 @@ CURVED: dict[str, Curved] = {
 
 def _away_from_zero(lo: Tensor, hi: Tensor) -> Tensor:
     nearest = torch.where(lo > 0, lo, torch.where(hi < 0, -hi, torch.zeros_like(lo)))
-    return torch.where(nearest > 0, 2 * nearest.clamp_min(1e-300) ** -3, math.inf)
+    return torch.where(nearest > 2 * TINY, 2 * nearest.clamp_min(TINY) ** -3, math.inf)
 
 
 def over_rows(function: Callable[..., Any], *rows: Tensor) -> Any:
@@ -246,13 +284,15 @@ class AffineStep(Step):
     def __init__(self, operation: Operation, constants: list[Tensor], graph: Graph, dtype: torch.dtype) -> None:
         super().__init__(operation, constants)
         rule = AFFINE[operation.name]
+        _check_affine(operation, rule)
         self.shapes = [graph.operations[number].shape for number in self.inputs]
         self.terms = rule.terms if isinstance(rule.terms, int) else rule.terms(operation, constants, graph)
         self.moves = self.terms == 0 and rule.absolute is None
+        self.inserts = self.moves and bool(rule.biases)
         self.averages = rule.absolute is None and not rule.weights and not rule.biases and operation.name not in NORMS
         ready = [c.to(dtype) if c.is_floating_point() else c for c in constants]
         norm = operation.name in NORMS
-        weights, biases = ((1,), (2, 3)) if norm else (rule.weights, rule.biases)
+        weights, biases = ((1,), (2, 3)) if norm else (rule.weights, rule.biases)  # in the box a mean is added
         signed = replace(operation, function=_batch_norm) if norm else operation
         positive = signed if rule.absolute is None else replace(operation, function=rule.absolute)
         terms = replace(operation, function=_batch_norm_terms) if norm else positive
@@ -260,7 +300,7 @@ class AffineStep(Step):
         self.absolute = positive.bind(ready, _absolute(dtype, weights, biases, lambda part: part * 0))
         self.magnitude = terms.bind(ready, _absolute(dtype, weights, biases, abs))
         self.zeros = [torch.zeros(shape, dtype=dtype, device=_device(ready)) for shape in self.shapes]
-        self._factors = operation, ready, weights, norm
+        self._factors = operation, ready, rule.weights, norm
 
     @cached_property
     def largest_weight(self) -> float:
@@ -268,6 +308,23 @@ class AffineStep(Step):
         operation, constants, weights, norm = self._factors
         largest = _largest(operation, constants, weights)
         return max(largest, _largest_scale(operation, constants)) ** 2 if norm else largest
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise CannotBound unless it is affine at a random point, with the derivative and the signs that bounds use:
+        no entry of a table is believed unseen."""
+        generator = torch.Generator().manual_seed(0)
+        points = [torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device) for z in self.zeros]
+        rise = self.function(*points) - self.offset
+        row = torch.randn(rise.shape, generator=generator, dtype=rise.dtype).to(rise.device)
+        pulled = sum((part[0] * at).sum() for part, at in zip(self.pull(row[None]), points, strict=True))
+        most = self.absolute(*(at.abs() for at in points))
+        apart = ((row * rise).sum() - pulled).abs() > 1e-9 * (
+            (row * rise).abs().sum() + (row.abs() * most).sum()
+        ) + 1e-300
+        above = rise.abs() > most * (1 + 1e-9) + 1e-9 * most.amax()
+        if bool(apart | above.any()):  # infinite weights prove nothing, and pass
+            raise CannotBound(f"the operator {self.operation.name} is not affine as bounds read it.")
 
     @cached_property
     def offset(self) -> Tensor:
@@ -289,8 +346,8 @@ class AffineStep(Step):
         return Box(center - radius, center + radius)
 
     def rounding(self, boxes: list[Box], out: Box) -> Tensor | None:
-        if not self.terms:
-            return None
+        if not self.terms:  # but a constant that is no float32 number is
+            return gamma(0) * self.offset.abs().expand(boxes[0].lo.shape[0], *self.shape) if self.inserts else None
         largest = [box.largest for box in boxes]
         size: Tensor = over_rows(self.magnitude, *largest)
         most = torch.stack([part.flatten(1).amax(1) for part in largest]).amax(0)
@@ -361,6 +418,7 @@ class CurvedStep(RelaxedStep):
         if operation.name == "pow" and operation.args[1] != 2:
             raise CannotBound(f"no bound is known for the power {operation.args[1]}.")
         self.rule = CURVED[operation.name]
+        self.slack = self.rule.slack(operation)
         self.function = operation.bind(
             [c.to(dtype) if c.is_floating_point() else c for c in constants], _as_dtype(dtype)
         )
@@ -376,25 +434,28 @@ class CurvedStep(RelaxedStep):
             places = torch.cat([places, torch.stack(kinks)]).sort(0).values
         cell = (hi - lo) / CELLS
         curvature = self.rule.curvature(self.operation, lo, hi)
-        leaves = cell * cell * curvature / 8 + self.rule.slack
-        return places, self.function(places), torch.where(cell > 0, leaves, torch.full_like(cell, self.rule.slack))
+        leaves = cell * cell * curvature / 8 + self.slack
+        return places, self.function(places), torch.where(cell > 0, leaves, torch.full_like(cell, self.slack))
 
     def box(self, boxes: list[Box]) -> Box:
         [box] = boxes
         if self.rule.monotone:
             low, high = self.function(box.lo), self.function(box.hi)
-            return Box(torch.minimum(low, high) - self.rule.slack, torch.maximum(low, high) + self.rule.slack)
+            return Box(torch.minimum(low, high) - self.slack, torch.maximum(low, high) + self.slack)
         _, values, leaves = self.samples(box)
         low = _no_nan(values.amin(0) - leaves, -math.inf).clamp_min(self.rule.least)
         return Box(low, _no_nan(values.amax(0) + leaves, math.inf))
 
     def rounding(self, boxes: list[Box], out: Box) -> Tensor | None:
         [box] = boxes
-        places, values, _ = self.samples(box)
-        steepest = (values.diff(dim=0) / places.diff(dim=0).clamp_min(1e-300)).abs().amax(0)
+        places = self.samples(box)[0].detach().requires_grad_()
+        with torch.enable_grad():
+            steepest = torch.autograd.grad(self.function(places).sum(), places)[0].abs().amax(0)
         curvature = self.rule.curvature(self.operation, *box)
         steepest = steepest + curvature * (box.hi - box.lo) / CELLS
-        return FUNCTION * (out.largest + steepest * box.largest) + 4 * TINY
+        error = FUNCTION * (out.largest + steepest * box.largest) + self.rule.cancels * UNIT * box.largest
+        error = error + 4 * TINY * (1 + steepest + box.largest)  # what is flushed: the argument, a factor, the result
+        return error.masked_fill(~(out.largest < HUGE), math.inf)
 
     def rounded(self, boxes: list[Box], out: Box, error: Tensor) -> Box:
         box = super().rounded(boxes, out, error)
@@ -403,9 +464,9 @@ class CurvedStep(RelaxedStep):
     def lines(self, boxes: list[Box]) -> Lines:
         [box] = boxes
         places, values, leaves = self.samples(box)
-        secants = values.diff(dim=0) / places.diff(dim=0).clamp_min(1e-300)
+        secants = _slope(values.diff(dim=0), places.diff(dim=0), box)
         number = len(secants)
-        chord = (values[-1] - values[0]) / (box.hi - box.lo).clamp_min(1e-300)
+        chord = _slope(values[-1] - values[0], box.hi - box.lo, box)
         slopes = torch.stack([chord, *(secants[place] for place in (0, number // 4, number // 2, 3 * number // 4, -1))])
         slopes = torch.cat([slopes, torch.zeros_like(slopes[:1])]).nan_to_num(0.0, 0.0, 0.0)
         middle, average = places.mean(0), values.mean(0)
@@ -481,10 +542,25 @@ def bind(graph: Graph, dtype: torch.dtype) -> list[Step]:
         elif name in CURVED:
             steps.append(CurvedStep(operation, constants, graph, dtype))
         elif name in AFFINE:
-            steps.append(AffineStep(operation, constants, graph, dtype))
+            affine = AffineStep(operation, constants, graph, dtype)
+            if dtype == torch.float64:  # for proofs
+                affine.check()
+            steps.append(affine)
         else:
             raise CannotBound(no_rule(name))
     return steps
+
+
+def _check_affine(operation: Operation, rule: Affine) -> None:
+    """Raise CannotBound where an operator of the table is not affine in its inputs."""
+    values = [
+        place for place, argument in enumerate(operation.args) if any(isinstance(x, Value) for x in leaves_in(argument))
+    ]
+    products = operation.name in ("addmm", "mm", "bmm", "mul") and sum(place in rule.weights for place in values) > 1
+    if products or (rule.inputs is not None and not set(values) <= set(rule.inputs)):
+        raise CannotBound(f"no bound is known for the operator {operation.name} of values that depend on the image.")
+    if dict(operation.kwargs).get("rounding_mode") is not None:
+        raise CannotBound(f"no bound is known for the operator {operation.name} that rounds.")
 
 
 def no_rule(name: str) -> str:
@@ -538,7 +614,14 @@ def _largest(operation: Operation, constants: list[Tensor], weights: Sequence[in
 def _largest_scale(operation: Operation, constants: list[Tensor]) -> float:
     """The largest 1 / sqrt(var + eps) of a batch norm."""
     var, eps = constants[operation.args[4].number], operation.args[-1]
-    return float((var.detach().double() + eps).rsqrt().amax())
+    least = float((var.detach().double() + eps).amin())
+    return least**-0.5 if least >= TINY else math.inf  # a kernel may flush it to zero
+
+
+def _slope(rise: Tensor, run: Tensor, box: Box) -> Tensor:
+    """rise / run; zero over a run that is lost in rounding, where the rise is noise."""
+    enough = run > 1e-9 * box.largest
+    return torch.where(enough, rise / torch.where(enough, run, torch.ones_like(run)), torch.zeros_like(run))
 
 
 def _no_nan(values: Tensor, instead: float) -> Tensor:
