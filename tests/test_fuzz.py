@@ -126,6 +126,7 @@ def files(folder, monkeypatch):
         "data.hub",
         "experiments.pipeline.cached_audit",
         "bracket.measure._attack",
+        "bracket.prove._attack",
         "train.loop._epoch",
         "process_pool.run",
     ):
@@ -209,7 +210,7 @@ FIRST = {
 }  # fmt: skip
 SMALL = {
     "train": "--limit-train 40 --device cpu --model linear", "evaluate": "--limit 4 --suite tiny --device cpu",
-    "bracket": "--limit 2 --seconds 0 --device cpu", "explain": "--limit 4 --device cpu",
+    "bracket": "--limit 2 --budget 5s --device cpu", "explain": "--limit 4 --device cpu",
     "compare": "--limit-train 40 --limit 4 --jobs 1 --device cpu",
     "recipe": "--limit-train 40 --limit 4 --jobs 1 --device cpu",
 }  # fmt: skip

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.helpers import on_digits
 from torch import nn
 from typer.testing import CliRunner
 
@@ -239,17 +238,17 @@ def test_the_command_line_brackets_a_run(brief, tmp_path, monkeypatch):
     asked = ["train", "-o", "run", "--model", "linear", "--loss", "isce:s=3", "--epochs", "2", "--device", "cpu", "-q"]
     trained = run(app, asked)
     assert trained.exit_code == 0, trained.output
-    same = ["bracket", "run", "--threat", "linf:0.05", "--limit", "12", "--device", "cpu", "--quiet"]
+    same = ["bracket", "run", "--margins", "--threat", "linf:0.05", "--limit", "12", "--device", "cpu", "--quiet"]
     told = run(app, [*same, "--json"])
     assert told.exit_code == 0, told.output
     found = json.loads(told.stdout)
     assert (found["samples"], found["trained_s"], found["threat"]["eps"]) == (12, 3.0, 0.05)
-    folder = tmp_path / "run" / "bracket-linf0.05"
+    folder = tmp_path / "run" / "margins-linf0.05"
     assert {"bracket.json", "bracket.svg", "bracket.png"} <= {path.name for path in folder.iterdir()}
     again = run(app, same)
     assert again.exit_code == 0, again.output
     assert again.stdout.strip() == found["sentence"]
-    for wrong in (["bracket", "nowhere"], ["bracket", "run", "--threat", "what"], [*same, "--limit", "5"]):
+    for wrong in (["bracket", "nowhere"], ["bracket", "run", "--margins", "--threat", "what"], [*same, "--limit", "5"]):
         assert isinstance(run(app, [*wrong, "--device", "cpu"]).exception, UserError)
     with pytest.raises(UserError, match="seconds"):
         bracket_run(tmp_path / "run", "linf:0.2", seconds=-1)
@@ -270,14 +269,10 @@ def test_a_classifier_is_read_as_it_is_asked(brief):
 # A trained network, with attacks of full length.
 
 
-def layers():
-    return nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
-
-
 @pytest.fixture(scope="module")
-def subject():
-    net, split = on_digits(layers, lr=3e-3, epochs=10)
-    return net.eval(), split.train.take(slice(0, 12))
+def subject(small):
+    net, split = small
+    return net, split.train.take(slice(0, 12))
 
 
 @pytest.fixture(scope="module")

@@ -765,7 +765,7 @@ def test_other_commands_take_ones_own_network_too(command, own, holdfast_):
     code, _, err = holdfast_(command, "mine.py:build", "--device", "cpu")
     assert code == 2
     assert "--data" in err
-    more = ("--seconds", "1") if command == "bracket" else ()
+    more = ("--budget", "20s") if command == "bracket" else ()
     code, out, err = holdfast_(command, "mine.py:build", "--input-layout", "flat", *own, *more)
     assert not code, err
     assert out

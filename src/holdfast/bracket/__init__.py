@@ -16,7 +16,8 @@ import math
 from pathlib import Path
 
 from .. import run_folder
-from ..errors import at_least
+from ..bounds import METHODS
+from ..errors import at_least, unknown
 from ..experiments.evaluate_model import ModelUnderTest, check_classes, from_run
 from ..io import save_tensors, write_atomic
 from ..progress import Progress
@@ -148,7 +149,7 @@ def subject_accuracy(
 ) -> tuple[AccuracyBracket, list[Path]]:
     """Bracket the accuracy of any network on its test images; write accuracy.json and the adversarial examples.
 
-    After an interruption, the same call resumes; with more time, it goes on.
+    After an interruption, the same call resumes; with more time or a stronger method, it goes on.
 
     Args:
         subject: What ``from_run`` or ``from_file`` opened.
@@ -167,8 +168,10 @@ def subject_accuracy(
         UserError: As ``bracket_accuracy`` does; ``out`` belongs to another bracket.
     """
     parsed, out = Threat.parse(threat), Path(out)  # before anything is written
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
     check_classes(subject)
-    settings = {**subject.about, "threat": threat, "method": method, "seed": seed, "limit": limit}
+    settings = {**subject.about, "threat": threat, "seed": seed, "limit": limit}
     run_folder.reserve(out, settings)
     network = f"{run_folder.weights_hash(subject.model)} {subject.code}".strip()
     found = bracket_accuracy(

@@ -88,7 +88,7 @@ def bracket_accuracy(
         trained_with: the loss the network was trained with, or its name: the attacks maximise its score.
         seed: of the attacks' noise.
         checkpoint: a file that is saved to and resumed from; the finished bracket is read back, and goes on where more
-            time is allowed.
+            time or a stronger method is allowed.
         key: what the checkpoint belongs to, weights and data.
         progress: called with (what is being done, samples decided, samples).
 
@@ -121,7 +121,7 @@ def bracket_accuracy(
         CountingModel(model), data.to(device_of(model, data)), threat, Noise(any_seed(seed), data.index),
         stage_scores(trained_with), method, seconds, report,
     )  # fmt: skip
-    identity = {"key": key, "threat": threat.describe(), "method": method, "seed": seed, "n": len(data),
+    identity = {"key": key, "threat": threat.describe(), "seed": seed, "n": len(data),
                 "loss": _name_of(trained_with)}  # fmt: skip
     with exact_float32(), frozen_eval(model):
         state = _State.load(checkpoint, identity, work) or _begun(work, checkpoint, identity)
@@ -257,7 +257,7 @@ class _State:
             rows=torch.tensor(rows, dtype=torch.int64),
             x_adv=torch.stack([self.x_adv[row] for row in rows]) if rows else torch.zeros(0, *shape),
             steps=tuple(self.steps.values()), spent=self.spent, budget=work.seconds,
-            out_of_time=int(((c["fate"] == BETWEEN) & (unended | (c["calls"] < len(CALLS[work.method])))).sum()),
+            out_of_time=int(((c["fate"] == BETWEEN) & (unended | (c["calls"] < _rank(work.method)))).sum()),
             unconfirmed=self.unconfirmed, why_not=self.why_not,
         )  # fmt: skip
 
@@ -270,7 +270,7 @@ def _columns(n: int) -> dict[str, Tensor]:
         "fate": whole.clone(), "by": whole.clone(), "margin": zero.clone(), "margin_adv": zero.clone(),
         "prediction_adv": whole.clone(), "bound": zero - math.inf, "seconds": zero.clone(),
         "attacks": whole.clone(),  # how many stages have attacked it
-        "calls": whole.clone(),  # how many of CALLS have ended on it
+        "calls": whole.clone(),  # the last of METHODS that was tried on it, counted from 1
         "ended": whole.clone(),  # 1: the last call ran to its end; 0: time ran out first, or there was none
         "given": zero.clone(),  # seconds that branch and bound last had for it
     }  # fmt: skip
@@ -386,25 +386,30 @@ def _prove(work: _Work, state: _State) -> None:
     for place, (method, size) in enumerate(calls):
         share = EARLY_SHARE if place + 1 < len(calls) else 1.0
         until = state.spent + share * (work.seconds - state.spent)
-        while state.spent < until and not state.why_not and len(todo := _waiting(state, place, method, until)):
+        while state.spent < until and not state.why_not and len(todo := _waiting(state, method, until)):
             todo = todo[(-state.columns["bound"][todo]).argsort(stable=True)]  # the nearest to a proof first
             for turn, some in enumerate(todo.split(size)):
                 if state.spent >= until or state.why_not:
                     break
                 waiting = len(todo) - turn * size
                 _certify(work, state, method, some, (until - state.spent) * len(some) / waiting)
-                state.columns["calls"][some] = place + 1
+                state.columns["calls"][some] = _rank(method)
                 state.save()
                 work.progress(f"proof: {method}", len(work.data) - len(state.left), len(work.data))
 
 
-def _waiting(state: _State, place: int, method: str, until: float) -> Tensor:
+def _rank(method: str) -> int:
+    """The place of a method, from 1: the column "calls" holds it."""
+    return METHODS.index(method) + 1
+
+
+def _waiting(state: _State, method: str, until: float) -> Tensor:
     """Samples for a method: once each; branch and bound again where a fair share is more than it had."""
     left, columns = state.left, state.columns
-    if method != "branch":
-        return left[columns["calls"][left] <= place]
-    each = (until - state.spent) / max(1, len(left))
-    return left[(columns["calls"][left] <= place) | (MORE * columns["given"][left] < each)]
+    waiting = columns["calls"][left] < _rank(method)
+    if method == "branch":
+        waiting |= MORE * columns["given"][left] < (until - state.spent) / max(1, len(left))
+    return left[waiting]
 
 
 def _certify(work: _Work, state: _State, method: str, rows: Tensor, seconds: float) -> None:

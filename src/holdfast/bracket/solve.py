@@ -215,7 +215,8 @@ class _Work:
         self.net, self.wanted, self.until, self.report = net, wanted, until, report
         self.shape = image_shape(net, wanted.n_inputs)
         self.generator = torch.Generator().manual_seed(seed)
-        self.note, self.session = "", self._session()
+        self.note = ""
+        self.session = self._session()
         self.found: Answer | None = None
         self.unconfirmed = 0
         self.groups = self._groups()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +38,6 @@ WAYS = {
 
 @app.command(rich_help_panel="Look", epilog=EXITS)
 def bracket(
-    context: typer.Context,
     run: Annotated[str, typer.Argument(help=NETWORK)],
     threat: o.OneThreat = "linf:0.1",
     budget: Annotated[str, option("Wall-clock time in all: 90s, 10min, 2h. Open samples share it evenly.")] = "10min",
@@ -94,13 +94,15 @@ def bracket(
 
     Attacks come first, then proofs on what they leave: intervals and Lipschitz constants, lines (CROWN), optimised
     slopes, branch and bound on ReLUs. Where nothing lies between, the answer is exact. Writes accuracy.json and
-    witnesses.safetensors. An interrupted command resumes when it is rerun; with a larger --budget it goes on.
+    witnesses.safetensors. An interrupted command resumes when it is rerun; with a larger --budget or a stronger
+    --method it goes on.
 
     --margins brackets each sample's worst-case margin drop: s_att by attacks, s_cert by bounds, s* exactly (linf and a
     small fully connected ReLU network). Writes bracket.json, .svg and .png.
     """
+    given = dict(locals())
     way = "vnnlib" if vnnlib is not None else "margins" if margins else ""
-    _check_options(context, way)
+    _check_options(given, way)
     if vnnlib is not None:
         _property(run, vnnlib, budget, out, seed, quiet, as_json)
         return
@@ -123,15 +125,15 @@ def bracket(
     show(quiet, as_json)
 
 
-def _check_options(context: typer.Context, way: str) -> None:
+def _check_options(given: dict[str, Any], way: str) -> None:
     """Refuse options that this way of the command would leave unused."""
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and name not in WAYS[way]:
-            theirs = [other for other, names in WAYS.items() if name in names and other]
+    for name, parameter in inspect.signature(bracket).parameters.items():
+        if given[name] != parameter.default and name not in WAYS[way]:
             option_name = f"--{name.replace('_', '-')}"
-            where = f"--{way} takes no {option_name}" if way else f"{option_name} needs --{theirs[0]}"
-            raise UserError(f"{where}: leave one of them out." if way else f"{where}: add it, or leave it out.")
+            if way:
+                raise UserError(f"--{way} takes no {option_name}: leave one of them out.")
+            other = next(other for other, names in WAYS.items() if other and name in names)
+            raise UserError(f"{option_name} needs --{other}: add it, or leave it out.")
 
 
 def _seconds(budget: str) -> float:
