@@ -56,7 +56,7 @@ KNOWS = {
 MEANT = {
     "alpha": (
         "bounds/linear.py",
-        "bounds/rules.py",
+        "bounds/steps.py",
         "bounds/branch.py",
         "bounds/smoothing.py",
         "bounds/votes.py",

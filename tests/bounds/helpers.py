@@ -11,7 +11,7 @@ from torch import nn
 from holdfast.bounds.certify import region_of
 from holdfast.bounds.graph import read
 from holdfast.bounds.linear import all_lines, forward, least
-from holdfast.bounds.rules import bind
+from holdfast.bounds.steps import bind
 from holdfast.noise import Noise
 from holdfast.outputs import as_outputs
 from holdfast.threat import Threat

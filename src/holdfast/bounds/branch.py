@@ -23,8 +23,8 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from .linear import MEMORY, Forward, Region, all_lines, least, step_width
-from .rules import Box, Lines, ReluStep, Step
+from .linear import MEMORY, Forward, Region, all_lines, least, relus_of, step_width
+from .steps import Box, Lines, Step
 
 FILTERED = 4  # how many ReLUs the score proposes for each domain
 ITERATIONS = 12  # steps of Adam on the slopes and multipliers of new domains
@@ -97,7 +97,7 @@ def branch(
     Returns:
         The answer; its bound is that of the domains that are left.
     """
-    relus = [number for number, step in enumerate(steps) if isinstance(step, ReluStep)]
+    relus = list(relus_of(steps))
     shape = {number: steps[number].shape for number in relus}
     none = {n: torch.zeros(len(rows), *shape[n], dtype=torch.int8, device=rows.device) for n in relus}
     lines = all_lines(steps, found)
@@ -143,7 +143,7 @@ def _with_signs(steps: Sequence[Step], found: Forward, signs: dict[int, Tensor])
     """The boxes of domains: a fixed pre-activation has its sign."""
     boxes = list(found.boxes)
     for number, sign in signs.items():
-        [source] = steps[number].inputs
+        [source] = steps[number].reads
         lo, hi = boxes[source]
         boxes[source] = Box(torch.where(sign > 0, lo.clamp_min(0), lo), torch.where(sign < 0, hi.clamp_max(0), hi))
     return Forward(boxes, found.errors, found.unbounded)
@@ -152,11 +152,9 @@ def _with_signs(steps: Sequence[Step], found: Forward, signs: dict[int, Tensor])
 def _lines_of(
     steps: Sequence[Step], inside: Forward, lines: dict[int, Lines], alphas: dict[int, Tensor]
 ) -> dict[int, Lines]:
-    own = dict(lines)
+    own, relus = dict(lines), relus_of(steps)
     for number, alpha in alphas.items():
-        step = steps[number]
-        assert isinstance(step, ReluStep)
-        own[number] = step.lines([inside.boxes[i] for i in step.inputs], alpha[:, None])
+        own[number] = relus[number].lines([inside.boxes[i] for i in relus[number].reads], alpha[:, None])
     return own
 
 
@@ -164,7 +162,7 @@ def _pushed(steps: Sequence[Step], signs: dict[int, Tensor], betas: dict[int, Te
     """What the multipliers add to the rows of each pre-activation: - beta s."""
     more: dict[int, Tensor] = {}
     for number, beta in betas.items():
-        [source] = steps[number].inputs
+        [source] = steps[number].reads
         part = -(beta * signs[number])[:, None]
         more[source] = more[source] + part if source in more else part
     return more
@@ -245,7 +243,7 @@ def _solved(steps: Sequence[Step], found: Forward, region: Region, pool: _Pool, 
         fixed = {n: signs.flatten().nonzero()[:, 0] for n, signs in one.signs.items()}
         conditions = []
         for relu, places in fixed.items():
-            [source] = steps[relu].inputs
+            [source] = steps[relu].reads
             signs = one.signs[relu].flatten()
             rows = torch.diag(signs.to(objective.dtype))[places].view(1, len(places), *steps[source].shape)
             conditions.append(_as_affine(steps, inside, own, region, source, rows))
@@ -309,7 +307,7 @@ def _split(
     least(steps, inside, own, around, last, pool.rows[:, None], visit=visit)
     scores, numbers, sizes = [], list(pool.signs), []
     for number in numbers:
-        [source] = steps[number].inputs
+        [source] = steps[number].reads
         lo, hi = inside.boxes[source]
         unstable = (lo < 0) & (hi > 0)
         row = at_relus.get(number, torch.zeros_like(lo))

@@ -23,7 +23,7 @@ from .chain import in_float64
 from .graph import CannotBound, Graph, read
 from .linear import MEMORY, Forward, Region, against, all_lines, forward, least, optimised, take
 from .rounding import HUGE
-from .rules import Box, ReluStep, Step, bind
+from .steps import Box, ReluStep, Step, bind
 
 METHODS = ("interval", "linear", "crown", "alpha", "branch")  # each tries the ones before it first
 ROWS = 256  # images that are bounded at a time, at most

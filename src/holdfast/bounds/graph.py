@@ -76,7 +76,7 @@ class Operation:
     corners: Operation | None = None
 
     @property
-    def inputs(self) -> tuple[int, ...]:
+    def reads(self) -> tuple[int, ...]:
         """The values it reads, each once, in the order of the arguments."""
         leaves = _leaves((self.args, self.kwargs))
         return tuple(dict.fromkeys(leaf.number for leaf in leaves if isinstance(leaf, Value)))
@@ -88,7 +88,7 @@ class Operation:
             constants: of the graph.
             change: of the constant arguments.
         """
-        numbers = self.inputs
+        numbers = self.reads
 
         def filled(position: int | str, argument: Any, values: dict[int, Tensor]) -> Any:
             def fill(leaf: Any) -> Any:
@@ -259,7 +259,7 @@ class _Reader:
         operation = Operation(name, target, tuple(args), tuple(sorted(kwargs.items())), item, tuple(value.shape))
         if name in ("view", "_unsafe_view"):  # of boxes that lie otherwise in memory too
             operation = replace(operation, function=torch.reshape)
-        if not operation.inputs:
+        if not operation.reads:
             return self.constant(operation)
         if value.dtype not in FLOATS:
             raise CannotBound(f"{name} computes {value.dtype}: bounds know networks in float32.")
@@ -337,7 +337,7 @@ def _without_unused(graph: Graph, answer: int) -> Graph:
             operation = graph.operations[number]
             for each in (operation, operation.corners):
                 if each is not None:
-                    used.update(each.inputs)
+                    used.update(each.reads)
                     used_constants.update(_constants_in(each))
     for number in range(len(graph.sources) - 1, -1, -1):
         source = graph.sources[number]

@@ -19,7 +19,7 @@ from .chain import ROWS, chain_of, in_float64
 from .graph import CannotBound, Graph, read
 from .linear import Region, forward, upper_differences
 from .rounding import HUGE, gamma, underflow
-from .rules import Box, bind
+from .steps import Box, bind
 
 _GRAPHS: WeakKeyDictionary[nn.Module, tuple[Any, Graph]] = WeakKeyDictionary()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..threat import Threat
 from .rounding import DOUBLE
-from .rules import AffineStep, Box, Lines, RelaxedStep, ReluStep, Step, over_rows
+from .steps import AffineStep, Box, Lines, RelaxedStep, ReluStep, Step, over_rows
 
 SLOPES = 2**22  # of inner operations, that are optimised at a time, at most
 MEMORY = 2**28  # bytes of the widest rows that are carried backward at a time
@@ -81,14 +81,14 @@ def forward(
         until: ``time.monotonic()`` from which on nothing is tightened any more.
     """
     found = Forward(unbounded=torch.zeros(len(region.center), dtype=torch.bool, device=region.center.device))
-    read_by_relaxed = {number for step in steps if isinstance(step, RelaxedStep) for number in step.inputs}
+    read_by_relaxed = {number for step in steps if isinstance(step, RelaxedStep) for number in step.reads}
     lines: dict[int, Lines] = {}
     for number, step in enumerate(steps):
-        inputs = [found.boxes[i] for i in step.inputs]
+        inputs = [found.boxes[i] for i in step.reads]
         box = region.box if number == 0 else step.box(inputs)
         if step.operation.corners is not None:
             corners = step.operation.corners
-            box = _within(box, [found.boxes[i] for i in corners.inputs], corners.bind(_double(step, box.lo.dtype)))
+            box = _within(box, [found.boxes[i] for i in corners.reads], corners.bind(_double(step, box.lo.dtype)))
         error = step.rounding(inputs, box) if rounding else None
         if error is not None:
             box = step.rounded(inputs, box, error)
@@ -127,7 +127,7 @@ def _finite(box: Box, error: Tensor | None, found: Forward) -> tuple[Box, Tensor
 def all_lines(steps: Sequence[Step], found: Forward) -> dict[int, Lines]:
     """The lines of each non-affine operation over these boxes."""
     return {
-        number: step.lines([found.boxes[i] for i in step.inputs])
+        number: step.lines([found.boxes[i] for i in step.reads])
         for number, step in enumerate(steps)
         if isinstance(step, RelaxedStep)
     }
@@ -175,7 +175,7 @@ def least(
         elif isinstance(step, AffineStep):
             flat = rows.flatten(0, 1)
             total = total + (rows * step.offset).flatten(2).sum(2)
-            for source, part in zip(step.inputs, step.pull(flat), strict=True):
+            for source, part in zip(step.reads, step.pull(flat), strict=True):
                 _add(waiting, source, part.unflatten(0, rows.shape[:2]))
         elif stop:
             total = total + _least_in_box(rows, found.boxes[number])
@@ -192,7 +192,7 @@ def _least_in_box(rows: Tensor, box: Box) -> Tensor:
 def _through_lines(rows: Tensor, lines: Lines, box: Box, step: Step, waiting: dict[int, Tensor]) -> Tensor:
     """Pass rows through a non-affine operation: the lower line where a row is positive, the upper one elsewhere."""
     plus, minus = rows.clamp_min(0), rows.clamp_max(0)
-    for source, low, high in zip(step.inputs, lines.lower, lines.upper, strict=True):
+    for source, low, high in zip(step.reads, lines.lower, lines.upper, strict=True):
         _add(waiting, source, plus * low + minus * high)
     at = plus * lines.lower_at + minus * lines.upper_at
     lost = DOUBLE * (plus - minus) * (box.largest[:, None] + lines.lower_at.abs() + lines.upper_at.abs())
@@ -216,7 +216,7 @@ def _refined(
     box = found.boxes[number]
     wanted = torch.zeros_like(box.lo, dtype=torch.bool)
     for step in steps:
-        if isinstance(step, RelaxedStep) and number in step.inputs:
+        if isinstance(step, RelaxedStep) and number in step.reads:
             wanted |= step.unstable(box)
     wanted[found.unbounded] = False
     lo, hi = (side.flatten(1).clone() for side in box)
@@ -261,28 +261,34 @@ def _bound(
     return least(steps, found, lines, region, number, rows)
 
 
+def relus_of(steps: Sequence[Step]) -> dict[int, ReluStep]:
+    """The ReLUs among the steps, by number."""
+    return {number: step for number, step in enumerate(steps) if isinstance(step, ReluStep)}
+
+
 def step_width(step: Step) -> int:
     """How many values its output has for one image."""
     return math.prod(step.shape)
 
 
 def take(
-    found: Forward, region: Region, lines: dict[int, Lines], images: Tensor
+    found: Forward, region: Region, lines: dict[int, Lines], chosen: Tensor
 ) -> tuple[Forward, Region, dict[int, Lines]]:
     """All of it for some images."""
     part = Forward(
-        [Box(box.lo[images], box.hi[images]) for box in found.boxes],
-        [None if error is None else error[images] for error in found.errors],
-        found.unbounded[images],
+        [Box(box.lo[chosen], box.hi[chosen]) for box in found.boxes],
+        [None if error is None else error[chosen] for error in found.errors],
+        found.unbounded[chosen],
     )
-    inside = Region(Box(region.box.lo[images], region.box.hi[images]), region.center[images], region.threat, region.eps)
-    return part, inside, {number: take_lines(each, images) for number, each in lines.items()}
+    inside = Region(Box(region.box.lo[chosen], region.box.hi[chosen]), region.center[chosen], region.threat, region.eps)
+    return part, inside, {number: take_lines(each, chosen) for number, each in lines.items()}
 
 
-def take_lines(lines: Lines, images: Tensor) -> Lines:
+def take_lines(lines: Lines, chosen: Tensor) -> Lines:
+    """The lines of some images."""
     return Lines(
-        tuple(slope[images] for slope in lines.lower), lines.lower_at[images],
-        tuple(slope[images] for slope in lines.upper), lines.upper_at[images],
+        tuple(slope[chosen] for slope in lines.lower), lines.lower_at[chosen],
+        tuple(slope[chosen] for slope in lines.upper), lines.upper_at[chosen],
     )  # fmt: skip
 
 
@@ -318,7 +324,7 @@ def upper_differences(steps: Sequence[Step], found: Forward, y: Tensor) -> Tenso
             total = total - _spread(rows, error, y)
         if isinstance(step, AffineStep):
             total = total + (rows * step.offset).flatten(2).sum(2)[y]
-            for source, part in zip(step.inputs, step.pull(rows.flatten(0, 1)), strict=True):
+            for source, part in zip(step.reads, step.pull(rows.flatten(0, 1)), strict=True):
                 _add(waiting, source, part.unflatten(0, rows.shape[:2]))
         else:
             box = found.boxes[number]
@@ -358,16 +364,14 @@ def optimised(
         (N, S).
     """
     best = least(steps, found, lines, region, start, rows)
-    relus = [number for number in lines if isinstance(steps[number], ReluStep)]
+    relus = {number: step for number, step in relus_of(steps).items() if number in lines}
     if not relus:
         return best
 
     def bound(alphas: dict[int, Tensor]) -> Tensor:
         own = dict(lines)
         for number, alpha in alphas.items():
-            step = steps[number]
-            assert isinstance(step, ReluStep)
-            own[number] = step.lines([found.boxes[i] for i in step.inputs], alpha)
+            own[number] = relus[number].lines([found.boxes[i] for i in relus[number].reads], alpha)
         return least(steps, found, own, region, start, rows)
 
     shapes = {number: (*rows.shape[:2], *steps[number].shape) for number in relus}

@@ -24,7 +24,7 @@ from ..bounds.certify import read_network
 from ..bounds.graph import Operation, Value
 from ..bounds.linear import Region, all_lines, forward, least, optimised
 from ..bounds.rounding import DOUBLE
-from ..bounds.rules import AffineStep, Box, ReluStep, Step, bind
+from ..bounds.steps import AffineStep, Box, ReluStep, Step, bind
 from ..errors import UserError
 from ..importers import OnnxNet
 from ..importers.onnx.runtime import runtime_outputs
