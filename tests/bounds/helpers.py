@@ -8,10 +8,12 @@ import math
 import torch
 from torch import nn
 
+from holdfast.attacks import pgd
 from holdfast.bounds.certify import region_of
 from holdfast.bounds.graph import read
 from holdfast.bounds.linear import all_lines, forward, least
 from holdfast.bounds.steps import bind
+from holdfast.losses import negative_margin
 from holdfast.noise import Noise
 from holdfast.outputs import as_outputs
 from holdfast.threat import Threat
@@ -97,4 +99,17 @@ def least_margins(net, x, y, threat, count=60, seed=0):
             logits = as_outputs(net(points)).logits.double()
             margins = logits.gather(1, y[:, None]) - logits
             worst = torch.minimum(worst, margins.scatter(1, y[:, None], math.inf).amin(1))
+    return worst
+
+
+def attacked_margins(net, x, y, threat, steps=8):
+    """(N,) the smallest logit_y - logit_j that samples and PGD reach, from both kinds of start."""
+    worst = least_margins(net, x, y, threat, count=12)
+    for seed in range(2):
+        noise = Noise(seed, torch.arange(len(x)))
+        x_adv = pgd(net, x, y, threat, score=negative_margin, noise=noise, steps=steps, iterate="last")
+        with torch.no_grad():
+            logits = as_outputs(net(x_adv)).logits.double()
+        margins = logits.gather(1, y[:, None]) - logits
+        worst = torch.minimum(worst, margins.scatter(1, y[:, None], math.inf).amin(1))
     return worst

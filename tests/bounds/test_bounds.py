@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.bounds.helpers import attacked_margins
 from torch import nn
 
 from holdfast.attacks import pgd
 from holdfast.bounds import (
     CannotBound,
     box_of,
+    certify,
     cheaply_proved,
     l2_radius,
     lipschitz_constant,
     lipschitz_s,
     logit_difference_bounds,
 )
+from holdfast.data import Data
 from holdfast.information.formulas import logit_differences
 from holdfast.losses import negative_margin
 from holdfast.models import MODELS, build
@@ -141,9 +145,24 @@ def test_logit_scale_and_batch_norm_count():
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in CHAINS and name != "fractalnet"][:3])
-def test_what_cannot_be_bounded_has_no_certificate(name):
-    model = build(name, (3, 32, 32), 3)
-    assert cheaply_proved(model, torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), Threat("linf", 0.1)) is None
-    with pytest.raises(CannotBound, match="no bound is known"):
-        logit_difference_bounds(model, torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32), torch.tensor([0]))
-    assert cheaply_proved(lambda x: x, torch.rand(2, 3), torch.tensor([0, 1]), Threat("linf", 0.1)) is None
+def test_residual_networks_are_bounded_too(name):
+    """By their graph: no attack is above the bound, and at a small eps something is proved."""
+    model = build(f"{name}:width=2" if "width" in signature(MODELS[name]).parameters else name, (3, 16, 16), 3).eval()
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = model(x).logits.argmax(1)
+    small = Threat("linf", 1e-5)
+    assert cheaply_proved(model, x, y, small).any()
+    assert not cheaply_proved(model, x, (y + 1) % 3, small).any()
+    for threat in (small, Threat("linf", 2 / 255)):
+        found = certify(model, Data(x, y, torch.arange(4)), threat, method="linear")
+        assert (found.bound <= attacked_margins(model, x, y, threat)).all()
+    bounds = logit_difference_bounds(model, (x - 1e-5).clamp(0, 1), (x + 1e-5).clamp(0, 1), y)
+    assert (-bounds.scatter(1, y[:, None], -math.inf).amax(1) <= attacked_margins(model, x, y, small) + 1e-4).all()
+
+
+def test_a_function_has_no_certificate():
+    x, y = torch.rand(2, 1, 1, 3), torch.tensor([0, 1])
+    assert cheaply_proved(lambda x: x.flatten(1), x, y, Threat("linf", 0.1)) is None
+    with pytest.raises(CannotBound, match="a torch module, and the model is a function"):
+        certify(lambda x: x.flatten(1), Data(x, y, torch.arange(2)), Threat("linf", 0.1))

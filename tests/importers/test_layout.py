@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.bounds.helpers import least_margins
 from torch import nn
 
 from holdfast.attacks import pgd
@@ -82,7 +83,7 @@ def test_preprocessing_is_part_of_the_chain(settings, inner):
         pytest.skip("a Classifier takes (N, C, H, W)")
     model, x = wrap(net, **settings), images()
     y = logits_only(model)(x).argmax(1)
-    assert why_not(model) == ""
+    assert why_not(model, (1, 8, 8)) == ""
     # A gray image has one order of its pixels in every layout.
     lo, hi = (x - 0.02).clamp(0, 1), (x + 0.02).clamp(0, 1)
     inside = [standardised(corner, **settings).double() for corner in (lo, hi)]
@@ -122,15 +123,22 @@ def test_channels_have_their_own_numbers():
     torch.testing.assert_close(found.float(), mlp[1](((255 * x - mean) / std).flatten(1)), atol=1e-4, rtol=1e-4)
 
 
-def test_what_does_more_than_it_shows_is_not_proved():
-    """A hook, a replaced forward or a function inside: no bound, and the reason in one sentence."""
+def test_what_does_more_than_it_shows_is_proved_as_what_it_does():
+    """A hook, a replaced forward or other layers inside: the bound is of what is computed. A function has none."""
     hooked = wrap(dense())
     hooked.register_forward_hook(lambda module, x, out: -out)
     replaced = wrap(dense())
     replaced.arrange = lambda x: 1 - x
-    for model in (hooked, replaced, wrap(lambda x: x.flatten(1)), wrap(nn.Sequential(nn.GELU()))):
-        x = images(n=2)
-        assert cheaply_proved(model, x, torch.zeros(2, dtype=torch.int64), Threat("linf", 0.1)) is None
-        assert why_not(model).endswith(".")
-    assert "a function" in why_not(wrap(lambda x: x.flatten(1)))
-    assert "a function" in why_not(lambda x: x)
+    x, threat = images(n=8), Threat("linf", 0.01)
+    for model in (hooked, replaced, wrap(nn.Sequential(nn.Flatten(), nn.GELU()))):
+        y = model(x).argmax(1)
+        proved = cheaply_proved(model, x, y, threat)
+        assert proved.any() or model.inner[1].__class__ is nn.GELU
+        assert not (proved & (least_margins(model, x, y, threat) <= 0)).any()
+        assert not cheaply_proved(model, x, (y + 1) % 3, threat).any()
+        assert why_not(model, (1, 8, 8)) == ""
+    function = wrap(lambda x: x.flatten(1))
+    assert cheaply_proved(lambda x: x.flatten(1), x, y * 0, threat) is None
+    assert "a function" in why_not(lambda x: x, (1, 8, 8))
+    assert why_not(function, (1, 8, 8)) == ""
+    assert not cheaply_proved(function, x, x.flatten(1).argmin(1), threat).any()
