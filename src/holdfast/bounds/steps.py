@@ -110,10 +110,9 @@ class AffineStep(Step):
         row = torch.randn(rise.shape, generator=generator, dtype=rise.dtype).to(rise.device)
         pulled = sum((part[0] * at).sum() for part, at in zip(self.pull(row[None]), points, strict=True))
         most = self.absolute(*(at.abs() for at in points))
-        apart = ((row * rise).sum() - pulled).abs() > 1e-9 * (
-            (row * rise).abs().sum() + (row.abs() * most).sum()
-        ) + 1e-300
-        above = rise.abs() > most * (1 + 1e-9) + 1e-9 * most.amax()
+        most = most * (1 + 1e-9) + 1e-12 * self.offset.abs()  # of which a small rise is the rest
+        apart = ((row * rise).sum() - pulled).abs() > 1e-9 * (row.abs() * most).sum() + 1e-300
+        above = rise.abs() > most + 1e-9 * most.amax()
         if bool(apart | above.any()):  # infinite weights prove nothing, and pass
             raise CannotBound(f"the operator {self.operation.name} is not affine as bounds read it.")
 
