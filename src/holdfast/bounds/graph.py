@@ -249,6 +249,7 @@ class _Reader:
         if not isinstance(target, OpOverload) or target.namespace != "aten":
             raise CannotBound(f"no bound is known for the operator {target}.")
         name = target._opname
+        kwargs = {key: argument for key, argument in kwargs.items() if key != "memory_format"}  # it changes no value
         if torch.Tag.nondeterministic_seeded in target.tags:
             raise CannotBound(f"the network draws random numbers ({name}): a bound is of one function.")
         if target._schema.is_mutable:
@@ -263,6 +264,12 @@ class _Reader:
             return self.constant(operation)
         if value.dtype not in FLOATS:
             raise CannotBound(f"{name} computes {value.dtype}: bounds know networks in float32.")
+        source: Any = node.args[0] if node.args else None
+        if name == "native_group_norm" and not source.meta["val"].is_contiguous():
+            raise CannotBound(
+                "no bound is known for a group norm in channels-last memory format: its kernel subtracts the square of "
+                "the mean from the mean of squares, which loses the variance. Use the default format."
+            )
         composite = COMPOSITES.get(name)
         try:
             function = None if composite is None else composite(*self.examples(operation))

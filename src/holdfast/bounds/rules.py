@@ -197,7 +197,7 @@ CURVED: dict[str, Curved] = {
     "sigmoid": Curved(_constant(0.0963), True),
     "tanh": Curved(_constant(0.77), True),
     "erf": Curved(_constant(0.97), True),
-    "gelu": Curved(_constant(1.0), cancels=4.0),
+    "gelu": Curved(_constant(1.0), cancels=16.0),
     "silu": Curved(_constant(0.501)),
     "mish": Curved(_constant(1.0)),
     "softplus": Curved(lambda operation, lo, hi: 0.25 * abs(_softplus(operation)[0]), True, slack=_softplus_slack),
