@@ -54,6 +54,7 @@ CALLS: dict[str, tuple[tuple[str, int], ...]] = {
     "alpha": (("linear", 64), ("alpha", 16)),
     "branch": (("linear", 64), ("alpha", 16), ("branch", 1)),
 }
+LEAST_SHARE = 4.0  # times what the bounds before branch and bound cost a sample on average: the least that it gets
 MORE = 1.2  # times as much time as before is worth another try of branch and bound, which begins anew
 SAVE_EVERY = 5.0  # seconds between two checkpoints, at least; and 20 times what writing one takes
 BETWEEN, MISCLASSIFIED, BROKEN, PROVED = range(len(FATES))
@@ -391,9 +392,9 @@ def _prove(work: _Work, state: _State) -> None:
             for turn, some in enumerate(todo.split(size)):
                 if state.spent >= until or state.why_not:
                     break
-                waiting = len(todo) - turn * size
-                _certify(work, state, method, some, (until - state.spent) * len(some) / waiting)
-                state.columns["calls"][some] = _rank(method)
+                time_left = until - state.spent
+                share = time_left / (len(todo) - turn) if method == "branch" else time_left
+                _certify(work, state, method, some, min(time_left, max(share, _least_share(state, method))))
                 state.save()
                 work.progress(f"proof: {method}", len(work.data) - len(state.left), len(work.data))
 
@@ -401,6 +402,12 @@ def _prove(work: _Work, state: _State) -> None:
 def _rank(method: str) -> int:
     """The place of a method, from 1: the column "calls" holds it."""
     return METHODS.index(method) + 1
+
+
+def _least_share(state: _State, method: str) -> float:
+    """Seconds below which branch and bound of a sample comes to nothing: a few times what its bounds cost."""
+    bounds = state.steps.get("proof: alpha")
+    return 0.0 if method != "branch" or bounds is None else LEAST_SHARE * bounds.seconds / bounds.samples
 
 
 def _waiting(state: _State, method: str, until: float) -> Tensor:
@@ -415,7 +422,7 @@ def _waiting(state: _State, method: str, until: float) -> Tensor:
 def _certify(work: _Work, state: _State, method: str, rows: Tensor, seconds: float) -> None:
     """One call of certify, and what follows from it for these samples."""
     there = rows.to(work.data.y.device)
-    some = replace(work.data.take(there), x=pixels(work.data.x[there]))
+    some, began = replace(work.data.take(there), x=pixels(work.data.x[there])), time.monotonic()
     try:
         found = certify(work.model.model, some, work.threat, method=method, seconds=seconds)
     except CannotBound as error:
@@ -428,7 +435,10 @@ def _certify(work: _Work, state: _State, method: str, rows: Tensor, seconds: flo
     columns["seconds"][rows] += found.seconds.cpu()
     # Branch and bound that stops before its time has no ReLU left to split, or no memory: more time is of no use.
     stopped = (found.seconds.cpu() < 0.9 * seconds) & (method == "branch")
-    columns["ended"][rows] = (found.ended.cpu() | stopped).long()
+    in_time = time.monotonic() - began < seconds
+    columns["ended"][rows] = (stopped | (found.ended.cpu() & in_time)).long()
+    if in_time or method == "branch":  # bounds that the end of the time cut short are tried again when there is more
+        columns["calls"][rows] = torch.maximum(columns["calls"][rows], torch.tensor(_rank(method)))
     if method == "branch":
         columns["given"][rows] = math.inf if bool(stopped.all()) else seconds
     proved = found.proved.cpu().nonzero()[:, 0]
