@@ -35,7 +35,11 @@ LIMITS = {
     "parameters of a network that is built by name": [models.MOST_PARAMETERS],
     "values of a tensor that an ONNX file asks for by its size alone": [node.MOST_VALUES],
     "the size of a `.vnnlib` file, its nesting": [vnnlib.MOST_BYTES, vnnlib.MOST_DEPTH],
-    "cases of a `.vnnlib` file, numbers that they hold": [vnnlib.MOST_CASES, vnnlib.MOST_VALUES],
+    "words of an assertion, cases of a `.vnnlib` file, numbers that these hold": [
+        vnnlib.MOST_WORDS,
+        vnnlib.MOST_CASES,
+        vnnlib.MOST_VALUES,
+    ],
     "what an error quotes": [errors.LONGEST_MESSAGE],
 }
 

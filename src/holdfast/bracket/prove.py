@@ -118,9 +118,10 @@ def bracket_accuracy(
     if not len(data):
         raise UserError("there is nothing to bracket: the data set is empty.")
     check_images(data.x, threat)
+    data = data.to(device_of(model, data))
     work = _Work(
-        CountingModel(model), data.to(device_of(model, data)), threat, Noise(any_seed(seed), data.index),
-        stage_scores(trained_with), method, seconds, report,
+        CountingModel(model), data, threat, Noise(any_seed(seed), data.index), stage_scores(trained_with), method,
+        seconds, report,
     )  # fmt: skip
     identity = {"key": key, "threat": threat.describe(), "seed": seed, "n": len(data),
                 "loss": _name_of(trained_with)}  # fmt: skip
@@ -371,7 +372,7 @@ def _candidates(work: _Work, stage: Stage, place: int, rows: Tensor, target: int
         with torch.no_grad():
             z = work.model(x).logits.scatter(1, y[:, None], -math.inf)
         more["target"] = z.argsort(dim=1, descending=True, stable=True)[:, target]
-    noise = work.noise[rows].fold(place, target)
+    noise = work.noise[rows.to(y.device)].fold(place, target)
     found: Tensor = ATTACKS[stage.attack].attack(
         work.model, x, y, work.threat, score=work.scores[stage.score], noise=noise,
         **stage.keywords(work.threat.eps), **more,
