@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..attacks import ATTACKS
 from ..bounds import METHODS, CannotBound, certify
 from ..data import Data, pixels
@@ -45,7 +46,7 @@ from .accuracy import FATES, AccuracyBracket, StepCost
 
 KIND, VERSION = "accuracy bracket", 1
 ATTACK_SHARE = 0.25  # of the budget, at most, that attacks may take
-EARLY_SHARE = 0.5  # of what is left, at most, that the methods before branch and bound may take
+EARLY_SHARE = 0.75  # of what is left, at most, that the methods before branch and bound may take
 # Which calls of certify make up the way to a method, and how many samples each takes at a time: a kill costs one call.
 CALLS: dict[str, tuple[tuple[str, int], ...]] = {
     "interval": (("interval", 64),),
@@ -123,8 +124,10 @@ def bracket_accuracy(
         CountingModel(model), data, threat, Noise(any_seed(seed), data.index), stage_scores(trained_with), method,
         seconds, report,
     )  # fmt: skip
-    identity = {"key": key, "threat": threat.describe(), "seed": seed, "n": len(data),
-                "loss": _name_of(trained_with)}  # fmt: skip
+    identity = {
+        "key": key, "threat": threat.describe(), "seed": seed, "n": len(data), "loss": _name_of(trained_with),
+        "version": __version__,  # a proof is as good as the code that made it
+    }  # fmt: skip
     with exact_float32(), frozen_eval(model):
         state = _State.load(checkpoint, identity, work) or _begun(work, checkpoint, identity)
         try:
