@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from holdfast import errors, io, models, run_folder, user_input
+from holdfast.bracket import vnnlib
 from holdfast.data import images, labels
 from holdfast.errors import UserError
 from holdfast.experiments.config import MOST_SEEDS
@@ -33,6 +34,12 @@ LIMITS = {
     "values of an image for which config.json asks for a network": [run_folder.MOST_PIXELS],
     "parameters of a network that is built by name": [models.MOST_PARAMETERS],
     "values of a tensor that an ONNX file asks for by its size alone": [node.MOST_VALUES],
+    "the size of a `.vnnlib` file, its nesting": [vnnlib.MOST_BYTES, vnnlib.MOST_DEPTH],
+    "words of an assertion, cases of a `.vnnlib` file, numbers that these hold": [
+        vnnlib.MOST_WORDS,
+        vnnlib.MOST_CASES,
+        vnnlib.MOST_VALUES,
+    ],
     "what an error quotes": [errors.LONGEST_MESSAGE],
 }
 

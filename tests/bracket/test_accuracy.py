@@ -163,6 +163,25 @@ def test_more_time_goes_on_where_time_ran_out(truth, found, tmp_path):
     assert slow.status == found.status
 
 
+def test_bounds_that_were_cut_short_are_tried_again(truth, found, no_attacks, monkeypatch, tmp_path):
+    net, data, threat, broken = truth
+    few, real = data.take(~broken), proving.certify
+    arguments = {"method": "crown", "checkpoint": tmp_path / "a.safetensors", "key": "mine"}
+
+    def cut(*given, method, seconds):
+        answer = real(*given, method="interval")
+        proving.time.sleep(seconds if method == "crown" else 0)
+        return answer
+
+    monkeypatch.setattr(proving, "certify", cut)
+    hasty = bracket_accuracy(net, few, threat, seconds=0.5, **arguments)
+    assert hasty.out_of_time == hasty.counts["between"] > 0
+    monkeypatch.setattr(proving, "certify", real)
+    slow = bracket_accuracy(net, few, threat, **arguments)
+    assert slow.out_of_time == 0
+    assert slow.counts["proved"] > hasty.counts["proved"]
+
+
 def test_hard_samples_share_the_time(truth, no_attacks, monkeypatch):
     """Each open sample has its part; one that took all of its own is tried again with what the others left."""
     net, data, threat, broken = truth

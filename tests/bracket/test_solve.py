@@ -155,6 +155,17 @@ def test_conjunctions_and_disjunctions_of_them(above, verdict, attacks, plane, m
     assert verdict == "unsat" or holds(path, wanted, answer)
 
 
+def test_a_conjunction_over_many_inputs(tmp_path):
+    """y = +-(sum of x): neither Y_0 >= 1 nor Y_1 >= 1 is false everywhere, but both at once are: their mean is 0."""
+    sums = nn.Linear(16, 2, bias=False)
+    sums.weight.data.copy_(torch.stack([torch.ones(16), -torch.ones(16)]))
+    sums.bias = nn.Parameter(torch.zeros(2))
+    net = exported([sums], tmp_path / "net.onnx", (1, 16))
+    sides = [-1.0] * 16, [1.0] * 16
+    assert check_property(net, text_of(16, 2, sides, "(>= Y_0 1)", "(>= Y_1 1)")).verdict == "unsat"
+    assert check_property(net, text_of(16, 2, sides, "(>= Y_0 1)", "(<= Y_1 -1)")).verdict == "sat"
+
+
 def test_a_box_for_each_case(plane):
     """Where X_0 is low Y_0 may be anything, elsewhere it may not: the boxes of the cases differ."""
     path, net, points, z = plane

@@ -131,6 +131,9 @@ def test_sizes_are_bounded_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="numbers: at most"):
         parse_property(HEAD + BOX + choice * 2 + many)
     assert time.process_time() - began < 5
+    monkeypatch.setattr(vnnlib, "MOST_WORDS", 20)
+    with pytest.raises(UserError, match="line 1: what begins there has more than 20 words"):
+        parse_property(HEAD + BOX + choice)
     file = tmp_path / "p.vnnlib"
     file.write_text(HEAD + BOX + "(assert (<= Y_0 0))")
     assert read_property(file).n_inputs == 2

@@ -211,7 +211,7 @@ def table(found: AccuracyBracket) -> str:
     for name, share in (("attacked", found.attacked), ("certified", found.certified)):
         count = round(share.value * len(found))
         ends.append(
-            f"{name:<9}  {percent(share.value):>5} [{percent(share.low)}, {percent(share.high)}]  "
+            f"{name:<9}  {percent(share.value):>5}% [{percent(share.low)}, {percent(share.high)}]  "
             f"{count:,} of {len(found):,}"
         )
     by = ", ".join(f"{name} {count:,}" for name, count in found.proved_by.items())

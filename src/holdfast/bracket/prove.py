@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..attacks import ATTACKS
 from ..bounds import METHODS, CannotBound, certify
 from ..data import Data, pixels
@@ -45,7 +46,7 @@ from .accuracy import FATES, AccuracyBracket, StepCost
 
 KIND, VERSION = "accuracy bracket", 1
 ATTACK_SHARE = 0.25  # of the budget, at most, that attacks may take
-EARLY_SHARE = 0.5  # of what is left, at most, that the methods before branch and bound may take
+EARLY_SHARE = 0.75  # of what is left, at most, that the methods before branch and bound may take
 # Which calls of certify make up the way to a method, and how many samples each takes at a time: a kill costs one call.
 CALLS: dict[str, tuple[tuple[str, int], ...]] = {
     "interval": (("interval", 64),),
@@ -54,6 +55,7 @@ CALLS: dict[str, tuple[tuple[str, int], ...]] = {
     "alpha": (("linear", 64), ("alpha", 16)),
     "branch": (("linear", 64), ("alpha", 16), ("branch", 1)),
 }
+LEAST_SHARE = 4.0  # times what the bounds before branch and bound cost a sample on average: the least that it gets
 MORE = 1.2  # times as much time as before is worth another try of branch and bound, which begins anew
 SAVE_EVERY = 5.0  # seconds between two checkpoints, at least; and 20 times what writing one takes
 BETWEEN, MISCLASSIFIED, BROKEN, PROVED = range(len(FATES))
@@ -117,12 +119,15 @@ def bracket_accuracy(
     if not len(data):
         raise UserError("there is nothing to bracket: the data set is empty.")
     check_images(data.x, threat)
+    data = data.to(device_of(model, data))
     work = _Work(
-        CountingModel(model), data.to(device_of(model, data)), threat, Noise(any_seed(seed), data.index),
-        stage_scores(trained_with), method, seconds, report,
+        CountingModel(model), data, threat, Noise(any_seed(seed), data.index), stage_scores(trained_with), method,
+        seconds, report,
     )  # fmt: skip
-    identity = {"key": key, "threat": threat.describe(), "seed": seed, "n": len(data),
-                "loss": _name_of(trained_with)}  # fmt: skip
+    identity = {
+        "key": key, "threat": threat.describe(), "seed": seed, "n": len(data), "loss": _name_of(trained_with),
+        "version": __version__,  # a proof is as good as the code that made it
+    }  # fmt: skip
     with exact_float32(), frozen_eval(model):
         state = _State.load(checkpoint, identity, work) or _begun(work, checkpoint, identity)
         try:
@@ -370,7 +375,7 @@ def _candidates(work: _Work, stage: Stage, place: int, rows: Tensor, target: int
         with torch.no_grad():
             z = work.model(x).logits.scatter(1, y[:, None], -math.inf)
         more["target"] = z.argsort(dim=1, descending=True, stable=True)[:, target]
-    noise = work.noise[rows].fold(place, target)
+    noise = work.noise[rows.to(y.device)].fold(place, target)
     found: Tensor = ATTACKS[stage.attack].attack(
         work.model, x, y, work.threat, score=work.scores[stage.score], noise=noise,
         **stage.keywords(work.threat.eps), **more,
@@ -391,9 +396,9 @@ def _prove(work: _Work, state: _State) -> None:
             for turn, some in enumerate(todo.split(size)):
                 if state.spent >= until or state.why_not:
                     break
-                waiting = len(todo) - turn * size
-                _certify(work, state, method, some, (until - state.spent) * len(some) / waiting)
-                state.columns["calls"][some] = _rank(method)
+                time_left = until - state.spent
+                share = time_left / (len(todo) - turn) if method == "branch" else time_left
+                _certify(work, state, method, some, min(time_left, max(share, _least_share(state, method))))
                 state.save()
                 work.progress(f"proof: {method}", len(work.data) - len(state.left), len(work.data))
 
@@ -401,6 +406,12 @@ def _prove(work: _Work, state: _State) -> None:
 def _rank(method: str) -> int:
     """The place of a method, from 1: the column "calls" holds it."""
     return METHODS.index(method) + 1
+
+
+def _least_share(state: _State, method: str) -> float:
+    """Seconds below which branch and bound of a sample comes to nothing: a few times what its bounds cost."""
+    bounds = state.steps.get("proof: alpha")
+    return 0.0 if method != "branch" or bounds is None else LEAST_SHARE * bounds.seconds / bounds.samples
 
 
 def _waiting(state: _State, method: str, until: float) -> Tensor:
@@ -415,7 +426,7 @@ def _waiting(state: _State, method: str, until: float) -> Tensor:
 def _certify(work: _Work, state: _State, method: str, rows: Tensor, seconds: float) -> None:
     """One call of certify, and what follows from it for these samples."""
     there = rows.to(work.data.y.device)
-    some = replace(work.data.take(there), x=pixels(work.data.x[there]))
+    some, began = replace(work.data.take(there), x=pixels(work.data.x[there])), time.monotonic()
     try:
         found = certify(work.model.model, some, work.threat, method=method, seconds=seconds)
     except CannotBound as error:
@@ -428,7 +439,10 @@ def _certify(work: _Work, state: _State, method: str, rows: Tensor, seconds: flo
     columns["seconds"][rows] += found.seconds.cpu()
     # Branch and bound that stops before its time has no ReLU left to split, or no memory: more time is of no use.
     stopped = (found.seconds.cpu() < 0.9 * seconds) & (method == "branch")
-    columns["ended"][rows] = (found.ended.cpu() | stopped).long()
+    in_time = time.monotonic() - began < seconds
+    columns["ended"][rows] = (stopped | (found.ended.cpu() & in_time)).long()
+    if in_time or method == "branch":  # bounds that the end of the time cut short are tried again when there is more
+        columns["calls"][rows] = torch.maximum(columns["calls"][rows], torch.tensor(_rank(method)))
     if method == "branch":
         columns["given"][rows] = math.inf if bool(stopped.all()) else seconds
     proved = found.proved.cpu().nonzero()[:, 0]

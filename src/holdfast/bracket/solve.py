@@ -199,6 +199,12 @@ class _Group:
         return torch.stack([low[:, places].amax(1) > 0 for places in self.places], 1)
 
 
+def _with_mean(rows: Any) -> Any:
+    """The rows of a case and, of several, their mean: it is positive nowhere where none of them is, and no larger than
+    the largest. Where it is positive everywhere it refutes the case, though none of the rows alone may."""
+    return rows if len(rows) == 1 else np.concatenate([rows, rows.mean(0, keepdims=True)])
+
+
 def _float32_box(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest and largest float32 inside [lo, hi]; the nearest one where there is none."""
     low, high = lo.float(), hi.float()
@@ -244,10 +250,10 @@ class _Work:
         made = []
         for cases in (part for parts in by_box.values() for part in parts):
             weights, offsets, slack = (
-                torch.from_numpy(np.concatenate([getattr(case, name) for case in cases]))
+                torch.from_numpy(np.concatenate([_with_mean(getattr(case, name)) for case in cases]))
                 for name in ("weights", "offsets", "slack")
             )
-            places = list(torch.arange(len(offsets)).split([len(case.offsets) for case in cases]))
+            places = list(torch.arange(len(offsets)).split([len(_with_mean(case.offsets)) for case in cases]))
             lo, hi = (torch.from_numpy(side).view(self.shape) for side in (cases[0].lo, cases[0].hi))
             made.append(_Group(lo, hi, weights, offsets, slack, places))
         return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..io import existing_file
 from ..user_input import typed
 
 MOST_BYTES = 2**26  # of a file
+MOST_WORDS = 2**22  # of one assertion
 MOST_DEPTH = 32  # of nested brackets
 MOST_CASES = 10_000  # of the disjunction that the assertions come to
 MOST_VARIABLES = 2**22
@@ -127,18 +129,20 @@ def parse_property(text: str) -> Property:
     return Property(counts["X"], counts["Y"], _cases(asserted, counts["X"], counts["Y"]))
 
 
-def _forms(text: str) -> list[tuple[int, Any]]:
-    """The bracketed forms of a text as nested lists of words, each with the line that it begins on."""
-    found: list[tuple[int, Any]] = []
+def _forms(text: str) -> Iterator[tuple[int, Any]]:
+    """The bracketed forms of a text as nested lists of words, each with the line that it begins on, one by one."""
     open_: list[list[Any]] = []
-    line, counted, began = 1, 0, 0
+    line, counted, began, words = 1, 0, 0, 0
     for token in _TOKEN.finditer(text):
         word = token[0]
         if word[0] == ";":
             continue
         if not open_:
             line += text.count("\n", counted, token.start())
-            counted, began = token.start(), line
+            counted, began, words = token.start(), line, 0
+        words += 1
+        if words > MOST_WORDS:
+            raise UserError(f"line {began}: what begins there has more than {MOST_WORDS:,} words and brackets.")
         if word == "(":
             open_.append([])
             if len(open_) > MOST_DEPTH:
@@ -153,10 +157,9 @@ def _forms(text: str) -> list[tuple[int, Any]]:
         if open_:
             open_[-1].append(done)
         else:
-            found.append((began, done))
+            yield began, done
     if open_:
         raise UserError(f"line {began}: a bracket is never closed: the file is cut short.")
-    return found
 
 
 def _declare(form: list[Any], declared: dict[str, set[int]]) -> None:

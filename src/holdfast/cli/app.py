@@ -32,7 +32,7 @@ One network
   holdfast curves runs/mine      plot training and validation
   holdfast evaluate runs/mine    attack it and judge its robust accuracy
   holdfast explain runs/mine     which change of the attack broke how many samples
-  holdfast bracket runs/mine     attacks, certificates and the exact answer, per sample
+  holdfast bracket runs/mine     prove what attacks leave: certified <= truth <= attacked
   holdfast smooth runs/mine      certified and attacked accuracy of its smoothed classifier
 
 Your own model
