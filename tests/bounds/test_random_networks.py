@@ -16,7 +16,6 @@ from holdfast.bounds import METHODS, CannotBound, certify
 from holdfast.data import Data
 from holdfast.threat import Threat
 
-
 MANY = 100
 
 
@@ -86,8 +85,8 @@ def blocks(draw, channels, depth):
     for _ in range(draw.randint(1, 3)):
         kind = draw.random()
         if kind < 0.35:
-            width = draw.randint(1, 3)
-            found += [nn.Conv2d(channels, width, draw.choice([1, 3]), padding=draw.choice([0, 1])), nn.ReLU()]
+            width, kernel = draw.randint(1, 3), draw.choice([1, 3])
+            found += [nn.Conv2d(channels, width, kernel, padding=draw.choice([kernel // 2, 1])), nn.ReLU()]
             channels = width
         elif kind < 0.6 or not depth:
             found.append(draw.choice(SAME)(draw, channels))
