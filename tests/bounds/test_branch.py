@@ -157,6 +157,28 @@ def test_convolutions_and_what_is_no_relu(digits):
         assert (found.bound <= attacked_margins(model, x, y, threat)).all()
 
 
+class Beside(nn.Module):
+    """Slopes of ReLUs that no row of the sigmoid's input passes, and a sigmoid behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.last(self.first(x).relu() + self.other(x).tanh().square().sigmoid())
+
+
+def test_slopes_of_relus_that_a_row_does_not_pass():
+    torch.manual_seed(0)
+    net, x = Beside().eval(), torch.rand(4, 1, 2, 2)
+    y = net(x).argmax(1)
+    threat = Threat("linf", 0.3)
+    for method in ("alpha", "branch"):
+        found = certify(net, Data(x, y, torch.arange(4)), threat, method=method, seconds=3.0)
+        assert (found.bound <= attacked_margins(net, x, y, threat)).all()
+
+
 def test_no_time_is_an_answer(trained):
     net, x, y = trained
     data, threat = Data(x, y, torch.arange(24)), Threat("linf", 0.08)
