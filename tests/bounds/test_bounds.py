@@ -168,6 +168,26 @@ def test_residual_networks_are_bounded_too(name):
     assert (-bounds.scatter(1, y[:, None], -math.inf).amax(1) <= attacked_margins(model, x, y, small) + 1e-4).all()
 
 
+def test_a_network_that_was_changed_is_read_again():
+    """A setting, a hook or a replaced forward changes the bounds of a network that is no chain."""
+    model = build("resnet:depth=8", (3, 16, 16), 3).eval().requires_grad_(False)
+    x, y = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0])
+
+    def agree():
+        logits = model(x).logits
+        assert torch.allclose(logit_difference_bounds(model, x, x, y), logits - logits[:, :1], rtol=1e-3, atol=1e-4)
+
+    agree()
+    model.logit_scale = 7.0
+    agree()
+    handle = model.backbone.register_forward_hook(lambda module, x, out: 2 * out)
+    agree()
+    handle.remove()
+    agree()
+    model.head.linear.forward = lambda h: -2 * h[:, :3]
+    agree()
+
+
 def test_a_function_has_no_certificate():
     x, y = torch.rand(2, 1, 1, 3), torch.tensor([0, 1])
     assert cheaply_proved(lambda x: x.flatten(1), x, y, Threat("linf", 0.1)) is None

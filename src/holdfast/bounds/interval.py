@@ -94,13 +94,22 @@ def _by_graph(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, slack: bool) 
 
 
 def _graph_of(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> Graph:
-    """The graph of a network, read again when one of its modules or tensors is another object than before."""
+    """The graph of a network, read again when a module, a tensor, a hook or a setting is another one than before."""
     parts = (*model.modules(), *model.parameters(), *model.buffers())
-    key = shape, str(device), *map(id, parts)
+    key = shape, str(device), *map(id, parts), *(part for module in model.modules() for part in _settings(module))
     kept = _GRAPHS.get(model)
     if kept is None or kept[0] != key:
         kept = _GRAPHS[model] = key, read(Queried(model), shape, device=device, grad=True)
     return kept[1]
+
+
+def _settings(module: nn.Module) -> Iterator[Any]:
+    """What a module computes with besides its tensors: numbers and texts by value, anything else by identity."""
+    for name, value in vars(module).items():
+        if name.endswith("_hooks"):
+            yield from map(id, value.values())
+        elif name != "training":
+            yield name, value if isinstance(value, int | float | str) else id(value)
 
 
 @contextmanager

@@ -384,6 +384,8 @@ def optimised(
             break
         with torch.enable_grad():
             reached = bound(alphas)
+            if not reached.requires_grad:  # no ReLU lies on the way to these rows
+                break
             optimiser.zero_grad()
             (-reached[best < 0]).sum().backward()  # what is above zero needs no better slope
         best = torch.maximum(best, reached.detach())

@@ -1,0 +1,190 @@
+"""CROWN by hand, and branch and bound against mixed-integer programs: certified <= exact <= attacked."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from tests.bounds.helpers import attacked_margins
+from tests.helpers import on_digits, right_ones
+from torch import nn
+
+from holdfast.bounds import METHODS, certify
+from holdfast.data import Data
+from holdfast.milp import decide, layers_of
+from holdfast.outputs import fooled
+from holdfast.threat import Threat
+
+
+def dense(*layers):
+    """A ReLU network of these (weight, bias)."""
+    modules = [nn.Flatten()]
+    for weight, bias in layers:
+        weight, bias = torch.tensor(weight), torch.tensor(bias)
+        modules += [nn.Linear(weight.shape[1], weight.shape[0]), nn.ReLU()]
+        modules[-2].weight.data, modules[-2].bias.data = weight, bias
+    return nn.Sequential(*modules[:-1]).eval()
+
+
+def bounds(net, point, threat, y=0):
+    x = torch.tensor(point).view(1, 1, 1, -1)
+    data = Data(x, torch.tensor([y]), torch.arange(1))
+    return {method: certify(net, data, threat, method=method) for method in METHODS}
+
+
+def test_crown_by_hand():
+    """a = x1 + x2 and b = x1 - x2 lie in [-2, 2]; the margin is 2.5 - relu(a) - relu(b).
+
+    Boxes: relu <= 2, so 2.5 - 4 = -1.5. Lines: relu(h) <= h / 2 + 1, so 2.5 - 2 - (a + b) / 2 = 0.5 - x1 >= -0.5.
+    (Of a third ReLU nothing is read. It keeps the product of Lipschitz constants large, so that lines are what counts.)
+    In truth relu(a) + relu(b) <= 2, so the margin is 0.5 at least, and branch and bound proves it.
+    """
+    net = dense(([[1.0, 1.0], [1.0, -1.0], [9.0, 0.0]], [0.0] * 3), ([[0.0] * 3, [1.0, 1.0, 0.0]], [2.5, 0.0]))
+    found = bounds(net, [0.0, 0.0], Threat("linf", 1.0, -5, 5))
+    assert float(found["interval"].bound) == pytest.approx(-1.5, abs=1e-3)
+    for method in ("linear", "crown", "alpha"):  # upper lines have no slope to choose
+        assert float(found[method].bound) == pytest.approx(-0.5, abs=1e-3)
+        assert not found[method].proved
+    assert found["branch"].proved
+    assert 0 < float(found["branch"].bound) <= 0.5
+    assert found["branch"].by == ("branch",)
+
+
+def test_slopes_by_hand():
+    """x lies in [-1, 2]; the margin is relu(x) - x / 2 + 0.1, x / 2 by a ReLU that is always on.
+
+    CROWN takes slope 1 for the lower line, since 2 > 1: x / 2 + 0.1 >= -0.4. Slope 1/2 gives 0.1, which is the truth.
+    """
+    net = dense(([[1.0], [1.0]], [0.0, 10.0]), ([[1.0, 0.0], [0.0, 0.5]], [0.0, -5.1]))
+    found = bounds(net, [0.5], Threat("linf", 1.5, -5, 5))
+    assert float(found["crown"].bound) == pytest.approx(-0.4, abs=1e-3)
+    assert 0 < float(found["alpha"].bound) <= 0.1
+    assert found["alpha"].by == ("alpha",)
+
+
+def test_the_ball_of_l2_and_l1_by_hand():
+    """The margin is 3 x1 + 4 x2 - 1 and x is (1, 1): 6 - 5 eps in l2 and 6 - 4 eps in l1, where the box is far."""
+    net = dense(([[3.0, 4.0], [0.0, 0.0]], [-1.0, 0.0]))
+    for norm, dual in (("l2", 5.0), ("l1", 4.0), ("linf", 7.0)):
+        for eps in (0.1, 0.5):
+            found = bounds(net, [1.0, 1.0], Threat(norm, eps, -9, 9))
+            assert float(found["interval"].bound) == pytest.approx(6 - dual * eps, abs=1e-3)
+    near = bounds(net, [1.0, 1.0], Threat("l2", 0.5, 0.9, 9))  # the box leaves 0.1 in both: 6 - 0.7
+    assert float(near["linear"].bound) == pytest.approx(5.3, abs=1e-3)
+
+
+def test_a_counterexample_by_hand():
+    """The margin 1.5 - relu(a) - relu(b) falls to -0.5: branch and bound meets a point below zero, and keeps it."""
+    net = dense(([[1.0, 1.0], [1.0, -1.0], [9.0, 0.0]], [0.0] * 3), ([[0.0] * 3, [1.0, 1.0, 0.0]], [1.5, 0.0]))
+    threat, x = Threat("linf", 1.0, -5, 5), torch.zeros(1, 1, 1, 2)
+    found = bounds(net, [0.0, 0.0], threat)["branch"]
+    assert not found.proved
+    assert found.ended
+    [x_adv] = found.x_adv.values()
+    assert fooled(net(x_adv.view_as(x)), torch.tensor([0]))
+    assert threat.violation(x_adv.view_as(x), x) == 0
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(net, x, y): a dense network of 28 ReLUs and 24 digits."""
+    net, split = on_digits(
+        lambda: (
+            nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 10),
+        ),
+        lr=1e-2,
+        epochs=12,
+    )  # fmt: skip
+    return net, *right_ones(net, split, 24)
+
+
+@pytest.mark.parametrize("eps", [0.03, 0.08])
+def test_certified_is_below_exact_is_below_attacked(trained, eps):
+    """Branch and bound proves exactly what mixed-integer programs prove, and breaks what they break."""
+    net, x, y = trained
+    threat = Threat("linf", eps)
+    exact = decide(layers_of(net), x, y, threat)
+    attacked = attacked_margins(net, x, y, threat) > 0
+    assert not (exact.robust & ~attacked).any()
+    assert exact.robust.any()
+    assert exact.broken.any()
+    before, bound = torch.zeros(24, dtype=torch.bool), torch.full((24,), -torch.inf, dtype=torch.float64)
+    for method in METHODS:
+        found = certify(net, Data(x, y, torch.arange(24)), threat, method=method)
+        assert not (found.proved & ~exact.robust & ~exact.unknown).any()
+        assert not (before & ~found.proved).any(), "a later method proves what earlier ones do"
+        assert (found.bound >= bound - 1e-9).all()
+        assert ((found.bound > 0) == found.proved).all()
+        assert [by != "" for by in found.by] == found.proved.tolist()
+        before, bound = found.proved, found.bound
+    assert torch.equal(found.proved[~exact.unknown], exact.robust[~exact.unknown])
+    assert found.ended[~exact.unknown].all()
+    assert not found.proved[list(found.x_adv)].any()
+    for number, x_adv in found.x_adv.items():
+        assert x_adv.dtype == torch.float32
+        assert fooled(net(x_adv[None]), y[number : number + 1])
+        assert threat.violation(x_adv[None], x[number : number + 1]) == 0
+    assert not exact.robust[list(found.x_adv)].any()
+
+
+@pytest.mark.parametrize("threat", [Threat("l2", 0.25), Threat("l1", 0.8)])
+def test_branch_and_bound_in_other_norms(trained, threat):
+    """Attacks break nothing that is proved, and more is proved than by lines."""
+    net, x, y = trained
+    data = Data(x[:12], y[:12], torch.arange(12))
+    alpha, branch = (certify(net, data, threat, method=method, seconds=3.0) for method in ("alpha", "branch"))
+    assert not (alpha.proved & ~branch.proved).any()
+    assert branch.proved.any()
+    assert not (branch.proved & ~(attacked_margins(net, x[:12], y[:12], threat) > 0)).any()
+    for number, x_adv in branch.x_adv.items():
+        assert fooled(net(x_adv[None]), y[number : number + 1])
+        assert threat.violation(x_adv[None], x[number : number + 1]) == 0
+
+
+def test_convolutions_and_what_is_no_relu(digits):
+    """A network with pools and a sigmoid is branched on its ReLUs alone; bounds hold, and the time is kept."""
+    net, x, y = digits
+    smooth = nn.Sequential(*list(net)[:-1], nn.Sigmoid(), net[-1]).eval()
+    x = x[:6]
+    for model in (net, smooth):
+        y = model(x).argmax(1)
+        threat = Threat("linf", 0.02)
+        began = time.monotonic()
+        found = certify(model, Data(x, y, torch.arange(6)), threat, method="branch", seconds=4.0)
+        assert time.monotonic() - began < 30
+        assert found.proved.any()
+        assert (found.bound <= attacked_margins(model, x, y, threat)).all()
+
+
+class Beside(nn.Module):
+    """Slopes of ReLUs that no row of the sigmoid's input passes, and a sigmoid behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.last(self.first(x).relu() + self.other(x).tanh().square().sigmoid())
+
+
+def test_slopes_of_relus_that_a_row_does_not_pass():
+    torch.manual_seed(0)
+    net, x = Beside().eval(), torch.rand(4, 1, 2, 2)
+    y = net(x).argmax(1)
+    threat = Threat("linf", 0.3)
+    for method in ("alpha", "branch"):
+        found = certify(net, Data(x, y, torch.arange(4)), threat, method=method, seconds=3.0)
+        assert (found.bound <= attacked_margins(net, x, y, threat)).all()
+
+
+def test_no_time_is_an_answer(trained):
+    net, x, y = trained
+    data, threat = Data(x, y, torch.arange(24)), Threat("linf", 0.08)
+    found = certify(net, data, threat, method="branch", seconds=0.0)
+    cheap = certify(net, data, threat, method="interval")
+    assert torch.equal(found.proved, cheap.proved)
+    assert (found.ended | ~found.proved).all()
+    assert not found.ended.all()
+    assert not found.x_adv
