@@ -276,7 +276,7 @@ class Counted(nn.Module):
         return weight * self.calls
 
 
-def test_what_stands_in_for_a_layer_in_another_way_is_read_or_refused():
+def test_what_stands_in_for_a_layer_in_another_way_is_refused():
     x, threat = torch.rand(8, 1, 2, 2), Threat("linf", 1e-3)
 
     def compiled(net):
@@ -288,10 +288,7 @@ def test_what_stands_in_for_a_layer_in_another_way_is_read_or_refused():
     def parametrised(net):
         nn.utils.parametrize.register_parametrization(net[1], "weight", Counted(), unsafe=True)
 
-    net = network(nn.Linear(4, 3))
-    compiled(net)
-    assert holds(net, x, threat).any()
-    for change in (of_a_subclass, parametrised):
+    for change in (compiled, of_a_subclass, parametrised):  # a copy, which is read, has no compiled call
         net = network(nn.Linear(4, 3))
         change(net)
         assert cheaply_proved(net, x, torch.zeros(8, dtype=torch.int64), threat) is None

@@ -116,7 +116,7 @@ def test_the_answers_are_those_of_mixed_integer_programs(digits, truth):
 def test_branch_and_bound_decides_what_attacks_and_lines_leave(digits, truth, monkeypatch):
     path, net = digits
     _, data, threat, broken = truth
-    monkeypatch.setattr(solve._Work, "attack", lambda *_: None)
+    monkeypatch.setattr(solve._Work, "search", lambda *_: None)
     by = []
     for row in range(6):
         wanted = parse_property(robustness(pixels(data.x[row]), int(data.y[row]), threat.eps))
@@ -144,7 +144,7 @@ def test_conjunctions_and_disjunctions_of_them(above, verdict, attacks, plane, m
     """No single inequality is false everywhere: what refutes a case differs from place to place."""
     path, net, _, z = plane
     if not attacks:
-        monkeypatch.setattr(solve._Work, "attack", lambda *_: None)
+        monkeypatch.setattr(solve._Work, "search", lambda *_: None)
     both = float(torch.minimum(z[:, 1] - z[:, 0], z[:, 2] - z[:, 0]).max()) + above
     least = float(torch.maximum(z[:, 1], z[:, 2]).min()) - above
     assert min(float((z[:, j] - z[:, 0]).max()) for j in (1, 2)) > both
@@ -225,7 +225,7 @@ def test_a_last_softmax_counts(tmp_path):
 def test_time_ends_it(digits, truth, monkeypatch):
     _, net = digits
     _, data, threat, broken = truth
-    monkeypatch.setattr(solve._Work, "attack", lambda *_: None)
+    monkeypatch.setattr(solve._Work, "search", lambda *_: None)
     row = int(broken.nonzero()[0, 0])
     wanted = parse_property(robustness(pixels(data.x[row]), int(data.y[row]), 2 * threat.eps))
     assert check_property(net, wanted, seconds=1e-6).verdict == "timeout"

@@ -80,7 +80,7 @@ def test_impossible_names_and_targets_are_refused(mlp, some):
         evaluate(mlp, some, CLOSE, (replace(PER_ATTACK[0], name="pgd50"),))
 
 
-def test_a_stage_after_another_runs_only_if_that_one_broke_something(monkeypatch):
+def test_a_stage_after_another_runs_only_if_that_one_broke_something(unproved, monkeypatch):
     def shift(model, x, y, threat, *, score, noise, by):
         return x - by
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..data import Data, pixels
 from ..errors import UserError, type_of, unknown
-from ..outputs import Model, Queried, fooled, frozen_eval
+from ..outputs import Model, Queried, fooled, frozen_eval, out_of_memory
 from ..progress import Progress, as_progress
-from ..queries import Batches
+from ..queries import Batches, copied
 from ..threat import Threat, as_threat, check_images
 from ..user_input import typed
 from .branch import branch
@@ -206,7 +206,8 @@ def read_network(model: nn.Module, shape: tuple[int, ...], device: torch.device)
     """``graph.read``, of a network in float32."""
     if any(tensor.dtype != torch.float32 for tensor in model.parameters()):
         raise CannotBound("bounds know the rounding of float32, and the model has weights of another precision.")
-    return read(Queried(model), shape, device=device)
+    recorded = copied(model) or model  # code that keeps what it is shown keeps it in a copy
+    return read(Queried(recorded), shape, device=device)
 
 
 @typed
@@ -407,7 +408,13 @@ def _compare(work: _Work, x: Tensor, region: Region) -> tuple[Tensor, Tensor, li
         logits = ((last.lo + last.hi) / 2)[:, 0]
         compared.append((images, logits))
         batch = images if len(images) > 1 else torch.cat([images, others])
-        answers = [(queried(batch).logits[: len(images)], logits), (queried(images[-1:]).logits, logits[-1:])]
+        try:
+            together = queried(batch).logits[: len(images)]
+        except Exception as error:
+            if len(images) > 1 or not out_of_memory(error):
+                raise
+            together = queried(images).logits
+        answers = [(together, logits), (queried(images[-1:]).logits, logits[-1:])]
         with torch.enable_grad():
             answers.append((queried(images.clone().requires_grad_()).logits.detach(), logits))
         for answer, expected in answers:

@@ -161,10 +161,11 @@ def read(
 
     watch = _NoValues()
     try:
-        with _plain_kernels(), torch.set_grad_enabled(grad), watch:
+        with torch.set_grad_enabled(grad):
             model(image)  # what a module computes once and keeps is not kept from the recorded run
+        with _plain_kernels(), torch.set_grad_enabled(grad), watch:
             traced = _traced(logits, image)
-    except UserError:
+    except CannotBound:
         raise
     except Exception as error:
         if out_of_memory(error):

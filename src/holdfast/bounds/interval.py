@@ -21,6 +21,7 @@ from .linear import Region, forward, upper_differences
 from .rounding import HUGE, gamma, underflow
 from .steps import Box, bind
 
+STEEP = {"sqrt", "rsqrt", "log", "log1p", "reciprocal"}  # their slopes grow without end
 _GRAPHS: WeakKeyDictionary[nn.Module, tuple[Any, Graph]] = WeakKeyDictionary()
 
 
@@ -99,7 +100,11 @@ def _graph_of(model: nn.Module, shape: tuple[int, ...], device: torch.device) ->
     key = shape, str(device), *map(id, parts), *(part for module in model.modules() for part in _settings(module))
     kept = _GRAPHS.get(model)
     if kept is None or kept[0] != key:
-        kept = _GRAPHS[model] = key, read(Queried(model), shape, device=device, grad=True)
+        graph = read(Queried(model), shape, device=device, grad=True)
+        steep = sorted({operation.name for operation in graph.operations} & STEEP)
+        if steep:
+            raise CannotBound(f"boxes through {steep[0]} have no gradient where they reach 0: train without it.")
+        kept = _GRAPHS[model] = key, graph
     return kept[1]
 
 

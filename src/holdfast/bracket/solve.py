@@ -111,7 +111,7 @@ def check_property(
     with exact_float32(), frozen_eval(net):
         work = _Work(net, wanted, any_seed(seed), began + seconds, as_progress(progress))
         work.check()
-        answer = work.attack(began + ATTACK_SHARE * seconds) or work.prove()
+        answer = work.search(began + ATTACK_SHARE * seconds) or work.prove()
     return Answer(answer.verdict, answer.x, answer.y, answer.by, time.monotonic() - began, answer.why or work.note)
 
 
@@ -301,7 +301,7 @@ class _Work:
         self.found = Answer("sat", tuple(x.flatten().tolist()), tuple(y[0].tolist()), by)
         return True
 
-    def attack(self, until: float) -> Answer | None:
+    def search(self, until: float) -> Answer | None:
         """Projected gradient descent on the largest row of each case, from several starts."""
         for done, group in enumerate(self.groups):
             self.report("attack", done, len(self.groups))
