@@ -268,14 +268,8 @@ class _Ladder:
     def __init__(
         self, work: _Work, rows: Tensor, region: Region, found: Forward, until: float, report: Progress
     ) -> None:
-        self.work, self.rows, self.region, self.found, self.until, self.report = (
-            work,
-            rows,
-            region,
-            found,
-            until,
-            report,
-        )
+        self.work, self.rows, self.region, self.found = work, rows, region, found
+        self.until, self.report = until, report
         self.x, self.y = work.x[rows], work.y[rows]
         self.margins = against(self.y, work.graph.classes, torch.float64)[0]
         self.possible = torch.ones(len(rows), dtype=torch.bool, device=self.x.device)
@@ -301,8 +295,7 @@ class _Ladder:
     def cheap(self, compared: list[tuple[Tensor, Tensor]]) -> None:
         """Boxes, and Lipschitz constants."""
         every, steps = torch.arange(len(self.rows), device=self.x.device), self.work.steps
-        lines = all_lines(steps, self.found)
-        low = least(steps, self.found, lines, self.region, len(steps) - 1, self.margins, stop=True)
+        low = least(steps, self.found, {}, self.region, len(steps) - 1, self.margins, stop=True)
         self.raise_to(every, low, self.found, "interval")
         low_by_constants = margins_by_lipschitz(self.work.model, self.x, self.y, self.work.threat, compared)
         if low_by_constants is not None:
