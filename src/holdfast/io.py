@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import time
 import warnings
 import zipfile
 import zlib
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RESTORE = "Restore it from a copy, or rerun the command that wrote it with another folder."
+SAVE_EVERY = 5.0  # seconds between two checkpoints, at least
 MOST_DIGITS = 300  # of a whole number in a file: a float can hold it
 
 
@@ -74,6 +76,19 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
             f"could not write {path}: {error.strerror or error}. A file that was there before is unchanged."
         ) from error
     return path
+
+
+def next_save(began: float) -> float:
+    """When the next checkpoint is due, by ``time.perf_counter()``: at most 5% of the time goes into writing.
+
+    Args:
+        began: when the writing of the last one began, which has ended now; or now, before the first one.
+
+    >>> round(next_save(time.perf_counter()) - time.perf_counter())
+    5
+    """
+    now = time.perf_counter()
+    return now + max(SAVE_EVERY, 20 * (now - began))
 
 
 def existing_file(path: str | Path) -> Path:

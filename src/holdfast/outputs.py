@@ -281,31 +281,41 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
+def eval_mode(model: Model) -> Iterator[None]:
+    """Every module in eval mode; each gets its own mode back.
+
+    A batch norm that its owner froze stays frozen, and a dropout that was in train mode returns to it.
+
+    Args:
+        model: an nn.Module; any other callable is left as it is.
+    """
+    modes = [(module, module.training) for module in (model.modules() if isinstance(model, nn.Module) else ())]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def frozen_eval(model: Model) -> Iterator[None]:
     """Every module in eval mode, every parameter without gradient, and gradients enabled; all are restored afterwards.
 
     Attacks and checks need gradients in the images whatever mode the caller is in, ``no_grad`` and ``inference_mode``
     included.
 
-    Each module gets its own mode back. A batch norm that its owner froze stays frozen, and a dropout that was in train
-    mode returns to it.
-
     Args:
         model: an nn.Module; any other callable is left as it is.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    wanted = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
+    wanted = [p for p in (model.parameters() if isinstance(model, nn.Module) else ()) if p.requires_grad]
     try:
-        for module in modules:
-            module.training = False
         for parameter in wanted:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
         for parameter in wanted:
             parameter.requires_grad_(True)
 

@@ -11,6 +11,7 @@ from tests.helpers import on_digits, right_ones
 from torch import nn
 
 from holdfast.bounds import METHODS, certify
+from holdfast.bounds import branch as branch_module
 from holdfast.data import Data
 from holdfast.milp import decide, layers_of
 from holdfast.outputs import fooled
@@ -188,3 +189,15 @@ def test_no_time_is_an_answer(trained):
     assert (found.ended | ~found.proved).all()
     assert not found.ended.all()
     assert not found.x_adv
+
+
+def test_domains_that_do_not_fit_in_memory_end_branch_and_bound(trained, monkeypatch):
+    """It says that it did not end, and its bound is still one."""
+    net, x, y = trained
+    data, threat = Data(x, y, torch.arange(24)), Threat("linf", 0.08)
+    whole = certify(net, data, threat, method="branch", seconds=60.0)
+    monkeypatch.setattr(branch_module, "WAITING", 1)
+    found = certify(net, data, threat, method="branch", seconds=60.0)
+    assert not (found.proved & ~whole.proved).any()
+    assert (~found.ended & whole.ended).any()
+    assert (found.bound <= attacked_margins(net, x, y, threat)).all()

@@ -181,6 +181,7 @@ FUNCTIONS = {
     "detach": lambda m, x: x + (F.relu(x) - x).detach(),
     "in place": in_place,
     "product": lambda m, x: x * x.flip(3) + x * x[:, :1],
+    "itself": lambda m, x: x * x,
     "quotient": lambda m, x: x / (x.flip(3).square() + 1),
     "squares": lambda m, x: x.square() + (x + 4) ** 3 + (x + 4) ** -1 + (x + 5) ** -2,
     "roots": lambda m, x: (x + 5).sqrt() + (x + 5) ** 0.5 + (x + 5).rsqrt() + (x + 5) ** -0.5 + 1 / (x + 5),
@@ -296,7 +297,6 @@ REFUSED = {
         "operator div that rounds"),
     "a power": (lambda m, x: m.last(x**4), "a power other than"),
     "a norm": (lambda m, x: m.last(x / x.norm(p=3)), "a norm of order 3"),
-    "itself": (lambda m, x: m.last(x * x), r"write x.square\(\)"),
     "a kernel from the image": (
         lambda m, x: m.last(F.conv2d(x.view(1, -1, 2, 2), m.first(x)[:, :9].reshape(-1, 1, 3, 3), padding=1,
                                      groups=len(x)).view(-1, 4)), "convolution of values that depend on the image",

@@ -12,7 +12,7 @@ from torch import nn
 from holdfast import data, evaluate_network, models
 from holdfast.checks import CHECKS, PGD50, ROBUST, Claim, Probe, audit, judge, lower_bound_99, name_of, strength
 from holdfast.checks.strength import _separate
-from holdfast.evaluation import Stage, clean_pass, evaluate
+from holdfast.evaluation import Stage, evaluate
 from holdfast.evaluation.evaluation import StageCost
 from holdfast.losses import sce
 from holdfast.objectives import adversarial, standard
@@ -184,8 +184,7 @@ def linear(split):
 
 
 @pytest.mark.usefixtures("short_audits")
-def test_a_network_that_is_float32_inside_is_audited(linear, some, monkeypatch):
-    monkeypatch.setattr(clean_pass, "proved", lambda task, rows, method: None)  # survivors are needed
+def test_a_network_that_is_float32_inside_is_audited(unproved, linear, some):
     audited = evaluate_and_audit(Table(linear, 10), some)
     for check in ("float64 changes nothing", "float64 scores break no survivor"):
         found = finding(audited, check)

@@ -13,7 +13,7 @@ from holdfast import audit, evaluate, milp, models, region
 from holdfast.bounds import cheaply_proved
 from holdfast.bracket import bracket
 from holdfast.data import Data
-from holdfast.evaluation import cascade, clean_pass
+from holdfast.evaluation import cascade
 from holdfast.evaluation.suites import PGD50, SUITES
 from holdfast.importers import ModelSource, open_model
 from holdfast.losses import LOSSES
@@ -67,9 +67,8 @@ def test_every_suite_gives_the_same_answer_for_every_sample(suite, on_both, few,
         }
 
 
-def test_one_more_batch_waits_three_times_more(on_both, few, monkeypatch):
+def test_one_more_batch_waits_three_times_more(unproved, on_both, few):
     """For what broke, for NaNs, and for those off the grid; here two stages take two more batches each."""
-    monkeypatch.setattr(clean_pass, "proved", lambda task, rows, method: None)
     stages = (replace(SUITES["quick"][0], settings={"steps": 3}),)
     counts = []
     for batch_size in (8, 4):
@@ -92,7 +91,7 @@ def test_an_evaluation_resumes_on_the_device(on_both, few, tmp_path, evaluations
         if "targets" in what:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("holdfast.evaluation.checkpoint.INTERVAL", 0.0)
+    monkeypatch.setattr("holdfast.io.SAVE_EVERY", 0.0)
     path = tmp_path / "checkpoint.safetensors"
     with pytest.raises(KeyboardInterrupt):
         evaluate(on_both[0], few, THREAT, "quick", checkpoint=path, progress=stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.evaluation.helpers import CLOSE, small_mlp
 
-from holdfast.evaluation import clean_pass, evaluate
+from holdfast.evaluation import evaluate
 from holdfast.evaluation.checkpoint import Checkpoint
 
 
@@ -42,9 +42,3 @@ def save_every_batch(monkeypatch):
     """Checkpoints are written after every batch, not every few seconds."""
     save = Checkpoint.save
     monkeypatch.setattr(Checkpoint, "save", lambda self, state, *, force=False: save(self, state, force=True))
-
-
-@pytest.fixture
-def unproved(monkeypatch):
-    """No sample is proved, so that the attacks get all of them."""
-    monkeypatch.setattr(clean_pass, "proved", lambda task, rows, method: None)

@@ -147,8 +147,7 @@ def killed_after(calls, model):
 @pytest.mark.parametrize("calls", [8, 15, 28, 35])
 def test_what_was_stopped_goes_on(calls, linear, tmp_path, monkeypatch):
     """Killed while votes are counted, while it attacks, and while votes are counted at what it found."""
-    monkeypatch.setattr(voting, "INTERVAL", 0.0)
-    monkeypatch.setattr(voting, "SHARE", 0)
+    monkeypatch.setattr(voting, "next_save", lambda began: 0.0)  # after every batch
     model, data, truth = linear
     data = data.take(truth.argsort()[50:58])
     asked = {"n": 100, "n0": 20, "steps": 4, "copies": 8, "batch_size": 96}

@@ -9,9 +9,9 @@ competitor j. To bound another kind of layer, add a class and a line to ``LAYERS
 
 from __future__ import annotations
 
-from .certify import METHODS, ROWS, Certified, certify, cheaply_proved, why_not
+from .certify import METHODS, ROWS, Certified, certify, cheaply_proved, why_not, worst_logit_difference
 from .graph import CannotBound
-from .interval import box_of, logit_difference_bounds, worst_logit_difference
+from .interval import box_of, logit_difference_bounds
 from .lipschitz import l2_radius, lipschitz_constant, lipschitz_s, s_lipschitz_pairwise
 from .smoothing import ABSTAIN, Smoothed, certify_smoothed
 

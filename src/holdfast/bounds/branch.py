@@ -30,7 +30,7 @@ FILTERED = 4  # how many ReLUs the score proposes for each domain
 ITERATIONS = 12  # steps of Adam on the slopes and multipliers of new domains
 LARGEST = 1e4  # of the multipliers of a linear program: where its signs contradict each other, they grow without end
 RATE, DECAY = 0.2, 0.97
-MOST = 50_000  # domains of one image that may wait: beyond them memory ends first
+WAITING = 2**31  # bytes of the domains of one image that may wait
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Answer:
     Args:
         bound: a lower bound of the smallest margin; above zero it is a proof.
         domains: how many were bounded.
-        ended: with a proof or an adversarial example; False: the time was over, or no ReLU was left to split.
+        ended: with a proof or an adversarial example; False: time or memory ended first, or no ReLU was left to split.
         point: an image of the region that the linear bound proposed, misclassified as ``misclassified`` judged it.
     """
 
@@ -107,9 +107,10 @@ def branch(
     width = max(step_width(step) for step in steps) * rows.element_size() * 4
     batch = max(2, min(512, MEMORY // width))
     pool, point = _bounded(steps, found, region, pool, lines, misclassified)
+    most = WAITING // (1 + sum(17 * step_width(steps[n]) for n in relus))  # a sign, a slope, a multiplier for each ReLU
     bounded = len(pool.bounds)
     pool = pool.take((pool.bounds <= 0).nonzero()[:, 0])
-    while len(pool.bounds) and point is None and time.monotonic() < until and len(pool.bounds) < MOST:
+    while len(pool.bounds) and point is None and time.monotonic() < until and len(pool.bounds) < most:
         order = pool.bounds.argsort()
         some, pool = pool.take(order[: batch // 2]), pool.take(order[batch // 2 :])
         children, whole = _split(steps, found, region, some, lines)

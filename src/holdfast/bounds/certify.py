@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import Data, pixels
 from ..errors import UserError, type_of, unknown
-from ..outputs import Model, Queried, fooled, frozen_eval, out_of_memory
+from ..outputs import Model, Queried, check_samples, fooled, frozen_eval, out_of_memory
 from ..progress import Progress, as_progress
 from ..queries import Batches, copied
 from ..threat import Threat, as_threat, check_images
@@ -21,7 +21,19 @@ from .branch import branch
 from .by_lipschitz import margins_by_lipschitz
 from .chain import in_float64
 from .graph import CannotBound, Graph, read
-from .linear import MEMORY, Forward, Region, against, all_lines, forward, least, optimised, take
+from .linear import (
+    MEMORY,
+    Forward,
+    Region,
+    against,
+    all_lines,
+    forward,
+    least,
+    optimised,
+    others,
+    take,
+    upper_differences,
+)
 from .rounding import HUGE
 from .steps import Box, ReluStep, Step, bind
 
@@ -40,7 +52,7 @@ class Certified:
         proved: (N,) bool: no point of the threat has another argmax than y.
         by: the method that proved each sample; "" where none did.
         bound: (N,) float64 lower bounds of the smallest logit_y - logit_j over the threat; -inf where there is none,
-            and where the image itself is misclassified.
+            below zero where the image itself is misclassified.
         x_adv: adversarial examples that branch and bound met: sample number -> image. They are misclassified.
         seconds: (N,) float64, what each sample cost.
         ended: (N,) bool: its last method ran to its end; False: time ran out first.
@@ -173,6 +185,32 @@ def cheaply_proved(model: Model, x: Tensor, y: Tensor, threat: Threat | str) -> 
 
 
 @typed
+def worst_logit_difference(model: nn.Module, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
+    """Bound max_{j != y} logit_j - logit_y over the threat by the cheapest methods. Below zero it is a proof.
+
+    Args:
+        model: as for ``certify``.
+        x: (N, C, H, W) float32 images.
+        y: (N,) int64 labels.
+        threat: of any norm.
+
+    Returns:
+        (N,) float64 upper bounds, infinite where there is none: -1 times the ``bound`` of ``certify`` by "interval".
+
+    Raises:
+        CannotBound: as ``certify`` does.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # logit_1 - logit_0 = -2 x
+    >>> bound = worst_logit_difference(net, torch.tensor([[[[0.3]]]]), torch.tensor([0]), Threat("linf", 0.1))
+    >>> print(f"{bound.item():.4f}")
+    -0.4000
+    """
+    check_samples(x, y)
+    return -certify(model, Data(x, y, torch.arange(len(y))), threat, method="interval").bound
+
+
+@typed
 def why_not(model: Model, shape: tuple[int, ...]) -> str:
     """Why no bound is known for a model, in one sentence; "" where one is.
 
@@ -247,7 +285,7 @@ def _certify_rows(work: _Work, rows: Tensor, until: float, report: Progress) -> 
     finite, logits, compared = _compare(work, work.x[rows], region)
     found = forward(work.steps, region)
     ladder = _Ladder(work, rows, region, found, until, report)
-    ladder.possible = finite & (logits.argmax(1) == ladder.y)
+    ladder.finite, ladder.correct = finite, logits.argmax(1) == ladder.y
     ladder.cheap(compared)
     ladder.seconds += (time.monotonic() - began) / max(1, len(rows))
     if work.level >= METHODS.index("linear"):
@@ -271,8 +309,8 @@ class _Ladder:
         self.work, self.rows, self.region, self.found = work, rows, region, found
         self.until, self.report = until, report
         self.x, self.y = work.x[rows], work.y[rows]
-        self.margins = against(self.y, work.graph.classes, torch.float64)[0]
-        self.possible = torch.ones(len(rows), dtype=torch.bool, device=self.x.device)
+        self.margins = against(self.y, work.graph.classes, torch.float64)
+        self.finite = self.correct = torch.ones(len(rows), dtype=torch.bool, device=self.x.device)
         self.bounds = torch.full(self.margins.shape[:2], -math.inf, dtype=torch.float64, device=self.x.device)
         self.by = [""] * len(rows)
         self.seconds = torch.zeros(len(rows), dtype=torch.float64)
@@ -282,9 +320,14 @@ class _Ladder:
         splits = any(isinstance(step, ReluStep) for step in work.steps)
         self.branches = splits and work.level >= METHODS.index("branch")
 
+    @property
+    def left(self) -> Tensor:
+        """The numbers of the images that are answered right and not proved."""
+        return ((self.bounds.amin(1) <= 0) & self.finite & self.correct).nonzero()[:, 0]
+
     def raise_to(self, some: Tensor, low: Tensor, found: Forward, method: str) -> None:
         """Take lower bounds (n, K - 1) of these images, where they exist and are better."""
-        low = low.masked_fill(low.isnan() | (found.unbounded | ~self.possible[some])[:, None], -math.inf)
+        low = low.masked_fill(low.isnan() | (found.unbounded | ~self.finite[some])[:, None], -math.inf)
         before = self.bounds[some].amin(1)
         self.bounds[some] = torch.maximum(self.bounds[some], low)
         for number in some[(before <= 0) & (self.bounds[some].amin(1) > 0)].tolist():
@@ -295,7 +338,8 @@ class _Ladder:
     def cheap(self, compared: list[tuple[Tensor, Tensor]]) -> None:
         """Boxes, and Lipschitz constants."""
         every, steps = torch.arange(len(self.rows), device=self.x.device), self.work.steps
-        low = least(steps, self.found, {}, self.region, len(steps) - 1, self.margins, stop=True)
+        high = upper_differences(steps, self.found, self.region, self.y)
+        low = -high.gather(1, others(self.y, self.work.graph.classes))
         self.raise_to(every, low, self.found, "interval")
         low_by_constants = margins_by_lipschitz(self.work.model, self.x, self.y, self.work.threat, compared)
         if low_by_constants is not None:
@@ -304,13 +348,13 @@ class _Ladder:
 
     def improve(self, method: Callable[[Tensor, Forward, Region], None], share: int) -> None:
         """A method for what is left, in parts that fit in memory."""
-        left = ((self.bounds.amin(1) <= 0) & self.possible).nonzero()[:, 0]
+        left = self.left
         for some in left.split(share) if len(left) else ():
             start = time.monotonic()
             if start > self.until:
                 self.ended[some.cpu()] = False
                 continue
-            part, inside, _ = take(self.found, self.region, {}, some)
+            part, inside = take(self.found, self.region, some)
             method(some, part, inside)
             self.seconds[some.cpu()] += (time.monotonic() - start) / len(some)
 
@@ -335,17 +379,19 @@ class _Ladder:
         self.raise_to(some, low, tight, "alpha")
         if self.branches:
             for place, number in enumerate(some.tolist()):
-                self.refined[number] = take(tight, inside, {}, torch.tensor([place], device=some.device))[:2]
+                self.refined[number] = take(tight, inside, torch.tensor([place], device=some.device))
 
     def branch(self) -> None:
         """Branch and bound, one image after another; each may take its share of the time that is left."""
-        left = ((self.bounds.amin(1) <= 0) & self.possible & ~self.found.unbounded).nonzero()[:, 0].tolist()
+        left = self.left.tolist()
         for place, number in enumerate(left):
             start = time.monotonic()
             if number not in self.refined or start > self.until:
                 self.ended[number] = False
                 continue
             part, inside = self.refined[number]
+            if bool(part.unbounded.any()):
+                continue
             share = (self.until - start) / (len(left) - place)
             open_ = self.bounds[number] <= 0
             answer = branch(
@@ -394,13 +440,13 @@ def _compare(work: _Work, x: Tensor, region: Region) -> tuple[Tensor, Tensor, li
     share = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)).to(region.center)[:, None]
     beside = (region.box.lo + (region.box.hi - region.box.lo) * share)[:, 0].to(x.dtype)
     queried = Queried(work.model)
-    for images, others in ((x, beside), (beside, x)):
+    for images, more in ((x, beside), (beside, x)):
         point = images.double()[:, None]
         at = replace(region, box=Box(point, point), center=point, eps=0.0)
         last = forward(work.steps, at, rounding=False).boxes[-1]
         logits = ((last.lo + last.hi) / 2)[:, 0]
         compared.append((images, logits))
-        batch = images if len(images) > 1 else torch.cat([images, others])
+        batch = images if len(images) > 1 else torch.cat([images, more])
         try:
             together = queried(batch).logits[: len(images)]
         except Exception as error:
@@ -429,7 +475,7 @@ def _compare(work: _Work, x: Tensor, region: Region) -> tuple[Tensor, Tensor, li
 
 def _by_rounding(work: _Work, at: Region, some: Tensor, answers: Tensor) -> bool:
     """Whether float32 may give these answers (n, K) at some of these points, as where large numbers cancel."""
-    part, inside, _ = take(forward(work.steps, at), at, {}, some)
+    part, inside = take(forward(work.steps, at), at, some)
     eye = torch.eye(work.graph.classes, dtype=torch.float64, device=some.device)
     rows = eye[None, :, None].expand(len(some), -1, 1, -1)
     lines, last = all_lines(work.steps, part), len(work.steps) - 1

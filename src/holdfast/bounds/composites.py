@@ -42,14 +42,8 @@ def clamp(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     return x.clone() if high is None or (isinstance(high, float) and high >= LARGEST) else high - F.relu(high - x)
 
 
-def leaky_relu(x: Tensor, slope: float = 0.01) -> Tensor:
-    """slope x + (1 - slope) relu(x)."""
-    return slope * x + (1 - slope) * F.relu(x)
-
-
-def prelu(x: Tensor, weight: Tensor) -> Tensor:
-    """The same, with a slope for each channel."""
-    slope = weight.view(-1, *[1] * (x.ndim - 2)) if x.ndim > 1 else weight
+def leaky_relu(x: Tensor, slope: float | Tensor = 0.01) -> Tensor:
+    """slope x + (1 - slope) relu(x); the slope may be a tensor, such as one for each channel."""
     return slope * x + (1 - slope) * F.relu(x)
 
 
@@ -72,25 +66,10 @@ def hardsigmoid(x: Tensor) -> Tensor:
     return clamp(x / 6 + 0.5, 0.0, 1.0)
 
 
-def _softmax_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function:
-    """The sum over j of exp(x_j - x_i) as a sum over a new dimension behind all others."""
-    dim = args[1] % max(args[0].ndim, 1)
-
-    def total(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        last = x.movedim(dim, -1)
-        return (last.unsqueeze(-2) - last.unsqueeze(-1)).exp().sum(-1).movedim(-1, dim)
-
-    return lambda x, *_, **__: total(x).reciprocal()
-
-
-def _log_softmax_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function:
-    dim = args[1] % max(args[0].ndim, 1)
-
-    def function(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        last = x.movedim(dim, -1)
-        return (last.unsqueeze(-2) - last.unsqueeze(-1)).exp().sum(-1).log().neg().movedim(-1, dim)
-
-    return function
+def inverse_softmax(x: Tensor, dim: int) -> Tensor:
+    """1 / softmax_i = the sum over j of exp(x_j - x_i), over a new dimension behind all others."""
+    last = x.movedim(dim, -1)
+    return (last.unsqueeze(-2) - last.unsqueeze(-1)).exp().sum(-1).movedim(-1, dim)
 
 
 def layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -167,6 +146,14 @@ def variance(x: Tensor, dim: Any = None, *, correction: float | None = None, kee
     return squares / (n - (1 if correction is None else correction))
 
 
+def largest_of(parts: list[Tensor]) -> Tensor:
+    """The maximum of tensors, as a tree: fewer operators in a row than a chain."""
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=False)
+        parts = [torch.maximum(*pair) for pair in pairs] + (parts[-1:] if len(parts) % 2 else [])
+    return parts[0]
+
+
 def _max_pool_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function:
     """The maximum of k^2 selections of pixels. A place outside the image repeats one inside the same window."""
     x, window = args[0], args[1]
@@ -190,11 +177,7 @@ def _max_pool_of(args: tuple[Any, ...], varies: tuple[bool, ...]) -> Function:
     def function(x: Tensor, *_: Any, **__: Any) -> Tensor:
         flat = x.flatten(-2)
         parts = [flat.index_select(-1, selection.to(x.device)) for selection in selections]
-        while len(parts) > 1:  # a tree: fewer operators in a row than a chain
-            parts = [torch.maximum(*pair) for pair in zip(parts[::2], parts[1::2], strict=False)] + (
-                parts[-1:] if len(parts) % 2 else []
-            )
-        return parts[0].reshape(*x.shape[:-2], *out)
+        return largest_of(parts).reshape(*x.shape[:-2], *out)
 
     return function
 
@@ -209,12 +192,8 @@ def _window(start: int, k: int, dilation: int, size: int) -> list[int]:
 def amax(x: Tensor, dims: Any = (), keepdim: bool = False) -> Tensor:
     """The maximum of selections."""
     for dim in sorted((d % x.ndim for d in (dims or range(x.ndim))), reverse=True):
-        parts = list(x.unbind(dim))
-        while len(parts) > 1:
-            parts = [torch.maximum(*pair) for pair in zip(parts[::2], parts[1::2], strict=False)] + (
-                parts[-1:] if len(parts) % 2 else []
-            )
-        x = parts[0].unsqueeze(dim) if keepdim else parts[0]
+        largest = largest_of(list(x.unbind(dim)))
+        x = largest.unsqueeze(dim) if keepdim else largest
     return x
 
 
@@ -252,8 +231,7 @@ COMPOSITES: dict[str, Chooser] = {
     "hardtanh": _always(lambda x, low=-1.0, high=1.0: clamp(x, low, high)),
     "relu6": _always(lambda x: clamp(x, 0.0, 6.0)),
     "leaky_relu": _always(leaky_relu),
-    "prelu": _always(prelu),
-    "_prelu_kernel": _always(lambda x, weight: weight * x + (1 - weight) * F.relu(x)),
+    "_prelu_kernel": _always(leaky_relu),
     "hardsigmoid": _always(hardsigmoid),
     "max_pool2d": _max_pool_of,
     "max_pool2d_with_indices": _max_pool_of,
@@ -261,9 +239,9 @@ COMPOSITES: dict[str, Chooser] = {
     "amin": _always(lambda x, dims=(), keepdim=False: -amax(-x, dims, keepdim)),
     "min": lambda args, varies: lambda x, *dim, **more: -amax(-x, list(dim[:1]), *dim[1:], **more),
     "max": lambda args, varies: (lambda x, dim, keepdim=False: amax(x, [dim], keepdim)) if len(args) > 1 else amax,
-    "_softmax": _softmax_of,
-    "_safe_softmax": _softmax_of,
-    "_log_softmax": _log_softmax_of,
+    "_softmax": _always(lambda x, dim, half_to_float=False: inverse_softmax(x, dim).reciprocal()),
+    "_safe_softmax": _always(lambda x, dim, dtype=None: inverse_softmax(x, dim).reciprocal()),
+    "_log_softmax": _always(lambda x, dim, half_to_float=False: inverse_softmax(x, dim).log().neg()),
     "native_layer_norm": _always(layer_norm),
     "native_group_norm": _always(group_norm),
     "native_batch_norm": _batch_norm_of,
@@ -280,5 +258,5 @@ COMPOSITES: dict[str, Chooser] = {
 }
 MONOTONE = {
     "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "hardtanh", "relu6", "max_pool2d",
-    "max_pool2d_with_indices", "amax", "amin", "min", "hardsigmoid",
+    "max_pool2d_with_indices", "amax", "amin", "max", "min", "hardsigmoid",
 }  # fmt: skip

@@ -58,7 +58,7 @@ class Operation:
     """One operator, as it is applied to the values of one image.
 
     Args:
-        name: of the operator, as in ``torch.ops.aten``, without its overload and ``_copy``.
+        name: of the operator, as in ``torch.ops.aten``, without its overload.
         function: the operator.
         args: its arguments, nested; a tensor is a Value or a Constant.
         kwargs: its keyword arguments.
@@ -115,11 +115,7 @@ class Graph:
 
     operations: tuple[Operation, ...]
     sources: tuple[Tensor | Operation, ...]  # of the constants, in order: a weight, or an operation on constants
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one image, with a leading 1."""
-        return self.operations[0].shape
+    device: torch.device
 
     @property
     def classes(self) -> int:
@@ -183,7 +179,7 @@ def read(
     reader = _Reader(image.device)
     image_number = reader.add(Operation("image", torch.Tensor.clone, shape=tuple(image.shape)))
     [answer] = reader.inline(traced, [image_number])
-    graph = Graph(tuple(reader.operations), tuple(reader.sources))
+    graph = Graph(tuple(reader.operations), tuple(reader.sources), image.device)
     if not isinstance(answer, Value):
         raise CannotBound("the logits do not depend on the image.")
     graph = _without_unused(graph, answer.number)
@@ -271,6 +267,8 @@ class _Reader:
                 "no bound is known for a group norm in channels-last memory format: its kernel subtracts the square of "
                 "the mean from the mean of squares, which loses the variance. Use the default format."
             )
+        if name == "mul" and operation.args[0] == operation.args[1]:
+            return self.in_primitives(operation, lambda x, again: x.square())
         composite = COMPOSITES.get(name)
         try:
             function = None if composite is None else composite(*self.examples(operation))
@@ -368,6 +366,7 @@ def _without_unused(graph: Graph, answer: int) -> Graph:
     return Graph(
         tuple(renumbered(graph.operations[old]) for old in sorted(used)),
         tuple(renumbered(source) if isinstance(source, Operation) else source for source in sources),
+        graph.device,
     )
 
 

@@ -18,9 +18,7 @@ from torch.nn.modules import module as _global_hooks
 from torch.nn.utils import parametrize
 
 from ..models import convnets, orthogonal
-from ..threat import column
 from .graph import CannotBound
-from .rounding import HUGE, gamma, underflow
 
 M = TypeVar("M", bound=nn.Module)
 # What a subclass may define without computing something else.
@@ -77,7 +75,7 @@ class Layer(ABC):
     """What bounds ask of a layer, for a batch h of its inputs, (N, ...), in h's dtype.
 
     ``n_terms``, ``magnitude`` and ``magnitude_norm`` bound the rounding of float32. The other methods bound exact
-    arithmetic, except ``propagate_interval`` with slack.
+    arithmetic.
     """
 
     def __init__(self, module: Any) -> None:
@@ -91,17 +89,6 @@ class Layer(ABC):
     @abstractmethod
     def interval(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         """(center, radius) of a box that holds the outputs for all h in the box center +- radius."""
-
-    def propagate_interval(self, center: Tensor, radius: Tensor, slack: bool) -> tuple[Tensor, Tensor]:
-        """The box of ``interval``; with slack, it also holds the outputs as float32 computes them."""
-        center_out, radius_out = self.interval(center, radius)
-        if slack and self.n_terms:
-            largest = center.abs() + radius
-            size = self.magnitude(largest)
-            lost = underflow(self.n_terms, largest.flatten(1).amax(1), self.largest_weight())
-            radius_out = radius_out + gamma(self.n_terms) * size + column(lost, size)
-            radius_out = radius_out.masked_fill(~(size < HUGE), math.inf)
-        return center_out, radius_out
 
     @property
     @abstractmethod

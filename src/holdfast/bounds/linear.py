@@ -88,7 +88,7 @@ def forward(
         box = region.box if number == 0 else step.box(inputs)
         if step.operation.corners is not None:
             corners = step.operation.corners
-            box = _within(box, [found.boxes[i] for i in corners.reads], corners.bind(_double(step, box.lo.dtype)))
+            box = _within(box, [found.boxes[i] for i in corners.reads], corners.bind(step.constants))
         error = step.rounding(inputs, box) if rounding else None
         if error is not None:
             box = step.rounded(inputs, box, error)
@@ -101,10 +101,6 @@ def forward(
         if refine and number in read_by_relaxed and number:
             found.boxes[number] = _refined(steps, found, lines, region, number, iterations, until)
     return found
-
-
-def _double(step: Step, dtype: torch.dtype) -> list[Tensor]:
-    return [c.to(dtype) if c.is_floating_point() else c for c in step.constants]
 
 
 def _within(box: Box, inputs: list[Box], corners: Callable[..., Tensor]) -> Box:
@@ -141,7 +137,6 @@ def least(
     start: int,
     rows: Tensor,
     *,
-    stop: bool = False,
     visit: Callable[[int, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
     """Lower bounds of <row, output of operation ``start``> over the region, as float32 computes that output.
@@ -153,7 +148,6 @@ def least(
         region: the images.
         start: the operation.
         rows: (N, S, *shape of its output).
-        stop: use the boxes of non-affine operations instead of their lines (interval bounds, the last layers merged).
         visit: is shown the rows of each operation's output, and may return what to add to them (N, S, ...).
 
     Returns:
@@ -177,16 +171,9 @@ def least(
             total = total + (rows * step.offset).flatten(2).sum(2)
             for source, part in zip(step.reads, step.pull(flat), strict=True):
                 _add(waiting, source, part.unflatten(0, rows.shape[:2]))
-        elif stop:
-            total = total + _least_in_box(rows, found.boxes[number])
         else:
             total = total + _through_lines(rows, lines[number], found.boxes[number], step, waiting)
     return torch.where(total.isnan(), -math.inf, total)  # inf - inf: nothing is known
-
-
-def _least_in_box(rows: Tensor, box: Box) -> Tensor:
-    plus, minus = rows.clamp_min(0), rows.clamp_max(0)
-    return (plus * box.lo[:, None] + minus * box.hi[:, None]).flatten(2).sum(2)
 
 
 def _through_lines(rows: Tensor, lines: Lines, box: Box, step: Step, waiting: dict[int, Tensor]) -> Tensor:
@@ -227,7 +214,7 @@ def _refined(
     while at < len(order) and counts[order[at]]:
         most = int(counts[order[at]])
         images = order[at : at + max(1, MEMORY // (width * most))]
-        part = take(found, region, lines, images)
+        part = (*take(found, region, images), {n: take_lines(each, images) for n, each in lines.items()})
         places = wanted.flatten(1)[images].long().topk(most, 1).indices  # padded with values that need no bound
         for some in places.split(max(1, MEMORY // (width * len(images))), 1):
             if time.monotonic() > until:
@@ -271,17 +258,15 @@ def step_width(step: Step) -> int:
     return math.prod(step.shape)
 
 
-def take(
-    found: Forward, region: Region, lines: dict[int, Lines], chosen: Tensor
-) -> tuple[Forward, Region, dict[int, Lines]]:
-    """All of it for some images."""
+def take(found: Forward, region: Region, chosen: Tensor) -> tuple[Forward, Region]:
+    """Both for some images."""
     part = Forward(
         [Box(box.lo[chosen], box.hi[chosen]) for box in found.boxes],
         [None if error is None else error[chosen] for error in found.errors],
         found.unbounded[chosen],
     )
     inside = Region(Box(region.box.lo[chosen], region.box.hi[chosen]), region.center[chosen], region.threat, region.eps)
-    return part, inside, {number: take_lines(each, chosen) for number, each in lines.items()}
+    return part, inside
 
 
 def take_lines(lines: Lines, chosen: Tensor) -> Lines:
@@ -292,28 +277,31 @@ def take_lines(lines: Lines, chosen: Tensor) -> Lines:
     )  # fmt: skip
 
 
-def against(y: Tensor, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of logit_y - logit_j for each j != y: (N, K - 1, 1, K), and the j: (N, K - 1)."""
-    eye = torch.eye(classes, dtype=dtype, device=y.device)
-    others = torch.arange(classes, device=y.device).expand(len(y), classes)
-    others = others[others != y[:, None]].view(len(y), classes - 1)
-    return (eye[y][:, None] - eye[others])[:, :, None], others
-
-
-def label_rows(classes: int, dtype: torch.dtype) -> Tensor:
+def label_rows(classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Rows of logit_y - logit_j for every label y and class j: (K, K, 1, K). Zero where j = y."""
-    eye = torch.eye(classes, dtype=dtype)
+    eye = torch.eye(classes, dtype=dtype, device=device)
     return (eye[:, None] - eye)[:, :, None]
 
 
-def upper_differences(steps: Sequence[Step], found: Forward, y: Tensor) -> Tensor:
+def others(y: Tensor, classes: int) -> Tensor:
+    """The classes other than each label, in order: (N, K - 1)."""
+    every = torch.arange(classes, device=y.device).expand(len(y), classes)
+    return every[every != y[:, None]].view(len(y), classes - 1)
+
+
+def against(y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Rows of logit_y - logit_j for each j != y: (N, K - 1, 1, K)."""
+    return label_rows(classes, dtype, y.device)[y[:, None], others(y, classes)]
+
+
+def upper_differences(steps: Sequence[Step], found: Forward, region: Region, y: Tensor) -> Tensor:
     """Upper bounds of logit_j - logit_y by boxes, the last affine operations merged: (N, K), 0 at y.
 
     Rows on the way through the last affine operations depend on the label alone: they are carried for K labels, not for
     N images.
     """
     last, dtype = len(steps) - 1, found.boxes[0].lo.dtype
-    rows = label_rows(steps[last].shape[-1], dtype).to(y.device)
+    rows = label_rows(steps[last].shape[-1], dtype, y.device)
     waiting, total = {last: rows}, rows.new_zeros(len(y), rows.shape[1])
     for number in range(last, -1, -1):
         if number not in waiting:
@@ -322,7 +310,9 @@ def upper_differences(steps: Sequence[Step], found: Forward, y: Tensor) -> Tenso
         error = found.errors[number]
         if error is not None:
             total = total - _spread(rows, error, y)
-        if isinstance(step, AffineStep):
+        if number == 0:
+            total = total + region.least(rows[y])
+        elif isinstance(step, AffineStep):
             total = total + (rows * step.offset).flatten(2).sum(2)[y]
             for source, part in zip(step.reads, step.pull(rows.flatten(0, 1)), strict=True):
                 _add(waiting, source, part.unflatten(0, rows.shape[:2]))
@@ -330,7 +320,7 @@ def upper_differences(steps: Sequence[Step], found: Forward, y: Tensor) -> Tenso
             box = found.boxes[number]
             middle = torch.einsum("nd,nkd->nk", ((box.lo + box.hi) / 2).flatten(1), rows.flatten(2)[y])
             total = total + middle - _spread(rows, (box.hi - box.lo) / 2, y)
-    return -total
+    return torch.where(total.isnan(), math.inf, -total)  # inf - inf: nothing is known
 
 
 def _spread(rows: Tensor, radius: Tensor, y: Tensor) -> Tensor:

@@ -72,33 +72,32 @@ class Step(ABC):
 class AffineStep(Step):
     """W h + b."""
 
-    def __init__(self, operation: Operation, constants: list[Tensor], graph: Graph, dtype: torch.dtype) -> None:
+    def __init__(self, operation: Operation, constants: Sequence[Tensor], graph: Graph, dtype: torch.dtype) -> None:
         super().__init__(operation, constants)
         rule = AFFINE[operation.name]
         _check_affine(operation, rule)
-        self.shapes = [graph.operations[number].shape for number in self.reads]
         self.terms = rule.terms if isinstance(rule.terms, int) else rule.terms(operation, constants, graph)
         self.moves = self.terms == 0 and rule.absolute is None
         self.inserts = self.moves and bool(rule.biases)
         self.averages = rule.absolute is None and not rule.weights and not rule.biases and operation.name not in NORMS
-        ready = [c.to(dtype) if c.is_floating_point() else c for c in constants]
         norm = operation.name in NORMS
         weights, biases = ((1,), (2, 3)) if norm else (rule.weights, rule.biases)  # in the box a mean is added
         signed = replace(operation, function=batch_norm) if norm else operation
         positive = signed if rule.absolute is None else replace(operation, function=rule.absolute)
         terms = replace(operation, function=batch_norm_terms) if norm else positive
-        self.function = signed.bind(ready, _as_dtype(dtype))
-        self.absolute = positive.bind(ready, _absolute(dtype, weights, biases, lambda part: part * 0))
-        self.magnitude = terms.bind(ready, _absolute(dtype, weights, biases, abs))
-        self.zeros = [torch.zeros(shape, dtype=dtype, device=_device(ready)) for shape in self.shapes]
-        self._factors = operation, ready, rule.weights, norm
+        self.function = signed.bind(constants, _as_dtype(dtype))
+        self.absolute = positive.bind(constants, _absolute(dtype, weights, biases, lambda part: part * 0))
+        self.magnitude = terms.bind(constants, _absolute(dtype, weights, biases, abs))
+        shapes = [graph.operations[number].shape for number in self.reads]
+        self.zeros = [torch.zeros(shape, dtype=dtype, device=graph.device) for shape in shapes]
+        self._factors = rule.weights, norm
 
     @cached_property
     def largest_weight(self) -> float:
         """No factor of an input is larger in absolute value. It waits for the device."""
-        operation, constants, weights, norm = self._factors
-        largest = _largest(operation, constants, weights)
-        return max(largest, _largest_scale(operation, constants)) ** 2 if norm else largest
+        weights, norm = self._factors
+        largest = _largest(self.operation, self.constants, weights)
+        return max(largest, _largest_scale(self.operation, self.constants)) ** 2 if norm else largest
 
     @torch.no_grad()
     def check(self) -> None:
@@ -203,15 +202,13 @@ class ReluStep(RelaxedStep):
 class CurvedStep(RelaxedStep):
     """A function of one variable: between two samples it is within curvature h^2 / 8 of its chord."""
 
-    def __init__(self, operation: Operation, constants: list[Tensor], graph: Graph, dtype: torch.dtype) -> None:
+    def __init__(self, operation: Operation, constants: Sequence[Tensor], dtype: torch.dtype) -> None:
         super().__init__(operation, constants)
         if operation.name == "pow" and operation.args[1] != 2:
             raise CannotBound(f"no bound is known for the power {operation.args[1]}.")
         self.rule = CURVED[operation.name]
         self.slack = self.rule.slack(operation)
-        self.function = operation.bind(
-            [c.to(dtype) if c.is_floating_point() else c for c in constants], _as_dtype(dtype)
-        )
+        self.function = operation.bind(constants, _as_dtype(dtype))
 
     def samples(self, box: Box) -> tuple[Tensor, Tensor, Tensor]:
         """Places (cells + 1, N, ...) from lo to hi, the function there, and how far it may leave its chords."""
@@ -319,7 +316,7 @@ def bind(graph: Graph, dtype: torch.dtype) -> list[Step]:
     Raises:
         CannotBound: An operator has no rule.
     """
-    constants = graph.constants()
+    constants = [c.to(dtype) if c.is_floating_point() else c for c in graph.constants()]
     steps: list[Step] = [ImageStep(graph.operations[0])]
     for operation in graph.operations[1:]:
         name, inputs = operation.name, operation.reads
@@ -327,10 +324,8 @@ def bind(graph: Graph, dtype: torch.dtype) -> list[Step]:
             steps.append(ReluStep(operation, constants))
         elif name == "mul" and len(inputs) == 2:
             steps.append(ProductStep(operation, constants))
-        elif name == "mul" and _is_square(operation):
-            raise CannotBound("a value times itself: write x.square(), which has tighter bounds.")
         elif name in CURVED:
-            steps.append(CurvedStep(operation, constants, graph, dtype))
+            steps.append(CurvedStep(operation, constants, dtype))
         elif name in AFFINE:
             affine = AffineStep(operation, constants, graph, dtype)
             if dtype == torch.float64:  # for proofs
@@ -358,14 +353,6 @@ def no_rule(name: str) -> str:
     return f"no bound is known for the operator {name}."
 
 
-def _is_square(operation: Operation) -> bool:
-    return sum(isinstance(leaf, Value) for leaf in operation.args[:2]) == 2
-
-
-def _device(constants: list[Tensor]) -> torch.device:
-    return constants[0].device if constants else torch.device("cpu")
-
-
 def _as_dtype(dtype: torch.dtype) -> Callable[[int | str, Any], Any]:
     return lambda position, leaf: dtype if isinstance(leaf, torch.dtype) else leaf
 
@@ -387,7 +374,7 @@ def _absolute(
     return change
 
 
-def _largest(operation: Operation, constants: list[Tensor], weights: Sequence[int | str]) -> float:
+def _largest(operation: Operation, constants: Sequence[Tensor], weights: Sequence[int | str]) -> float:
     """The largest absolute value of the constants that multiply; of a divisor, of its inverse."""
     largest = 1.0
     for position, argument in [*enumerate(operation.args), *operation.kwargs]:
@@ -401,7 +388,7 @@ def _largest(operation: Operation, constants: list[Tensor], weights: Sequence[in
     return largest
 
 
-def _largest_scale(operation: Operation, constants: list[Tensor]) -> float:
+def _largest_scale(operation: Operation, constants: Sequence[Tensor]) -> float:
     """The largest 1 / sqrt(var + eps) of a batch norm."""
     var, eps = constants[operation.args[4].number], operation.args[-1]
     least = float((var.detach().double() + eps).amin())

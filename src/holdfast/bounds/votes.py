@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data import Data, pixels
 from ..data.arguments import check_logits, note_assumptions
 from ..errors import UserError
-from ..io import content_hash, load_tensors, save_tensors, understood
+from ..io import content_hash, load_tensors, next_save, save_tensors, understood
 from ..noise import Noise, SmoothingStream
 from ..outputs import Model
 from ..progress import Progress
@@ -23,7 +23,6 @@ from ..queries import Batches, CountingModel, default_batch_size, device_of, dif
 from ..user_input import number, typed, whole
 
 CHECKPOINT, CHECKPOINT_VERSION = "smoothing checkpoint", 1
-INTERVAL, SHARE = 5.0, 20  # seconds between two checkpoints, and so many times what writing one takes, at least
 LEAST_SIGMA, MOST_SIGMA = 1e-4, 10.0  # of pixels in [0, 1]: float32 must resolve the noise, and the noise the image
 MOST_VOTES = 10**9
 PROBED = 32  # noisy images that are asked again: alone, among others, and at the end
@@ -258,7 +257,7 @@ class Work:
         self.done, self.done_earlier, self.earlier = 0, 0, Cost()
         self.began = time.perf_counter()
         self.forwards, self.backwards = self.model.forwards, self.model.backwards
-        self.next_save = self.began + INTERVAL
+        self.next_save = next_save(self.began)
 
     def open(self, shapes: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype = torch.int32) -> None:
         """Read the checkpoint, or begin with zeros of these shapes. Raises UserError for one of other work."""
@@ -322,8 +321,7 @@ class Work:
         save_tensors(
             self.path, CHECKPOINT, CHECKPOINT_VERSION, tensors, {**about, "seconds": cost.seconds}, packed=packed
         )
-        ended = time.perf_counter()
-        self.next_save = ended + max(INTERVAL, SHARE * (ended - began))
+        self.next_save = next_save(began)
 
 
 class Counted(NamedTuple):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -26,8 +25,8 @@ from ..data.arguments import as_data, check_logits, note_assumptions
 from ..errors import UserError, unknown
 from ..evaluation import SUITES, Stage
 from ..evaluation.suites import stage_scores
-from ..io import load_tensors, save_tensors, understood
-from ..losses import Loss, as_loss, negative_margin
+from ..io import load_tensors, next_save, save_tensors, understood
+from ..losses import Loss, as_loss, loss_name, negative_margin
 from ..noise import Noise
 from ..outputs import Model, frozen_eval
 from ..progress import Progress, as_progress
@@ -57,7 +56,6 @@ CALLS: dict[str, tuple[tuple[str, int], ...]] = {
 }
 LEAST_SHARE = 4.0  # times what the bounds before branch and bound cost a sample on average: the least that it gets
 MORE = 1.2  # times as much time as before is worth another try of branch and bound, which begins anew
-SAVE_EVERY = 5.0  # seconds between two checkpoints, at least; and 20 times what writing one takes
 BETWEEN, MISCLASSIFIED, BROKEN, PROVED = range(len(FATES))
 
 
@@ -125,7 +123,7 @@ def bracket_accuracy(
         seconds, report,
     )  # fmt: skip
     identity = {
-        "key": key, "threat": threat.describe(), "seed": seed, "n": len(data), "loss": _name_of(trained_with),
+        "key": key, "threat": threat.describe(), "seed": seed, "n": len(data), "loss": loss_name(trained_with),
         "version": __version__,  # a proof is as good as the code that made it
     }  # fmt: skip
     with exact_float32(), frozen_eval(model):
@@ -176,7 +174,7 @@ class _State:
         self.names = [""]  # what decides samples; column "by" holds places
         self.steps: dict[str, StepCost] = {}
         self.spent, self.unconfirmed, self.why_not = 0.0, 0, ""
-        self.ticked, self.next_save = time.monotonic(), time.monotonic() + SAVE_EVERY
+        self.ticked, self.next_save = time.monotonic(), next_save(time.perf_counter())
 
     @property
     def left(self) -> Tensor:
@@ -205,7 +203,7 @@ class _State:
     def save(self, *, force: bool = False) -> None:
         """Write the state if the last checkpoint is old enough, or in any case with ``force``."""
         self.tick()
-        began = time.monotonic()
+        began = time.perf_counter()
         if self.path is None or not (force or began > self.next_save):
             return
         rows = sorted(self.x_adv)
@@ -217,7 +215,7 @@ class _State:
             "spent": self.spent, "unconfirmed": self.unconfirmed, "why_not": self.why_not,
         }  # fmt: skip
         save_tensors(self.path, KIND, VERSION, tensors, about, packed=["x_adv"] if rows else [])
-        self.next_save = time.monotonic() + max(SAVE_EVERY, 20 * (time.monotonic() - began))
+        self.next_save = next_save(began)
 
     @staticmethod
     def load(path: str | Path | None, identity: dict[str, Any], work: _Work) -> _State | None:
@@ -466,8 +464,3 @@ def _contradictions(work: _Work, rows: Tensor, bound: Tensor, met: Tensor) -> No
             f"sample {int(work.data.index[row])}: an attack found a margin of {float(met[over[0]]):.6g}, and at least "
             f"{float(bound[over[0]]):.6g} is proved. Either the network is not deterministic or the bound is wrong."
         )
-
-
-def _name_of(loss: Loss | None) -> str:
-    function: Callable[..., Any] | None = getattr(loss, "func", loss)
-    return f"{getattr(function, '__qualname__', '')} {getattr(loss, 'keywords', '')}"

@@ -47,14 +47,19 @@ All options: holdfast --help, holdfast COMMAND --help
 """
 
 
-def exits(negative: str = "") -> str:
+def exits(negative: str = "", *, zero: str = "success", three: str = "") -> str:
     """The exit statuses, for the end of a command's --help.
 
     Args:
         negative: what status 1 means, for commands whose answer can be no.
+        zero: what status 0 means.
+        three: what status 3 means, where there is one.
     """
-    one = f"1 {negative}; " if negative else ""
-    return f"**Exit status:** 0 success; {one}2 invalid request (one-line reason on stderr); 130 interrupted by Ctrl-C."
+    one, three = (f"{number} {what}; " if what else "" for number, what in ((1, negative), (3, three)))
+    return (
+        f"**Exit status:** 0 {zero}; {one}{three}2 invalid request (one-line reason on stderr); "
+        "130 interrupted by Ctrl-C."
+    )
 
 
 app = typer.Typer(

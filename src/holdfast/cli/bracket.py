@@ -11,17 +11,14 @@ import typer
 
 from ..errors import UserError
 from . import options as o
-from .app import app
+from .app import app, exits
 from .common import best_device, print_json, say_files
 from .display import Display, aside, errors, screen
 from .evaluate import default_folder, subject_of
 from .options import NETWORK, option
 from .output_files import own_folder, write_files
 
-EXITS = (
-    "**Exit status:** 0 success, with --vnnlib unsat; 1 sat; 3 timeout or unknown; 2 invalid request (one-line reason "
-    "on stderr); 130 interrupted by Ctrl-C."
-)
+EXITS = exits("sat", zero="success, with --vnnlib unsat", three="timeout or unknown")
 STATUS = {"unsat": 0, "sat": 1, "timeout": 3, "unknown": 3}
 # Which options each way of the command takes, beside those that all of them do.
 DATA = {

@@ -11,15 +11,13 @@ from typing import Any, NamedTuple, TypedDict
 from torch import Tensor
 
 from ..errors import UserError
-from ..io import load_tensors, save_tensors, understood
+from ..io import load_tensors, next_save, save_tensors, understood
 from ..queries import VOTES
 from ..user_input import typed
 from .evaluation import StageCost
 from .state import Columns, State, Task, add_extra_stages
 
 NAME, VERSION = "evaluation checkpoint", 5
-INTERVAL = 5.0  # seconds between two checkpoints, at least
-SHARE = 20  # and so many times the time it takes to write one: at most 5% of the time goes into writing
 
 
 class Checkpoint:
@@ -33,7 +31,7 @@ class Checkpoint:
 
     def __init__(self, path: Path | None, task: Task, key: str) -> None:
         self.path = path
-        self.next_save = time.perf_counter() + INTERVAL
+        self.next_save = next_save(time.perf_counter())
         matched = task.scores["matched"]
         self.identity = {
             "key": key,
@@ -85,8 +83,7 @@ class Checkpoint:
         }
         about = {"identity": self.identity, "state": saved}
         save_tensors(self.path, NAME, VERSION, state.columns.to_tensors(), about, packed=["x_adv"])
-        ended = time.perf_counter()
-        self.next_save = ended + max(INTERVAL, SHARE * (ended - began))
+        self.next_save = next_save(began)
 
 
 class _About(TypedDict):

@@ -29,7 +29,7 @@ from ..evaluation.checkpoint import CleanAnswers, load_clean_answers
 from ..evaluation.distributed import Processes
 from ..evaluation.suites import resolve
 from ..io import content_hash, load_tensors, save_tensors, write_atomic
-from ..losses import Loss, as_loss, negative_margin
+from ..losses import Loss, as_loss, loss_name, negative_margin
 from ..outputs import Model, frozen_eval, out_of_memory
 from ..progress import Progress, as_progress
 from ..queries import OFF_DATA_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32, margin_moved
@@ -236,7 +236,7 @@ def result_key(
         "key": key,
         "threat": threat.describe(),
         "stages": [asdict(stage) for stage in resolve(suite)],
-        "trained with": _name_of_loss(trained_with),
+        "trained with": loss_name(trained_with),
         "s": s,
         "seed": seed,
         "budget": None if budget is None else repr(budget),
@@ -245,14 +245,6 @@ def result_key(
         "versions": [__version__, region.VERSION, REGION_VERSION],
     }
     return content_hash(identity)
-
-
-def _name_of_loss(loss: Loss | None) -> str:
-    """A loss in words: its function's name, and the settings of a partial."""
-    function, settings = getattr(loss, "func", loss), getattr(loss, "keywords", {})
-    return (
-        f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)} {settings}"
-    )
 
 
 def cached_audit(

@@ -32,6 +32,7 @@ __all__ = [
     "isce_b",
     "isce_c",
     "lgm",
+    "loss_name",
     "mmc",
     "negative_log_odds",
     "negative_margin",
@@ -87,6 +88,17 @@ LOSSES: dict[str, LossEntry] = {
     "dlr": LossEntry(dlr, negative_margin, "linear", "difference of logits ratio (Croce 2020)"),
     "negative_margin": LossEntry(negative_margin, negative_margin, "linear", "max_{j != y} z_j - z_y"),
 }
+
+
+def loss_name(loss: Loss | None) -> str:
+    """A loss in words, for the identity of what was done with it: its function's name, and the settings of a partial.
+
+    >>> loss_name(partial(isce, s=3.0))
+    "holdfast.losses.softmax.isce {'s': 3.0}"
+    """
+    function, settings = getattr(loss, "func", loss), getattr(loss, "keywords", {})
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return f"{getattr(function, '__module__', '')}.{name} {settings}"
 
 
 def as_loss(loss: Loss | str | None) -> Loss | None:
