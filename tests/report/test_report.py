@@ -222,6 +222,7 @@ def test_certified_and_robust_are_drawn_as_a_bracket(tmp_path):
     assert "at most 41.0% (95% interval 34.1 to 48.2), and 12.0% is certified." in page.text
     assert "var(--certified)" in page.source
     assert "Attack by attack" not in page.text
+    assert "the survivors of the earlier ones that are not certified" in page.text
     bare = Page(report.render(make_results(), tmp_path / "bare.html"))
     assert "certified" not in bare.text
     assert not [v for _, k, v in bare.attributes if k == "class" and v == "bracket"]
