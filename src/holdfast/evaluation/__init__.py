@@ -1,4 +1,4 @@
-"""Evaluation: a suite of attacks run as a cascade, where each stage attacks only what is left, neither broken nor proved.
+"""Evaluation: a suite of attacks run as a cascade. Each stage attacks what is left, neither broken nor proved.
 
 robust accuracy = fraction of samples that are classified correctly and that no attack broke: an upper bound
 """
