@@ -1,6 +1,9 @@
 """results.json of the comparison in PLAN.md -> per-seed.csv, table.md and tests.csv beside this file.
 
 python records/2026-11-24_plain-isce-mnist/tables.py out/plain-isce-mnist
+
+For the record of the public code: the same with out/reading-c-mnist, and records/2026-11-29_the-public-code/mnist as
+the folder to write to.
 """
 
 import csv
@@ -11,7 +14,7 @@ from statistics import fmean
 
 from holdfast.results import holm, load, over_seeds, paired_t
 
-HERE = Path(__file__).parent
+HERE = Path(sys.argv[2] if len(sys.argv) > 2 else __file__.rpartition("/")[0] or ".")
 BASE = "sce"
 CONTROL = "sce*100"
 
