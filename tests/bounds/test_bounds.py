@@ -25,6 +25,7 @@ from holdfast.bounds import (
     worst_logit_difference,
 )
 from holdfast.data import Data
+from holdfast.errors import UserError
 from holdfast.information.formulas import logit_differences
 from holdfast.losses import negative_margin
 from holdfast.models import build
@@ -188,6 +189,42 @@ def test_a_network_that_was_changed_is_read_again():
     agree()
     model.head.linear.forward = lambda h: -2 * h[:, :3]
     agree()
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Sigmoid(), nn.LeakyReLU(0.1)])
+def test_lines_over_intervals_hold_are_tighter_than_intervals_and_have_a_gradient(activation):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), activation, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 8), activation,
+        nn.Linear(8, 4),
+    )  # fmt: skip
+    x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 4
+    for eps in (0.02, 0.2):
+        threat = Threat("linf", eps)
+        boxes, lines = (
+            logit_difference_bounds(net, *box_of(x, threat), y, method=method) for method in ("interval", "crown")
+        )
+        assert torch.equal(lines.gather(1, y[:, None]), torch.zeros(6, 1))
+        worst = -attacked_margins(net, x, y, threat)
+        assert (worst <= lines.scatter(1, y[:, None], -math.inf).amax(1) + 1e-5).all()
+        points = (x + eps * (2 * torch.rand(200, *x.shape) - 1)).clamp(0, 1)
+        rises = logit_differences(net(points.flatten(0, 1)), y.repeat(200)).view(200, 6, 4).amax(0)
+        assert (rises <= lines + 1e-5).all()
+        assert lines.sum() < boxes.sum()
+        grads = torch.autograd.grad(lines.sum(), list(net.parameters()))
+        assert all(grad.isfinite().all() for grad in grads)
+        assert all(grad.abs().any() for grad in grads[:-1])
+
+
+def test_lines_over_a_box_without_width_have_a_gradient():
+    """A ReLU of exactly zero: hi - lo divides nothing."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 3))
+    x, y = torch.zeros(2, 1, 2, 2), torch.tensor([0, 1])
+    bounds = logit_difference_bounds(net, x, x, y, "crown")
+    assert torch.allclose(bounds, logit_differences(net(x), y), atol=1e-6)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(bounds.sum(), list(net.parameters())))
+    with pytest.raises(UserError, match="method"):
+        logit_difference_bounds(net, x, x, y, "crwon")
 
 
 def test_a_function_has_no_certificate():

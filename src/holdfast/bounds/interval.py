@@ -9,27 +9,33 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..errors import unknown
 from ..outputs import Queried, eval_mode
 from ..threat import Threat
 from ..user_input import typed
 from .chain import chain_of
 from .graph import CannotBound, Graph, read
-from .linear import Region, forward, upper_differences
+from .linear import Region, all_lines, forward, label_rows, least, upper_differences
 from .steps import Box, bind
 
+TRAINING_METHODS = ("interval", "crown")
 STEEP = {"sqrt", "rsqrt", "log", "log1p", "reciprocal"}  # their slopes grow without end
 _GRAPHS: WeakKeyDictionary[nn.Module, tuple[Any, Graph]] = WeakKeyDictionary()
 
 
 @typed
-def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:
-    """Bound logit_j - logit_y from above over all x with lo <= x <= hi, by interval propagation.
+def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, method: str = "interval") -> Tensor:
+    """Bound logit_j - logit_y from above over all x with lo <= x <= hi, by intervals or by lines over intervals.
 
         affine layers:  center' = W center + b,  radius' = |W| radius
 
-    The last layer is bounded as one affine layer with the weights W_j - W_y. Differentiable. A batch norm counts with
-    its running statistics, as in eval mode. These are bounds for training, in exact arithmetic: they count no rounding,
-    and the network is not compared with what was read. ``certify`` proves.
+    "interval": the last layer is bounded as one affine layer with the weights W_j - W_y. "crown" (CROWN-IBP, Zhang et
+    al. 2020): lines go backward from each logit difference to the image, over the boxes of the intervals. Where a ReLU
+    may have either sign, the lower line is 0 or h, whichever leaves the smaller triangle. Mostly tighter, at many times
+    the cost and with memory for K rows of each layer; neither is always the tighter one.
+
+    Differentiable. A batch norm counts with its running statistics, as in eval mode. These are bounds for training, in
+    exact arithmetic: they count no rounding, and the network is not compared with what was read. ``certify`` proves.
 
     Args:
         model: any that ``bounds.graph`` can read. Chains of layers take a faster way: a Classifier with a linear, mlp,
@@ -38,12 +44,14 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor)
         lo: (N, C, H, W), the lower corner of each sample's box.
         hi: (N, C, H, W), the upper corner.
         y: (N,) int64 labels.
+        method: "interval" or "crown".
 
     Returns:
         (N, K) upper bounds, 0 at y.
 
     Raises:
         CannotBound: The network cannot be read, or an operator of it has no rule.
+        UserError: an unknown method.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
     >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # logit_1 - logit_0 = -2 x
@@ -51,10 +59,14 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor)
     >>> logit_difference_bounds(net, lo, hi, torch.tensor([0])).detach()
     tensor([[ 0.0000, -0.4000]])
     """
+    if method not in TRAINING_METHODS:
+        raise unknown("method", method, TRAINING_METHODS)
     try:
         layers, last = chain_of(model)
     except CannotBound:
-        return _by_graph(model, lo, hi, y)
+        return _by_graph(model, lo, hi, y, method)
+    if method == "crown":
+        return _by_graph(model, lo, hi, y, method)
     center, radius = (lo + hi) / 2, (hi - lo) / 2
     weight, bias = last.parameters(center.dtype)
     for layer in layers:
@@ -69,13 +81,19 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor)
     return bounds.scatter(1, y[:, None], 0.0)
 
 
-def _by_graph(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:
-    """The bounds by the graph of operators: for networks that are no chains."""
+def _by_graph(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, method: str) -> Tensor:
+    """The bounds by the graph of operators."""
     with eval_mode(model):
         steps = bind(_graph_of(model, tuple(lo.shape[1:]), lo.device), lo.dtype)
     lo, hi = lo[:, None], hi[:, None]
     region = Region(Box(lo, hi), (lo + hi) / 2, Threat("linf", 1.0), 0.0)  # the box alone counts
-    return upper_differences(steps, forward(steps, region, rounding=False), region, y).scatter(1, y[:, None], 0.0)
+    found = forward(steps, region, rounding=False)
+    if method == "interval":
+        bounds = upper_differences(steps, found, region, y)
+    else:
+        rows = label_rows(steps[-1].shape[-1], lo.dtype, y.device)[y]  # with one of zeros: a mask would wait for a GPU
+        bounds = -least(steps, found, all_lines(steps, found), region, len(steps) - 1, rows)
+    return bounds.scatter(1, y[:, None], 0.0)
 
 
 def _graph_of(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> Graph:

@@ -96,7 +96,7 @@ def forward(
             box, error = _finite(box, error, found)
         found.boxes.append(box)
         found.errors.append(error)
-        if isinstance(step, RelaxedStep):
+        if refine and isinstance(step, RelaxedStep):
             lines[number] = step.lines(inputs)
         if refine and number in read_by_relaxed and number:
             found.boxes[number] = _refined(steps, found, lines, region, number, iterations, until)

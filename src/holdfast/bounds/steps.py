@@ -194,7 +194,8 @@ class ReluStep(RelaxedStep):
         if alpha is None:
             alpha = (hi > -lo).to(lo.dtype)
         lower = torch.where(unstable, alpha, on)
-        upper = torch.where(unstable, hi / (hi - lo).clamp_min(1e-300), on)
+        width = torch.where(unstable, hi - lo, torch.ones_like(lo))  # 0 / 0 has no gradient, not even in `where`
+        upper = torch.where(unstable, hi / width, on)
         upper_at = torch.where(unstable, -upper * lo, torch.zeros_like(lo))
         return Lines((lower,), torch.zeros_like(lo), (upper,), upper_at)
 
