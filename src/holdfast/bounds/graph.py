@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Operation:
     shape: tuple[int, ...] = ()
     corners: Operation | None = None
 
-    @property
+    @cached_property
     def reads(self) -> tuple[int, ...]:
         """The values it reads, each once, in the order of the arguments."""
         leaves = _leaves((self.args, self.kwargs))
@@ -97,7 +98,8 @@ class Operation:
                 leaf = constants[leaf.number] if isinstance(leaf, Constant) else leaf
                 return leaf if change is None else change(position, leaf)
 
-            return pytree.tree_map(fill, argument, is_leaf=_is_reference)
+            nested = isinstance(argument, tuple | list | dict)
+            return pytree.tree_map(fill, argument, is_leaf=_is_reference) if nested else fill(argument)
 
         def call(*inputs: Tensor) -> Any:
             values = dict(zip(numbers, inputs, strict=True))

@@ -15,12 +15,13 @@ from ..threat import Threat
 from ..user_input import typed
 from .chain import chain_of
 from .graph import CannotBound, Graph, read
-from .linear import Region, all_lines, forward, label_rows, least, upper_differences
+from .linear import Region, all_lines, forward, label_rows, least
+from .propagation import Plan, plan_of, upper_differences
 from .steps import Box, bind
 
 TRAINING_METHODS = ("interval", "crown")
 STEEP = {"sqrt", "rsqrt", "log", "log1p", "reciprocal"}  # their slopes grow without end
-_GRAPHS: WeakKeyDictionary[nn.Module, tuple[Any, Graph]] = WeakKeyDictionary()
+_GRAPHS: WeakKeyDictionary[nn.Module, tuple[Any, Graph, Plan]] = WeakKeyDictionary()
 
 
 @typed
@@ -83,31 +84,32 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
 
 def _by_graph(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, method: str) -> Tensor:
     """The bounds by the graph of operators."""
-    with eval_mode(model):
-        steps = bind(_graph_of(model, tuple(lo.shape[1:]), lo.device), lo.dtype)
+    graph, plan = _read(model, tuple(lo.shape[1:]), lo)
+    if method == "interval":
+        return upper_differences(plan, lo, hi, y)
+    steps = bind(graph, lo.dtype)
     lo, hi = lo[:, None], hi[:, None]
     region = Region(Box(lo, hi), (lo + hi) / 2, Threat("linf", 1.0), 0.0)  # the box alone counts
     found = forward(steps, region, rounding=False)
-    if method == "interval":
-        bounds = upper_differences(steps, found, region, y)
-    else:
-        rows = label_rows(steps[-1].shape[-1], lo.dtype, y.device)[y]  # with one of zeros: a mask would wait for a GPU
-        bounds = -least(steps, found, all_lines(steps, found), region, len(steps) - 1, rows)
+    rows = label_rows(graph.classes, lo.dtype, y.device)[y]  # with one of zeros: a mask would wait for a GPU
+    bounds = -least(steps, found, all_lines(steps, found), region, len(steps) - 1, rows)
     return bounds.scatter(1, y[:, None], 0.0)
 
 
-def _graph_of(model: nn.Module, shape: tuple[int, ...], device: torch.device) -> Graph:
+def _read(model: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[Graph, Plan]:
     """The graph of a network, read again when a module, a tensor, a hook or a setting is another one than before."""
     parts = (*model.modules(), *model.parameters(), *model.buffers())
-    key = shape, str(device), *map(id, parts), *(part for module in model.modules() for part in _settings(module))
+    settings = (part for module in model.modules() for part in _settings(module))
+    key = shape, str(like.device), like.dtype, *map(id, parts), *settings
     kept = _GRAPHS.get(model)
     if kept is None or kept[0] != key:
-        graph = read(Queried(model), shape, device=device, grad=True)
+        with eval_mode(model):
+            graph = read(Queried(model), shape, device=like.device, grad=True)
         steep = sorted({operation.name for operation in graph.operations} & STEEP)
         if steep:
             raise CannotBound(f"boxes through {steep[0]} have no gradient where they reach 0: train without it.")
-        kept = _GRAPHS[model] = key, graph
-    return kept[1]
+        kept = _GRAPHS[model] = key, graph, plan_of(graph, like.dtype)
+    return kept[1:]
 
 
 def _settings(module: nn.Module) -> Iterator[Any]:

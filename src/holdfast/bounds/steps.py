@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..threat import column
-from .graph import CannotBound, Constant, Graph, Operation, Value, leaves_in
+from .graph import CannotBound, Change, Constant, Graph, Operation, Value, leaves_in
 from .rounding import FUNCTION, HUGE, TINY, UNIT, gamma, underflow
 from .rules import AFFINE, CURVED, NORMS, Affine, batch_norm, batch_norm_terms
 
@@ -74,20 +74,16 @@ class AffineStep(Step):
 
     def __init__(self, operation: Operation, constants: Sequence[Tensor], graph: Graph, dtype: torch.dtype) -> None:
         super().__init__(operation, constants)
-        rule = AFFINE[operation.name]
-        _check_affine(operation, rule)
+        rule, forms = AFFINE[operation.name], affine_forms(operation)
+        weights, biases, norm = forms.weights, forms.biases, operation.name in NORMS
         self.terms = rule.terms if isinstance(rule.terms, int) else rule.terms(operation, constants, graph)
-        self.moves = self.terms == 0 and rule.absolute is None
+        self.moves = forms.moves
         self.inserts = self.moves and bool(rule.biases)
-        self.averages = rule.absolute is None and not rule.weights and not rule.biases and operation.name not in NORMS
-        norm = operation.name in NORMS
-        weights, biases = ((1,), (2, 3)) if norm else (rule.weights, rule.biases)  # in the box a mean is added
-        signed = replace(operation, function=batch_norm) if norm else operation
-        positive = signed if rule.absolute is None else replace(operation, function=rule.absolute)
-        terms = replace(operation, function=batch_norm_terms) if norm else positive
-        self.function = signed.bind(constants, _as_dtype(dtype))
-        self.absolute = positive.bind(constants, _absolute(dtype, weights, biases, lambda part: part * 0))
-        self.magnitude = terms.bind(constants, _absolute(dtype, weights, biases, abs))
+        self.averages = rule.absolute is None and not rule.weights and not rule.biases and not norm
+        terms = replace(operation, function=batch_norm_terms) if norm else forms.positive
+        self.function = forms.signed.bind(constants, as_dtype(dtype))
+        self.absolute = forms.positive.bind(constants, with_absolute(dtype, weights, biases, lambda part: part * 0))
+        self.magnitude = terms.bind(constants, with_absolute(dtype, weights, biases, abs))
         shapes = [graph.operations[number].shape for number in self.reads]
         self.zeros = [torch.zeros(shape, dtype=dtype, device=graph.device) for shape in shapes]
         self._factors = rule.weights, norm
@@ -209,7 +205,7 @@ class CurvedStep(RelaxedStep):
             raise CannotBound(f"no bound is known for the power {operation.args[1]}.")
         self.rule = CURVED[operation.name]
         self.slack = self.rule.slack(operation)
-        self.function = operation.bind(constants, _as_dtype(dtype))
+        self.function = operation.bind(constants, as_dtype(dtype))
 
     def samples(self, box: Box) -> tuple[Tensor, Tensor, Tensor]:
         """Places (cells + 1, N, ...) from lo to hi, the function there, and how far it may leave its chords."""
@@ -337,6 +333,35 @@ def bind(graph: Graph, dtype: torch.dtype) -> list[Step]:
     return steps
 
 
+@dataclass(frozen=True)
+class AffineForms:
+    """What is called for the box of an affine operator.
+
+    Args:
+        signed: W h + b.
+        positive: the same, for |W| and without b once constants are changed so.
+        weights: arguments that multiply, where they are constants.
+        biases: arguments that are added, where they are constants.
+        moves: whether W only moves values, so that corners of a box are corners afterwards.
+    """
+
+    signed: Operation
+    positive: Operation
+    weights: tuple[int | str, ...]
+    biases: tuple[int | str, ...]
+    moves: bool
+
+
+def affine_forms(operation: Operation) -> AffineForms:
+    """Raises CannotBound where the operator is not affine in its inputs."""
+    rule, norm = AFFINE[operation.name], operation.name in NORMS
+    _check_affine(operation, rule)
+    signed = replace(operation, function=batch_norm) if norm else operation
+    positive = signed if rule.absolute is None else replace(operation, function=rule.absolute)
+    weights, biases = ((1,), (2, 3)) if norm else (rule.weights, rule.biases)  # in the box a mean is added
+    return AffineForms(signed, positive, weights, biases, rule.terms == 0 and rule.absolute is None)
+
+
 def _check_affine(operation: Operation, rule: Affine) -> None:
     """Raise CannotBound where an operator of the table is not affine in its inputs."""
     values = [
@@ -354,13 +379,14 @@ def no_rule(name: str) -> str:
     return f"no bound is known for the operator {name}."
 
 
-def _as_dtype(dtype: torch.dtype) -> Callable[[int | str, Any], Any]:
+def as_dtype(dtype: torch.dtype) -> Change:
+    """A dtype among the arguments becomes this one."""
     return lambda position, leaf: dtype if isinstance(leaf, torch.dtype) else leaf
 
 
-def _absolute(
+def with_absolute(
     dtype: torch.dtype, weights: Sequence[int | str], biases: Sequence[int | str], bias: Callable[[Any], Any]
-) -> Callable[[int | str, Any], Any]:
+) -> Change:
     """Constants that multiply become absolute values; those that are added become what ``bias`` makes of them."""
 
     def change(position: int | str, leaf: Any) -> Any:
