@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from holdfast.errors import UserError
 from holdfast.information.formulas import logit_differences
 from holdfast.losses import negative_margin
 from holdfast.models import build
+from holdfast.models.orthogonal import OrthogonalLinear
 from holdfast.noise import Noise
 from holdfast.threat import Threat
 
@@ -225,6 +227,59 @@ def test_lines_over_a_box_without_width_have_a_gradient():
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(bounds.sum(), list(net.parameters())))
     with pytest.raises(UserError, match="method"):
         logit_difference_bounds(net, x, x, y, "crwon")
+
+
+@pytest.mark.parametrize("method", ["interval", "crown"])
+def test_bounds_for_training_are_float32_whatever_the_mode_of_the_caller(method):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    expected = logit_difference_bounds(net, x, x + 0.1, y, method)
+    assert expected.requires_grad
+    for mode in (torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16)):
+        with mode():
+            found = logit_difference_bounds(net, x, x + 0.1, y, method)
+        assert torch.equal(found, expected)
+        assert found.requires_grad == (found.grad_fn is not None) == isinstance(mode, partial)
+    twice = logit_difference_bounds(net.double(), x.double(), x.double() + 0.1, y, method)
+    assert twice.dtype == torch.float64
+    assert torch.allclose(twice.float(), expected, atol=1e-5)
+    assert logit_difference_bounds(net.float(), x[:0], x[:0], y[:0], method).shape == (0, 3)
+
+
+def test_weights_that_were_frozen_when_the_network_was_read_count_later():
+    """An orthogonal layer keeps its matrix while it is frozen: its bounds are those of the weights of the moment."""
+    net = nn.Sequential(nn.Flatten(), OrthogonalLinear(4, 3)).requires_grad_(False)
+    x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    for _ in range(2):
+        bounds = logit_difference_bounds(net, x, x, y)
+        assert torch.allclose(bounds, logit_differences(net(x), y), atol=1e-6)
+        assert not net[1].free.requires_grad
+        net[1].free.mul_(3)
+    net.requires_grad_(True)
+    logit_difference_bounds(net, x, x + 0.1, y).sum().backward()
+    assert net[1].free.grad.abs().any()
+
+
+class Mixing(nn.Module):
+    """Operators that take the first dimension for something else than a batch, beside ones that do not."""
+
+    def forward(self, x):
+        one = x[0]  # (2, 3, 3): no dimension of one image
+        swapped = x.transpose(0, 1).amax((0, 2, 3), keepdim=False)  # over the channels of one image
+        h = torch.cat([x.flatten(1), one.reshape(1, -1) * 2, swapped.reshape(1, -1)], 1)
+        return torch.cat([h[:, :5].clamp(0.2, 0.7), h[:, 5:].mean(1, keepdim=True), h.max().reshape(1, 1)], 1)
+
+
+def test_a_batch_is_bounded_as_its_images_are_one_by_one():
+    net, x, y = Mixing(), torch.rand(5, 2, 3, 3), torch.arange(5)
+    together = logit_difference_bounds(net, x - 0.1, x + 0.1, y)
+    one_by_one = [
+        logit_difference_bounds(net, a - 0.1, a + 0.1, b) for a, b in zip(x.split(1), y.split(1), strict=True)
+    ]
+    assert torch.allclose(together, torch.cat(one_by_one), atol=1e-6)
+    points = [a - 0.1 + 0.2 * torch.rand_like(a) for a in x.split(1) for _ in range(20)]
+    found = torch.cat([net(point) for point in points]).view(5, 20, 7)
+    assert ((found - found.gather(2, y.view(5, 1, 1).expand(5, 20, 1))) <= together[:, None] + 1e-6).all()
 
 
 def test_a_function_has_no_certificate():

@@ -4,7 +4,8 @@ Randomised smoothing certifies another classifier, the smoothed one, and with a 
 
 Training and certificates share them. The upper bound of logit_j - logit_y, less its value at x, is the inference
 information s that certified training puts into I-SCE; a sample is certified if that upper bound is negative for every
-competitor j. To bound another kind of layer, add a class and a line to ``LAYERS`` in ``layers.py``.
+competitor j. To bound another operator, add a line to a table of ``rules.py`` or ``composites.py``; to give another
+kind of layer a Lipschitz constant, add a class and a line to ``LAYERS`` in ``layers.py``.
 """
 
 from __future__ import annotations

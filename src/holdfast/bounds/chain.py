@@ -1,4 +1,4 @@
-"""A network as bounds read it: a chain of layers, and the linear layer that gives the logits."""
+"""A network as Lipschitz constants read it: a chain of layers, and the linear layer that gives the logits."""
 
 from __future__ import annotations
 

@@ -82,6 +82,16 @@ class Operation:
         leaves = _leaves((self.args, self.kwargs))
         return tuple(dict.fromkeys(leaf.number for leaf in leaves if isinstance(leaf, Value)))
 
+    @cached_property
+    def _holding(self) -> frozenset[int | str]:
+        """Which arguments hold tensors or types."""
+        named: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs]
+        return frozenset(
+            position
+            for position, argument in named
+            if any(_is_reference(leaf) or isinstance(leaf, torch.dtype) for leaf in _leaves(argument))
+        )
+
     def bind(self, constants: Sequence[Tensor], change: Change | None = None) -> Callable[..., Any]:
         """The operator as a function of its inputs alone.
 
@@ -98,8 +108,10 @@ class Operation:
                 leaf = constants[leaf.number] if isinstance(leaf, Constant) else leaf
                 return leaf if change is None else change(position, leaf)
 
-            nested = isinstance(argument, tuple | list | dict)
-            return pytree.tree_map(fill, argument, is_leaf=_is_reference) if nested else fill(argument)
+            if isinstance(argument, tuple | list | dict):  # numbers in it are sizes, which nothing changes
+                holds = position in self._holding
+                return pytree.tree_map(fill, argument, is_leaf=_is_reference) if holds else argument
+            return fill(argument)
 
         def call(*inputs: Tensor) -> Any:
             values = dict(zip(numbers, inputs, strict=True))
@@ -132,7 +144,12 @@ class Graph:
 
 
 def read(
-    model: Callable[[Tensor], Any], shape: Sequence[int], *, device: torch.device | str = "cpu", grad: bool = False
+    model: Callable[[Tensor], Any],
+    shape: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    grad: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Graph:
     """Read a network as a flat list of primitive operators.
 
@@ -142,6 +159,7 @@ def read(
         device: where the network is.
         grad: read what the network computes while it trains, so that constants have a graph to its weights. Modules
             that keep what they compute from weights (orthogonal layers) do so in evaluation alone.
+        dtype: of the image and the weights.
 
     Raises:
         CannotBound: The code looks at values of the image, draws random numbers, changes its own buffers, computes in
@@ -152,7 +170,7 @@ def read(
     ['image', 'view', 'addmm', 'relu', 'addmm']
     """
     generator = torch.Generator().manual_seed(0)  # no image of the data: code that keeps answers knows none for it
-    image = torch.rand((1, *shape), generator=generator).to(device)
+    image = torch.rand((1, *shape), generator=generator).to(device, dtype)
 
     def logits(x: Tensor) -> Tensor:
         return as_outputs(model(x)).logits
@@ -178,7 +196,7 @@ def read(
         raise CannotBound(f"the network cannot be read as a graph of operators: {first[0][:200]}.") from None
     if watch.taken:  # code may have caught the refusal, and gone on without the values
         raise CannotBound(LOOKS_AT_VALUES)
-    reader = _Reader(image.device)
+    reader = _Reader(image.device, dtype)
     image_number = reader.add(Operation("image", torch.Tensor.clone, shape=tuple(image.shape)))
     [answer] = reader.inline(traced, [image_number])
     graph = Graph(tuple(reader.operations), tuple(reader.sources), image.device)
@@ -207,8 +225,8 @@ def _traced(function: Callable[..., Any], *examples: Tensor) -> fx.GraphModule:
 class _Reader:
     """Collects operations and constants while graphs of torch are walked."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.floats = device, (*FLOATS, dtype)
         self.operations: list[Operation] = []
         self.sources: list[Tensor | Operation] = []
         self.computed: list[Tensor] = []  # constants, as far as they were needed
@@ -261,7 +279,7 @@ class _Reader:
             operation = replace(operation, function=torch.reshape)
         if not operation.reads:
             return self.constant(operation)
-        if value.dtype not in FLOATS:
+        if value.dtype not in self.floats:
             raise CannotBound(f"{name} computes {value.dtype}: bounds know networks in float32.")
         source: Any = node.args[0] if node.args else None
         if name == "native_group_norm" and not source.meta["val"].is_contiguous():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,6 @@ from ..errors import unknown
 from ..outputs import Queried, eval_mode
 from ..threat import Threat
 from ..user_input import typed
-from .chain import chain_of
 from .graph import CannotBound, Graph, read
 from .linear import Region, all_lines, forward, label_rows, least
 from .propagation import Plan, plan_of, upper_differences
@@ -39,9 +39,7 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
     exact arithmetic: they count no rounding, and the network is not compared with what was read. ``certify`` proves.
 
     Args:
-        model: any that ``bounds.graph`` can read. Chains of layers take a faster way: a Classifier with a linear, mlp,
-            convnet or Lipschitz backbone and a linear head, or an nn.Sequential of Linear, Conv2d, ReLU, MaxMin,
-            pooling, Flatten, BatchNorm2d, Dropout; also inside ``importers.wrap`` or ``models.logits_only``.
+        model: any that ``bounds.graph`` can read.
         lo: (N, C, H, W), the lower corner of each sample's box.
         hi: (N, C, H, W), the upper corner.
         y: (N,) int64 labels.
@@ -62,31 +60,15 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
     """
     if method not in TRAINING_METHODS:
         raise unknown("method", method, TRAINING_METHODS)
-    try:
-        layers, last = chain_of(model)
-    except CannotBound:
-        return _by_graph(model, lo, hi, y, method)
-    if method == "crown":
-        return _by_graph(model, lo, hi, y, method)
-    center, radius = (lo + hi) / 2, (hi - lo) / 2
-    weight, bias = last.parameters(center.dtype)
-    for layer in layers:
-        center, radius = layer.interval(center, radius)
-    if center.ndim != 2:
-        raise CannotBound(f"the last layer must read (N, D) features, it reads {tuple(center.shape)}.")
-    # W_j - W_y for each label, not for each sample: K products of (N, D) with (D, K) would be K times the work.
-    difference = weight[None] - weight[:, None]  # [y, j]
-    logits = center @ weight.T + bias
-    spread = torch.einsum("nd,nkd->nk", radius, difference.abs()[y])
-    bounds = logits - logits.gather(1, y[:, None]) + spread
-    return bounds.scatter(1, y[:, None], 0.0)
+    grad = torch.is_grad_enabled()
+    # Whatever the caller's mode: in half precision these would be no bounds.
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(lo.device.type, enabled=False):
+        graph, plan = _read(model, tuple(lo.shape[1:]), lo)
+        return upper_differences(plan, lo, hi, y) if method == "interval" else _by_lines(graph, lo, hi, y)
 
 
-def _by_graph(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, method: str) -> Tensor:
-    """The bounds by the graph of operators."""
-    graph, plan = _read(model, tuple(lo.shape[1:]), lo)
-    if method == "interval":
-        return upper_differences(plan, lo, hi, y)
+def _by_lines(graph: Graph, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:
+    """CROWN-IBP."""
     steps = bind(graph, lo.dtype)
     lo, hi = lo[:, None], hi[:, None]
     region = Region(Box(lo, hi), (lo + hi) / 2, Threat("linf", 1.0), 0.0)  # the box alone counts
@@ -98,13 +80,11 @@ def _by_graph(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, method: str) 
 
 def _read(model: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[Graph, Plan]:
     """The graph of a network, read again when a module, a tensor, a hook or a setting is another one than before."""
-    parts = (*model.modules(), *model.parameters(), *model.buffers())
-    settings = (part for module in model.modules() for part in _settings(module))
-    key = shape, str(like.device), like.dtype, *map(id, parts), *settings
+    key = shape, str(like.device), like.dtype, *(part for module in model.modules() for part in _parts(module))
     kept = _GRAPHS.get(model)
     if kept is None or kept[0] != key:
-        with eval_mode(model):
-            graph = read(Queried(model), shape, device=like.device, grad=True)
+        with eval_mode(model), _trained(model):
+            graph = read(Queried(model), shape, device=like.device, grad=True, dtype=_dtype_of(model))
         steep = sorted({operation.name for operation in graph.operations} & STEEP)
         if steep:
             raise CannotBound(f"boxes through {steep[0]} have no gradient where they reach 0: train without it.")
@@ -112,13 +92,35 @@ def _read(model: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[Graph
     return kept[1:]
 
 
-def _settings(module: nn.Module) -> Iterator[Any]:
-    """What a module computes with besides its tensors: numbers and texts by value, anything else by identity."""
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """That of the weights, else of the buffers; float32 without any."""
+    tensors = (*model.parameters(), *model.buffers())
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+
+@contextmanager
+def _trained(model: nn.Module) -> Iterator[None]:
+    """All weights with a gradient: what is computed from them is computed at each step, whatever is frozen now."""
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad and not p.is_inference()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _parts(module: nn.Module) -> list[Any]:
+    """What a module computes with: numbers and texts by value, tensors, hooks and anything else by identity."""
+    parts: list[Any] = [id(module)]
     for name, value in vars(module).items():
-        if name.endswith("_hooks"):
-            yield from map(id, value.values())
-        elif name != "training":
-            yield name, value if isinstance(value, int | float | str) else id(value)
+        if name.endswith("_hooks") or name in ("_parameters", "_buffers"):
+            if value:
+                parts += map(id, value.values())
+        elif name not in ("training", "_modules"):
+            parts += (name, value if isinstance(value, int | float | str) else id(value))
+    return parts
 
 
 @typed

@@ -1,4 +1,4 @@
-"""The kinds of layers that can be bounded: one class for each, with all that intervals and Lipschitz constants need.
+"""The kinds of layers whose Lipschitz constants are known: one class for each.
 
 To add a kind, write its class and add a line to ``LAYERS``. Every bound must hold for the layer as float32 computes it:
 ``n_terms`` and ``magnitude`` bound the rounding error.
@@ -86,10 +86,6 @@ class Layer(ABC):
         output: Tensor = self.module(h.clone())  # which may work in place, and h is needed after it
         return output
 
-    @abstractmethod
-    def interval(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        """(center, radius) of a box that holds the outputs for all h in the box center +- radius."""
-
     @property
     @abstractmethod
     def n_terms(self) -> int:
@@ -119,9 +115,6 @@ class Layer(ABC):
 class Selection(Layer):
     """A layer whose outputs are among its inputs (or zero): nothing rounds. Monotone in every input."""
 
-    def interval(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        return _monotone(self, center, radius)
-
     @property
     def n_terms(self) -> int:
         return 0
@@ -134,13 +127,6 @@ class Selection(Layer):
 
     def lipschitz_upper_bound(self, probe: Tensor) -> Tensor:
         return probe.new_ones(())
-
-
-class Flatten(Selection):
-    """Only the shape changes."""
-
-    def interval(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        return self.apply(center), self.apply(radius)
 
 
 class MaxPool(Selection):
@@ -157,9 +143,6 @@ class AveragePool(Layer):
         super().__init__(module)
         if (module.divisor_override or 1) < 0:
             raise CannotBound(f"bounds know average pooling by a positive divisor, got {module.divisor_override}.")
-
-    def interval(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        return self.apply(center), self.apply(radius)
 
     @property
     def n_terms(self) -> int:
@@ -184,9 +167,6 @@ class AveragePool(Layer):
 
 class Step(Layer):
     """``convnets.Step``: monotone, and nowhere steeper than its ``steepest``."""
-
-    def interval(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        return _monotone(self, center, radius)
 
     def largest_weight(self) -> float:
         return float(self.module.steepest)
@@ -224,10 +204,6 @@ class ChannelAffine(Layer):
     def apply(self, h: Tensor) -> Tensor:
         factor, offset = self.factor_and_offset(h)
         return h * factor + offset
-
-    def interval(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        factor, offset = self.factor_and_offset(center)
-        return center * factor + offset, factor.abs() * radius
 
     @property
     def n_terms(self) -> int:
@@ -316,10 +292,6 @@ class Affine(Layer):
         """W h."""
         return self.linear_map(h, self.module.weight.to(h.dtype), None)
 
-    def interval(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        weight = self.module.weight.to(radius.dtype)
-        return self.apply(center), self.linear_map(radius, weight.abs(), None)
-
     def largest_weight(self) -> Tensor:
         weight: Tensor = self.module.weight
         return weight.detach().abs().amax()
@@ -402,7 +374,7 @@ LAYERS: dict[type[nn.Module], type[Layer]] = {
     nn.MaxPool2d: MaxPool,
     nn.AvgPool2d: AveragePool,
     nn.BatchNorm2d: BatchNorm,
-    nn.Flatten: Flatten,
+    nn.Flatten: Selection,
     convnets.Step: Step,
     orthogonal.MaxMin: Selection,
     orthogonal.OrthogonalLinear: OrthogonalDense,
@@ -423,12 +395,6 @@ def largest_singular_value(matrix: Tensor) -> Tensor:
     small = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     # In float64 eigvalsh errs by far less than 1e-9, relative to the largest eigenvalue.
     return torch.linalg.eigvalsh(small).amax().clamp_min(0.0).sqrt() * (1 + 1e-9) + 1e-12
-
-
-def _monotone(layer: Layer, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """The box between the outputs at the two corners of a box."""
-    low, high = layer.apply(center - radius), layer.apply(center + radius)
-    return (low + high) / 2, (high - low) / 2
 
 
 def _windows(module: Any) -> int:

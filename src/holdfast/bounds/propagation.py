@@ -133,12 +133,14 @@ class Plan:
     Args:
         graph: of the network.
         rules: of the operations whose boxes are needed.
+        last_reads: for each of the rules, the operations whose boxes no later one reads: their memory is used again.
         sources: the operations, or the image, that the tail reads.
         tail: the affine operations behind the last ones that are not affine: logit differences pass it as one map.
     """
 
     graph: Graph
     rules: tuple[tuple[int, tuple[int, ...], Rule], ...]
+    last_reads: tuple[frozenset[int], ...]
     sources: tuple[int, ...]
     tail: tuple[tuple[int, tuple[int, ...], AffineRule], ...]
 
@@ -176,9 +178,15 @@ def plan_of(graph: Graph, dtype: torch.dtype) -> Plan:
         if number and number not in needed:
             needed.add(number)
             waiting += rule(number)[0]
+    rules = tuple((number, *rule(number)) for number in sorted(needed))
+    last_reads, later = [], set(sources)
+    for _, reads, _ in reversed(rules):
+        last_reads.append(frozenset(reads) - later)
+        later |= set(reads)
     return Plan(
         graph,
-        tuple((number, *rule(number)) for number in sorted(needed)),
+        rules,
+        tuple(reversed(last_reads)),
         tuple(sorted(sources)),
         tuple((number, *rule(number)) for number in sorted(tail)),  # type: ignore[misc]
     )
@@ -198,8 +206,10 @@ def upper_differences(plan: Plan, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:
     dtype, classes = lo.dtype, plan.graph.classes
     constants = constants_of(plan.graph, dtype)
     spans = {0: Span(box=Box(lo, hi))}
-    for number, reads, rule in plan.rules:
+    for (number, reads, rule), done in zip(plan.rules, plan.last_reads, strict=True):
         spans[number] = rule(constants, dtype, [spans[source] for source in reads])
+        for source in done:
+            del spans[source]
     eye = torch.eye(classes, dtype=dtype, device=lo.device)
     centers = {source: spans[source].ball[0] for source in plan.sources}
     logits = _through(plan, constants, dtype, centers)
@@ -214,10 +224,10 @@ def upper_differences(plan: Plan, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:
         weights = list(torch.autograd.grad(reached, list(points.values()), eye, create_graph=torch.is_grad_enabled()))
     bounds = logits - logits.gather(1, y[:, None])
     for source, weight in zip(plan.sources, weights, strict=True):
-        flat = weight.flatten(1)
+        flat, radius = (part.unsqueeze(-1).flatten(1) for part in (weight, spans[source].ball[1]))  # of numbers too
         # For each label, not for each sample: K products of (N, D) with (D, K) would be K times the work.
         difference = flat[None] - flat[:, None]  # [y, j]
-        bounds = bounds + torch.einsum("nd,nkd->nk", spans[source].ball[1].flatten(1), difference.abs()[y])
+        bounds = bounds + torch.einsum("nd,nkd->nk", radius, difference.abs()[y])
     return torch.where(bounds.isnan(), torch.inf, bounds).scatter(1, y[:, None], 0.0)  # inf - inf: nothing is known
 
 
