@@ -21,6 +21,9 @@ from .steps import Box, bind
 
 TRAINING_METHODS = ("interval", "crown")
 STEEP = {"sqrt", "rsqrt", "log", "log1p", "reciprocal"}  # their slopes grow without end
+# What every module has: dictionaries of tensors and hooks, and what no bound depends on.
+HELD = {"_parameters", "_buffers", *(name for name in vars(nn.Module()) if name.endswith("_hooks"))}
+UNREAD = {"training", *vars(nn.Module())} - HELD
 _GRAPHS: WeakKeyDictionary[nn.Module, tuple[Any, Graph, Plan]] = WeakKeyDictionary()
 
 
@@ -115,10 +118,10 @@ def _parts(module: nn.Module) -> list[Any]:
     """What a module computes with: numbers and texts by value, tensors, hooks and anything else by identity."""
     parts: list[Any] = [id(module)]
     for name, value in vars(module).items():
-        if name.endswith("_hooks") or name in ("_parameters", "_buffers"):
+        if name in HELD or name.endswith("_hooks"):
             if value:
                 parts += map(id, value.values())
-        elif name not in ("training", "_modules"):
+        elif name not in UNREAD:
             parts += (name, value if isinstance(value, int | float | str) else id(value))
     return parts
 
