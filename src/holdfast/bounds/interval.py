@@ -15,7 +15,7 @@ from ..outputs import Queried, eval_mode
 from ..threat import Threat
 from ..user_input import typed
 from .graph import CannotBound, Graph, read
-from .linear import Region, all_lines, forward, label_rows, least
+from .linear import Region, against, all_lines, forward, least, others
 from .propagation import Plan, plan_of, upper_differences
 from .steps import Box, bind
 
@@ -76,9 +76,9 @@ def _by_lines(graph: Graph, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:
     lo, hi = lo[:, None], hi[:, None]
     region = Region(Box(lo, hi), (lo + hi) / 2, Threat("linf", 1.0), 0.0)  # the box alone counts
     found = forward(steps, region, rounding=False)
-    rows = label_rows(graph.classes, lo.dtype, y.device)[y]  # with one of zeros: a mask would wait for a GPU
+    rows = against(y, graph.classes, lo.dtype)
     bounds = -least(steps, found, all_lines(steps, found), region, len(steps) - 1, rows)
-    return bounds.scatter(1, y[:, None], 0.0)
+    return bounds.new_zeros(len(y), graph.classes).scatter(1, others(y, graph.classes), bounds)
 
 
 def _read(model: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[Graph, Plan]:
