@@ -229,6 +229,28 @@ def test_lines_over_a_box_without_width_have_a_gradient():
         logit_difference_bounds(net, x, x, y, "crwon")
 
 
+def test_intervals_are_those_of_the_classic_formula_and_so_are_their_gradients():
+    """center' = W center + b and radius' = |W| radius, written by hand."""
+    torch.manual_seed(0)
+    conv, dense, last = nn.Conv2d(1, 3, 3, stride=2), nn.Linear(27, 6), nn.Linear(6, 4)
+    net = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), dense, nn.ReLU(), nn.Dropout(0.5), last)
+    x, y = torch.rand(5, 1, 8, 8), torch.arange(5) % 4
+    lo, hi = box_of(x, Threat("linf", 0.1))
+    center, radius = (lo + hi) / 2, (hi - lo) / 2
+    center, radius = conv(center), nn.functional.conv2d(radius, conv.weight.abs(), stride=2)
+    lo_1, hi_1 = (center - radius).relu().flatten(1), (center + radius).relu().flatten(1)
+    center, radius = dense((lo_1 + hi_1) / 2), (hi_1 - lo_1) / 2 @ dense.weight.abs().T
+    lo_2, hi_2 = (center - radius).relu(), (center + radius).relu()
+    rows = last.weight - last.weight[y][:, None]
+    spread = (rows.abs() @ ((hi_2 - lo_2) / 2)[..., None])[..., 0]
+    expected = logit_differences(last((lo_2 + hi_2) / 2), y) + spread
+    found = logit_difference_bounds(net, lo, hi, y)
+    torch.testing.assert_close(found, expected, rtol=0, atol=6e-6)
+    weights = torch.rand(5, 4)
+    grads = [torch.autograd.grad((weights * out).sum(), list(net.parameters())) for out in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=0, atol=6e-6)
+
+
 @pytest.mark.parametrize("method", ["interval", "crown"])
 def test_bounds_for_training_are_float32_whatever_the_mode_of_the_caller(method):
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))

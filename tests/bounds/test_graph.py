@@ -13,12 +13,14 @@ from tests.bounds.helpers import Net, check_bounds, least_margins, threats
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from holdfast.bounds import CannotBound, certify, cheaply_proved, why_not
+from holdfast.bounds import CannotBound, certify, cheaply_proved, linear, propagation, why_not
 from holdfast.bounds.certify import region_of
 from holdfast.bounds.graph import read
 from holdfast.bounds.rules import AFFINE, CURVED
+from holdfast.bounds.steps import Box, bind
 from holdfast.data import Data
 from holdfast.errors import UserError
+from holdfast.outputs import as_outputs
 from holdfast.threat import Threat
 
 SHAPE = (3, 5, 6)
@@ -235,6 +237,28 @@ def test_every_operator_of_the_tables_is_met():
         "movedim", "t", "native_channel_shuffle", "channel_shuffle", "_unsafe_view", "copy",
     }  # fmt: skip
     assert {*AFFINE, *CURVED} - met <= other_forms
+
+
+@torch.no_grad()
+def test_a_batch_for_training_is_bounded_as_its_images_are_for_proofs():
+    """By the same tables: what is called for all images at once gives what each of them gets."""
+    x = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(1)) * 4 - 2
+    lo, hi = x - 0.01, x + 0.01
+    for number, name in enumerate(CASES):
+        if name not in GRAPHS:
+            GRAPHS[name] = read(build(name).eval(), SHAPE)
+        graph = GRAPHS[name]
+        y = torch.arange(3) % graph.classes
+        found = propagation.upper_differences(propagation.plan_of(graph, torch.float32), lo, hi, y)
+        inside = as_outputs(build(name).eval()(x)).logits
+        assert (inside - inside.gather(1, y[:, None]) <= found + 1e-4).all(), name
+        # Of operators that are monotone the pieces are not looked at in training.
+        if number % 5 == 0 and not any(operation.corners for operation in graph.operations):
+            region = linear.Region(Box(lo[:, None], hi[:, None]), x[:, None], Threat("linf", 0.01), 0.0)
+            steps = bind(graph, torch.float32)
+            expected = linear.upper_differences(steps, linear.forward(steps, region, rounding=False), region, y)
+            expected = expected.scatter(1, y[:, None], 0.0)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
 class Small(nn.Module):
