@@ -272,11 +272,11 @@ def test_weights_that_were_frozen_when_the_network_was_read_count_later():
     """An orthogonal layer keeps its matrix while it is frozen: its bounds are those of the weights of the moment."""
     net = nn.Sequential(nn.Flatten(), OrthogonalLinear(4, 3)).requires_grad_(False)
     x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
-    for _ in range(2):
+    for factor in (1, 1, 1, 3):
+        net[1].free.mul_(factor)
         bounds = logit_difference_bounds(net, x, x, y)
         assert torch.allclose(bounds, logit_differences(net(x), y), atol=1e-6)
         assert not net[1].free.requires_grad
-        net[1].free.mul_(3)
     net.requires_grad_(True)
     logit_difference_bounds(net, x, x + 0.1, y).sum().backward()
     assert net[1].free.grad.abs().any()
@@ -302,6 +302,16 @@ def test_a_batch_is_bounded_as_its_images_are_one_by_one():
     points = [a - 0.1 + 0.2 * torch.rand_like(a) for a in x.split(1) for _ in range(20)]
     found = torch.cat([net(point) for point in points]).view(5, 20, 7)
     assert ((found - found.gather(2, y.view(5, 1, 1).expand(5, 20, 1))) <= together[:, None] + 1e-6).all()
+
+
+def test_a_hook_that_lies_in_memory_where_another_one_lay_is_another_hook():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    for factor in range(1, 9):
+        handle = net.register_forward_hook(lambda module, x, out, factor=factor: factor * out)
+        bounds = logit_difference_bounds(net, x, x, y)
+        assert torch.allclose(bounds, logit_differences(net(x), y), rtol=1e-3)
+        handle.remove()
 
 
 def test_a_function_has_no_certificate():

@@ -116,11 +116,11 @@ def _trained(model: nn.Module) -> Iterator[None]:
 
 def _parts(module: nn.Module) -> list[Any]:
     """What a module computes with: numbers and texts by value, tensors, hooks and anything else by identity."""
-    parts: list[Any] = [id(module)]
+    parts: list[Any] = [id(module), type(module)]
     for name, value in vars(module).items():
         if name in HELD or name.endswith("_hooks"):
             if value:
-                parts += map(id, value.values())
+                parts += (*value, *map(id, value.values()))  # keys of hooks are never given twice
         elif name not in UNREAD:
             parts += (name, value if isinstance(value, int | float | str) else id(value))
     return parts
