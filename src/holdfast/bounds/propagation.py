@@ -136,6 +136,7 @@ class Plan:
         last_reads: for each of the rules, the operations whose boxes no later one reads: their memory is used again.
         sources: the operations, or the image, that the tail reads.
         tail: the affine operations behind the last ones that are not affine: logit differences pass it as one map.
+        last: the operation that gives the logits.
     """
 
     graph: Graph
@@ -143,6 +144,7 @@ class Plan:
     last_reads: tuple[frozenset[int], ...]
     sources: tuple[int, ...]
     tail: tuple[tuple[int, tuple[int, ...], AffineRule], ...]
+    last: int
 
 
 def plan_of(graph: Graph, dtype: torch.dtype) -> Plan:
@@ -156,29 +158,31 @@ def plan_of(graph: Graph, dtype: torch.dtype) -> Plan:
         constants = constants_of(graph, dtype)
     chosen: dict[int, tuple[tuple[int, ...], Rule]] = {}
 
-    def rule(number: int) -> tuple[tuple[int, ...], Rule]:
+    def rule_of(number: int) -> tuple[tuple[int, ...], Rule]:
         if number not in chosen:
-            chosen[number] = _rule(graph, graph.operations[number], constants, dtype)
+            reads, rule = _rule(graph, graph.operations[number], constants, dtype)
+            chosen[number] = tuple(_copied(graph, source) for source in reads), rule
         return chosen[number]
 
     tail, sources = set(), set()
-    waiting = [len(graph.operations) - 1]
+    last = _copied(graph, len(graph.operations) - 1)
+    waiting = [last]
     while waiting:
         number = waiting.pop()
         if number in tail or number in sources:
             continue
-        if number == 0 or not isinstance(rule(number)[1], AffineRule):
+        if number == 0 or not isinstance(rule_of(number)[1], AffineRule):
             sources.add(number)
         else:
             tail.add(number)
-            waiting += rule(number)[0]
+            waiting += rule_of(number)[0]
     needed, waiting = set(), sorted(sources)
     while waiting:
         number = waiting.pop()
         if number and number not in needed:
             needed.add(number)
-            waiting += rule(number)[0]
-    rules = tuple((number, *rule(number)) for number in sorted(needed))
+            waiting += rule_of(number)[0]
+    rules = tuple((number, *rule_of(number)) for number in sorted(needed))
     last_reads, later = [], set(sources)
     for _, reads, _ in reversed(rules):
         last_reads.append(frozenset(reads) - later)
@@ -188,8 +192,16 @@ def plan_of(graph: Graph, dtype: torch.dtype) -> Plan:
         rules,
         tuple(reversed(last_reads)),
         tuple(sorted(sources)),
-        tuple((number, *rule(number)) for number in sorted(tail)),  # type: ignore[misc]
+        tuple((number, *rule_of(number)) for number in sorted(tail)),  # type: ignore[misc]
+        last,
     )
+
+
+def _copied(graph: Graph, number: int) -> int:
+    """The operation whose output this one's is a copy of, or itself."""
+    while graph.operations[number].name in ("clone", "alias"):
+        [number] = graph.operations[number].reads
+    return number
 
 
 def constants_of(graph: Graph, dtype: torch.dtype) -> list[Tensor]:
@@ -225,9 +237,9 @@ def upper_differences(plan: Plan, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:
     bounds = logits - logits.gather(1, y[:, None])
     for source, weight in zip(plan.sources, weights, strict=True):
         flat, radius = (part.unsqueeze(-1).flatten(1) for part in (weight, spans[source].ball[1]))  # of numbers too
-        # For each label, not for each sample: K products of (N, D) with (D, K) would be K times the work.
-        difference = flat[None] - flat[:, None]  # [y, j]
-        bounds = bounds + torch.einsum("nd,nkd->nk", radius, difference.abs()[y])
+        # W_j - W_y for each label, then for each sample; or at once, where there are fewer samples than labels.
+        rows = (flat - flat[:, None]).abs()[y] if len(flat) <= len(y) else (flat - flat[y][:, None]).abs()
+        bounds = bounds + torch.einsum("nd,nkd->nk", radius, rows)
     return torch.where(bounds.isnan(), torch.inf, bounds).scatter(1, y[:, None], 0.0)  # inf - inf: nothing is known
 
 
@@ -236,7 +248,7 @@ def _through(plan: Plan, constants: Sequence[Tensor], dtype: torch.dtype, values
     values = dict(values)
     for number, reads, rule in plan.tail:
         values[number] = rule.center(constants, dtype, [values[source] for source in reads])
-    return values[len(plan.graph.operations) - 1]
+    return values[plan.last]
 
 
 def _rule(
