@@ -102,16 +102,14 @@ class Operation:
         numbers = self.reads
 
         def filled(position: int | str, argument: Any, values: dict[int, Tensor]) -> Any:
-            def fill(leaf: Any) -> Any:
-                if isinstance(leaf, Value):
-                    return values[leaf.number]
-                leaf = constants[leaf.number] if isinstance(leaf, Constant) else leaf
-                return leaf if change is None else change(position, leaf)
-
-            if isinstance(argument, tuple | list | dict):  # numbers in it are sizes, which nothing changes
-                holds = position in self._holding
-                return pytree.tree_map(fill, argument, is_leaf=_is_reference) if holds else argument
-            return fill(argument)
+            if isinstance(argument, Value):
+                return values[argument.number]
+            if isinstance(argument, tuple | list | dict):
+                if position not in self._holding:  # sizes, which nothing changes
+                    return argument
+                return pytree.tree_map(lambda leaf: filled(position, leaf, values), argument, is_leaf=_is_reference)
+            leaf = constants[argument.number] if isinstance(argument, Constant) else argument
+            return leaf if change is None else change(position, leaf)
 
         def call(*inputs: Tensor) -> Any:
             values = dict(zip(numbers, inputs, strict=True))
