@@ -311,6 +311,22 @@ def test_every_source_pays_with_a_graph_and_lies_where_it_should(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_interval_training_warms_up_on_clean_images_and_mixes_bounds_with_an_attack():
+    model, (x, y, noise), threat = network("interval"), batch(), Threat("linf", 0.1)
+    model.eval()
+    warm = interval(sce, threat, warmup=0.2, steps=2)(0.1)
+    assert torch.equal(warm.perturb(model, x, y, noise), x)
+    assert torch.equal(warm.loss(model, x, x, y), sce(model(x), y))
+    attacked, bounds = adversarial(sce, threat, steps=2)(1.0), interval(sce, threat, kappa=0.0)(1.0)
+    mixed = interval(sce, threat, kappa=0.7, warmup=0.2, ramp=0.5, steps=2)(0.9)
+    x_adv = mixed.perturb(model, x, y, noise)
+    assert torch.equal(x_adv, attacked.perturb(model, x, y, noise))
+    parts = 0.7 * attacked.loss(model, x, x_adv, y) + 0.3 * bounds.loss(model, x, x, y)
+    assert torch.allclose(mixed.loss(model, x, x_adv, y), parts)
+    wider = interval(sce, threat, steps=1, attack_factor=2.0, step_size=1.0)(1.0).perturb(model, x, y, noise)
+    assert float((wider - x).abs().max()) == pytest.approx(0.2, abs=1e-6)
+
+
 def test_s_from_the_attack_is_adversarial_training_and_s_from_intervals_is_interval_training():
     model, (x, y, noise), threat = build("mlp", SHAPE, 4).double(), batch(torch.float64), Threat("linf", 0.05)
     x_adv = adversarial(sce, threat)(1.0).perturb(model, x, y, noise)
@@ -348,6 +364,9 @@ def test_a_source_that_needs_an_attack_says_so():
     ("adversarial", {"awp": -0.1}, "awp must be >= 0"), ("mart", {"batch_norm": "both"}, "'eval' or 'train'"),
     ("trades", {"ramp": 1.5}, "ramp"), ("fast", {"step": 0.0}, "step must be > 0"),
     ("interval", {"kappa": 2.0}, "kappa"),
+    ("interval", {"warmup": 1.5}, "warmup"),
+    ("interval", {"attack_factor": 0.0}, "attack_factor"),
+    ("interval", {"steps": -1}, "steps"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_at_once(name, settings, message):
     with pytest.raises(UserError, match=message):

@@ -15,7 +15,7 @@ from holdfast.errors import UserError
 from holdfast.experiments.config import MOST_SEEDS
 from holdfast.importers import load_onnx
 from holdfast.importers.onnx import node
-from holdfast.objectives import MOST_STEPS
+from holdfast.objectives.inner_attack import MOST_STEPS
 from holdfast.results import remaining
 from holdfast.train.config import MOST_SEED
 

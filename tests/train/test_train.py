@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import inspect
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,16 @@ from holdfast.noise import Noise
 from holdfast.objectives import Objective, adversarial, standard
 from holdfast.progress import silent
 from holdfast.threat import Threat
-from holdfast.train import SCHEDULES, FitConfig, accuracy, fast_kernels, fit, loop, robust_accuracy
+from holdfast.train import (
+    SCHEDULES,
+    FitConfig,
+    accuracy,
+    fast_kernels,
+    fit,
+    initialise_for_bounds,
+    loop,
+    robust_accuracy,
+)
 
 VERSION = 2  # of the checkpoint
 TINY = FitConfig(epochs=4, batch_size=50, lr=3e-3, checkpoint_seconds=0)
@@ -102,6 +112,7 @@ CASES = {
     "ema": {"ema": 0.9},
     "augmented": {"pad": 1, "flip": True},
     "noise": {"noise_sigma": 0.3, "pad": 1},
+    "for bounds": {"l1": 1e-4, "init": "interval", "precise_batch_norm": True, "ema": 0.5},
     "everything": {"ema": 0.8, "pad": 1, "flip": True, "weight_decay": 0.01, "schedule": "constant", "seed": 7},
     "adversarial": {},
 }
@@ -435,7 +446,7 @@ def test_negative_labels_are_refused(split):
         ("optimizer", "Adam"), ("lr", 0.0), ("lr", -1e-3), ("lr", math.inf), ("lr", math.nan), ("schedule", "linear"),
         ("weight_decay", -1e-4), ("weight_decay", math.nan), ("ema", -0.1), ("ema", 1.0), ("ema", math.nan),
         ("pad", -1), ("precision", "fp8"), ("precision", "float32"), ("momentum", -0.5), ("momentum", math.nan),
-        ("noise_sigma", -0.1), ("noise_sigma", 25.0),
+        ("noise_sigma", -0.1), ("noise_sigma", 25.0), ("l1", -1e-4), ("init", "shi"), ("precise_batch_norm", 1),
         ("checkpoint_seconds", -1.0), ("checkpoint_seconds", math.nan), ("checkpoint", "first"),
     ],
 )  # fmt: skip
@@ -1033,6 +1044,46 @@ def test_noise_is_seen_by_the_network_alone_and_not_clipped(split):
     assert first != sorted(at_x.flatten(1).sum(1).tolist())
     assert asked[-1].min() >= 0
     assert asked[-1].max() <= 1
+
+
+def test_l1_drives_weights_to_zero_and_leaves_biases(split):
+    plain, sparse = network(split), network(split)
+    config = FitConfig(epochs=4, batch_size=50, optimizer="sgd", lr=0.05, momentum=0.0)
+    fit_digits(split, plain, config=config)
+    fit_digits(split, sparse, config=dataclasses.replace(config, l1=0.05))
+    size = [sum(float(p.detach().abs().sum()) for p in net.parameters() if p.ndim > 1) for net in (plain, sparse)]
+    assert size[1] < 0.8 * size[0]
+
+
+def test_an_interval_start_has_radii_that_neither_grow_nor_shrink(split):
+    sizes = [64, 300, 300, 300, 300, 10]
+    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
+
+    def growth(model):
+        radius = torch.full((1, 64), 0.1)
+        for layer in model[1:-1:2]:
+            radius = radius @ layer.weight.detach().abs().T
+        return float(radius.mean()) / 0.1
+
+    net = nn.Sequential(nn.Flatten(), *layers[:-1])
+    assert growth(net) > 1000
+    initialise_for_bounds(net, seed=3)
+    assert 8 < growth(net) < 128  # a factor of 2 in each of five layers, which the ReLU between them halves
+    first = net[1].weight.detach().clone()
+    initialise_for_bounds(net, seed=3)
+    assert torch.equal(first, net[1].weight)
+
+
+def test_precise_batch_norm_has_the_statistics_of_all_images_under_the_last_weights(split):
+    net = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
+    net[3].eval()  # frozen: it keeps its statistics
+    train = split.train.take(slice(0, 256))
+    config = FitConfig(epochs=1, batch_size=64, precise_batch_norm=True)
+    fit(net, train, train.take(slice(0, 0)), standard(losses.sce), config, device="cpu")
+    assert float(net[0].running_mean) == pytest.approx(float(pixels(train.x).mean()), abs=1e-6)
+    assert float(net[0].running_var) == pytest.approx(float(pixels(train.x).var()), rel=0.02)
+    assert net[0].momentum == 0.1
+    assert torch.equal(net[3].running_mean, torch.zeros(10))
 
 
 def test_folders_of_runs_without_noise_are_what_they_were(split, tmp_path):

@@ -6,6 +6,7 @@ No test data enters here.
 from __future__ import annotations
 
 from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config, fit_to_json
+from .initialise import initialise_for_bounds
 from .loop import fit
 from .validation import accuracy, robust_accuracy
 
@@ -18,5 +19,6 @@ __all__ = [
     "expected_config",
     "fit",
     "fit_to_json",
+    "initialise_for_bounds",
     "robust_accuracy",
 ]

@@ -36,6 +36,11 @@ class FitConfig:
             units of the pixels; 0: none. It is not clipped to the box, and it is the same for x and x_adv: an inner
             attack climbs the loss of the noisy image, and its threat and all bounds are around the image without noise.
             Validation images have none.
+        l1: coefficient of the sum of absolute weights of matrices and kernels that is added to the loss, >= 0.
+        init: weights before the first step: "as built", or "interval" for training on interval bounds
+            (``initialise_for_bounds``).
+        precise_batch_norm: statistics of batch norms are those of all training images under the epoch's last weights,
+            measured after each epoch without augmentation, in place of the running ones.
         precision: "no" (float32) or "bf16" for the forward passes of training, including the inner attack's.
         seed: of data order, augmentation and noise; at most 2^43 in size.
         checkpoint_seconds: how much work a kill may cost at most, >= 0; 0 saves after every epoch.
@@ -57,6 +62,9 @@ class FitConfig:
     pad: int = 0
     flip: bool = False
     noise_sigma: float = 0.0
+    l1: float = 0.0
+    init: str = "as built"
+    precise_batch_norm: bool = False
     precision: str = "no"
     seed: int = 0
     checkpoint_seconds: float = 10.0
@@ -67,20 +75,22 @@ class FitConfig:
             whole(name, getattr(self, name), least)
         whole("seed", self.seed, -MOST_SEED, MOST_SEED)
         flag("flip", self.flip)
+        flag("precise_batch_norm", self.precise_batch_norm)
         number("noise_sigma", self.noise_sigma, 0, MOST_SIGMA)
-        for name in ("lr", "weight_decay", "momentum", "ema"):
+        for name in ("lr", "weight_decay", "momentum", "ema", "l1"):
             number(name, getattr(self, name), 0, above=name == "lr")
         if not (
             isinstance(self.checkpoint_seconds, float) and self.checkpoint_seconds == math.inf
         ):  # never before the end
             number("checkpoint_seconds", self.checkpoint_seconds, 0)
-        for name in ("optimizer", "schedule", "precision", "checkpoint"):
+        for name in ("optimizer", "schedule", "init", "precision", "checkpoint"):
             text(name, getattr(self, name))
         checks = {
             "optimizer": (self.optimizer in ("adam", "sgd", "momentum"), "'adam', 'sgd' or 'momentum'"),
             "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             "ema": (self.ema < 1, "in [0, 1)"),
             "momentum": (self.momentum < 1, "in [0, 1)"),
+            "init": (self.init in ("as built", "interval"), "'as built' or 'interval'"),
             "precision": (self.precision in ("no", "bf16"), "'no' or 'bf16'"),
             "checkpoint": (self.checkpoint in ("last", "best"), "'last' or 'best'"),
         }
@@ -116,13 +126,17 @@ class Fitted:
     kept_epoch: int
 
 
+LATER = {"noise_sigma", "l1", "init", "precise_batch_norm"}  # settings that folders of earlier versions lack
+
+
 def fit_to_json(config: FitConfig) -> dict[str, Any]:
-    """The settings as JSON holds them: without noise where there is none, as folders of earlier versions have them.
+    """The settings as JSON holds them: later ones only where they are used, so that older folders resume.
 
     >>> "noise_sigma" in fit_to_json(FitConfig()), fit_to_json(FitConfig(noise_sigma=0.25))["noise_sigma"]
     (False, 0.25)
     """
-    return {key: value for key, value in asdict(config).items() if value or key != "noise_sigma"}
+    default = asdict(FitConfig())
+    return {key: value for key, value in asdict(config).items() if key not in LATER or value != default[key]}
 
 
 def expected_config(config: FitConfig, val_threat: Threat | None, about: dict[str, Any] | None) -> dict[str, Any]:

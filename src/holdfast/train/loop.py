@@ -24,6 +24,7 @@ from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint, save_
 from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config
 from .distributed import accelerator_on, group_errors
 from .fast_kernels import InBfloat16, fast_input_gradients
+from .initialise import initialise_for_bounds, measure_batch_norm
 from .noise_augmentation import WithNoise
 from .validation import averaged_weights, check_arguments, check_finite, check_task, check_validation, validate
 
@@ -100,14 +101,12 @@ def fit(
             means, losses, index = _epoch(epoch, state, train, objective, config)
             means = accelerator.reduce(means, reduction="mean")  # every process logs, and checks, the whole batch
             check_finite(means, losses, index, state.model, epoch, out)
-            with averaged_weights(state.model, state.ema):
-                measured = validate(state.model, val, val_threat, config.seed)
+            measured = _validated(state, train, val, val_threat, config)
             (measured,) = broadcast_object_list([measured])  # batch statistics differ: the first process decides
             validation_seconds += measured.get("val_seconds", 0.0)
-            epoch_seconds = time.perf_counter() - epoch_start - measured.get("val_seconds", 0.0)
             lr = config.lr * SCHEDULES[config.schedule](epoch / config.epochs)
             line = {"epoch": epoch + 1, "loss": float(means.mean()), "lr": lr, **measured}
-            line["seconds"] = round(epoch_seconds, 3)
+            line["seconds"] = round(time.perf_counter() - epoch_start - measured.get("val_seconds", 0.0), 3)
             line["best_epoch"] = best_epoch([*history, line])
             history.append(line)
             if line["best_epoch"] == epoch + 1:
@@ -154,6 +153,8 @@ class _TrainingState:
 def _set_up(model: nn.Module, config: FitConfig, accelerator: Accelerator) -> _TrainingState:
     # The optimizer comes after the move, which may replace the parameters. Convolutions are faster in this format.
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.init == "interval":
+        initialise_for_bounds(model, config.seed)
     optimizer = _optimizer(model, config)
     parallel_model = accelerator.prepare(model)
     model = accelerator.unwrap_model(parallel_model)
@@ -218,6 +219,8 @@ def _epoch(
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss = problem.loss(parallel, x, x_adv, y)
             mean = loss.sum() * world / len(batch)  # gradients are averaged over processes: this is the batch's mean
+            if config.l1:
+                mean = mean + config.l1 * sum(p.abs().sum() for p in state.model.parameters() if p.ndim > 1)
             optimizer.zero_grad()
             mean.backward()  # bf16 needs no loss scaling
         optimizer.step()
@@ -228,6 +231,16 @@ def _epoch(
         indices.append(index)
     stacked = torch.stack(means)
     return stacked.to(torch.promote_types(stacked.dtype, torch.float32)), losses, indices  # bf16 is too coarse to log
+
+
+def _validated(
+    state: _TrainingState, train: Data, val: Data, val_threat: Threat | None, config: FitConfig
+) -> dict[str, Any]:
+    """What validation says of the weights that are saved."""
+    with averaged_weights(state.model, state.ema):
+        if config.precise_batch_norm:
+            measure_batch_norm(state.model, train, config.batch_size, state.ema)
+        return validate(state.model, val, val_threat, config.seed)
 
 
 def _with_noise(state: _TrainingState, sigma: float, x: Tensor, noise: Noise) -> tuple[nn.Module, nn.Module, nn.Module]:
