@@ -13,6 +13,7 @@ from tests.helpers import training_state
 from torch import nn
 
 from holdfast.attacks import pgd
+from holdfast.bounds import logit_difference_bounds
 from holdfast.errors import UserError
 from holdfast.information.sources import SOURCES, source
 from holdfast.losses import LOSSES, isce, mmc, negative_log_odds, negative_margin, sce
@@ -327,6 +328,22 @@ def test_interval_training_warms_up_on_clean_images_and_mixes_bounds_with_an_att
     assert float((wider - x).abs().max()) == pytest.approx(0.2, abs=1e-6)
 
 
+def test_interval_training_goes_from_lines_to_intervals():
+    model, (x, y, _), threat = network("interval").double(), batch(torch.float64), Threat("linf", 0.1)
+
+    def bounds(bound, progress):
+        return interval(sce, threat, kappa=0.0, ramp=1.0, bound=bound)(progress).loss(model, x, x, y)
+
+    lo, hi = x - 0.05, x + 0.05
+    lo, hi = lo.clamp_min(0), hi.clamp_max(1)
+    by_lines = logit_difference_bounds(model, lo, hi, y, "crown")
+    by_intervals = logit_difference_bounds(model, lo, hi, y)
+    half = 0.5 * sce(model(x), y) + 0.5 * sce((by_lines + by_intervals) / 2, y)
+    assert torch.allclose(bounds("crown-interval", 0.5), half)
+    assert torch.allclose(bounds("crown", 0.5), 0.5 * sce(model(x), y) + 0.5 * sce(by_lines, y))
+    assert torch.allclose(bounds("crown-interval", 1.0), bounds("interval", 1.0))
+
+
 def test_s_from_the_attack_is_adversarial_training_and_s_from_intervals_is_interval_training():
     model, (x, y, noise), threat = build("mlp", SHAPE, 4).double(), batch(torch.float64), Threat("linf", 0.05)
     x_adv = adversarial(sce, threat)(1.0).perturb(model, x, y, noise)
@@ -364,6 +381,7 @@ def test_a_source_that_needs_an_attack_says_so():
     ("adversarial", {"awp": -0.1}, "awp must be >= 0"), ("mart", {"batch_norm": "both"}, "'eval' or 'train'"),
     ("trades", {"ramp": 1.5}, "ramp"), ("fast", {"step": 0.0}, "step must be > 0"),
     ("interval", {"kappa": 2.0}, "kappa"),
+    ("interval", {"bound": "crwon"}, "crown"),
     ("interval", {"warmup": 1.5}, "warmup"),
     ("interval", {"attack_factor": 0.0}, "attack_factor"),
     ("interval", {"steps": -1}, "steps"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attacks import Model
 from ..bounds import box_of, logit_difference_bounds
-from ..errors import at_least
+from ..errors import at_least, unknown
 from ..information.sources import check_fraction, ramp_fraction
 from ..losses import Loss, required_loss, score_of
 from ..noise import Noise
@@ -17,6 +18,12 @@ from ..threat import Threat, as_threat
 from ..user_input import typed
 from .inner_attack import InnerAttack
 from .problem import Objective, Schedule
+
+CROWN_SHARE: dict[str, Callable[[float], float]] = {  # fraction of eps -> share of crown's bounds
+    "interval": lambda fraction: 0.0,
+    "crown": lambda fraction: 1.0,
+    "crown-interval": lambda fraction: 1 - fraction,
+}
 
 
 @typed
@@ -28,6 +35,7 @@ def interval(
     ramp: float = 0.55,
     factor: float = 1.0,
     warmup: float = 0.0,
+    bound: str = "interval",
     steps: int = 0,
     step_size: float | None = None,
     attack_factor: float = 1.0,
@@ -48,7 +56,10 @@ def interval(
         kappa: the weight of the other term at the end, in [0, 1].
         ramp: the fraction of training, in [0, 1], over which eps and k change.
         factor: the eps of training over the threat's, > 0.
-        warmup: the fraction of training before that, in [0, 1), on the loss at x alone.
+        warmup: the fraction of training before that, in [0, 1], on the loss at x alone.
+        bound: "interval"; "crown", lines over intervals (CROWN-IBP); or "crown-interval", which changes from the second
+            to the first while eps increases: crown's bounds are tighter early in training, intervals train to tighter
+            networks under a large eps.
         steps: steps of PGD for x_adv, >= 0; 0 takes x itself.
         step_size: of PGD, in pixels; default 2.5 eps / steps.
         attack_factor: the eps of x_adv over that of the bounds, > 0.
@@ -61,11 +72,13 @@ def interval(
         UserError: for a setting out of range, and for a network that has no interval bounds
             (``bounds.logit_difference_bounds``).
 
-    Source: Gowal et al. 2019; De Palma et al. 2024 (MTL-IBP).
+    Source: Gowal et al. 2019; Zhang et al. 2020 (CROWN-IBP); De Palma et al. 2024 (MTL-IBP).
     """
     check_fraction("ramp, over which eps increases,", ramp)
     check_fraction("kappa, the weight of the loss beside the bounds,", kappa)
     check_fraction("warmup, the fraction of training before bounds,", warmup)
+    if bound not in CROWN_SHARE:
+        raise unknown("bound of objective 'interval'", bound, CROWN_SHARE)
     at_least("factor", factor, above=True)
     at_least("attack_factor", attack_factor, above=True)
     at_least("steps of x_adv", steps)
@@ -89,9 +102,17 @@ def interval(
             if warm:
                 return beside
             network: Any = getattr(model, "module", model)  # without the wrapper of distributed training
-            worst = logit_difference_bounds(network, *box_of(x, current), y)
+            worst = _mixed_bounds(network, *box_of(x, current), y, CROWN_SHARE[bound](fraction))
             return k * beside + (1 - k) * loss_fn(worst, y)
 
         return Objective(perturb, outer)
 
     return schedule
+
+
+def _mixed_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, share: float) -> Tensor:
+    """share * bounds by lines + (1 - share) * bounds by intervals."""
+    if share in (0.0, 1.0):
+        return logit_difference_bounds(model, lo, hi, y, "crown" if share else "interval")
+    by_lines, by_intervals = (logit_difference_bounds(model, lo, hi, y, method) for method in ("crown", "interval"))
+    return share * by_lines + (1 - share) * by_intervals
