@@ -13,7 +13,7 @@ from tests.helpers import training_state
 from torch import nn
 
 from holdfast.attacks import pgd
-from holdfast.bounds import logit_difference_bounds
+from holdfast.bounds import box_of, interval_growth, logit_difference_bounds
 from holdfast.errors import UserError
 from holdfast.information.sources import SOURCES, source
 from holdfast.losses import LOSSES, isce, mmc, negative_log_odds, negative_margin, sce
@@ -328,6 +328,17 @@ def test_interval_training_warms_up_on_clean_images_and_mixes_bounds_with_an_att
     assert float((wider - x).abs().max()) == pytest.approx(0.2, abs=1e-6)
 
 
+def test_the_regulariser_of_interval_training_fades_as_eps_increases():
+    model, (x, y, _), threat = network("interval").double(), batch(torch.float64), Threat("linf", 0.1)
+    plain, regular = interval(sce, threat, ramp=1.0), interval(sce, threat, ramp=1.0, regulariser=0.8)
+    lo, hi = box_of(x, Threat("linf", 0.025))
+    _, growth = interval_growth(model, lo, hi, y)
+    added = regular(0.25).loss(model, x, x, y) - plain(0.25).loss(model, x, x, y)
+    assert torch.allclose(added, 0.6 * growth.expand(N))
+    assert growth > 0
+    assert torch.equal(regular(1.0).loss(model, x, x, y), plain(1.0).loss(model, x, x, y))
+
+
 def test_interval_training_goes_from_lines_to_intervals():
     model, (x, y, _), threat = network("interval").double(), batch(torch.float64), Threat("linf", 0.1)
 
@@ -382,6 +393,7 @@ def test_a_source_that_needs_an_attack_says_so():
     ("trades", {"ramp": 1.5}, "ramp"), ("fast", {"step": 0.0}, "step must be > 0"),
     ("interval", {"kappa": 2.0}, "kappa"),
     ("interval", {"bound": "crwon"}, "crown"),
+    ("interval", {"regulariser": -0.5}, "regulariser"),
     ("interval", {"warmup": 1.5}, "warmup"),
     ("interval", {"attack_factor": 0.0}, "attack_factor"),
     ("interval", {"steps": -1}, "steps"),

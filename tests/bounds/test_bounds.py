@@ -19,6 +19,7 @@ from holdfast.bounds import (
     box_of,
     certify,
     cheaply_proved,
+    interval_growth,
     l2_radius,
     lipschitz_constant,
     lipschitz_s,
@@ -348,3 +349,19 @@ def test_a_misclassified_image_has_a_bound_too():
     assert bound.isfinite().all()
     assert (bound >= -margin).all()
     assert (-margin > 0).all()
+
+
+def test_growth_of_boxes_and_balance_of_relus_by_hand():
+    """One layer: radii 0.1 -> (0.4, 0.2), centers (0.9, -0.5): 0.1 / 0.3 of width, 0.5 / 0.9 of what passes."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+    net[1].weight.data = torch.tensor([[4.0], [-2.0]], dtype=torch.float64)
+    net[1].bias.data = torch.tensor([-1.1, 0.5], dtype=torch.float64)
+    x = torch.full((1, 1, 1, 1), 0.5, dtype=torch.float64)
+    bounds, growth = interval_growth(net, x - 0.1, x + 0.1, torch.tensor([0]))
+    assert torch.equal(bounds, logit_difference_bounds(net, x - 0.1, x + 0.1, torch.tensor([0])))
+    by_width, by_mean = 1 - (0.1 / 0.3) / 0.5, 0.0  # 0.5 / 0.9 is beyond the tolerance
+    assert growth.item() == pytest.approx(by_width + by_mean + 0.0)  # both deviations are equal
+    _, strict = interval_growth(net, x - 0.1, x + 0.1, torch.tensor([0]), 1.0)
+    assert strict.item() == pytest.approx((1 - 1 / 3) + (1 - 0.5 / 0.9))
+    growth.backward()
+    assert net[1].weight.grad.isfinite().all()

@@ -20,6 +20,7 @@ from .propagation import Plan, plan_of, upper_differences
 from .steps import Box, bind
 
 TRAINING_METHODS = ("interval", "crown")
+SMALLEST = 1e-12  # that is divided by
 STEEP = {"sqrt", "rsqrt", "log", "log1p", "reciprocal"}  # their slopes grow without end
 # What every module has: dictionaries of tensors and hooks, and what no bound depends on.
 HELD = {"_parameters", "_buffers", *(name for name in vars(nn.Module()) if name.endswith("_hooks"))}
@@ -63,11 +64,66 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
     """
     if method not in TRAINING_METHODS:
         raise unknown("method", method, TRAINING_METHODS)
-    grad = torch.is_grad_enabled()
-    # Whatever the caller's mode: in half precision these would be no bounds.
-    with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(lo.device.type, enabled=False):
+    with _full_precision(lo.device):
         graph, plan = _read(model, tuple(lo.shape[1:]), lo)
         return upper_differences(plan, lo, hi, y) if method == "interval" else _by_lines(graph, lo, hi, y)
+
+
+@typed
+def interval_growth(
+    model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, tolerance: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """The bounds of ``logit_difference_bounds``, and how far boxes grow and ReLUs are out of balance (Shi et al. 2021).
+
+        growth:   mean over ReLUs i of max(0, 1 - width of the image's box / width of box i / tolerance)
+        balance:  the same of min(a, 1/a), a = what active ReLUs let pass in the mean / what inactive ones stop
+                  and of min(v, 1/v), v = the same of squared deviations
+
+    Args:
+        model: as for ``logit_difference_bounds``.
+        lo: the lower corners.
+        hi: the upper corners.
+        y: labels.
+        tolerance: no term counts beyond it, in (0, 1].
+
+    Returns:
+        (N, K) upper bounds by intervals, and the 0-dim sum of the three terms, which training can add to its loss.
+
+    Raises:
+        CannotBound: as ``logit_difference_bounds`` does.
+    """
+    before: list[tuple[Tensor, Tensor]] = []
+    with _full_precision(lo.device):
+        _, plan = _read(model, tuple(lo.shape[1:]), lo)
+        bounds = upper_differences(plan, lo, hi, y, before)
+        width = ((hi - lo) / 2).mean()
+        terms = [term for each in before for term in _out_of_order(*each, width, tolerance)]
+        return bounds, sum(terms, bounds.new_zeros(())) / max(1, len(before))
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Whatever the caller's mode: in half precision these would be no bounds."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _out_of_order(center: Tensor, radius: Tensor, width: Tensor, tolerance: float) -> tuple[Tensor, ...]:
+    """The three terms of one ReLU's input."""
+    active, inactive = center - radius > 0, center + radius < 0
+    deviation = (center - center.mean()).square()
+    ratios = (
+        width / radius.mean().clamp_min(SMALLEST),
+        _balance((center * active).sum(), -(center * inactive).sum()),
+        _balance((deviation * active).sum(), (deviation * inactive).sum()),
+    )
+    return tuple((1 - ratio / tolerance).clamp_min(0) for ratio in ratios)
+
+
+def _balance(a: Tensor, b: Tensor) -> Tensor:
+    """min(a / b, b / a)."""
+    return torch.minimum(a, b) / torch.maximum(a, b).clamp_min(SMALLEST)
 
 
 def _by_lines(graph: Graph, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:

@@ -209,8 +209,12 @@ def constants_of(graph: Graph, dtype: torch.dtype) -> list[Tensor]:
     return [c.to(dtype) if c.is_floating_point() else c for c in graph.constants()]
 
 
-def upper_differences(plan: Plan, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:
+def upper_differences(
+    plan: Plan, lo: Tensor, hi: Tensor, y: Tensor, before_relus: list[tuple[Tensor, Tensor]] | None = None
+) -> Tensor:
     """Upper bounds of logit_j - logit_y over boxes of images (N, C, H, W): (N, K), 0 at y.
+
+    ``before_relus`` is given the (center, radius) of each ReLU's input.
 
     The tail is one affine map W: a difference has the weights W_j - W_y. W is the gradient of the logits, for K copies
     of one point: it depends on no image.
@@ -219,6 +223,8 @@ def upper_differences(plan: Plan, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:
     constants = constants_of(plan.graph, dtype)
     spans = {0: Span(box=Box(lo, hi))}
     for (number, reads, rule), done in zip(plan.rules, plan.last_reads, strict=True):
+        if before_relus is not None and plan.graph.operations[number].name == "relu":
+            before_relus.append(spans[reads[0]].ball)
         spans[number] = rule(constants, dtype, [spans[source] for source in reads])
         for source in done:
             del spans[source]
