@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..attacks import Model
@@ -102,7 +103,8 @@ def interval(
             return x if attack is None or warm else attack(since, model, x, y, noise, score=score_fn)
 
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-            beside = loss_fn(model(x_adv), y)
+            with torch.set_grad_enabled(k > 0):  # without weight it only feeds the statistics of batch norms
+                beside = loss_fn(model(x_adv), y)
             if warm:
                 return beside
             network: Any = getattr(model, "module", model)  # without the wrapper of distributed training
