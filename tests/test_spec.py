@@ -68,6 +68,35 @@ def test_split_keeps_settings_with_their_loss(text, wanted):
     assert spec.split(text) == wanted
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("isce:s={0,1, 10},sce", ["isce:s=0", "isce:s=1", "isce:s=10", "sce"]),
+        ("isce:s={1,3}+adversarial:steps={2,5},ramp=0.3", [
+            "isce:s=1+adversarial:steps=2,ramp=0.3", "isce:s=1+adversarial:steps=5,ramp=0.3",
+            "isce:s=3+adversarial:steps=2,ramp=0.3", "isce:s=3+adversarial:steps=5,ramp=0.3"]),
+        ("{sce,mmc}+fit:lr={1e-3,1/100}", [
+            "sce+fit:lr=1e-3", "sce+fit:lr=1/100", "mmc+fit:lr=1e-3", "mmc+fit:lr=1/100"]),
+        ("sce@{linear,cosine:scale=10}", ["sce@linear", "sce@cosine:scale=10"]),
+    ],
+)  # fmt: skip
+def test_braces_hold_values_that_are_tried_in_turn(text, wanted):
+    assert spec.split(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("isce:s={1,2", "do not close"), ("isce:s=1,2}", "do not close"), ("isce:s={{1,2}}", "do not close"),
+        ("isce:s={}", "missing"), ("isce:s={1,,2}", "missing"),
+        ("a:b={" + ",".join(map(str, range(40))) + "},c={" + ",".join(map(str, range(40))) + "}", "1,600 specs"),
+    ],
+)  # fmt: skip
+def test_braces_that_hold_no_list_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        spec.split(text)
+
+
 @pytest.mark.parametrize("text", ["", " ", ",", " , ,"])
 def test_split_of_nothing_is_refused(text):
     with pytest.raises(UserError, match="no names"):

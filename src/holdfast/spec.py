@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +64,8 @@ def value_of(text: str) -> Any:
 def split(text: str) -> list[str]:
     """Split a list of specs: a comma begins a new one unless what follows is a setting (key=value).
 
+    Braces hold values that are tried in turn, one spec for each; two pairs of braces give every combination.
+
     Args:
         text: specs with commas between.
 
@@ -69,13 +73,15 @@ def split(text: str) -> list[str]:
         The specs, each with its own settings.
 
     Raises:
-        UserError: there is no spec in the text.
+        UserError: there is no spec in the text, or braces that do not close or hold nothing.
 
     >>> split("sce,isce:s=10,cosface:m=0.2,scale=15,mmc")
     ['sce', 'isce:s=10', 'cosface:m=0.2,scale=15', 'mmc']
+    >>> split("isce:s={1,10},cosface:m={0.1,0.2},scale=15")
+    ['isce:s=1', 'isce:s=10', 'cosface:m=0.1,scale=15', 'cosface:m=0.2,scale=15']
     """
     specs: list[str] = []
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
+    for part in filter(None, (piece.strip() for piece in re.split(r",(?![^{}]*\})", text))):
         is_setting = "=" in part and ":" not in part.partition("=")[0] and "@" not in part.partition("=")[0]
         if is_setting and specs:
             specs[-1] += "," + part
@@ -83,7 +89,25 @@ def split(text: str) -> list[str]:
             specs.append(part)
     if not specs:
         raise UserError(f"no names in '{text}': expected at least one, such as sce,isce:s=10.")
-    return specs
+    return [one for spec in specs for one in _each_of(spec)]
+
+
+MOST_SPECS = 1000  # of one text with braces: more is a slip
+
+
+def _each_of(spec: str) -> list[str]:
+    """A spec for each combination of the values in its braces."""
+    pieces = re.split(r"\{([^{}]*)\}", spec)  # text, values, text, values, ..., text
+    if any(brace in piece for piece in pieces[::2] for brace in "{}"):
+        raise UserError(f"the braces in '{spec}' do not close: write values as isce:s={{1,10,100}}.")
+    values = [[value.strip() for value in piece.split(",")] for piece in pieces[1::2]]
+    if any(not value for choice in values for value in choice):
+        raise UserError(f"a value is missing in the braces of '{spec}': write them as isce:s={{1,10,100}}.")
+    if math.prod(map(len, values)) > MOST_SPECS:
+        raise UserError(f"'{spec}' names {math.prod(map(len, values)):,} specs, more than {MOST_SPECS:,}.")
+    return [
+        "".join(itertools.chain(*zip(pieces[::2], (*chosen, ""), strict=True))) for chosen in itertools.product(*values)
+    ]
 
 
 def accepts(kind: str, name: str, function: Callable[..., Any], settings: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from holdfast.errors import UserError
 from holdfast.losses import LOSSES
-from holdfast.models import heads
+from holdfast.losses import heads as loss_heads
 from holdfast.models.heads import (
     HEADS,
     Centers,
@@ -251,7 +251,7 @@ def test_too_few_dimensions_still_spread_the_centers(classes, d):
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_spreading_is_the_same_every_time_and_in_every_mode(monkeypatch, mode):
     """A network may be built where it is only evaluated: under no_grad."""
-    monkeypatch.setattr(heads, "_spread", partial(heads._spread, rounds=20))
+    monkeypatch.setattr(loss_heads, "_spread", partial(loss_heads._spread, rounds=20))
     state = torch.random.get_rng_state()
     first = max_mahalanobis_centers(6, 3)
     with mode():

@@ -31,7 +31,7 @@ Losses = Annotated[
     str | None,
     option(
         "Loss specs, comma-separated: sce,isce:s=10,mmc,cosface:m=0.2,scale=15. A part with = continues the spec "
-        "before it. Default: seven losses."
+        "before it. Braces try values in turn: 'isce:s={0,1,3,10}'. Default: seven losses."
     ),
 ]
 OneLoss = Annotated[str, option("Loss spec: isce:s=10; with another head after @: isce:s=2@cosine.")]

@@ -1,6 +1,7 @@
 """Per-sample losses and the score that attacks each of them. A loss is a pure function (out, target) -> (N,).
 
-To add one: write the function, and give it a line in ``LOSSES`` with its score and its head.
+To add one: write the function, and give it a line in ``LOSSES`` with its score and its head. ``modules`` holds the same
+losses as drop-ins for ``nn.CrossEntropyLoss``.
 """
 
 from __future__ import annotations
@@ -12,15 +13,49 @@ from typing import Any
 from ..errors import UserError, type_of, unknown
 from ..spec import accepts, parse
 from .embedding import center, contrastive, lgm, mmc, triplet
+from .modules import (
+    ArcFaceLoss,
+    CenterLoss,
+    ContrastiveLoss,
+    CosFaceLoss,
+    ISCEBLoss,
+    ISCECLoss,
+    ISCELoss,
+    LGMLoss,
+    LossModule,
+    MMCLoss,
+    TripletLoss,
+)
 from .reading_c import isce_c, reading_c_logits
 from .scores import dlr, is_targeted, negative_margin, targeted, targeted_dlr
-from .softmax import arcface, cosface, isce, isce_b, negative_log_odds, scaled_log_odds, sce, softplus
+from .softmax import (
+    arcface,
+    cosface,
+    isce,
+    isce_b,
+    negative_log_odds,
+    negative_log_odds_of_all,
+    scaled_log_odds,
+    sce,
+    softplus,
+)
 from .types import Loss
 
 __all__ = [
     "LOSSES",
+    "ArcFaceLoss",
+    "CenterLoss",
+    "ContrastiveLoss",
+    "CosFaceLoss",
+    "ISCEBLoss",
+    "ISCECLoss",
+    "ISCELoss",
+    "LGMLoss",
     "Loss",
     "LossEntry",
+    "LossModule",
+    "MMCLoss",
+    "TripletLoss",
     "arcface",
     "as_loss",
     "center",
@@ -35,6 +70,7 @@ __all__ = [
     "loss_name",
     "mmc",
     "negative_log_odds",
+    "negative_log_odds_of_all",
     "negative_margin",
     "reading_c_logits",
     "required_loss",

@@ -60,6 +60,7 @@ from .summary import (
     runs_of,
     stage_totals,
 )
+from .sweep import draw_sweeps
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
 ASSUMED = 20  # sentences on data and network that a page shows
@@ -109,7 +110,7 @@ def render(results_list: Results | str | Path | Sequence[Results | str | Path], 
 
 FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     "accuracy": draw_accuracy, "stages": draw_stages, "margins": draw_margins, "classes": draw_classes,
-    "confusion": draw_confusion, "eps": draw_eps, "features": draw_features,
+    "confusion": draw_confusion, "eps": draw_eps, "features": draw_features, "sweep": draw_sweeps,
 }  # fmt: skip
 TABLES = {"csv": csv, "tex": latex, "md": markdown}
 
@@ -178,6 +179,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "certified": any_certified(shown),
         "attacks": cells(shown) if other_attacks(shown) else [],
         "accuracy": inline(draw_accuracy, results, prefix + "a"),
+        "sweep": inline(draw_sweeps, results, prefix + "v"),
         "stages": inline(draw_stages, results, prefix + "s"),
         "stage_rows": [(row.label, stage_totals(results, row)) for row in shown],
         "margins": inline(draw_margins, results, prefix + "m"),
