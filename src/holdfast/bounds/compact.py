@@ -53,7 +53,7 @@ def compact(steps: Sequence[Step], found: Forward) -> tuple[list[Step], Forward]
         if isinstance(step, ReluStep) and number in readers:
             [source] = step.reads
             if source in dense and readers[source] == [number] and set(readers[number]) <= dense:
-                kept[source] = kept[number] = (found.boxes[source].hi[0, 0] > 0).nonzero()[:, 0]
+                kept[source] = kept[number] = (~(found.boxes[source].hi[0, 0] <= 0)).nonzero()[:, 0]
     out, boxes, errors = list(steps), list(found.boxes), list(found.errors)
     for number, step in enumerate(steps):
         if number in dense and isinstance(step, AffineStep):
