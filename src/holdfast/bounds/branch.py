@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .compact import compact, in_float32
 from .linear import MEMORY, Forward, Region, all_lines, least, relus_of, step_width
-from .steps import Box, Lines, ReluStep, Step
+from .steps import Box, Lines, Step
 
 Visit = Callable[[int, Tensor], None] | None
 
@@ -164,9 +164,7 @@ class _Asked:
         return Box(torch.where(signs > 0, lo.clamp_min(0), lo), torch.where(signs < 0, hi.clamp_max(0), hi))
 
     def _relu(self, number: int, signs: Tensor, slope: Tensor) -> Lines:
-        step = self.steps[number]
-        assert isinstance(step, ReluStep)
-        lines = step.lines([self.box(number, signs)], slope[:, None])
+        lines = relus_of(self.steps)[number].lines([self.box(number, signs)], slope[:, None])
         return Lines(
             tuple(slope.transpose(0, 1) for slope in lines.lower), lines.lower_at.transpose(0, 1),
             tuple(slope.transpose(0, 1) for slope in lines.upper), lines.upper_at.transpose(0, 1),

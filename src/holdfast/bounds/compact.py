@@ -82,7 +82,7 @@ def in_float32(
     steps: Sequence[Step], found: Forward, region: Region, lines: dict[int, Lines]
 ) -> tuple[list[Step], Forward, Region, dict[int, Lines]]:
     """All of it in float32 and without rounding errors: to look for slopes and multipliers, and to prove nothing."""
-    constants = [c.float() if c.is_floating_point() else c for c in next(iter(steps[1:])).constants]
+    constants = [c.float() if c.is_floating_point() else c for c in max((step.constants for step in steps), key=len)]
     out = [step.cast(constants, torch.float32) if isinstance(step, AffineStep) else step for step in steps]
     boxes = [Box(box.lo.float(), box.hi.float()) for box in found.boxes]
     inside = replace(region, box=Box(region.box.lo.float(), region.box.hi.float()), center=region.center.float())
