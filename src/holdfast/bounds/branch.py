@@ -23,13 +23,17 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
+from .compact import compact, in_float32
 from .linear import MEMORY, Forward, Region, all_lines, least, relus_of, step_width
 from .steps import Box, Lines, Step
+
+Visit = Callable[[int, Tensor], None] | None
 
 FILTERED = 4  # how many ReLUs the score proposes for each domain
 ITERATIONS = 12  # steps of Adam on the slopes and multipliers of new domains
 LARGEST = 1e4  # of the multipliers of a linear program: where its signs contradict each other, they grow without end
 RATE, DECAY = 0.2, 0.97
+ENOUGH = 1e-4  # a bound in float32 that is above this is one in float64 too
 WAITING = 2**31  # bytes of the domains of one image that may wait
 
 
@@ -97,120 +101,152 @@ def branch(
     Returns:
         The answer; its bound is that of the domains that are left.
     """
-    relus = list(relus_of(steps))
-    shape = {number: steps[number].shape for number in relus}
+    problem = _Problem.of(*compact(steps, found), region)
+    relus = problem.relus
+    shape = {number: problem.steps[number].shape for number in relus}
     none = {n: torch.zeros(len(rows), *shape[n], dtype=torch.int8, device=rows.device) for n in relus}
-    lines = all_lines(steps, found)
-    alphas = {n: lines[n].lower[0][:, 0].expand(len(rows), *shape[n]).clone() for n in relus}
-    betas = {n: rows.new_zeros(len(rows), *shape[n]) for n in relus}
+    alphas = {n: problem.light.lines[n].lower[0][0].expand(len(rows), *shape[n]).clone() for n in relus}
+    betas = {n: torch.zeros_like(alpha) for n, alpha in alphas.items()}
     pool = _Pool(rows.new_full((len(rows),), -torch.inf), rows, none, alphas, betas)
-    width = max(step_width(step) for step in steps) * rows.element_size() * 4
+    width = max(step_width(step) for step in problem.steps) * rows.element_size() * 4
     batch = max(2, min(512, MEMORY // width))
-    pool, point = _bounded(steps, found, region, pool, lines, misclassified)
-    most = WAITING // (1 + sum(17 * step_width(steps[n]) for n in relus))  # a sign, a slope, a multiplier for each ReLU
+    pool, point = _bounded(problem, pool, misclassified)
+    most = WAITING // (1 + sum(9 * step_width(problem.steps[n]) for n in relus))  # a sign, a slope, a multiplier each
     bounded = len(pool.bounds)
     pool = pool.take((pool.bounds <= 0).nonzero()[:, 0])
     while len(pool.bounds) and point is None and time.monotonic() < until and len(pool.bounds) < most:
         order = pool.bounds.argsort()
         some, pool = pool.take(order[: batch // 2]), pool.take(order[batch // 2 :])
-        children, whole = _split(steps, found, region, some, lines)
+        children, whole = _split(problem, some)
         if len(whole.bounds):  # every ReLU has its sign: what is left is to find the multipliers
-            whole = _solved(steps, found, region, whole, lines)
+            whole = _solved(problem, whole)
             if bool((whole.bounds <= 0).any()):
                 pool = pool.join(children).join(whole)
                 break
         if not len(children.bounds):
             continue
-        children, point = _bounded(steps, found, region, children, lines, misclassified)
+        children, point = _bounded(problem, children, misclassified)
         bounded += len(children.bounds)
         pool = pool.join(children.take((children.bounds <= 0).nonzero()[:, 0]))
     left = float(pool.bounds.amin()) if len(pool.bounds) else float("inf")
     return Answer(left, bounded, point is not None or left > 0, point)
 
 
-def _repeated(found: Forward, region: Region, count: int) -> tuple[Forward, Region]:
-    """The one image for each of ``count`` domains, without a copy."""
+@dataclass(frozen=True)
+class _Asked:
+    """One image's network in one precision, with the lines of its operations before any split."""
 
-    def many(tensor: Tensor) -> Tensor:
-        return tensor.expand(count, *tensor.shape[1:])
+    steps: Sequence[Step]
+    found: Forward
+    region: Region
+    lines: dict[int, Lines]
+    proves: bool
 
-    boxes = [Box(many(box.lo), many(box.hi)) for box in found.boxes]
-    errors = [None if error is None else many(error) for error in found.errors]
-    inside = Region(Box(many(region.box.lo), many(region.box.hi)), many(region.center), region.threat, region.eps)
-    return Forward(boxes, errors, many(found.unbounded)), inside
+    def least(self, pool: _Pool, slopes: dict[int, Tensor], betas: dict[int, Tensor], visit: Visit = None) -> Tensor:
+        """A lower bound of each domain (D,), by these slopes and multipliers (D, ...). The domains are rows of one
+        image. ``visit`` is shown the rows (D, ...) of each operation's output."""
+        more = _pushed(self.steps, pool.signs, betas)
+        lines = {**self.lines, **{n: self._relu(n, pool.signs[n], slope) for n, slope in slopes.items()}}
+
+        def push(number: int, rows: Tensor) -> Tensor | None:
+            if visit is not None:
+                visit(number, rows[0])
+            return more.get(number)
+
+        rows = pool.rows.to(self.region.center.dtype)[None]
+        last = len(self.steps) - 1
+        return least(self.steps, self.found, lines, self.region, last, rows, visit=push, rounding=self.proves)[0]
+
+    def box(self, number: int, signs: Tensor) -> Box:
+        """Of the input of a ReLU, with the signs of the domains: (D, ...)."""
+        [source] = self.steps[number].reads
+        lo, hi = self.found.boxes[source]
+        return Box(torch.where(signs > 0, lo.clamp_min(0), lo), torch.where(signs < 0, hi.clamp_max(0), hi))
+
+    def _relu(self, number: int, signs: Tensor, slope: Tensor) -> Lines:
+        lines = relus_of(self.steps)[number].lines([self.box(number, signs)], slope[:, None])
+        return Lines(
+            tuple(slope.transpose(0, 1) for slope in lines.lower), lines.lower_at.transpose(0, 1),
+            tuple(slope.transpose(0, 1) for slope in lines.upper), lines.upper_at.transpose(0, 1),
+        )  # fmt: skip
 
 
-def _with_signs(steps: Sequence[Step], found: Forward, signs: dict[int, Tensor]) -> Forward:
-    """The boxes of domains: a fixed pre-activation has its sign."""
-    boxes = list(found.boxes)
-    for number, sign in signs.items():
-        [source] = steps[number].reads
-        lo, hi = boxes[source]
-        boxes[source] = Box(torch.where(sign > 0, lo.clamp_min(0), lo), torch.where(sign < 0, hi.clamp_max(0), hi))
-    return Forward(boxes, found.errors, found.unbounded)
+@dataclass(frozen=True)
+class _Problem(_Asked):
+    """In float64, where bounds are proved; and ``light``, in float32, where slopes and splits are looked for."""
 
+    light: _Asked
 
-def _lines_of(
-    steps: Sequence[Step], inside: Forward, lines: dict[int, Lines], alphas: dict[int, Tensor]
-) -> dict[int, Lines]:
-    own, relus = dict(lines), relus_of(steps)
-    for number, alpha in alphas.items():
-        own[number] = relus[number].lines([inside.boxes[i] for i in relus[number].reads], alpha[:, None])
-    return own
+    @staticmethod
+    def of(steps: Sequence[Step], found: Forward, region: Region) -> _Problem:
+        lines = all_lines(steps, found)
+        return _Problem(steps, found, region, lines, True, _Asked(*in_float32(steps, found, region, lines), False))
+
+    @property
+    def relus(self) -> list[int]:
+        return list(relus_of(self.steps))
+
+    def with_signs(self, signs: dict[int, Tensor]) -> Forward:
+        """The boxes of one domain: a fixed pre-activation has its sign."""
+        boxes = list(self.found.boxes)
+        for number, sign in signs.items():
+            boxes[self.steps[number].reads[0]] = self.box(number, sign)
+        return Forward(boxes, self.found.errors, self.found.unbounded)
 
 
 def _pushed(steps: Sequence[Step], signs: dict[int, Tensor], betas: dict[int, Tensor]) -> dict[int, Tensor]:
-    """What the multipliers add to the rows of each pre-activation: - beta s."""
+    """What the multipliers add to the rows (1, D, ...) of each pre-activation: - beta s."""
     more: dict[int, Tensor] = {}
     for number, beta in betas.items():
         [source] = steps[number].reads
-        part = -(beta * signs[number])[:, None]
+        part = -(beta * signs[number])[None]
         more[source] = more[source] + part if source in more else part
     return more
 
 
-def _adding(more: dict[int, Tensor]) -> Callable[[int, Tensor], Tensor | None]:
-    return lambda number, rows: more.get(number)
-
-
 def _bounded(
-    steps: Sequence[Step],
-    found: Forward,
-    region: Region,
-    pool: _Pool,
-    lines: dict[int, Lines],
-    misclassified: Callable[[Tensor], Tensor] | None,
+    problem: _Problem, pool: _Pool, misclassified: Callable[[Tensor], Tensor] | None
 ) -> tuple[_Pool, Tensor | None]:
-    """The pool with the best bounds that Adam reaches; and a counterexample, if the minimum of a bound is one."""
-    count, last = len(pool.rows), len(steps) - 1
-    many, around = _repeated(found, region, count)
-    inside = _with_signs(steps, many, pool.signs)
+    """The pool with the bounds of the slopes and multipliers that Adam finds; and a counterexample, if the minimum of
+    a bound is one."""
+    kept = _optimised(problem.light, pool)
+    proposed: list[Tensor] = []
+
+    def visit(number: int, rows: Tensor) -> None:
+        if number == 0:
+            proposed.append(rows)
+
+    alphas, betas = ({n: part.to(pool.rows.dtype) for n, part in parts.items()} for parts in (kept.alphas, kept.betas))
+    reached = problem.least(pool, alphas, betas, visit)
+    kept.bounds = torch.maximum(pool.bounds, reached)
+    point = None
+    if misclassified is not None and proposed:
+        corner = torch.where(proposed[0] > 0, *problem.region.box)
+        wrong = misclassified(corner)
+        point = corner[wrong][0] if bool(wrong.any()) else None
+    return kept, point
+
+
+def _optimised(light: _Asked, pool: _Pool) -> _Pool:
+    """The pool with the slopes and multipliers that give the best bounds: nothing is proved here."""
     alphas = {n: alpha.clone().requires_grad_() for n, alpha in pool.alphas.items()}
     betas = {n: beta.clone().requires_grad_() for n, beta in pool.betas.items()}
-    best, kept = pool.bounds.clone(), _Pool(pool.bounds, pool.rows, pool.signs, dict(pool.alphas), dict(pool.betas))
+    best = torch.full_like(pool.bounds, -torch.inf)
+    kept = _Pool(pool.bounds, pool.rows, pool.signs, dict(pool.alphas), dict(pool.betas))
     groups: list[dict[str, Any]] = [{"params": [*alphas.values()]}, {"params": [*betas.values()], "lr": RATE / 2}]
     optimiser = torch.optim.Adam(groups, lr=RATE)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimiser, DECAY)
-    proposed: list[Tensor] = []
     for _ in range(ITERATIONS):
         with torch.enable_grad():
-            own = _lines_of(steps, inside, lines, alphas)
-            more = _pushed(steps, pool.signs, betas)
-
-            def visit(number: int, rows: Tensor, more: dict[int, Tensor] = more) -> Tensor | None:
-                if number == 0:
-                    proposed[:] = [rows.detach()[:, 0]]
-                return more.get(number)
-
-            reached = least(steps, inside, own, around, last, pool.rows[:, None], visit=visit)[:, 0]
+            reached = light.least(pool, alphas, betas)
             optimiser.zero_grad()
-            (-reached[reached < 0]).sum().backward()
+            (-reached[reached < ENOUGH]).sum().backward()
         better = reached.detach() > best
         best = torch.where(better, reached.detach(), best)
         for values, into in ((alphas, kept.alphas), (betas, kept.betas)):
             for n, value in values.items():
                 into[n] = torch.where(better.view(-1, *[1] * (value.ndim - 1)), value.detach(), into[n])
-        if bool((best > 0).all()):
+        if bool((best > ENOUGH).all()):
             break
         optimiser.step()
         schedule.step()
@@ -219,45 +255,38 @@ def _bounded(
                 alpha.clamp_(0, 1)
             for beta in betas.values():
                 beta.clamp_min_(0)
-    kept.bounds = best
-    point = None
-    if misclassified is not None and proposed:
-        lo, hi = around.box
-        corner = torch.where(proposed[0] > 0, lo, hi)
-        wrong = misclassified(corner)
-        point = corner[wrong][0] if bool(wrong.any()) else None
-    return kept, point
+    return kept
 
 
-def _solved(steps: Sequence[Step], found: Forward, region: Region, pool: _Pool, lines: dict[int, Lines]) -> _Pool:
+def _solved(problem: _Problem, pool: _Pool) -> _Pool:
     """Domains whose ReLUs all have a sign, with the multipliers of a linear program: the network is affine on each.
 
         min c x + d  with  s_k (a_k x + b_k) >= 0 and x in the box;  beta_k is the price of the k-th condition
 
     The program only proposes multipliers: the bound is that of ``least`` with them.
     """
+    steps = problem.steps
     for number in range(len(pool.bounds)):
         one = pool.take(torch.tensor([number], device=pool.bounds.device))
-        inside = _with_signs(steps, found, one.signs)
-        own = _lines_of(steps, inside, lines, one.alphas)
-        objective, _ = _as_affine(steps, inside, own, region, len(steps) - 1, one.rows[:, None])
+        inside = problem.with_signs(one.signs)
+        lines = all_lines(steps, inside)
+        objective, _ = _as_affine(steps, inside, lines, problem.region, len(steps) - 1, one.rows[:, None])
         fixed = {n: signs.flatten().nonzero()[:, 0] for n, signs in one.signs.items()}
         conditions = []
         for relu, places in fixed.items():
             [source] = steps[relu].reads
             signs = one.signs[relu].flatten()
             rows = torch.diag(signs.to(objective.dtype))[places].view(1, len(places), *steps[source].shape)
-            conditions.append(_as_affine(steps, inside, own, region, source, rows))
+            conditions.append(_as_affine(steps, inside, lines, problem.region, source, rows))
         slopes, offsets = (torch.cat(parts) for parts in zip(*conditions, strict=True))
-        prices = _prices(objective[0], slopes, offsets, region.box)
+        prices = _prices(objective[0], slopes, offsets, problem.region.box)
         if prices is None:
             continue
-        betas = {n: torch.zeros_like(beta) for n, beta in one.betas.items()}
+        alphas, betas = ({n: torch.zeros_like(each, dtype=prices.dtype) for n, each in one.betas.items()} for _ in "ab")
         for (relu, places), part in zip(fixed.items(), prices.split([*map(len, fixed.values())]), strict=True):
             betas[relu].view(-1)[places] = part
-        more = _pushed(steps, one.signs, betas)
-        low = least(steps, inside, own, region, len(steps) - 1, one.rows[:, None], visit=_adding(more))
-        pool.bounds[number] = torch.maximum(pool.bounds[number], low[0, 0])
+        low = problem.least(one, alphas, betas)
+        pool.bounds[number] = torch.maximum(pool.bounds[number], low[0])
     return pool
 
 
@@ -289,31 +318,23 @@ def _prices(objective: Tensor, slopes: Tensor, offsets: Tensor, box: Box) -> Ten
     return torch.as_tensor(-answer.ineqlin.marginals, dtype=objective.dtype).clamp_min(0).to(objective.device)
 
 
-def _split(
-    steps: Sequence[Step], found: Forward, region: Region, pool: _Pool, lines: dict[int, Lines]
-) -> tuple[_Pool, _Pool]:
+def _split(problem: _Problem, pool: _Pool) -> tuple[_Pool, _Pool]:
     """Both children of each domain, at the ReLU whose worse child has the better bound; and the domains without one."""
-    count, last = len(pool.rows), len(steps) - 1
-    many, around = _repeated(found, region, count)
-    inside = _with_signs(steps, many, pool.signs)
-    own = _lines_of(steps, inside, lines, pool.alphas)
-    more = _pushed(steps, pool.signs, pool.betas)
+    count, light = len(pool.rows), problem.light
     at_relus: dict[int, Tensor] = {}
 
-    def visit(number: int, rows: Tensor) -> Tensor | None:
+    def visit(number: int, rows: Tensor) -> None:
         if number in pool.signs:
-            at_relus[number] = rows[:, 0]
-        return more.get(number)
+            at_relus[number] = rows
 
-    least(steps, inside, own, around, last, pool.rows[:, None], visit=visit)
+    light.least(pool, pool.alphas, pool.betas, visit)
     scores, numbers, sizes = [], list(pool.signs), []
     for number in numbers:
-        [source] = steps[number].reads
-        lo, hi = inside.boxes[source]
+        lo, hi = light.box(number, pool.signs[number])
         unstable = (lo < 0) & (hi > 0)
         row = at_relus.get(number, torch.zeros_like(lo))
         alpha = pool.alphas[number]
-        above = -lo * hi / (hi - lo).clamp_min(1e-300)  # of the upper line over the ReLU, at most
+        above = -lo * hi / (hi - lo).clamp_min(1e-30)  # of the upper line over the ReLU, at most
         below = torch.maximum(-alpha * lo, (1 - alpha) * hi)
         score = row.clamp_max(0).abs() * above + row.clamp_min(0) * below + 1e-12 * above
         scores.append(torch.where(unstable, score, torch.full_like(score, -1.0)).flatten(1))
@@ -323,17 +344,14 @@ def _split(
     if not bool(divisible.all()):
         rest = divisible.nonzero()[:, 0]
         whole = pool.take((~divisible).nonzero()[:, 0])
-        return (_split(steps, found, region, pool.take(rest), lines)[0] if len(rest) else pool.take(rest)), whole
+        return (_split(problem, pool.take(rest))[0] if len(rest) else pool.take(rest)), whole
     filtered = every.topk(min(FILTERED, every.shape[1]), 1)
-    best = torch.full((count,), -torch.inf, dtype=pool.rows.dtype, device=pool.rows.device)
+    best = torch.full((count,), -torch.inf, device=pool.rows.device)
     chosen = filtered.indices[:, 0]
     for place in range(filtered.indices.shape[1]):
         candidate, valid = filtered.indices[:, place], filtered.values[:, place] >= 0
         children = _children(pool, numbers, sizes, candidate)
-        two, twice = _repeated(found, region, 2 * count)
-        within = _with_signs(steps, two, children.signs)
-        own, more = _lines_of(steps, within, lines, children.alphas), _pushed(steps, children.signs, children.betas)
-        bound = least(steps, within, own, twice, last, children.rows[:, None], visit=_adding(more))[:, 0]
+        bound = light.least(children, children.alphas, children.betas)
         worse = torch.minimum(bound[:count], bound[count:])
         better = valid & (worse > best)
         best, chosen = torch.where(better, worse, best), torch.where(better, candidate, chosen)

@@ -50,14 +50,12 @@ class Region:
 
     def least(self, rows: Tensor) -> Tensor:
         """min over the region of <row, image>, at least: rows (N, S, *shape) -> (N, S)."""
-        middle = ((self.box.lo + self.box.hi) / 2)[:, None]
-        radius = ((self.box.hi - self.box.lo) / 2)[:, None]
-        by_box = (rows * middle - rows.abs() * radius).flatten(2).sum(2)
+        by_box = _sums(rows, (self.box.lo + self.box.hi) / 2) - _sums(rows.abs(), (self.box.hi - self.box.lo) / 2)
         if self.threat.norm == "linf":
             return by_box
         flat = rows.flatten(2)
         dual = flat.norm(dim=2) if self.threat.norm == "l2" else flat.abs().amax(2)
-        by_ball = (flat * self.center[:, None].flatten(2)).sum(2) - self.eps * dual
+        by_ball = _sums(rows, self.center) - self.eps * dual
         return torch.maximum(by_box, by_ball)
 
 
@@ -138,6 +136,7 @@ def least(
     rows: Tensor,
     *,
     visit: Callable[[int, Tensor], Tensor | None] | None = None,
+    rounding: bool = True,
 ) -> Tensor:
     """Lower bounds of <row, output of operation ``start``> over the region, as float32 computes that output.
 
@@ -149,6 +148,7 @@ def least(
         start: the operation.
         rows: (N, S, *shape of its output).
         visit: is shown the rows of each operation's output, and may return what to add to them (N, S, ...).
+        rounding: count what lines lose in float64; without it and with no errors, it is a guess and no bound.
 
     Returns:
         (N, S).
@@ -163,22 +163,32 @@ def least(
             rows = rows + more
         error = found.errors[number]
         if error is not None:
-            total = total - (rows.abs() * error[:, None]).flatten(2).sum(2)
+            total = total - _sums(rows.abs(), error)
         if number == 0:
             total = total + region.least(rows)
         elif isinstance(step, AffineStep):
             flat = rows.flatten(0, 1)
-            total = total + (rows * step.offset).flatten(2).sum(2)
+            if step.shifts:
+                total = total + rows.flatten(2) @ step.offset.flatten()
             for source, part in zip(step.reads, step.pull(flat), strict=True):
                 _add(waiting, source, part.unflatten(0, rows.shape[:2]))
         else:
-            total = total + _through_lines(rows, lines[number], found.boxes[number], step, waiting)
+            box = found.boxes[number] if rounding else None
+            total = total + _through_lines(rows, lines[number], box, step, waiting)
     return torch.where(total.isnan(), -math.inf, total)  # inf - inf: nothing is known
 
 
-def _through_lines(rows: Tensor, lines: Lines, box: Box, step: Step, waiting: dict[int, Tensor]) -> Tensor:
-    """Pass rows through a non-affine operation: the lower line where a row is positive, the upper one elsewhere."""
-    if rows.dtype == torch.float32:  # for training, where no rounding is counted: fewer passes over the rows
+def _sums(rows: Tensor, values: Tensor) -> Tensor:
+    """<row, value of its image>: rows (N, S, ...), values (N, ...) -> (N, S)."""
+    return (rows.flatten(2) @ values.flatten(1)[..., None])[..., 0]
+
+
+def _through_lines(rows: Tensor, lines: Lines, box: Box | None, step: Step, waiting: dict[int, Tensor]) -> Tensor:
+    """Pass rows through a non-affine operation: the lower line where a row is positive, the upper one elsewhere.
+
+    box: of its output, to count what float64 loses; None: that is not counted.
+    """
+    if box is None:  # fewer passes over the rows
         minus = rows.clamp_max(0)
         for source, low, high in zip(step.reads, lines.lower, lines.upper, strict=True):
             _add(waiting, source, torch.addcmul(rows * low, minus, high - low))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from .graph import CannotBound, Change, Constant, Graph, Operation, Value, leave
 from .rounding import FUNCTION, HUGE, TINY, UNIT, gamma, underflow
 from .rules import AFFINE, CURVED, NORMS, Affine, batch_norm, batch_norm_terms
 
+CACHED = ("offset", "shifts", "matrix", "_back")  # what an affine step computes once from its constants
 CELLS = 32  # of the grid on which a curved function is sampled
 
 
@@ -86,7 +88,16 @@ class AffineStep(Step):
         self.magnitude = terms.bind(constants, with_absolute(dtype, weights, biases, abs))
         shapes = [graph.operations[number].shape for number in self.reads]
         self.zeros = [torch.zeros(shape, dtype=dtype, device=graph.device) for shape in shapes]
-        self._factors = rule.weights, norm
+        self._factors, self._signed = (rule.weights, norm), forms.signed
+
+    def cast(self, constants: Sequence[Tensor], dtype: torch.dtype) -> AffineStep:
+        """The same in another precision, to pull rows back and no more."""
+        other = copy(self)
+        for kept in CACHED:
+            vars(other).pop(kept, None)
+        other.function = self._signed.bind(constants, as_dtype(dtype))
+        other.zeros = [zero.to(dtype) for zero in self.zeros]
+        return other
 
     @cached_property
     def largest_weight(self) -> float:
@@ -116,6 +127,18 @@ class AffineStep(Step):
         """b, for one image."""
         out: Tensor = self.function(*self.zeros)
         return out
+
+    @cached_property
+    def shifts(self) -> bool:
+        """Whether b is anything but zero."""
+        return bool((self.offset != 0).any())  # also where it is no number
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """W, (out, in), of an operation with one input."""
+        size = math.prod(self.shape)
+        rows = torch.eye(size, dtype=self.offset.dtype, device=self.offset.device).view(size, *self.shape)
+        return self.pull(rows)[0].flatten(1)
 
     @cached_property
     def _back(self) -> Callable[[Tensor], tuple[Tensor, ...]]:

@@ -163,6 +163,11 @@ class _Rows(AffineStep):
     def pull(self, rows: Tensor) -> tuple[Tensor, ...]:
         return (rows @ self.weights,)
 
+    def cast(self, constants: Sequence[Tensor], dtype: torch.dtype) -> _Rows:
+        """The same in another precision."""
+        [source] = self.reads
+        return _Rows(source, *(part.to(dtype) for part in (self.weights, self.offsets, self.slack)))
+
 
 @dataclass
 class _Group:
