@@ -172,6 +172,26 @@ def test_certificates_are_made_again(tmp_path, monkeypatch):
     assert any("certificate" in line for line in replay(out)[0].problems)
 
 
+def test_certificates_of_stronger_methods_are_made_again(evaluated_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "tiny", (Stage("apgd", "apgd", settings={"steps": 2}),))
+    run = shutil.copytree(evaluated_run, tmp_path / "run")
+    out = run / "alpha"
+    found = evaluate_model(from_run(run, limit=12), "linf:0.03", "tiny", out, proofs="alpha").runs[0]
+    assert {"crown", "alpha"} & set(found.samples.proved_by)
+    (one,) = replay(out)
+    assert one.holds, one.problems
+    assert one.certified == sum(found.samples.certified)
+    raw = json.loads((out / "results.json").read_text())
+    names = list(found.samples.proved_by)
+    change(out, "runs", 0, "samples", "proved_by", to=["alpha" if name else "" for name in names])
+    assert any("methods of proof" in line for line in replay(out)[0].problems)
+    change(out, "runs", 0, "samples", "proved_by", to=["alpha"] * len(names))
+    assert any("the method of proof of" in line for line in replay(out)[0].problems)
+    del raw["runs"][0]["samples"]["proved_by"], raw["runs"][0]["proofs"]  # as older files are
+    (out / "results.json").write_text(json.dumps({**raw, "schema": 4}))
+    assert replay(out)[0].holds
+
+
 def test_no_network_is_asked_about_no_images(out, monkeypatch):
     """Where nothing was broken there is nothing to ask: x.view(x.size(0), -1) has no answer for an empty batch."""
 

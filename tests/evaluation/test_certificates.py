@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.evaluation.helpers import CLOSE
+from tests.evaluation.helpers import CLOSE, certificates
 from torch import nn
 
-from holdfast import data
+from holdfast import data, models
 from holdfast.attacks import ATTACKS
+from holdfast.bounds import certify
 from holdfast.checks import audit
 from holdfast.errors import UserError
-from holdfast.evaluation import clean_pass, evaluate
+from holdfast.evaluation import evaluate, proofs
 from holdfast.threat import Threat
 
 CHECK = "certified samples are unbroken"
@@ -50,6 +51,39 @@ def test_stronger_proofs_leave_the_attacks_less_to_do(mlp, some):
         evaluate(mlp, some, CLOSE, "quick", proofs="branches")
 
 
+def test_each_sample_has_the_method_that_proved_it_and_each_method_its_cost(mlp, some):
+    threat = Threat("linf", 0.08)
+    e = evaluate(mlp, some, threat, (), proofs="alpha")
+    found = certify(mlp, replace(some, x=data.pixels(some.x)), threat, method="alpha")
+    broken = ~e.robust
+    names = [proofs.PROVED_BY[number] for number in e.proved_by.tolist()]
+    assert torch.equal(e.certified, e.proved_by > 0)
+    assert names == ["" if lost else name for name, lost in zip(found.by, broken.tolist(), strict=True)]
+    costs = {cost.method: cost for cost in e.proofs}
+    assert list(costs) == ["interval", "lipschitz", "linear", "crown", "alpha"]
+    assert [cost.proved for cost in e.proofs] == [names.count(name) for name in costs]
+    assert costs["interval"].tried == len(some), "the strong methods try the cheap ones again, which counts once"
+    assert (
+        costs["crown"].tried
+        == int((e.robust & (e.proved_by == 0)).sum()) + costs["crown"].proved + costs["alpha"].proved
+    )
+    assert all(cost.seconds > 0 for cost in e.proofs)
+    assert sum(cost.seconds for cost in e.proofs) <= e.stages[0].seconds
+
+
+def test_lipschitz_constants_prove_in_an_evaluation_what_they_prove_alone(some):
+    """A hook that counts would make the network another one: no orthogonal network had a certificate."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = models.build("lipmlp:width=16", (1, 8, 8), 10, head="orthogonal")
+    few = data.pixels(some.take(slice(0, 12)).x)
+    right = data.Data(few, net(few).logits.argmax(1), torch.arange(12))
+    found, e = certify(net, right, "l2:0.03", method="linear"), evaluate(net, right, "l2:0.03", ())
+    assert "lipschitz" in found.by
+    assert torch.equal(found.proved, e.certified)
+    assert found.forwards > 0
+
+
 def test_a_model_without_bounds_has_no_certificate(mlp, some):
     class Noisy(nn.Sequential):
         def forward(self, x):
@@ -63,7 +97,7 @@ def test_a_model_without_bounds_has_no_certificate(mlp, some):
 
 
 def test_a_misclassified_sample_is_never_certified(monkeypatch, mlp, some):
-    monkeypatch.setattr(clean_pass, "proved", lambda task, rows, method: torch.ones_like(rows, dtype=torch.bool))
+    monkeypatch.setattr(proofs, "certified", lambda task, rows, *_: certificates(rows >= 0))
     labelled = data.Data(some.x, (some.y + (some.index % 2)) % 10, some.index)
     e = evaluate(mlp, labelled, CLOSE, ())
     assert torch.equal(e.certified, e.clean)
@@ -82,7 +116,7 @@ def test_a_correct_certificate_voids_nothing(mlp, some, per_attack):
 
 
 def test_a_wrong_certificate_voids_both_claims(monkeypatch, mlp, some):
-    monkeypatch.setattr(clean_pass, "proved", lambda task, rows, method: task.data.y[rows] < 5)
+    monkeypatch.setattr(proofs, "certified", lambda task, rows, *_: certificates(task.data.y[rows] < 5))
     wrong = evaluate(mlp, some, CLOSE, "quick")
     finding, verdicts = finding_and_verdicts(audit(mlp, some, wrong, size=24))
     broken = int((wrong.certified & ~wrong.robust).sum())
@@ -94,7 +128,7 @@ def test_a_wrong_certificate_voids_both_claims(monkeypatch, mlp, some):
 
 def test_one_certified_sample_broken_by_a_check_is_enough(monkeypatch, mlp, some):
     """The only attack of the evaluation, PGD-50, is made harmless: it is the audit that breaks samples."""
-    monkeypatch.setattr(clean_pass, "proved", lambda task, rows, method: torch.ones_like(rows, dtype=torch.bool))
+    monkeypatch.setattr(proofs, "certified", lambda task, rows, *_: certificates(rows >= 0))
     monkeypatch.setitem(ATTACKS, "pgd", replace(ATTACKS["pgd"], attack=lambda model, x, y, threat, **_: x))
     harmless = evaluate(mlp, some, CLOSE, ())
     assert torch.equal(harmless.certified, harmless.robust)
@@ -108,12 +142,12 @@ def test_one_certified_sample_broken_by_a_check_is_enough(monkeypatch, mlp, some
 @pytest.mark.parametrize(
     ("proof", "lacks"),
     [
-        (lambda task, rows, method: None, "there is no certificate: no bound of the network is known"),
-        (lambda task, rows, method: rows < 0, "there is no certificate: no sample is certified"),
+        (lambda *_: None, "there is no certificate: no bound of the network is known"),
+        (lambda task, rows, *_: certificates(rows < 0), "there is no certificate: no sample is certified"),
     ],
 )
 def test_without_a_certificate_the_check_does_not_run(monkeypatch, mlp, some, proof, lacks):
-    monkeypatch.setattr(clean_pass, "proved", proof)
+    monkeypatch.setattr(proofs, "certified", proof)
     few = some.take(slice(0, 24))
     finding, _ = finding_and_verdicts(audit(mlp, few, evaluate(mlp, few, CLOSE, ()), size=12))
     assert (finding.status, finding.why) == ("not run", lacks)

@@ -134,7 +134,7 @@ def test_the_columns_tell_one_story(original):
 
 def test_the_json_has_the_promised_fields(original):
     raw = json.loads((original[1] / "results.json").read_text())
-    assert raw["schema"] == 4
+    assert raw["schema"] == 5
     for run in raw["runs"]:
         wanted = {"name", "loss", "seed", "threat", "n", "clean", "attacks", "robust", "verdict", "checks", "cost"}
         assert wanted <= set(run)

@@ -20,7 +20,7 @@ from .costs import add_cost, affordable, passes_spent, planned_passes
 from .distributed import Processes, exchange_results, synchronise, total_costs
 from .evaluation import UNBROKEN, Evaluation
 from .grid import LONG, to_grid, whole_levels
-from .proofs import prove_survivors
+from .proofs import proof_costs, prove_survivors
 from .selection import choose, spot_check_result
 from .state import MAX_TARGETS, State, Task, add_extra_stages, attack_model
 
@@ -37,13 +37,13 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
         synchronise(task, state, processes)
     while state.ended < len(state.stages) and not state.budget_spent:
         if not state.proved and not state.stages[state.ended].individual:
-            prove_survivors(task, state)
+            prove_survivors(task, state, checkpoint.save)
         run_stage(task, state, state.ended, checkpoint, processes)
         state.ended += not state.budget_spent
         if task.budget is not None and state.ended == len(state.stages) and bool(state.open.any()):
             add_extra_stages(task, state, state.ended + 1)
     if not state.proved:
-        prove_survivors(task, state)
+        prove_survivors(task, state, checkpoint.save)
     checkpoint.save(state, force=True)
     return result(task, state, processes)
 
@@ -179,5 +179,7 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
         votes=state.votes,
         unfinished=state.ended < len(task.stages(state.differs_off_grid)),
         certified=None if columns.certified is None else columns.certified.cpu(),
+        proved_by=None if columns.proved_by is None else columns.proved_by.cpu(),
+        proofs=proof_costs(task, state),
         attack_kinds=tuple(sorted(ran)),
     )

@@ -15,6 +15,7 @@ from ..noise import Noise
 from ..outputs import Model
 from ..progress import Progress
 from ..queries import EOT_SAMPLES, VOTES, Batches, CountingModel, EOTModel
+from ..results import ProofCost
 from ..threat import Threat
 from .budget import Budget
 from .evaluation import UNBROKEN, StageCost
@@ -69,13 +70,15 @@ class Columns:
     """One entry per sample, (N,) on the model's device unless stated otherwise.
 
     Args:
-        prediction, margin, clean, broken_by, margin_adv, prediction_adv, x_adv, attack_correct, certified: as in
-            ``Evaluation``.
+        prediction, margin, clean, broken_by, margin_adv, prediction_adv, x_adv, attack_correct, certified,
+            proved_by: as in ``Evaluation``.
         targets: (N, T) int64, wrong classes, likeliest first.
         done: int64, position in the sequence of (stage, target) pairs up to which the sample has been attacked.
         chosen: bool, samples of the current stage.
         spot_check: int64, 1 for the nearest samples of the spot check, 2 for its random ones, 0 for all others.
         random_target: int64, a random wrong class; None if no stage uses one.
+        tried: int64, how many methods of proof have come to their end, in the order of ``bounds.METHODS``; None where
+            no bound is known.
     """
 
     prediction: Tensor
@@ -92,6 +95,8 @@ class Columns:
     attack_correct: dict[str, Tensor]
     random_target: Tensor | None = None
     certified: Tensor | None = None
+    proved_by: Tensor | None = None
+    tried: Tensor | None = None
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All columns under flat names, as a file stores them."""
@@ -127,6 +132,7 @@ class State:
         ended: number of stages that are finished.
         n_rest: survivors outside the 32 nearest when the spot check was drawn.
         proved: whether the survivors of the individual attacks have had their proofs.
+        proofs: what each method of proof cost.
         budget_spent: whether the budget has ended the evaluation.
     """
 
@@ -140,6 +146,7 @@ class State:
     ended: int = 0
     n_rest: int = 0
     proved: bool = False
+    proofs: list[ProofCost] = field(default_factory=list)
     budget_spent: bool = field(default=False)
 
     @property

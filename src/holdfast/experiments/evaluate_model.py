@@ -37,6 +37,11 @@ from .loss_spec import LossSpec
 from .pipeline import EVALUATION_FILE, evaluate_network, note_size
 from .training import TrainSummary
 
+METHOD_NAMES = {
+    "interval": "interval", "lipschitz": "Lipschitz", "linear": "linear", "crown": "CROWN", "alpha": "alpha-CROWN",
+    "branch": "branch-and-bound",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ModelUnderTest:
@@ -264,7 +269,8 @@ def why_uncertified(subject: ModelUnderTest, results: Results) -> str:
         reason = bounds.why_not(subject.model, shape) or "the model's answers vary, or its images are not float32."
         return f"certified: not measured, since {reason}"
     if not any(run.samples.certified):
-        return f"certified: none of {run.n:,} samples could be proved, by interval, Lipschitz and linear bounds."
+        *others, last = [METHOD_NAMES[cost.method] for cost in run.proofs] or ["interval", "Lipschitz", "linear"]
+        return f"certified: none of {run.n:,} samples could be proved, by {', '.join(others)} and {last} bounds."
     return ""
 
 
