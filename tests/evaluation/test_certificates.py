@@ -14,7 +14,7 @@ from holdfast.attacks import ATTACKS
 from holdfast.bounds import certify
 from holdfast.checks import audit
 from holdfast.errors import UserError
-from holdfast.evaluation import evaluate, proofs
+from holdfast.evaluation import Budget, evaluate, proofs
 from holdfast.threat import Threat
 
 CHECK = "certified samples are unbroken"
@@ -49,6 +49,47 @@ def test_stronger_proofs_leave_the_attacks_less_to_do(mlp, some):
     assert sum(stage.passes for stage in strong.stages) < 0.8 * sum(stage.passes for stage in cheap.stages)
     with pytest.raises(UserError, match="unknown proofs 'branches'"):
         evaluate(mlp, some, CLOSE, "quick", proofs="branches")
+
+
+HOUR = Budget(seconds=3600.0)
+
+
+def test_branch_and_bound_decides_what_is_left(mlp, some):
+    """Without an attack but PGD-50: what PGD-50 misses is met by branch and bound, and is a witness like any other."""
+    threat, few = Threat("linf", 0.1), some.take(slice(0, 45))
+    e = evaluate(mlp, few, threat, (), proofs="branch", budget=HOUR)
+    assert torch.equal(e.certified, e.robust), "exact: nothing lies between"
+    assert not e.unfinished
+    stage, cost = e.stages[-1], e.proofs[-1]
+    assert (stage.name, cost.method, cost.out_of_time) == ("branch and bound", "branch", 0)
+    met = e.broken_by == len(e.stages) - 1
+    assert int(met.sum()) == stage.broken == cost.broken > 0
+    assert cost.proved == int((e.proved_by == proofs.PROVED_BY.index("branch")).sum()) > 0
+    assert stage.attacked == cost.tried == cost.proved + cost.broken
+    assert bool(e.pgd50[met].all()), "PGD-50 had missed them"
+    with torch.no_grad():
+        answers = mlp(e.x_adv[met]).argmax(1)
+    assert torch.equal(answers, e.prediction_adv[met])
+    assert bool((answers != few.y[met]).all())
+    assert float(threat.violation(e.x_adv[met], data.pixels(few.x)[met]).max()) == 0
+    audited = audit(mlp, few, e, size=12)
+    assert audited.verdict("robust").status == "exact"
+
+
+def test_where_the_budget_ends_what_is_open_stays_open(mlp, some):
+    e = evaluate(mlp, some, Threat("linf", 0.1), "quick", proofs="branch", budget=Budget(seconds=1e-3))
+    between = int((e.robust & ~e.certified).sum())
+    assert e.unfinished
+    assert between > 0
+    assert (e.proofs[-1].method, e.proofs[-1].tried, e.proofs[-1].out_of_time) == ("branch", 0, between)
+    assert "branch and bound" not in {stage.name for stage in e.stages}
+    assert int(e.certified.sum()) > 0, "the cheap proofs come first"
+
+
+@pytest.mark.parametrize("budget", [None, Budget(passes=1e6)])
+def test_branch_and_bound_needs_a_budget_of_time(mlp, some, budget):
+    with pytest.raises(UserError, match=r"give proofs 'branch' a budget of time, such as --budget 10min"):
+        evaluate(mlp, some, CLOSE, "quick", proofs="branch", budget=budget)
 
 
 def test_each_sample_has_the_method_that_proved_it_and_each_method_its_cost(mlp, some):

@@ -17,7 +17,7 @@ from tests.evaluation.helpers import (
 )
 
 from holdfast.errors import UserError
-from holdfast.evaluation import checkpoint, evaluate, load_x_adv, proofs
+from holdfast.evaluation import Budget, checkpoint, evaluate, load_x_adv, proofs
 from holdfast.evaluation.suites import Stage
 from holdfast.io import load_tensors, save_tensors
 from holdfast.threat import Threat
@@ -172,6 +172,32 @@ def test_what_was_proved_when_a_kill_came_stays_proved(monkeypatch, save_every_b
     assert [(cost.method, cost.tried, cost.proved) for cost in again.proofs] == [
         (cost.method, cost.tried, cost.proved) for cost in whole.proofs
     ]
+
+
+def test_what_branch_and_bound_decided_when_a_kill_came_stays_decided(
+    monkeypatch, save_every_batch, mlp, some, tmp_path
+):
+    few = {"suite": (), "proofs": "branch", "key": "k", "budget": Budget(seconds=3600.0)}
+    case, path = (mlp, some.take(slice(0, 45)), Threat("linf", 0.1)), tmp_path / "checkpoint.safetensors"
+    asked, real = [], proofs.certified
+
+    def counted(task, rows, method, *more):
+        if method == "branch":
+            if len(asked) == 2:
+                raise Interrupt
+            asked.append(int(rows[0]))
+        return real(task, rows, method, *more)
+
+    monkeypatch.setattr(proofs, "certified", counted)
+    with pytest.raises(Interrupt):
+        evaluate(*case, **few, checkpoint=path)
+    first, asked[:] = [*asked], [None] * 3
+    again = evaluate(*case, **few, checkpoint=path)
+    assert asked[3:]
+    assert not set(asked) & set(first)
+    assert again.stages[-1].attacked == len({*first, *asked[3:]})
+    assert torch.equal(again.certified, again.robust)
+    assert again.proofs[-1].broken == again.stages[-1].broken
 
 
 def test_a_checkpoint_without_methods_of_proof_is_resumed(mlp, some, tmp_path):

@@ -689,6 +689,8 @@ def test_stronger_proofs_of_a_comparison(tmp_path):
     assert Comparison(proofs="crown").to_json()["proofs"] == "crown"
     with pytest.raises(UserError, match=r"unknown proofs 'alpa'\. Did you mean 'alpha'"):
         Comparison(proofs="alpa").checked()
+    with pytest.raises(UserError, match="branch and bound needs a budget of time"):
+        Comparison(proofs="branch").checked()
     small = dataclasses.replace(TINY, losses=("sce",), folds=1, limit_train=0, threat="linf:0.02", proofs="alpha")
     strong = compare(small, tmp_path / "alpha")
     assert json.loads((tmp_path / "alpha" / "config.json").read_text())["proofs"] == "alpha"

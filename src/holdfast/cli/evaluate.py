@@ -31,8 +31,8 @@ def evaluate(
     budget: Annotated[
         str,
         option(
-            "Stop the attacks after this time, or after this many forward and backward passes over all samples: "
-            "10min, 2h, 1e6passes. Default: no limit."
+            "Stop attacks and proofs after this time, or the attacks after this many forward and backward passes over "
+            "all samples: 10min, 2h, 1e6passes. Default: no limit."
         ),
     ] = "",
     proofs: o.Proofs = "linear",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import data, models, run_folder, spec
 from ..errors import UserError, unknown
-from ..evaluation import PROOFS
+from ..evaluation import check_proofs
 from ..evaluation.suites import SUITES
 from ..importers.python_code import split_reference
 from ..information.sources import source
@@ -158,8 +158,12 @@ class Comparison:
                 models.check(row.model)
         if self.suite not in SUITES:
             raise unknown("suite", self.suite, SUITES)
-        if self.proofs not in PROOFS:
-            raise unknown("proofs", self.proofs, PROOFS)
+        if self.proofs == "branch":
+            raise UserError(
+                "branch and bound needs a budget of time, which a comparison has not: compare with proofs 'alpha', and "
+                "evaluate single networks with --proofs branch --budget 10min."
+            )
+        check_proofs(self.proofs, None)
         if self.model:
             models.check(self.model)
         if self.eval_split not in ("test", "val"):

@@ -18,7 +18,7 @@ from ..data import Split, pixels
 from ..data.arguments import classes_differ
 from ..data.labels import some
 from ..errors import UserError, unknown
-from ..evaluation import PROOFS, Budget, evaluate
+from ..evaluation import Budget, check_proofs, evaluate
 from ..evaluation.distributed import Processes
 from ..evaluation.suites import SUITES
 from ..importers.model_file import ModelSource, class_order, code_hash, open_model
@@ -314,8 +314,7 @@ def evaluate_model(
     against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
     if suite not in SUITES:
         raise unknown("suite", suite, SUITES)
-    if proofs not in PROOFS:
-        raise unknown("proofs", proofs, PROOFS)
+    check_proofs(proofs, budget)
     settings = {**subject.about, "threat": threat, "suite": suite, "seed": seed, "cut": subject.cut.to_json()}
     if budget:
         settings["budget"] = {name: value for name, value in asdict(budget).items() if value < math.inf}
