@@ -14,7 +14,7 @@ from tests.helpers import on_digits, right_ones, shorten_audits
 from torch import nn
 
 from holdfast import cli, data
-from holdfast.evaluation import clean_pass
+from holdfast.evaluation import proofs
 from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments.config import Comparison, Job
 from holdfast.experiments.evaluate_model import evaluate_model, from_run
@@ -138,4 +138,4 @@ def evaluated_run(trained_runs, tmp_path_factory):
 @pytest.fixture
 def unproved(monkeypatch):
     """No sample is proved, so that the attacks get all of them."""
-    monkeypatch.setattr(clean_pass, "proved", lambda task, rows, method: None)
+    monkeypatch.setattr(proofs, "certified", lambda *args: None)

@@ -12,6 +12,7 @@ from torch import nn
 
 from holdfast import results, run_folder
 from holdfast.errors import UserError
+from holdfast.evaluation import Budget
 from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments.config import Comparison, Job
 from holdfast.experiments.evaluate_model import evaluate_model, from_run
@@ -153,12 +154,17 @@ def test_a_void_run_is_recounted_too(out, holdfast_):
     assert holdfast_("replay", out)[0] == 1
 
 
-def test_certificates_are_made_again(tmp_path, monkeypatch):
-    monkeypatch.setitem(SUITES, "tiny", (Stage("apgd", "apgd", settings={"steps": 2}),))
+def trained_mlp(folder):
+    """The run folder of a network that branch and bound decides in moments."""
     fit = FitConfig(epochs=3, batch_size=64, lr=3e-3)
     comparison = Comparison(losses=("sce",), model="mlp:width=16", folds=1, fit=fit).checked()
-    train_network(Job(comparison, comparison.loss_specs[0], 0, 0, tmp_path / "run"))
-    out = tmp_path / "run" / "evaluation"
+    train_network(Job(comparison, comparison.loss_specs[0], 0, 0, folder))
+    return folder
+
+
+def test_certificates_are_made_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "tiny", (Stage("apgd", "apgd", settings={"steps": 2}),))
+    out = trained_mlp(tmp_path / "run") / "evaluation"
     found = evaluate_model(from_run(tmp_path / "run", limit=20), "linf:0.002", "tiny", out)
     certified = round(found.runs[0].certified.value * 20)
     assert 0 < certified < 20
@@ -170,6 +176,48 @@ def test_certificates_are_made_again(tmp_path, monkeypatch):
     change(out, "runs", 0, "samples", "certified", to=column)
     change(out, "runs", 0, "certified", to=figure(certified + 1, 20))
     assert any("certificate" in line for line in replay(out)[0].problems)
+
+
+def test_certificates_of_stronger_methods_are_made_again(evaluated_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "tiny", (Stage("apgd", "apgd", settings={"steps": 2}),))
+    run = shutil.copytree(evaluated_run, tmp_path / "run")
+    out = run / "alpha"
+    found = evaluate_model(from_run(run, limit=12), "linf:0.03", "tiny", out, proofs="alpha").runs[0]
+    assert {"crown", "alpha"} & set(found.samples.proved_by)
+    (one,) = replay(out)
+    assert one.holds, one.problems
+    assert one.certified == sum(found.samples.certified)
+    raw = json.loads((out / "results.json").read_text())
+    names = list(found.samples.proved_by)
+    change(out, "runs", 0, "samples", "proved_by", to=["alpha" if name else "" for name in names])
+    assert any("methods of proof" in line for line in replay(out)[0].problems)
+    change(out, "runs", 0, "samples", "proved_by", to=["alpha"] * len(names))
+    assert any("the method of proof of" in line for line in replay(out)[0].problems)
+    del raw["runs"][0]["samples"]["proved_by"], raw["runs"][0]["proofs"]  # as older files are
+    (out / "results.json").write_text(json.dumps({**raw, "schema": 4}))
+    assert replay(out)[0].holds
+
+
+def test_what_branch_and_bound_proved_and_broke_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(SUITES, "none", ())
+    run = trained_mlp(tmp_path / "run")
+    out, budget = run / "branch", Budget.parse("1min")
+    with pytest.raises(UserError, match="budget of time"):
+        evaluate_model(from_run(run, limit=40), "linf:0.05", "none", out, proofs="branch")
+    assert not out.exists()
+    found = evaluate_model(from_run(run, limit=40), "linf:0.05", "none", out, proofs="branch", budget=budget).runs[0]
+    assert found.verdict.status == "exact"
+    assert found.between == 0
+    assert "branch" in found.samples.proved_by
+    names = [stage.name for stage in found.stages]
+    assert found.samples.stage.count(names.index("branch and bound")) > 0
+    (one,) = replay(out)
+    assert one.holds, one.problems
+    assert one.certified == sum(found.samples.certified)
+    wrong = [name or "branch" for name in found.samples.proved_by]  # all of them, by branch and bound
+    change(out, "runs", 0, "samples", "proved_by", to=wrong)
+    change(out, "runs", 0, "samples", "certified", to=[1] * 40)
+    assert any("the certificate of" in line for line in replay(out)[0].problems)
 
 
 def test_no_network_is_asked_about_no_images(out, monkeypatch):

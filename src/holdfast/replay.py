@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import results, run_folder
-from .bounds import cheaply_proved
+from .bounds import CannotBound, certify
 from .data import Data, Split, load, pixels
 from .errors import UserError
 from .io import decode, inside, load_tensors, understood
@@ -33,6 +34,10 @@ VERDICTS = (
     "verdicts, trust checks, counts of the audit and the spot check, the inference region, pictures, costs, margins of "
     "adversarial images, training figures, settings, environment and dates"
 )
+
+# Branch and bound may take so many times as long as all proofs of the run did, and no longer than so many seconds: the
+# machine may be slower, and a forged time must not make it run without end.
+PROOF_TIMES, LONGEST_PROOF = 10.0, 3600.0
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,7 @@ def _network(
         valid = _answers(model, x_adv, y[rows], votes, device, batch_size).misclassified
         proved = None
         if run.certified is not None:
-            proved = _certified(model, x, y, threat, device, batch_size)
+            proved = _certified(model, replace(data, x=x), threat, run, device, batch_size)
     if len(rows):
         valid &= threat.violation(x_adv, x[rows]) == 0
     broken = torch.zeros_like(clean.misclassified)
@@ -223,13 +228,26 @@ def _trained(config: dict[str, Any]) -> tuple[str, int] | None:
     return (loss, seed) if loss and isinstance(seed, int) else None
 
 
-def _certified(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, device: str, batch_size: int) -> Tensor:
-    """(N,) bool: which samples are proved; none where no bound of the network is known."""
-    parts = []
-    for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        proved = cheaply_proved(model, xs.to(device), ys.to(device), threat)
-        parts.append(torch.zeros(len(xs), dtype=torch.bool) if proved is None else proved.cpu())
-    return torch.cat(parts)
+def _certified(model: nn.Module, data: Data, threat: Threat, run: Run, device: str, batch_size: int) -> Tensor:
+    """(N,) bool: which samples are proved; none where no bound of the network is known.
+
+    The cheap methods are tried on all samples, and then what proved them in the run on those that it calls certified.
+    """
+    proved = torch.zeros(len(data), dtype=torch.bool)
+    samples = run.samples
+    claims = () if samples is None or samples.certified is None else zip(samples.index, samples.certified, strict=True)
+    claimed = torch.isin(data.index.cpu(), torch.tensor([number for number, one in claims if one], dtype=torch.int64))
+    by_branch = samples is not None and "branch" in (samples.proved_by or ())
+    spent = sum(cost.seconds for cost in run.proofs)
+    for method, rows in (("linear", torch.ones_like(claimed)), ("branch" if by_branch else "alpha", claimed)):
+        waiting = (rows & ~proved).nonzero()[:, 0]
+        if len(waiting) and isinstance(model, nn.Module):
+            seconds = min(PROOF_TIMES * spent, LONGEST_PROOF) if method == "branch" else math.inf
+            some = data.take(waiting.to(data.y.device)).to(device)
+            with suppress(CannotBound):
+                found = certify(model, some, threat, method=method, seconds=seconds, batch_size=batch_size)
+                proved[waiting] = found.proved.cpu()
+    return proved
 
 
 class _Answers(NamedTuple):
@@ -432,6 +450,11 @@ def _columns(run: Run, whole: _Recount, votes: int) -> list[str]:
         differ("PGD-50's answer", pgd50.bool() != ~(misclassified | (broken & (stage == stages.index("pgd50")))))
     if run.certified is not None and samples.certified is not None and proved is not None:
         differ("the certificate", torch.tensor(samples.certified).bool() & ~(proved & ~misclassified))
+    if samples.certified is not None and samples.proved_by is not None:
+        named = torch.tensor([name != "" for name in samples.proved_by])
+        differ("the method of proof", named != torch.tensor(samples.certified).bool())
+        if any(cost.proved != samples.proved_by.count(cost.method) for cost in run.proofs):
+            problems.append("what the methods of proof did is not what the samples' column says")
     for what, interval, column in (
         ("PGD-50 accuracy", run.pgd50, pgd50),
         ("certified accuracy", run.certified, None if samples.certified is None else torch.tensor(samples.certified)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import xml.etree.ElementTree as ET
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 import holdfast.bracket.prove as proving
 from holdfast.bounds import Certified, certify
-from holdfast.bracket import bracket_accuracy
+from holdfast.bracket import bracket_accuracy, proof_figure
 from holdfast.bracket.accuracy import sentence, table
 from holdfast.cli import app
 from holdfast.data import Data, pixels
@@ -328,6 +329,11 @@ def test_the_command_line_brackets_any_classifier(small, tmp_path, monkeypatch):
     tensors, about = load_tensors(folder / "witnesses.safetensors", "bracket witnesses", 1)
     assert len(tensors["x_adv"]) == found["counts"]["broken"]
     assert about["name"] == "mine.py:build"
+    drawn = "".join(ET.parse(folder / "accuracy.svg").getroot().itertext())
+    for method, count in found["proved_by"].items():
+        assert f"{method}: {count} proved" in drawn
+    assert f"attacked: at most {100 * found['attacked']['value']:.1f}%" in drawn
+    assert (folder / "accuracy.png").stat().st_size > 10_000
     again = run(app, [*words[:-1], "--budget", "2min"])
     assert again.exit_code == 0
     assert run(app, [*words, "--method", "crown"]).exit_code == 0  # the same folder: what is proved stays
@@ -352,3 +358,12 @@ def test_a_correct_image_on_the_boundary_is_never_both(small):
     even[1].weight.data.copy_(torch.stack([torch.ones(64), torch.ones(64)]))
     found = bracket_accuracy(even, Data(x, torch.zeros_like(y), torch.arange(6)), Threat("linf", 0.01))
     assert found.counts["proved"] == 0
+
+
+def test_the_figure_ends_at_the_certified_share(found):
+    axes = proof_figure(found, "mine").axes[0]
+    highest = max(max(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("attacked"))
+    assert highest == pytest.approx(100 * found.certified.value)
+    [attacked] = [line for line in axes.lines if line.get_label().startswith("attacked")]
+    assert attacked.get_ydata()[0] == pytest.approx(100 * found.attacked.value)
+    assert proof_figure(dataclasses.replace(found, fate=torch.zeros_like(found.fate))) is None

@@ -161,7 +161,7 @@ def test_a_recipe_holds_its_numbers_against_those_it_expects(holdfast_, parquet,
 def test_a_recipe_of_another_size_expects_nothing(holdfast_, parquet, monkeypatch):
     status, out, _ = holdfast_(
         "recipe", "mnist-l2", "--data", parquet, "--epochs", "1", "--suite", "tiny", "--model", "lipmlp:width=16",
-        "--out", "out", "--quiet", "--jobs", "1",
+        "--proofs", "crown", "--out", "out", "--quiet", "--jobs", "1",
     )  # fmt: skip
     assert status == 0
     assert "as expected" not in out

@@ -6,8 +6,10 @@ import torch
 from tests.helpers import on_digits
 from torch import nn
 
+from holdfast.bounds import Certified
 from holdfast.data import Data, pixels
 from holdfast.evaluation.suites import SUITES, Stage
+from holdfast.results import ProofCost
 from holdfast.threat import Threat
 
 THREAT = Threat("linf", 0.1)
@@ -159,3 +161,12 @@ class LinearModel(nn.Module):
 def small_mlp():
     """(net, split): a network with one hidden layer, trained on digits."""
     return on_digits(lambda: (nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10)), lr=5e-3, epochs=6)
+
+
+def certificates(proved, method="interval"):
+    """What ``certify`` returns where these samples are proved by a method, (N,) bool."""
+    n = len(proved)
+    bound, ended = torch.where(proved, 1.0, -torch.inf).double(), torch.ones(n, dtype=torch.bool)
+    by = tuple(method if one else "" for one in proved.tolist())
+    cost = ProofCost(method, n, int(proved.sum()), 0.5)
+    return Certified(proved, by, bound, {}, torch.zeros(n, dtype=torch.float64), ended, (cost,))

@@ -17,7 +17,7 @@ from tests.evaluation.helpers import (
 )
 
 from holdfast.errors import UserError
-from holdfast.evaluation import checkpoint, clean_pass, evaluate, load_x_adv
+from holdfast.evaluation import Budget, checkpoint, evaluate, load_x_adv, proofs
 from holdfast.evaluation.suites import Stage
 from holdfast.io import load_tensors, save_tensors
 from holdfast.threat import Threat
@@ -130,8 +130,8 @@ def test_certificates_and_columns_are_in_the_checkpoint(monkeypatch, save_every_
     few = {"suite": PER_ATTACK[:4], "batch_size": 30, "key": "k", "checkpoint": tmp_path / "checkpoint.safetensors"}
     whole = evaluate(mlp, some, CLOSE, few["suite"], batch_size=30)
     calls = []
-    real = clean_pass.proved
-    monkeypatch.setattr(clean_pass, "proved", lambda *args: calls.append(1) or real(*args))
+    real = proofs.certified
+    monkeypatch.setattr(proofs, "certified", lambda *args: calls.append(1) or real(*args))
     interruptions, again = 0, None
     while again is None:
         try:
@@ -144,6 +144,73 @@ def test_certificates_and_columns_are_in_the_checkpoint(monkeypatch, save_every_
     assert torch.equal(again.certified, whole.certified)
     assert list(again.attack_correct) == list(whole.attack_correct)
     assert all(torch.equal(again.attack_correct[name], whole.attack_correct[name]) for name in whole.attack_correct)
+
+
+def test_what_was_proved_when_a_kill_came_stays_proved(monkeypatch, save_every_batch, mlp, some, tmp_path):
+    """Stronger methods take their samples in parts; a kill costs one of them."""
+    monkeypatch.setattr(proofs, "PART", 1)
+    monkeypatch.setattr(proofs, "PART_SECONDS", 0.0)
+    threat, few = Threat("linf", 0.08), {"suite": (), "proofs": "alpha", "key": "k"}
+    whole = evaluate(mlp, some, threat, **few)
+    asked, real = [], proofs.certified
+
+    def counted(task, rows, *more):
+        if len(asked) == 2:
+            raise Interrupt
+        asked.append(rows.tolist())
+        return real(task, rows, *more)
+
+    monkeypatch.setattr(proofs, "certified", counted)
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Interrupt):
+        evaluate(mlp, some, threat, **few, checkpoint=path)
+    first, asked[:] = asked[1], [[]] * 3
+    again = evaluate(mlp, some, threat, **few, checkpoint=path)
+    assert asked[3:]
+    assert not {row for rows in asked for row in rows} & set(first)
+    assert torch.equal(again.proved_by, whole.proved_by)
+    assert [(cost.method, cost.tried, cost.proved) for cost in again.proofs] == [
+        (cost.method, cost.tried, cost.proved) for cost in whole.proofs
+    ]
+
+
+def test_what_branch_and_bound_decided_when_a_kill_came_stays_decided(
+    monkeypatch, save_every_batch, mlp, some, tmp_path
+):
+    few = {"suite": (), "proofs": "branch", "key": "k", "budget": Budget(seconds=3600.0)}
+    case, path = (mlp, some.take(slice(0, 45)), Threat("linf", 0.1)), tmp_path / "checkpoint.safetensors"
+    asked, real = [], proofs.certified
+
+    def counted(task, rows, method, *more):
+        if method == "branch":
+            if len(asked) == 2:
+                raise Interrupt
+            asked.append(int(rows[0]))
+        return real(task, rows, method, *more)
+
+    monkeypatch.setattr(proofs, "certified", counted)
+    with pytest.raises(Interrupt):
+        evaluate(*case, **few, checkpoint=path)
+    first, asked[:] = [*asked], [None] * 3
+    again = evaluate(*case, **few, checkpoint=path)
+    assert asked[3:]
+    assert not set(asked) & set(first)
+    assert again.stages[-1].attacked == len({*first, *asked[3:]})
+    assert torch.equal(again.certified, again.robust)
+    assert again.proofs[-1].broken == again.stages[-1].broken
+
+
+def test_a_checkpoint_without_methods_of_proof_is_resumed(mlp, some, tmp_path):
+    path, few = tmp_path / "checkpoint.safetensors", {"suite": (), "proofs": "alpha", "key": "k"}
+    whole = evaluate(mlp, some, CLOSE, **few, checkpoint=path)
+    tensors, about = load_tensors(path, checkpoint.NAME, checkpoint.VERSION)
+    del tensors["proved_by"], tensors["tried"], about["state"]["proofs"]
+    for done in (True, False):
+        about["state"]["proved"] = done
+        save_tensors(path, checkpoint.NAME, checkpoint.VERSION, tensors, about, packed=["x_adv"])
+        old = evaluate(mlp, some, CLOSE, **few, checkpoint=path)
+        assert torch.equal(old.certified, whole.certified)
+        assert (old.proved_by, old.proofs) == (None, ())
 
 
 def test_a_checkpoint_of_an_older_version_is_refused(mlp, some, tmp_path):

@@ -38,7 +38,8 @@ STAGES = (
     Stage("apgd", "apgd", settings={"steps": 4}),
     Stage("apgd-dlr-t", "apgd", "dlr", targets=2, settings={"steps": 3}),
 )
-SAMPLE_COLUMNS = [field.name for field in dataclasses.fields(results.Samples) if field.name != "certified"]
+PROOFS = ("certified", "proved_by")
+SAMPLE_COLUMNS = [field.name for field in dataclasses.fields(results.Samples) if field.name not in PROOFS]
 
 
 def evaluate_run(run, threat, suite, out):
@@ -134,7 +135,7 @@ def test_the_columns_tell_one_story(original):
 
 def test_the_json_has_the_promised_fields(original):
     raw = json.loads((original[1] / "results.json").read_text())
-    assert raw["schema"] == 4
+    assert raw["schema"] == 5
     for run in raw["runs"]:
         wanted = {"name", "loss", "seed", "threat", "n", "clean", "attacks", "robust", "verdict", "checks", "cost"}
         assert wanted <= set(run)
@@ -350,6 +351,7 @@ def test_two_workers_find_what_one_finds(parquet, tmp_path):
     one = compare(small, tmp_path / "one", workers=1)
     for a, b in zip(one.runs, two.runs, strict=True):
         assert a.samples.certified == b.samples.certified
+        assert a.samples.proved_by == b.samples.proved_by
         for column in SAMPLE_COLUMNS:
             mine, theirs = (torch.tensor(getattr(run.samples, column)) for run in (a, b))
             if column.startswith("margin"):
@@ -679,3 +681,24 @@ def test_a_folder_that_is_no_run_is_refused(original, tmp_path):
         evaluate_run(original[1] / "runs", "linf:0.1", "tiny", tmp_path / "one")
     with pytest.raises(UserError):
         evaluate_run(original[1], "linf:0.1", "tiny", tmp_path / "two")  # the comparison's folder, not a run's
+
+
+def test_stronger_proofs_of_a_comparison(tmp_path):
+    """They are in its settings only where they are asked for, so that older folders resume; the table counts them."""
+    assert "proofs" not in Comparison().to_json()
+    assert Comparison(proofs="crown").to_json()["proofs"] == "crown"
+    with pytest.raises(UserError, match=r"unknown proofs 'alpa'\. Did you mean 'alpha'"):
+        Comparison(proofs="alpa").checked()
+    with pytest.raises(UserError, match="branch and bound needs a budget of time"):
+        Comparison(proofs="branch").checked()
+    small = dataclasses.replace(TINY, losses=("sce",), folds=1, limit_train=0, threat="linf:0.02", proofs="alpha")
+    strong = compare(small, tmp_path / "alpha")
+    assert json.loads((tmp_path / "alpha" / "config.json").read_text())["proofs"] == "alpha"
+    run = strong.runs[0]
+    assert {cost.method for cost in run.proofs} >= {"linear", "crown", "alpha"}
+    assert run.samples.proved_by.count("crown") + run.samples.proved_by.count("alpha") > 0
+    (row,) = results.rows(strong)
+    assert row.certified.value == sum(map(bool, run.samples.proved_by)) / run.n
+    assert replay(tmp_path / "alpha")[0].holds
+    with pytest.raises(UserError, match="another configuration"):
+        compare(dataclasses.replace(small, proofs="linear"), tmp_path / "alpha")

@@ -12,7 +12,17 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from tests.results.factory import EVIL, THREAT, make_check, make_projection, make_region, make_results, make_run, proved
+from tests.results.factory import (
+    EVIL,
+    THREAT,
+    make_check,
+    make_projection,
+    make_region,
+    make_results,
+    make_run,
+    proved,
+    with_proofs,
+)
 
 from holdfast import report
 from holdfast import results as R
@@ -233,6 +243,17 @@ def test_certified_and_robust_are_drawn_as_a_bracket(tmp_path):
     assert not [v for _, k, v in nothing.attributes if k == "class" and v == "bracket"]
     report.figures(make_results(runs), tmp_path)
     assert "certified" in "".join(ET.parse(tmp_path / "accuracy.svg").getroot().itertext())
+
+
+def test_what_each_method_proved_is_a_table(tmp_path):
+    shown = make_results([with_proofs(), with_proofs(make_run("mmc"), between=0, late=3), make_run("center")])
+    text = Page(report.render(shown, tmp_path / "r.html")).text
+    assert "loss certified attacked between proved by time" in text
+    assert "sce 26.5 30.0 7 linear 27, alpha 26 6.0 s" in text
+    assert "mmc 30.0 30.0 0 linear 30, alpha 30 6.0 s" in text
+    assert "alpha 30 of 40 proved, time ran out for 3, 1.5 s" in text
+    assert "neither broken nor proved 7 of 200 samples" in text
+    assert "What is proved" not in Page(report.render(make_results(), tmp_path / "none.html")).text
 
 
 def test_protocols_have_a_table_of_their_own(tmp_path):

@@ -142,3 +142,18 @@ def proved(certified, run=None, **attacks):
     figures = {name: R.proportion(round(value * run.n), run.n) for name, value in attacks.items()}
     k = None if certified is None else R.proportion(round(certified * run.n), run.n)
     return dataclasses.replace(run, certified=k, attacks={**run.attacks, **figures})
+
+
+def with_proofs(run=None, between=7, late=0):
+    """A run of which all robust samples but these are certified: half by linear, half by alpha."""
+    run = run or make_run()
+    s = run.samples
+    robust = [i for i, one in enumerate(s.robust) if one]
+    by = {i: ("linear", "alpha")[place % 2] for place, i in enumerate(robust[between:])}
+    names = tuple(by.get(i, "") for i in range(run.n))
+    tried = {"interval": run.n, "linear": run.n, "crown": 40, "alpha": 40}
+    costs = [
+        R.ProofCost(name, n, names.count(name), 1.5, out_of_time=late * (name == "alpha")) for name, n in tried.items()
+    ]
+    samples = dataclasses.replace(s, certified=tuple(int(bool(name)) for name in names), proved_by=names)
+    return dataclasses.replace(proved(len(by) / run.n, run), samples=samples, proofs=tuple(costs))

@@ -19,7 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
-from tests.results.factory import PROTOCOLS, THREAT, make_projection, make_region, make_results, make_run, proved
+from tests.results.factory import (
+    PROTOCOLS,
+    THREAT,
+    make_projection,
+    make_region,
+    make_results,
+    make_run,
+    proved,
+    with_proofs,
+)
 
 from holdfast import results as R
 from holdfast.errors import UserError
@@ -182,7 +191,7 @@ def test_json_is_what_the_page_says(tmp_path):
     path = R.save(make_results(), tmp_path / "new" / "folder")
     raw = json.loads(path.read_text())
     assert path.name == "results.json"
-    assert raw["schema"] == R.SCHEMA == 4
+    assert raw["schema"] == R.SCHEMA == 5
     first = raw["runs"][0]
     assert set(first["clean"]) == set(first["attacks"]["pgd50"]) == set(first["robust"]) == {"value", "low", "high"}
     assert first["threat"] == THREAT
@@ -201,6 +210,29 @@ def test_a_small_file_by_hand_loads(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"schema": 4, "runs": [run], "data": {}}))
     assert R.load(tmp_path).runs[0].robust is None
     assert R.load(tmp_path).runs[0].pgd50 == R.Interval(0.5, 0.4, 0.6)
+
+
+def test_an_older_file_without_methods_of_proof_loads(tmp_path):
+    raw = json.loads(R.to_json(make_results([with_proofs()])))
+    run = raw["runs"][0]
+    del run["proofs"], run["samples"]["proved_by"]
+    (tmp_path / "results.json").write_text(json.dumps({**raw, "schema": 4}))
+    old = R.load(tmp_path)
+    assert (old.schema, old.runs[0].proofs, old.runs[0].samples.proved_by) == (R.SCHEMA, (), None)
+    assert R.bracket_text(old).endswith("7 of 200 samples lie between.")
+    assert R.load(R.save(old, tmp_path / "again")) == old
+
+
+def test_a_method_of_proof_that_there_is_not_is_refused(tmp_path):
+    run = with_proofs()
+    assert R.load(R.save(make_results([run]), tmp_path)).runs[0] == run
+    with pytest.raises(UserError, match=r"unknown method of proof 'crwn'\. Did you mean 'crown'"):
+        R.ProofCost("crwn", 1, 1, 0.0)
+    raw = json.loads((tmp_path / "results.json").read_text())
+    raw["runs"][0]["samples"]["proved_by"][3] = "crwn"
+    (tmp_path / "results.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="'proved_by' 'crwn'"):
+        R.load(tmp_path)
 
 
 def test_a_check_of_an_older_file_makes_no_proof_vacuous(tmp_path):
@@ -302,7 +334,7 @@ def _with(value, *keys):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (_with(5, "schema"), "written by a newer holdfast: schema 5, this one reads 4"),
+        (_with(6, "schema"), "written by a newer holdfast: schema 6, this one reads 5"),
         (_without("schema"), "not a holdfast results file"),
         (_without("runs"), "not a holdfast results file"),
         (_without("data"), "results.data is missing"),
@@ -418,7 +450,7 @@ def test_load_refuses_an_older_schema_and_says_what_to_rerun(tmp_path, schema, c
         R.load(tmp_path)
     again = f"the command recorded in it: {command}" if command else "the evaluation that wrote it."
     assert str(refusal.value) == (
-        f"{path} was written by holdfast with results schema {schema}; this version reads schema 4: rerun {again}"
+        f"{path} was written by holdfast with results schema {schema}; this version reads schemas 4 to 5: rerun {again}"
     )
 
 
@@ -450,6 +482,37 @@ def test_a_certificate_that_proves_nothing_has_no_column_in_any_table():
     read = list(csv_module.DictReader(io.StringIO(R.csv(shown))))
     assert [line["certified"] for line in read] == ["0.0", "0.01", ""]  # proved none; one in a hundred; no bound
     assert results.runs[0].certified.value == 0.0  # it stays in the data
+
+
+def test_both_ends_what_proved_and_what_it_cost_are_one_line():
+    run = with_proofs()
+    assert run.between == 7
+    assert R.bracket_text(make_results([run])) == (
+        "Certified 26.5% <= robust accuracy <= 30.0% attacked: 7 of 200 samples lie between. "
+        "Proved by linear 27, alpha 26, in 6.0 s."
+    )
+    late = R.bracket_text(make_results([with_proofs(between=1, late=1)]))
+    assert "1 of 200 samples lies between." in late
+    assert late.endswith("Time ran out for 1 of those between.")
+    exact = R.bracket_text(make_results([with_proofs(between=0)]))
+    assert exact.startswith("Certified = attacked = 30.0%: no sample lies between. Proved by linear 30, alpha 30,")
+    two = R.bracket_text(make_results([run, with_proofs(make_run("mmc")), make_run("center")]))
+    assert (
+        two == "Certified 106 samples of 2 runs; 14 of 400 samples lie between. Proved by linear 54, alpha 52, in 12 s."
+    )
+    for silent in (make_run(), proved(0.0), with_proofs(between=60), with_proofs(make_run(status="void"))):
+        assert R.bracket_text(make_results([silent])) == ""
+
+
+def test_the_csv_counts_what_each_method_proved():
+    lines = list(csv_module.DictReader(io.StringIO(R.csv(make_results([with_proofs(), make_run("mmc")])))))
+    names = ("between", "proved_linear", "proved_alpha", "proof_seconds")
+    assert [[line[name] for name in names] for line in lines] == [["7", "27", "26", "6.0"], ["", "", "", ""]]
+    assert "proved_interval" not in lines[0]
+    assert "between" not in R.csv(make_results())
+    seeds = make_results([with_proofs(make_run(seed=seed)) for seed in (0, 1)])
+    [line] = csv_module.DictReader(io.StringIO(R.csv(seeds)))
+    assert [line[name] for name in names] == ["14", "54", "52", "12.0"]
 
 
 def test_certified_and_protocols_are_averaged_over_seeds():

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data import Data, pixels
 from ..errors import UserError, type_of, unknown
-from ..outputs import Model, Queried, check_samples, fooled, frozen_eval, out_of_memory
+from ..outputs import Model, Outputs, Queried, check_samples, fooled, frozen_eval
 from ..progress import Progress, as_progress
 from ..queries import Batches, copied
+from ..results import ProofCost, total_proofs
 from ..threat import Threat, as_threat, check_images
 from ..user_input import typed
+from .agreement import compare_answers
 from .branch import branch
 from .by_lipschitz import margins_by_lipschitz
 from .chain import in_float64
@@ -34,14 +37,12 @@ from .linear import (
     take,
     upper_differences,
 )
-from .rounding import HUGE
 from .steps import Box, ReluStep, Step, bind
 
 METHODS = ("interval", "linear", "crown", "alpha", "branch")  # each tries the ones before it first
 ROWS = 256  # images that are bounded at a time, at most
 LEAST = 2.0**-1074  # the smallest number above zero: the bound of a margin whose sign alone is proved
 INNER = 10  # steps of Adam on the slopes of lines for inner operations
-AGREES = 1e-3  # how far the network may be from its graph in float64, relative to its largest logit
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Certified:
         x_adv: adversarial examples that branch and bound met: sample number -> image. They are misclassified.
         seconds: (N,) float64, what each sample cost.
         ended: (N,) bool: its last method ran to its end; False: time ran out first.
+        costs: what each method did and cost; reading the network counts with "interval".
+        forwards: images that the network was asked about.
     """
 
     proved: Tensor
@@ -64,6 +67,8 @@ class Certified:
     x_adv: dict[int, Tensor]
     seconds: Tensor
     ended: Tensor
+    costs: tuple[ProofCost, ...] = ()
+    forwards: int = 0
 
 
 @typed
@@ -122,7 +127,8 @@ def certify(
     _check(x, y, threat)
     if not isinstance(model, nn.Module):
         raise CannotBound("bounds need a torch module, and the model is a function.")
-    until = time.monotonic() + seconds
+    began = time.monotonic()
+    until = began + seconds
     with frozen_eval(model), torch.no_grad():
         network, images, labels = in_float64(model, x, y)
         graph = read_network(network, images.shape[1:], images.device)
@@ -130,28 +136,31 @@ def certify(
             raise UserError(
                 f"labels must be 0 .. K-1: the network returns {graph.classes} logits, a label is {y.max()}."
             )
-        work = _Work(network, graph, bind(graph, torch.float64), images, labels, threat, METHODS.index(method))
+        asked = _Asked(network)
+        work = _Work(network, asked, graph, bind(graph, torch.float64), images, labels, threat, METHODS.index(method))
         report = as_progress(progress)
+        reading = ProofCost("interval", 0, 0, time.monotonic() - began)
 
         def certified(rows: Tensor) -> Certified:
             left = (until - time.monotonic()) * len(rows) / (len(y) - int(rows[0]))
             return _certify_rows(work, rows, time.monotonic() + left, report)
 
         parts = Batches(min(work.rows, batch_size)).map(torch.arange(len(y)), certified)
-    return _joined(parts)
+    return replace(_joined(parts, reading), forwards=asked.forwards)
 
 
-def _joined(parts: list[Certified]) -> Certified:
+def _joined(parts: list[Certified], reading: ProofCost) -> Certified:
     """The columns of all batches."""
     x_adv = {number: image for part in parts for number, image in part.x_adv.items()}
-    columns = {
+    columns: dict[str, Any] = {
         name: torch.cat([torch.zeros(0, dtype=dtype), *(getattr(part, name) for part in parts)])
         for name, dtype in (
             ("proved", torch.bool), ("bound", torch.float64), ("seconds", torch.float64), ("ended", torch.bool),
         )
     }  # fmt: skip
     by = tuple(by for part in parts for by in part.by)
-    return Certified(by=by, x_adv=x_adv, **columns)
+    costs = total_proofs([reading, *(cost for part in parts for cost in part.costs)])
+    return Certified(by=by, x_adv=x_adv, costs=costs, **columns)
 
 
 @typed
@@ -259,11 +268,22 @@ def region_of(x: Tensor, threat: Threat) -> Region:
     return Region(Box(low, high), center, threat, eps)
 
 
+class _Asked(Queried):
+    """The network, with a count of the images that it was asked about."""
+
+    forwards = 0
+
+    def query(self, x: Tensor) -> Outputs:
+        self.forwards += len(x)
+        return super().query(x)
+
+
 @dataclass(frozen=True)
 class _Work:
     """What certifying any of the samples needs."""
 
     model: nn.Module
+    asked: _Asked
     graph: Graph
     steps: list[Step]
     x: Tensor
@@ -282,22 +302,24 @@ def _certify_rows(work: _Work, rows: Tensor, until: float, report: Progress) -> 
     """The ladder of methods for some images."""
     began = time.monotonic()
     region = region_of(work.x[rows], work.threat)
-    finite, logits, compared = _compare(work, work.x[rows], region)
+    finite, logits, compared = compare_answers(work.asked, work.steps, work.graph.classes, work.x[rows], region)
     found = forward(work.steps, region)
     ladder = _Ladder(work, rows, region, found, until, report)
     ladder.finite, ladder.correct = finite, logits.argmax(1) == ladder.y
-    ladder.cheap(compared)
+    ladder.cheap(compared, began)
     ladder.seconds += (time.monotonic() - began) / max(1, len(rows))
     if work.level >= METHODS.index("linear"):
-        ladder.improve(ladder.linear, work.rows)
+        ladder.improve("linear", ladder.linear, work.rows)
     if work.level >= METHODS.index("crown"):
-        ladder.improve(ladder.crown, _share(work))
+        ladder.improve("crown", ladder.crown, _share(work))
     if work.level >= METHODS.index("alpha"):
-        ladder.improve(ladder.alpha, _share(work))
+        ladder.improve("alpha", ladder.alpha, _share(work))
     if ladder.branches:
         ladder.branch()
     low = ladder.bounds.amin(1).cpu()
-    return Certified(low > 0, tuple(ladder.by), low, ladder.x_adv, ladder.seconds, ladder.ended)
+    return Certified(
+        low > 0, tuple(ladder.by), low, ladder.x_adv, ladder.seconds, ladder.ended, tuple(ladder.costs.values())
+    )
 
 
 class _Ladder:
@@ -317,6 +339,7 @@ class _Ladder:
         self.ended = torch.ones(len(rows), dtype=torch.bool)
         self.refined: dict[int, tuple[Forward, Region]] = {}
         self.x_adv: dict[int, Tensor] = {}
+        self.costs: dict[str, ProofCost] = {}
         splits = any(isinstance(step, ReluStep) for step in work.steps)
         self.branches = splits and work.level >= METHODS.index("branch")
 
@@ -324,6 +347,17 @@ class _Ladder:
     def left(self) -> Tensor:
         """The numbers of the images that are answered right and not proved."""
         return ((self.bounds.amin(1) <= 0) & self.finite & self.correct).nonzero()[:, 0]
+
+    def count(self, method: str, some: Sequence[int], start: float) -> None:
+        """Add to a method's cost what it did since ``start`` for these images."""
+        before = self.costs.get(method, ProofCost(method, 0, 0, 0.0))
+        self.costs[method] = replace(
+            before,
+            tried=before.tried + len(some),
+            proved=self.by.count(method),
+            seconds=before.seconds + time.monotonic() - start,
+            broken=before.broken + sum(int(self.rows[number]) in self.x_adv for number in some),
+        )
 
     def raise_to(self, some: Tensor, low: Tensor, found: Forward, method: str) -> None:
         """Take lower bounds (n, K - 1) of these images, where they exist and are better."""
@@ -335,18 +369,21 @@ class _Ladder:
         proved = int((self.bounds.amin(1) > 0).sum())
         self.report(method, int(self.rows[0]) + proved, len(self.work.y))
 
-    def cheap(self, compared: list[tuple[Tensor, Tensor]]) -> None:
-        """Boxes, and Lipschitz constants."""
+    def cheap(self, compared: list[tuple[Tensor, Tensor]], began: float) -> None:
+        """Boxes, begun then, and Lipschitz constants."""
         every, steps = torch.arange(len(self.rows), device=self.x.device), self.work.steps
         high = upper_differences(steps, self.found, self.region, self.y)
         low = -high.gather(1, others(self.y, self.work.graph.classes))
         self.raise_to(every, low, self.found, "interval")
+        self.count("interval", every.tolist(), began)
+        start = time.monotonic()
         low_by_constants = margins_by_lipschitz(self.work.model, self.x, self.y, self.work.threat, compared)
         if low_by_constants is not None:
             bounded = replace(self.found, unbounded=torch.zeros_like(self.found.unbounded))
             self.raise_to(every, low_by_constants[:, None].expand_as(low), bounded, "lipschitz")
+            self.count("lipschitz", every.tolist(), start)
 
-    def improve(self, method: Callable[[Tensor, Forward, Region], None], share: int) -> None:
+    def improve(self, name: str, method: Callable[[Tensor, Forward, Region], None], share: int) -> None:
         """A method for what is left, in parts that fit in memory."""
         left = self.left
         for some in left.split(share) if len(left) else ():
@@ -357,6 +394,7 @@ class _Ladder:
             part, inside = take(self.found, self.region, some)
             method(some, part, inside)
             self.seconds[some.cpu()] += (time.monotonic() - start) / len(some)
+            self.count(name, some.tolist(), start)
 
     def linear(self, some: Tensor, part: Forward, inside: Region) -> None:
         """Lines over boxes."""
@@ -405,6 +443,7 @@ class _Ladder:
                 low = self.bounds[number].clamp_min(min(answer.bound, LEAST))  # a proof is of the sign alone
                 self.raise_to(torch.tensor([number]), low[None], part, "branch")
             self.seconds[number] += time.monotonic() - start
+            self.count("branch", [number], start)
 
 
 def _share(work: _Work) -> int:
@@ -421,66 +460,10 @@ def _judge(work: _Work, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
         start = x.expand_as(images)
         inside = work.threat.project(images, start)
         points[:, 0] = inside.double()
-        wrong = fooled(Queried(work.model)(inside).logits, y)
+        wrong = fooled(work.asked(inside).logits, y)
         return wrong & (work.threat.violation(inside, start) == 0)
 
     return misclassified
-
-
-def _compare(work: _Work, x: Tensor, region: Region) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Which images the network answers with finite logits, (N,) bool; the logits, (N, K); and what was compared.
-
-    Raises CannotBound unless these are what its graph computes: at the images and beside them, in a batch, alone, and
-    with gradients on.
-    """
-    finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    if not len(x):
-        return finite, x.new_zeros(0, work.graph.classes), []
-    compared = []
-    share = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)).to(region.center)[:, None]
-    beside = (region.box.lo + (region.box.hi - region.box.lo) * share)[:, 0].to(x.dtype)
-    queried = Queried(work.model)
-    for images, more in ((x, beside), (beside, x)):
-        point = images.double()[:, None]
-        at = replace(region, box=Box(point, point), center=point, eps=0.0)
-        last = forward(work.steps, at, rounding=False).boxes[-1]
-        logits = ((last.lo + last.hi) / 2)[:, 0]
-        compared.append((images, logits))
-        batch = images if len(images) > 1 else torch.cat([images, more])
-        try:
-            together = queried(batch).logits[: len(images)]
-        except Exception as error:
-            if len(images) > 1 or not out_of_memory(error):
-                raise
-            together = queried(images).logits
-        answers = [(together, logits), (queried(images[-1:]).logits, logits[-1:])]
-        with torch.enable_grad():
-            answers.append((queried(images.clone().requires_grad_()).logits.detach(), logits))
-        for answer, expected in answers:
-            if answer.shape != expected.shape:
-                raise CannotBound("the network returns logits of another shape for a batch than for one image.")
-            known = answer.isfinite().all(1) & (expected.abs().amax(1) < HUGE)
-            apart = (answer.double() - expected).abs().amax(1)
-            other = (known & ~(apart <= AGREES * expected.abs().amax(1) + 1e-30)).nonzero()[:, 0]
-            if len(other) and not _by_rounding(work, at, other + len(x) - len(known), answer[other].double()):
-                raise CannotBound(
-                    "the network's answers are not those of the operators that one run of it showed: it answers by "
-                    "batch, by history or at random, or in lower precision."
-                )
-            finite[-len(known) :] &= known
-        if images is x:
-            clean = answers[0][0]
-    return finite, clean, compared
-
-
-def _by_rounding(work: _Work, at: Region, some: Tensor, answers: Tensor) -> bool:
-    """Whether float32 may give these answers (n, K) at some of these points, as where large numbers cancel."""
-    part, inside = take(forward(work.steps, at), at, some)
-    eye = torch.eye(work.graph.classes, dtype=torch.float64, device=some.device)
-    rows = eye[None, :, None].expand(len(some), -1, 1, -1)
-    lines, last = all_lines(work.steps, part), len(work.steps) - 1
-    low, high = (least(work.steps, part, lines, inside, last, rows * sign) * sign for sign in (1, -1))
-    return bool((part.unbounded | ((low <= answers) & (answers <= high)).all(1)).all())
 
 
 def _check(x: Tensor, y: Tensor, threat: Threat) -> None:

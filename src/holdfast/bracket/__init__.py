@@ -21,12 +21,14 @@ from ..errors import at_least, unknown
 from ..experiments.evaluate_model import ModelUnderTest, check_classes, from_run
 from ..io import save_tensors, write_atomic
 from ..progress import Progress
+from ..report import write_figure
 from ..spec import threat_file_name
 from ..threat import Threat
 from ..user_input import typed
 from .accuracy import AccuracyBracket, StepCost, witnesses
 from .measure import bracket
 from .plot import figure, save, sentence
+from .proof_figure import proof_figure
 from .prove import bracket_accuracy
 from .result import STATUS, Bracket
 
@@ -40,6 +42,7 @@ __all__ = [
     "bracket_run",
     "bracket_subject",
     "figure",
+    "proof_figure",
     "save",
     "sentence",
     "subject_accuracy",
@@ -147,7 +150,7 @@ def subject_accuracy(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[AccuracyBracket, list[Path]]:
-    """Bracket the accuracy of any network on its test images; write accuracy.json and the adversarial examples.
+    """Bracket the accuracy of any network on its test images; write accuracy.json, a figure, adversarial examples.
 
     After an interruption, the same call resumes; with more time or a stronger method, it goes on.
 
@@ -162,7 +165,8 @@ def subject_accuracy(
         progress: As for ``bracket_accuracy``.
 
     Returns:
-        (the AccuracyBracket, the files written: accuracy.json, witnesses.safetensors).
+        (the AccuracyBracket, the files written: accuracy.json, witnesses.safetensors; and where a sample is proved the
+        figure of the proved share against time, accuracy.svg and .png).
 
     Raises:
         UserError: As ``bracket_accuracy`` does; ``out`` belongs to another bracket.
@@ -191,4 +195,6 @@ def subject_accuracy(
         out / "witnesses.safetensors", WITNESSES, WITNESSES_VERSION, witnesses(found),
         {"threat": parsed.describe(), "network": network, "name": subject.name}, packed=["x_adv"],
     )  # fmt: skip
-    return found, [told, out / "witnesses.safetensors"]
+    figure_of = proof_figure(found, subject.name)
+    drawn = [] if figure_of is None else write_figure(figure_of, out, "accuracy")
+    return found, [told, out / "witnesses.safetensors", *drawn]

@@ -430,14 +430,14 @@ def _certify(work: _Work, state: _State, method: str, rows: Tensor, seconds: flo
     except CannotBound as error:
         state.why_not = str(error)
         return
-    columns = state.columns
+    columns, took = state.columns, time.monotonic() - began
     bound = found.bound.cpu().double()
     _contradictions(work, rows, bound, columns["margin_adv"][rows])
     columns["bound"][rows] = torch.maximum(columns["bound"][rows], bound)
     columns["seconds"][rows] += found.seconds.cpu()
     # Branch and bound that stops before its time has no ReLU left to split, or no memory: more time is of no use.
-    stopped = (found.seconds.cpu() < 0.9 * seconds) & (method == "branch")
-    in_time = time.monotonic() - began < seconds
+    stopped = torch.full_like(found.ended, method == "branch" and took < 0.9 * seconds, device="cpu")
+    in_time = took < seconds
     columns["ended"][rows] = (stopped | (found.ended.cpu() & in_time)).long()
     if in_time or method == "branch":  # bounds that the end of the time cut short are tried again when there is more
         columns["calls"][rows] = torch.maximum(columns["calls"][rows], torch.tensor(_rank(method)))

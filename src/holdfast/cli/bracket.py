@@ -90,9 +90,9 @@ def bracket(
     **holdfast bracket model.onnx --vnnlib property.vnnlib --budget 5min**
 
     Attacks come first, then proofs on what they leave: intervals and Lipschitz constants, lines (CROWN), optimised
-    slopes, branch and bound on ReLUs. Where nothing lies between, the answer is exact. Writes accuracy.json and
-    witnesses.safetensors. An interrupted command resumes when it is rerun; with a larger --budget or a stronger
-    --method it goes on.
+    slopes, branch and bound on ReLUs. Where nothing lies between, the answer is exact. Writes accuracy.json,
+    witnesses.safetensors, and the proved share against time as a figure, accuracy.svg and .png. An interrupted command
+    resumes when it is rerun; with a larger --budget or a stronger --method it goes on.
 
     --margins brackets each sample's worst-case margin drop: s_att by attacks, s_cert by bounds, s* exactly (linf and a
     small fully connected ReLU network). Writes bracket.json, .svg and .png.

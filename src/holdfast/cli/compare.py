@@ -15,6 +15,7 @@ def compare(
     losses: o.Losses = None,
     threat: o.Threats = "linf:0.1",
     suite: o.Suite = "standard",
+    proofs: o.Proofs = "linear",
     objective: o.Objective = "standard",
     seeds: o.Seeds = 1,
     first_seed: o.FirstSeed = 0,
@@ -51,6 +52,9 @@ def compare(
     survived although they can be broken. *tight*: none of these, which is empirical and no proof. *exact*:
     every survivor is certified, which is a proof. *void*: the measurement is invalid.
 
+    *certified* is the share of samples proved correct under the whole threat (a lower bound); --proofs says how hard it
+    is tried.
+
     A spec in --losses can name its own head after @, and its own objective, model and training settings after +:
     isce:s=2@cosine+adversarial:steps=5+fit:lr=5e-3.
 
@@ -65,6 +69,7 @@ def compare(
         data=data,
         threat=threat,
         suite=suite,
+        proofs=proofs,
         objective=objective,
         model=model,
         seeds=seeds,

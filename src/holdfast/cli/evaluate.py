@@ -31,18 +31,11 @@ def evaluate(
     budget: Annotated[
         str,
         option(
-            "Stop the attacks after this time, or after this many forward and backward passes over all samples: "
-            "10min, 2h, 1e6passes. Default: no limit."
+            "Stop attacks and proofs after this time, or the attacks after this many forward and backward passes over "
+            "all samples: 10min, 2h, 1e6passes. Default: no limit."
         ),
     ] = "",
-    proofs: Annotated[
-        str,
-        option(
-            "The last method of proof that is tried on what the individual attacks leave; what is proved leaves the "
-            "other attacks. linear: bounds by lines over intervals, cheap. crown: lines for every layer. alpha: their "
-            "slopes optimised. The stronger ones pay where a network is small or trained to be proved."
-        ),
-    ] = "linear",
+    proofs: o.Proofs = "linear",
     limit: o.Limit = 1000,
     seed: o.NoiseSeed = 0,
     batch_size: Annotated[

@@ -45,6 +45,15 @@ Suite = Annotated[
         "code of I-SCE, in the ball)."
     ),
 ]
+Proofs = Annotated[
+    str,
+    option(
+        "The last method of proof that is tried on what the individual attacks leave; what is proved leaves the other "
+        "attacks. linear: bounds by lines over intervals, cheap. crown: lines for every layer. alpha: their slopes "
+        "optimised. branch: branch and bound, of `holdfast evaluate` with --budget alone. The stronger ones pay where "
+        "a network is small or trained to be proved."
+    ),
+]
 Objective = Annotated[
     str,
     option(

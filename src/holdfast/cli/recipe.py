@@ -27,6 +27,7 @@ def recipe(
     limit_train: Annotated[int | None, option("Maximum number of training images; 0: all.")] = None,
     model: Annotated[str | None, option("Another model, for rows that set none.")] = None,
     suite: Annotated[str | None, option("Attack suite.")] = None,
+    proofs: Annotated[str | None, option("The last method of proof that is tried: linear, crown or alpha.")] = None,
     jobs: o.Jobs = 0,
     device: o.Device = "auto",
     out: o.Out = None,
@@ -48,7 +49,7 @@ def recipe(
             "limit": limit,
             "limit-train": limit_train,
         }
-        given |= {"model": model, "suite": suite, "out": out}
+        given |= {"model": model, "suite": suite, "proofs": proofs, "out": out}
         for option_name, value in given.items():
             if value is not None:
                 raise UserError(f"--{option_name} belongs to a recipe: name one of those that `holdfast recipe` lists.")
@@ -56,8 +57,9 @@ def recipe(
         return
     chosen = recipes.named(name, data)
     comparison = recipes.resized(
-        chosen.comparison, seeds=seeds, epochs=epochs, limit=limit, limit_train=limit_train, model=model, suite=suite
-    ).checked()
+        chosen.comparison, seeds=seeds, epochs=epochs, limit=limit, limit_train=limit_train, model=model, suite=suite,
+        proofs=proofs,
+    ).checked()  # fmt: skip
     if not quiet:
         errors.print(f"{name}: {chosen.about}. Takes {chosen.cost}.", soft_wrap=True)
     results = run_comparison(comparison, out, device, jobs, quiet, as_json)

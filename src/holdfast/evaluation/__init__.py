@@ -12,7 +12,7 @@ from pathlib import Path
 from ..attacks import ATTACKS
 from ..data import Data
 from ..data.arguments import as_data, note_assumptions
-from ..errors import UserError, type_of, unknown
+from ..errors import UserError, type_of
 from ..losses import Loss, as_loss
 from ..noise import Noise
 from ..outputs import Model, frozen_eval
@@ -26,7 +26,7 @@ from .checkpoint import load_x_adv
 from .distributed import Processes
 from .evaluation import MISCLASSIFIED, UNBROKEN, Evaluation, StageCost, add_witnesses
 from .grid import differs_off_grid, is_8bit
-from .state import PROOFS, Task
+from .state import PROOFS, Task, check_proofs
 from .suites import SUITES, Stage, individual_names, resolve, stage_scores, with_pgd50
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Stage",
     "StageCost",
     "add_witnesses",
+    "check_proofs",
     "differs_off_grid",
     "evaluate",
     "is_8bit",
@@ -91,7 +92,10 @@ def evaluate(
             stages attack samples with the smallest margins first. What is left after the suite is spent on further
             rounds. None: run the suite once.
         proofs: the last method of ``bounds.certify`` that is tried on what the individual attacks leave: "linear",
-            "crown" or "alpha". The methods up to "linear" are cheap and always tried, on all samples.
+            "crown", "alpha", or "branch", which needs a budget of time. The methods up to "linear" are cheap and always
+            tried, on all samples. Of what is left of the budget, "crown" and "alpha" take at most half, with "branch"
+            the attacks of the suite half of the rest, and branch and bound what they leave; what is over then goes to
+            further attacks. An adversarial example of branch and bound counts as one of the stage "branch and bound".
         checkpoint: file to save to; an interrupted evaluation resumes from it.
         key: identifies the weights and data that the checkpoint belongs to.
         progress: called after each batch with (stage and robust accuracy so far, passes so far, passes expected).
@@ -107,14 +111,13 @@ def evaluate(
     note_assumptions(data, unit_box=(threat.lo, threat.hi) == (0, 1))
     report = as_progress(progress)
     of_type("key", key, str)
-    if proofs not in PROOFS:
-        raise unknown("proofs", str(proofs), PROOFS)
     stages = tuple(stage for stage in resolve(suite) if threat.norm in ATTACKS[stage.attack].norms)
     if len(data) == 0:
         raise UserError("there is nothing to evaluate: the data set is empty.")
     size = default_batch_size(data.x) if batch_size is None else whole("batch_size", batch_size, 1)
     if budget is not None and not isinstance(budget, Budget):
         raise UserError(f'budget must be a Budget, such as Budget.parse("10min"), got {type_of(budget)}.')
+    check_proofs(proofs, budget)
     data = data.to(device_of(model, data))
     task = Task(
         model=CountingModel(model, occurring=data.y.unique()),

@@ -12,17 +12,17 @@ from torch import Tensor
 from ..attacks import ATTACKS
 from ..data import pixels
 from ..progress import silent
-from ..queries import judge_candidates
-from ..threat import check_images, column
+from ..threat import check_images
 from .checkpoint import Checkpoint
 from .clean_pass import clean_pass
-from .costs import add_cost, affordable, passes_spent, planned_passes
+from .costs import add_cost, affordable, passes_spent, planned_passes, waits_for_branch
 from .distributed import Processes, exchange_results, synchronise, total_costs
 from .evaluation import UNBROKEN, Evaluation
 from .grid import LONG, to_grid, whole_levels
-from .proofs import prove_survivors
+from .judging import judge
+from .proofs import branch_survivors, proof_costs, prove_all, prove_survivors
 from .selection import choose, spot_check_result
-from .state import MAX_TARGETS, State, Task, add_extra_stages, attack_model
+from .state import BY_BRANCH, MAX_TARGETS, State, Task, add_extra_stages, attack_model
 
 
 def run(task: Task, path: Path | None, key: str) -> Evaluation:
@@ -35,15 +35,22 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
     state = checkpoint.load(task) or clean_pass(task)
     if processes.count > 1:
         synchronise(task, state, processes)
-    while state.ended < len(state.stages) and not state.budget_spent:
-        if not state.proved and not state.stages[state.ended].individual:
-            prove_survivors(task, state)
-        run_stage(task, state, state.ended, checkpoint, processes)
-        state.ended += not state.budget_spent
-        if task.budget is not None and state.ended == len(state.stages) and bool(state.open.any()):
+    prove_all(task, state, processes)
+    while not state.budget_spent:
+        complete = state.ended == len(state.stages)
+        if complete or not state.stages[state.ended].individual:
+            prove_survivors(task, state, checkpoint.save, processes)
+        if complete:
+            branch_survivors(task, state, checkpoint.save, processes)
+            if task.budget is None or not bool(state.open.any()):
+                break
             add_extra_stages(task, state, state.ended + 1)
-    if not state.proved:
-        prove_survivors(task, state)
+        run_stage(task, state, state.ended, checkpoint, processes)
+        if state.budget_spent and waits_for_branch(task, state):  # it was the attacks' share of the budget
+            state.budget_spent = False
+            branch_survivors(task, state, checkpoint.save, processes)
+        else:
+            state.ended += not state.budget_spent
     checkpoint.save(state, force=True)
     return result(task, state, processes)
 
@@ -117,7 +124,7 @@ def verify_candidates(
         (number of samples newly broken, number of candidates outside the threat).
     """
     stage = state.stages[number]
-    broken, newly, outside = _judge(task, state, number, rows, x, y, x_adv)
+    broken, newly, outside = judge(task, state, number, rows, x, y, x_adv)
     if stage.individual:
         state.columns.attack_correct[stage.name][rows] &= ~broken
     if task.grid and stage.passes(state.n_classes) >= LONG * stage.n_targets(state.n_classes):
@@ -125,34 +132,8 @@ def verify_candidates(
         left = (state.columns.broken_by[rows] == UNBROKEN) & (rounded != x_adv).flatten(1).any(1)
         left = torch.nonzero(left)[:, 0]
         if len(left):
-            newly += _judge(task, state, number, rows[left], x[left], y[left], rounded[left])[1]
+            newly += judge(task, state, number, rows[left], x[left], y[left], rounded[left])[1]
     return newly, outside
-
-
-def _judge(
-    task: Task, state: State, number: int, rows: Tensor, x: Tensor, y: Tensor, x_adv: Tensor
-) -> tuple[Tensor, int, int]:
-    """Query the model at the candidates and update the columns.
-
-    A candidate breaks its sample if it lies in the threat and is misclassified: by one more output of the model, or by
-    the majority of many outputs of a randomised one.
-
-    Returns:
-        (which candidates break their sample, number of samples newly broken, number of candidates outside the threat).
-    """
-    columns = state.columns
-    broken, inside, finite, margin, prediction = judge_candidates(task.model, x_adv, x, y, task.threat, state.votes)
-    unbroken = columns.broken_by[rows] == UNBROKEN
-    newly = broken & unbroken
-    better = inside & finite & (newly | (margin < columns.margin_adv[rows]))
-    if state.randomised:  # a mean margin proves nothing: a sample broken by majority keeps its witness
-        better &= newly | unbroken
-    columns.x_adv[rows] = torch.where(column(better, x), x_adv, columns.x_adv[rows])
-    columns.margin_adv[rows] = torch.where(better, margin, columns.margin_adv[rows])
-    columns.prediction_adv[rows] = torch.where(better, prediction, columns.prediction_adv[rows])
-    columns.broken_by[rows] = torch.where(newly, number, columns.broken_by[rows])
-    n_newly, n_outside = torch.stack([newly.sum(), (~inside).sum()]).tolist()  # the host waits for the device once
-    return broken, n_newly, n_outside
 
 
 def result(task: Task, state: State, processes: Processes) -> Evaluation:
@@ -160,7 +141,8 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
     columns = state.columns
     by = columns.broken_by
     missing = {stage.name for stage in state.stages[state.ended :] if stage.individual}
-    stages = tuple(total_costs(state, processes))
+    *costs, branch = total_costs([*state.costs, state.branch], processes)
+    stages = (*costs, branch) if branch.attacked else (*costs,)
     ran = {stage.attack for stage, cost in zip(state.stages, stages[1:], strict=False) if cost.attacked}
     return Evaluation(
         threat=task.threat,
@@ -170,7 +152,7 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
         margin=columns.margin.cpu(),
         clean=columns.clean.cpu(),
         attack_correct={name: columns.attack_correct[name].cpu() for name in task.attack_names if name not in missing},
-        broken_by=torch.where(by >= 0, by + 1, by).cpu(),  # stages[0] of the result is the clean pass
+        broken_by=torch.where(by >= 0, by + 1, torch.where(by == BY_BRANCH, len(costs), by)).cpu(),  # 0: the clean pass
         margin_adv=columns.margin_adv.cpu(),
         prediction_adv=columns.prediction_adv.cpu(),
         x_adv=columns.x_adv.cpu(),
@@ -179,5 +161,7 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
         votes=state.votes,
         unfinished=state.ended < len(task.stages(state.differs_off_grid)),
         certified=None if columns.certified is None else columns.certified.cpu(),
+        proved_by=None if columns.proved_by is None else columns.proved_by.cpu(),
+        proofs=proof_costs(task, state, processes),
         attack_kinds=tuple(sorted(ran)),
     )

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..errors import UserError
 from ..io import load_tensors, next_save, save_tensors, understood
 from ..queries import VOTES
+from ..results import ProofCost
 from ..user_input import typed
 from .evaluation import StageCost
-from .state import Columns, State, Task, add_extra_stages
+from .state import BRANCH, Columns, State, Task, add_extra_stages
 
 NAME, VERSION = "evaluation checkpoint", 5
 
@@ -63,6 +64,8 @@ class Checkpoint:
             if columns.attack_correct.keys() != {stage.name for stage in task.suite if stage.individual}:
                 raise ValueError("columns of other attacks")
             costs = [StageCost(**cost) for cost in saved.pop("costs")]
+            saved["proofs"] = [ProofCost(**cost) for cost in saved.pop("proofs", [])]  # not of before they were counted
+            saved["branch"] = StageCost(**saved.pop("branch", {"name": BRANCH}))
             state = State(columns, costs, list(task.stages(saved["differs_off_grid"])), **saved)
             add_extra_stages(task, state, len(costs) - 1)
         return state
@@ -79,7 +82,9 @@ class Checkpoint:
             "differs_off_grid": state.differs_off_grid,
             "chosen_for": state.chosen_for,
             "n_rest": state.n_rest,
-            "proved": state.proved,
+            "proved": state.proved and not state.cut,
+            "proofs": [asdict(cost) for cost in state.proofs],
+            "branch": asdict(state.branch),
         }
         about = {"identity": self.identity, "state": saved}
         save_tensors(self.path, NAME, VERSION, state.columns.to_tensors(), about, packed=["x_adv"])

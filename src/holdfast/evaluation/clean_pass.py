@@ -20,7 +20,6 @@ from ..queries import VOTES, logits_differ, majority_vote, prefers_channels_last
 from .costs import add_cost
 from .evaluation import MISCLASSIFIED, UNBROKEN, StageCost
 from .grid import differs_off_grid
-from .proofs import CHEAP, proved
 from .state import Columns, State, Task, attack_model
 
 PREFLIGHT = 64  # samples that are queried twice before anything else
@@ -66,8 +65,7 @@ def clean_pass(task: Task) -> State:
     if any(stage.target for stage in task.suite):  # all wrong classes are equally likely
         drawn = task.noise.fold(EvaluationStream.RANDOM_TARGET).integers(z.shape[1] - 1)
         columns.random_target = drawn + (drawn >= y)
-    certified = None if model.randomised else proved(task, all_rows(y), CHEAP)
-    columns.certified = None if certified is None else certified & clean
+    columns.expect_proofs(known=not model.randomised)
     costs = [StageCost("clean"), *(StageCost(stage.name) for stage in stages)]
     state = State(columns, costs, list(stages), **model._asdict())
     add_cost(task, state, 0, began)

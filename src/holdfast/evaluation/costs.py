@@ -12,18 +12,32 @@ from .state import State, Task
 from .suites import N_NEAREST, N_RANDOM
 
 
-def add_cost(task: Task, state: State, place: int, began: float, **counts: int) -> None:
-    """Add what was done since ``began`` to ``state.costs[place]``, and reset the model's counters."""
-    model, cost = task.model, state.costs[place]
+def add_cost(task: Task, state: State, place: int | None, began: float, **counts: int) -> None:
+    """Add what was done since ``began`` to ``state.costs[place]`` (None: ``state.branch``), and reset the counters."""
+    model, cost = task.model, state.branch if place is None else state.costs[place]
     counts |= {"forwards": model.forwards, "backwards": model.backwards, "nonfinite": int(model.nonfinite)}
     model.forwards = model.backwards = model.nonfinite = 0
     added = {name: getattr(cost, name) + count for name, count in counts.items()}
-    state.costs[place] = replace(cost, seconds=cost.seconds + time.perf_counter() - began, **added)
+    cost = replace(cost, seconds=cost.seconds + time.perf_counter() - began, **added)
+    if place is None:
+        state.branch = cost
+    else:
+        state.costs[place] = cost
 
 
 def passes_spent(state: State) -> int:
     """Forward and backward passes so far, in this process."""
-    return sum(cost.passes for cost in state.costs)
+    return sum(cost.passes for cost in (*state.costs, state.branch))
+
+
+def seconds_spent(state: State) -> float:
+    """Wall-clock seconds so far, in this process."""
+    return sum(cost.seconds for cost in (*state.costs, state.branch))
+
+
+def waits_for_branch(task: Task, state: State) -> bool:
+    """Whether branch and bound is still to have its share of the budget."""
+    return task.proofs == "branch" and not state.branched
 
 
 def affordable(task: Task, state: State, number: int, n_processes: int) -> Callable[[], float]:
@@ -37,9 +51,10 @@ def affordable(task: Task, state: State, number: int, n_processes: int) -> Calla
     each = stage.passes(state.n_classes) / stage.n_targets(state.n_classes) * state.eot_samples
 
     def limit() -> float:
-        spent, seconds = passes_spent(state), sum(cost.seconds for cost in state.costs)
+        spent, seconds = passes_spent(state), seconds_spent(state)
+        allowed = min(budget.seconds, state.until) if waits_for_branch(task, state) else budget.seconds
         passes = budget.passes / n_processes - spent
-        return min(passes, (budget.seconds - seconds) * spent / max(seconds, 1e-9)) / each
+        return min(passes, (allowed - seconds) * spent / max(seconds, 1e-9)) / each
 
     return limit
 

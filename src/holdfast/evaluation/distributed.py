@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, distributed
 
 from .evaluation import StageCost, sum_over_processes
-from .state import Columns, State, Task, add_extra_stages
+from .state import BY_BRANCH, Columns, State, Task, add_extra_stages
+
+PROOF_COLUMNS = ("certified", "proved_by", "tried", "given")
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class Processes:
 
 
 class _Results(NamedTuple):
-    """What a process sends after its part of a stage: the columns of its rows, by name."""
+    """What a process sends after its part of some work: the columns of its rows, by name, and one answer."""
 
     rows: Tensor
     columns: dict[str, Tensor]
-    budget_spent: bool
+    said: bool
 
 
 class _Resumed(NamedTuple):
@@ -62,11 +64,12 @@ class _Resumed(NamedTuple):
     chosen_for: int
     n_rest: int
     n_stages: int
+    proved: bool
 
 
 def exchange_results(task: Task, state: State, processes: Processes, rows: Tensor) -> None:
     """After a stage has run at one target: exchange results, and whether a budget is spent, with all processes."""
-    mine, columns = processes.mine(rows, task.batch_size), state.columns
+    columns = state.columns
     shared = {
         "x_adv": columns.x_adv,
         "margin_adv": columns.margin_adv,
@@ -75,34 +78,46 @@ def exchange_results(task: Task, state: State, processes: Processes, rows: Tenso
         "done": columns.done,
         **{f"attack_correct/{name}": correct for name, correct in columns.attack_correct.items()},
     }
-    sent = _Results(mine.cpu(), {name: column[mine].cpu() for name, column in shared.items()}, state.budget_spent)
-    for theirs in processes.gather(sent):
+    state.budget_spent = any(exchange(processes, shared, processes.mine(rows, task.batch_size), state.budget_spent))
+
+
+def exchange(processes: Processes, shared: dict[str, Tensor], mine: Tensor, said: bool) -> list[bool]:
+    """Give all processes this one's rows of some columns, and take theirs. Returns what each process said."""
+    sent = _Results(mine.cpu(), {name: column[mine].cpu() for name, column in shared.items()}, said)
+    received = processes.gather(sent)
+    for theirs in received:
         for name, values in theirs.columns.items():
-            shared[name][theirs.rows.to(rows.device)] = values.to(rows.device)
-        state.budget_spent |= theirs.budget_spent
+            shared[name][theirs.rows.to(mine.device)] = values.to(mine.device)
+    return [theirs.said for theirs in received]
 
 
 def synchronise(task: Task, state: State, processes: Processes) -> None:
     """When processes resume from checkpoints of different moments: each sample continues where it had come furthest."""
     tensors = state.columns.to_tensors()
     columns = {name: tensor.cpu() for name, tensor in tensors.items()}
-    received = processes.gather(_Resumed(columns, state.chosen_for, state.n_rest, len(state.stages)))
-    furthest = torch.stack([theirs.columns["done"] for theirs in received]).argmax(0)
+    received = processes.gather(_Resumed(columns, state.chosen_for, state.n_rest, len(state.stages), state.proved))
+    tensors = {name: tensor for name, tensor in tensors.items() if all(name in theirs.columns for theirs in received)}
+    # A witness of branch and bound comes after what is done.
+    came = [2 * theirs.columns["done"] + (theirs.columns["broken_by"] == BY_BRANCH) for theirs in received]
+    furthest = torch.stack(came).argmax(0)
     latest = max(received, key=lambda theirs: theirs.chosen_for)
     merged = {}
     for name, tensor in tensors.items():
         every = torch.stack([theirs.columns[name] for theirs in received])
         column = every[furthest, torch.arange(len(furthest))]
+        if name in PROOF_COLUMNS:  # what one of them has proved is proved
+            column = every.amax(0)
         if name in ("chosen", "spot_check"):  # decided for all samples at once
             column = latest.columns[name]
         merged[name] = column.to(tensor.device)
     state.columns = Columns.from_tensors(merged)
     state.chosen_for, state.n_rest = latest.chosen_for, latest.n_rest
+    state.proved = all(theirs.proved for theirs in received)
     add_extra_stages(task, state, max(theirs.n_stages for theirs in received))
 
 
-def total_costs(state: State, processes: Processes) -> list[StageCost]:
+def total_costs(costs: list[StageCost], processes: Processes) -> list[StageCost]:
     """Cost of each stage, over all processes."""
     if processes.count == 1:
-        return state.costs
-    return [sum_over_processes(parts) for parts in zip(*processes.gather(state.costs), strict=True)]
+        return costs
+    return [sum_over_processes(parts) for parts in zip(*processes.gather(costs), strict=True)]

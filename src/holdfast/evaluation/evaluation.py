@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from torch import Tensor, nn
 
 from .. import results
-from ..results import SpotCheck, notebook_counts
+from ..results import ProofCost, SpotCheck, notebook_counts
 from ..threat import Threat
 from ..witnesses import Witnesses
 
@@ -74,6 +74,9 @@ class Evaluation:
         unfinished: whether a budget ended the suite early.
         certified: bool, proved to be classified correctly at every point of the threat (never where ``clean`` is
             False); None if no bound of the network is known.
+        proved_by: int64, the method that proved the sample, counted from 1 in ``results.PROOF_METHODS``; 0 where none
+            did; None if no bound of the network is known.
+        proofs: what each method of proof did and cost; part of the cost of the clean pass.
         attack_kinds: the attacks that ran, keys of ATTACKS.
         pristine: a copy of the model as it was before it was queried, for the audit, which drops it; None for a
             function, and for a model that cannot be copied. It is never saved.
@@ -95,6 +98,8 @@ class Evaluation:
     votes: int = 1
     unfinished: bool = False
     certified: Tensor | None = None
+    proved_by: Tensor | None = None
+    proofs: tuple[ProofCost, ...] = ()
     attack_kinds: tuple[str, ...] = ()
     pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 

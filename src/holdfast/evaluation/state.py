@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -10,19 +11,34 @@ from torch import Tensor
 
 from ..attacks import ATTACKS
 from ..data import Data
+from ..errors import UserError, unknown
 from ..losses import Loss
 from ..noise import Noise
 from ..outputs import Model
 from ..progress import Progress
 from ..queries import EOT_SAMPLES, VOTES, Batches, CountingModel, EOTModel
+from ..results import ProofCost
 from ..threat import Threat
 from .budget import Budget
 from .evaluation import UNBROKEN, StageCost
 from .grid import OnGrid
 from .suites import EXTRA_ROUND, Stage, on_grid_too
 
-PROOFS = ("linear", "crown", "alpha")  # of the methods of ``bounds.certify``, the last one that is tried
+PROOFS = ("linear", "crown", "alpha", "branch")  # of the methods of ``bounds.certify``, the last one that is tried
+BY_BRANCH = -3  # value of ``Columns.broken_by``: branch and bound met an adversarial example
+BRANCH = "branch and bound"  # the stage that it is shown as
 MAX_TARGETS = 16  # more than any stage has: places reserved for a stage in ``Columns.done``
+
+
+def check_proofs(proofs: str, budget: Budget | None) -> None:
+    """Raise UserError for a method of proof that there is not, and for branch and bound without a budget of time."""
+    if proofs not in PROOFS:
+        raise unknown("proofs", str(proofs), PROOFS)
+    if proofs == "branch" and (budget is None or budget.seconds == math.inf):
+        raise UserError(
+            "branch and bound may take hours for one sample: give proofs 'branch' a budget of time, such as --budget "
+            '10min, in Python budget=Budget.parse("10min").'
+        )
 
 
 @dataclass(frozen=True)
@@ -69,13 +85,16 @@ class Columns:
     """One entry per sample, (N,) on the model's device unless stated otherwise.
 
     Args:
-        prediction, margin, clean, broken_by, margin_adv, prediction_adv, x_adv, attack_correct, certified: as in
-            ``Evaluation``.
+        prediction, margin, clean, broken_by, margin_adv, prediction_adv, x_adv, attack_correct, certified,
+            proved_by: as in ``Evaluation``.
         targets: (N, T) int64, wrong classes, likeliest first.
         done: int64, position in the sequence of (stage, target) pairs up to which the sample has been attacked.
         chosen: bool, samples of the current stage.
         spot_check: int64, 1 for the nearest samples of the spot check, 2 for its random ones, 0 for all others.
         random_target: int64, a random wrong class; None if no stage uses one.
+        tried: int64, how many methods of proof have come to their end, in the order of ``bounds.METHODS``; None where
+            no bound is known.
+        given: float64, seconds that branch and bound last had for the sample; None where no bound is known.
     """
 
     prediction: Tensor
@@ -92,12 +111,22 @@ class Columns:
     attack_correct: dict[str, Tensor]
     random_target: Tensor | None = None
     certified: Tensor | None = None
+    proved_by: Tensor | None = None
+    tried: Tensor | None = None
+    given: Tensor | None = None
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All columns under flat names, as a file stores them."""
         tensors = {f"attack_correct/{name}": correct for name, correct in self.attack_correct.items()}
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {**tensors, **{name: value for name, value in values.items() if isinstance(value, Tensor)}}
+
+    def expect_proofs(self, known: bool) -> None:
+        """Begin the columns of proofs, in which nothing is proved yet; without ``known`` there are none."""
+        self.certified = torch.zeros_like(self.clean) if known else None
+        self.proved_by = torch.zeros_like(self.done) if known else None
+        self.tried = torch.zeros_like(self.done) if known else None
+        self.given = torch.zeros_like(self.done, dtype=torch.float64) if known else None
 
     @staticmethod
     def from_tensors(tensors: dict[str, Tensor]) -> Columns:
@@ -127,6 +156,12 @@ class State:
         ended: number of stages that are finished.
         n_rest: survivors outside the 32 nearest when the spot check was drawn.
         proved: whether the survivors of the individual attacks have had their proofs.
+        cut: whether the budget ended these.
+        proofs: what each method of proof cost.
+        branch: cost of branch and bound.
+        branched: whether it has had its share of the budget, in this run.
+        bounds: seconds that the bounds before it took for one sample, the last one; 0 before the first.
+        until: seconds spent at which the share of the budget of bounds, and then of attacks, ends; infinite at first.
         budget_spent: whether the budget has ended the evaluation.
     """
 
@@ -140,6 +175,12 @@ class State:
     ended: int = 0
     n_rest: int = 0
     proved: bool = False
+    cut: bool = False
+    proofs: list[ProofCost] = field(default_factory=list)
+    branch: StageCost = field(default_factory=lambda: StageCost(BRANCH))
+    branched: bool = False
+    bounds: float = 0.0
+    until: float = math.inf
     budget_spent: bool = field(default=False)
 
     @property

@@ -21,6 +21,7 @@ from ..checks import PGD50, ROBUST, Claim, judge, merge, remaining, result_of
 from ..data import Split, pixels
 from ..environment import environment
 from ..evaluation import UNBROKEN, Evaluation
+from ..evaluation.proofs import PROVED_BY
 from ..io import save_tensors
 from ..replay import WITNESSES, WITNESSES_VERSION
 from ..results import (
@@ -36,6 +37,7 @@ from ..results import (
     proportion,
     save,
     total_cost,
+    total_proofs,
 )
 from ..threat import Threat
 from .config import DataCut
@@ -163,6 +165,9 @@ def _run(parts: list[TrainedNetwork]) -> Run:
     robust, clean, pgd50 = column("robust"), column("clean"), column("pgd50")
     stages = [total_cost([e.stages[i] for e in evaluations]) for i in range(len(evaluations[0].stages))]
     certified = None if any(e.certified is None for e in evaluations) else column("certified")
+    known = certified is not None and all(e.proved_by is not None for e in evaluations)
+    proved_by = tuple(PROVED_BY[number] for number in column("proved_by").tolist()) if known else None
+    proofs = total_proofs([cost for e in evaluations for cost in e.proofs]) if known else ()
     verdicts = _verdicts(parts, pgd50, robust, certified)
     void = verdicts["verdict"].status == "void"
     attacks = [e.attack_correct for e in evaluations]
@@ -184,12 +189,14 @@ def _run(parts: list[TrainedNetwork]) -> Run:
             seconds=round(sum(e.seconds for e in evaluations), 2),
         ),
         stages=tuple(replace(stage, seconds=round(stage.seconds, 3)) for stage in stages),
+        proofs=tuple(replace(cost, seconds=round(cost.seconds, 3)) for cost in proofs),
         samples=Samples(
             **{key: column(key) for key in ("index", "y", "prediction", "clean", "pgd50", "robust")},
             stage=column("broken_by"),
             margin=column("margin"),
             margin_adv=column("margin_adv"),
             certified=certified,
+            proved_by=proved_by,
             prediction_adv=column("prediction_adv"),
         ),
         examples=tuple(_examples(evaluations[0], parts[0].split)),

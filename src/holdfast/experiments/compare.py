@@ -148,6 +148,7 @@ def run_job(job: Job, progress: JobProgress) -> None:
             trained_with=job.loss.loss,
             s=job.loss.s,
             seed=job.seed,
+            proofs=comparison.proofs,
             cache=cache_folder(job, threat),
             key=key,
             transfer_source=transfer_source,
@@ -199,6 +200,7 @@ def _result_key(job: Job, threat: Threat, split: Split) -> str:
         trained_with=job.loss.loss,
         s=job.loss.s,
         seed=job.seed,
+        proofs=job.comparison.proofs,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import data, models, run_folder, spec
 from ..errors import UserError, unknown
+from ..evaluation import check_proofs
 from ..evaluation.suites import SUITES
 from ..importers.python_code import split_reference
 from ..information.sources import source
@@ -26,6 +27,8 @@ from . import loss_spec
 from .loss_spec import LossSpec
 
 MOST_SEEDS = 10_000  # networks per loss
+# Settings that a stored comparison names only where they are not the default: folders of before they were there resume.
+_LATER = ("proofs", "image_column", "label_column", "convert", "resize")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Comparison:
         losses: loss specs such as "isce:s=10"; one row of the table each.
         threat: "norm:eps" such as "linf:0.1", or several with commas between; adversarial training uses the first.
         suite: a key of ``SUITES``.
+        proofs: the last method of proof that is tried, as for ``evaluate``: "linear", "crown" or "alpha".
         objective: a key of ``OBJECTIVES`` with settings, such as "adversarial:steps=10".
         model: a key of ``MODELS`` with settings, or "" for the default of image size and device.
         seeds: networks per loss, 1 to 10,000.
@@ -102,6 +106,7 @@ class Comparison:
     losses: tuple[str, ...] = ("sce", "isce:s=3", "isce:s=100", "mmc", "center", "lgm", "cosface:m=0.2,scale=15")
     threat: str = "linf:0.1"
     suite: str = "standard"
+    proofs: str = "linear"
     objective: str = "standard"
     model: str = ""
     seeds: int = 1
@@ -153,6 +158,12 @@ class Comparison:
                 models.check(row.model)
         if self.suite not in SUITES:
             raise unknown("suite", self.suite, SUITES)
+        if self.proofs == "branch":
+            raise UserError(
+                "branch and bound needs a budget of time, which a comparison has not: compare with proofs 'alpha', and "
+                "evaluate single networks with --proofs branch --budget 10min."
+            )
+        check_proofs(self.proofs, None)
         if self.model:
             models.check(self.model)
         if self.eval_split not in ("test", "val"):
@@ -176,12 +187,13 @@ class Comparison:
         return {name: getattr(self, name) for name in named if getattr(self, name)}
 
     def to_json(self) -> dict[str, Any]:
-        """What identifies the comparison, as its folder keeps it; without settings of reading that are the default."""
+        """What identifies the comparison, as its folder keeps it; without later settings that are the default."""
         every = {**asdict(self), "fit": fit_to_json(self.fit)}
+        later = {f.name: f.default for f in fields(self) if f.name in _LATER}
         return {
             key: value
             for key, value in json.loads(json.dumps(every)).items()
-            if key in self.reading or key not in ("image_column", "label_column", "convert", "resize")
+            if key not in later or value != later[key]
         }
 
     def jobs(self, out: str | Path, device: str = "cpu") -> list[Job]:

@@ -18,7 +18,7 @@ from ..data import Split, pixels
 from ..data.arguments import classes_differ
 from ..data.labels import some
 from ..errors import UserError, unknown
-from ..evaluation import PROOFS, Budget, evaluate
+from ..evaluation import Budget, check_proofs, evaluate
 from ..evaluation.distributed import Processes
 from ..evaluation.suites import SUITES
 from ..importers.model_file import ModelSource, class_order, code_hash, open_model
@@ -36,6 +36,11 @@ from .config import DataCut
 from .loss_spec import LossSpec
 from .pipeline import EVALUATION_FILE, evaluate_network, note_size
 from .training import TrainSummary
+
+METHOD_NAMES = {
+    "interval": "interval", "lipschitz": "Lipschitz", "linear": "linear", "crown": "CROWN", "alpha": "alpha-CROWN",
+    "branch": "branch-and-bound",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -264,7 +269,8 @@ def why_uncertified(subject: ModelUnderTest, results: Results) -> str:
         reason = bounds.why_not(subject.model, shape) or "the model's answers vary, or its images are not float32."
         return f"certified: not measured, since {reason}"
     if not any(run.samples.certified):
-        return f"certified: none of {run.n:,} samples could be proved, by interval, Lipschitz and linear bounds."
+        *others, last = [METHOD_NAMES[cost.method] for cost in run.proofs] or ["interval", "Lipschitz", "linear"]
+        return f"certified: none of {run.n:,} samples could be proved, by {', '.join(others)} and {last} bounds."
     return ""
 
 
@@ -308,8 +314,7 @@ def evaluate_model(
     against = Threat.parse(threat)  # what cannot be read must not leave a folder behind
     if suite not in SUITES:
         raise unknown("suite", suite, SUITES)
-    if proofs not in PROOFS:
-        raise unknown("proofs", proofs, PROOFS)
+    check_proofs(proofs, budget)
     settings = {**subject.about, "threat": threat, "suite": suite, "seed": seed, "cut": subject.cut.to_json()}
     if budget:
         settings["budget"] = {name: value for name, value in asdict(budget).items() if value < math.inf}

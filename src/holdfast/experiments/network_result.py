@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import PGD50, ROBUST, Audit
 from ..evaluation import Evaluation
-from ..results import Projection, RegionMeasures, Verdict, notebook_counts, percent, proportion
+from ..results import Projection, RegionMeasures, Verdict, notebook_counts, percent, proportion, proved_text
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class NetworkResult:
             "robust": f"{'-' if void else _bound(evaluation.robust)}  {_words(robust)}",
         }
         if evaluation.certified is not None and not void:
-            figures["certified"] = _percent(evaluation.certified)
+            between = int((evaluation.robust & ~evaluation.certified).sum())
+            proved = proved_text(evaluation.proofs)
+            figures["certified"] = f"{_percent(evaluation.certified)}  {between:,} between{'; ' * bool(proved)}{proved}"
         head = f"{evaluation.threat}, {len(evaluation.y):,} samples, in percent; 95% Clopper-Pearson interval"
         return "\n".join([head, *(f"{name:<10}{figure}" for name, figure in figures.items())])
 

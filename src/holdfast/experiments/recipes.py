@@ -281,7 +281,7 @@ def resized(comparison: Comparison, **changes: object) -> Comparison:
 
     Args:
         comparison: what to change.
-        changes: seeds, limit, limit_train, model, suite or epochs; None leaves one as it is.
+        changes: seeds, limit, limit_train, model, suite, proofs or epochs; None leaves one as it is.
 
     Returns:
         The changed comparison.

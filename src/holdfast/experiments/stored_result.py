@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..checks.cache import StoredAudit, stored_audit
 from ..errors import UserError
 from ..evaluation import Evaluation, StageCost, load_x_adv
 from ..io import content_hash, load_tensors, save_tensors, understood
-from ..results import Projection, RegionMeasures, SpotCheck
+from ..results import Projection, ProofCost, RegionMeasures, SpotCheck
 from ..threat import Threat
 from .network_result import NetworkResult
 
@@ -61,6 +61,7 @@ def save_result(path: Path, checkpoint: Path, key: str, result: NetworkResult) -
             **plain,
             "threat": evaluation.threat.describe(),
             "stages": [asdict(cost) for cost in evaluation.stages],
+            "proofs": [asdict(cost) for cost in evaluation.proofs],
             "spot_check": None if spot_check is None else asdict(spot_check),
         },
         "audit": stored_audit(result.audit),
@@ -92,15 +93,16 @@ def load_result(path: Path, checkpoint: Path, key: str) -> NetworkResult | None:
     return None
 
 
-class _StoredEvaluation(TypedDict):
-    """An evaluation without its columns."""
+class _StoredEvaluation(TypedDict, total=False):
+    """An evaluation without its columns; ``proofs`` is missing where they were not counted yet."""
 
-    threat: dict[str, Any]
-    stages: tuple[StageCost, ...]
-    spot_check: SpotCheck | None
-    votes: int
-    unfinished: bool
-    attack_kinds: tuple[str, ...]
+    threat: Required[dict[str, Any]]
+    stages: Required[tuple[StageCost, ...]]
+    proofs: tuple[ProofCost, ...]
+    spot_check: Required[SpotCheck | None]
+    votes: Required[int]
+    unfinished: Required[bool]
+    attack_kinds: Required[tuple[str, ...]]
 
 
 class _About(TypedDict):

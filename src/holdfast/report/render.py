@@ -33,6 +33,7 @@ from ..results import (
     pgd50_verdict_text,
     remaining_text,
     rows,
+    seconds_text,
     status_text,
 )
 from ..user_input import typed
@@ -56,6 +57,7 @@ from .summary import (
     finding,
     frequent_confusions,
     per_class,
+    proof_table,
     region_table,
     runs_of,
     stage_totals,
@@ -178,6 +180,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "notes": caption_notes(shown),
         "certified": any_certified(shown),
         "attacks": cells(shown) if other_attacks(shown) else [],
+        "proofs": proof_table(results),
         "accuracy": inline(draw_accuracy, results, prefix + "a"),
         "sweep": inline(draw_sweeps, results, prefix + "v"),
         "stages": inline(draw_stages, results, prefix + "s"),
@@ -202,6 +205,7 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
                 "checks": [_check(c) for c in r.checks],
                 "remaining": remaining_text(r),
                 "measures": _fields(r.measures),
+                "proofs": _proofs(r),
                 "cost": _fields(r.cost),
                 "train": _fields(r.train),
             }
@@ -273,8 +277,11 @@ def _eps_notes(results: Results) -> list[tuple[str, str]]:
 
 def _certified(shown: Sequence[Row]) -> str:
     """A line where bounds were computed but prove nothing, since the table then has no column for them; else empty."""
-    tried = any(row.certified for row in shown) and not any_certified(shown)
-    return "no sample: the bounds that were computed prove none" if tried else ""
+    if not any(row.certified for row in shown) or any_certified(shown):
+        return ""
+    proofs = [cost for row in shown for cost in row.proofs]
+    took = f", in {seconds_text(sum(cost.seconds for cost in proofs))}" if proofs else ""
+    return f"no sample: the bounds that were computed prove none{took}"
 
 
 def _cost(results: Results) -> str:
@@ -292,7 +299,24 @@ def _accuracies(run: Run) -> list[tuple[str, str]]:
     attacks = {heading(name): figure for name, figure in run.attacks.items()}
     figures = {"clean": run.clean, **attacks, "certified": run.certified}
     lines = [(name, f"{percent(figure.value)}%") for name, figure in figures.items() if figure is not None]
-    return [*lines, ("robust", f"{percent(run.robust.value)}%" if run.robust else "void"), ("interval", run.interval)]
+    lines += [("robust", f"{percent(run.robust.value)}%" if run.robust else "void"), ("interval", run.interval)]
+    if run.between is not None:
+        lines.append(("neither broken nor proved", f"{run.between:,} of {run.n:,} samples"))
+    return lines
+
+
+def _proofs(run: Run) -> list[tuple[str, str]]:
+    """What each method of proof did in a run, and its time."""
+    return [
+        (
+            cost.method,
+            f"{cost.proved:,} of {cost.tried:,} proved"
+            + (f", {cost.broken:,} broken" if cost.broken else "")
+            + (f", time ran out for {cost.out_of_time:,}" if cost.out_of_time else "")
+            + f", {seconds_text(cost.seconds)}",
+        )
+        for cost in run.proofs
+    ]
 
 
 def _examples(results: Results, shown: Sequence[Row]) -> dict[str, Any]:

@@ -14,11 +14,14 @@ from ..results import (
     Row,
     Run,
     StageCost,
+    any_certified,
     holm,
     mcnemar,
     paired_t,
     percent,
+    proved_text,
     rows,
+    seconds_text,
     total_cost,
 )
 from ..user_input import typed
@@ -364,6 +367,34 @@ def _mean(values: Sequence[_Value]) -> float | None:
 def _figure(value: float | None) -> str:
     """Two significant digits, never an exponent for size."""
     return "–" if value is None else f"{value:.2g}" if abs(value) < 99.5 else f"{value:,.0f}"
+
+
+@typed
+def proof_table(results: Results) -> list[tuple[str, ...]]:
+    """What is proved, row by row; empty where no sample is certified.
+
+    Args:
+        results: the runs. Counts are of all runs of a row together.
+
+    Returns:
+        (label, certified, attacked, samples between, what proved how many, time of all proofs) as text, for each row
+        that is not void and has bounds.
+    """
+    shown = [row for row in rows(results) if row.robust is not None and row.certified is not None]
+    if not any_certified(shown):
+        return []
+    return [
+        (
+            row.label,
+            percent(row.certified.value),
+            percent(row.robust.value),
+            "–" if row.between is None else f"{row.between:,}",
+            proved_text(row.proofs) or "–",
+            seconds_text(sum(cost.seconds for cost in row.proofs)) if row.proofs else "–",
+        )
+        for row in shown
+        if row.certified is not None and row.robust is not None
+    ]
 
 
 def runs_of(results: Results, row: Row) -> list[Run]:

@@ -24,6 +24,8 @@ from .remaining import Remaining, RemainingVulnerable, SpotCheck, remaining_vuln
 from .rows import Row, rows
 from .schema import (
     CLOPPER_PEARSON,
+    OLDEST,
+    PROOF_METHODS,
     SCHEMA,
     CheckResult,
     CleanMeasures,
@@ -31,6 +33,7 @@ from .schema import (
     Example,
     Finding,
     Interval,
+    ProofCost,
     Results,
     Run,
     Samples,
@@ -39,6 +42,7 @@ from .schema import (
     Verdict,
     threat_text,
     total_cost,
+    total_proofs,
 )
 from .statistics import (
     Paired,
@@ -51,6 +55,7 @@ from .statistics import (
 from .terminal import table
 from .text import (
     any_certified,
+    bracket_text,
     caption,
     caption_notes,
     cells,
@@ -59,20 +64,23 @@ from .text import (
     other_attacks,
     percent,
     pgd50_verdict_text,
+    proved_text,
     remaining_text,
     robust_text,
+    seconds_text,
     status_text,
 )
 
 Results._repr_html_ = notebook  # type: ignore[attr-defined]
 
 __all__ = [
-    "CLOPPER_PEARSON", "FILE", "SCHEMA", "Calibration", "CalibrationBins", "CheckResult", "CleanMeasures", "Cost",
-    "DecisionGrid", "Distances", "EpsCheck", "Example", "FeatureShift", "Finding", "Interval", "Paired", "Passes",
-    "Projection", "RegionMeasures", "Reliability", "Remaining", "RemainingVulnerable", "Results", "Row", "Run",
-    "Samples", "SpotCheck", "Spread", "StageCost", "Training", "TwoSample", "TwoSamplePerClass", "Verdict",
-    "any_certified", "caption", "caption_notes", "cells", "csv", "doubts", "heading", "holm", "latex", "load",
-    "markdown", "mcnemar", "notebook", "notebook_counts", "other_attacks", "over_seeds", "paired_t", "percent",
-    "pgd50_verdict_text", "proportion", "remaining_text", "remaining_vulnerable", "robust_text", "rows",
-    "save", "status_text", "sum_remaining", "table", "threat_text", "to_json", "total_cost",
+    "CLOPPER_PEARSON", "FILE", "OLDEST", "PROOF_METHODS", "SCHEMA", "Calibration", "CalibrationBins", "CheckResult",
+    "CleanMeasures", "Cost", "DecisionGrid", "Distances", "EpsCheck", "Example", "FeatureShift", "Finding", "Interval",
+    "Paired", "Passes", "Projection", "ProofCost", "RegionMeasures", "Reliability", "Remaining", "RemainingVulnerable",
+    "Results", "Row", "Run", "Samples", "SpotCheck", "Spread", "StageCost", "Training", "TwoSample",
+    "TwoSamplePerClass", "Verdict", "any_certified", "bracket_text", "caption", "caption_notes", "cells", "csv",
+    "doubts", "heading", "holm", "latex", "load", "markdown", "mcnemar", "notebook", "notebook_counts", "other_attacks",
+    "over_seeds", "paired_t", "percent", "pgd50_verdict_text", "proportion", "proved_text", "remaining_text",
+    "remaining_vulnerable", "robust_text", "rows", "save", "seconds_text", "status_text", "sum_remaining", "table",
+    "threat_text", "to_json", "total_cost", "total_proofs",
 ]  # fmt: skip

@@ -9,8 +9,8 @@ from csv import writer as csv_writer
 from io import StringIO
 
 from ..user_input import typed
-from .rows import name_text, rows
-from .schema import Results
+from .rows import Row, name_text, rows
+from .schema import Results, total_proofs
 from .text import any_certified, cells, other_attacks
 
 
@@ -46,8 +46,9 @@ def csv(results: Results) -> str:
 
     Returns:
         The text. Columns: loss, threat; clean, pgd50, the other attacks, certified (where a sample is) and robust,
-        each with ``_low`` and ``_high``; pgd50_verdict, verdict, n, seeds, interval. A name
-        that a spreadsheet would take for a formula begins with an apostrophe.
+        each with ``_low`` and ``_high``; pgd50_verdict, verdict, n, seeds, interval. Where a sample is certified also,
+        counted over all seeds: between (samples that are neither broken nor proved), proved_METHOD for each method that
+        proved one, and proof_seconds. A name that a spreadsheet would take for a formula begins with an apostrophe.
     """
     out = StringIO()
     writer = csv_writer(out, lineterminator="\n")
@@ -59,12 +60,23 @@ def csv(results: Results) -> str:
     names = ["pgd50", *other_attacks(shown)]
     certified = ["certified"] * any_certified(shown)  # the columns of every other table
     bounds = [f"{c}{suffix}" for c in ("clean", *names, *certified, "robust") for suffix in ("", "_low", "_high")]
-    write(["loss", "threat", *bounds, "pgd50_verdict", "verdict", "n", "seeds", "interval"])
+    methods = [cost.method for cost in total_proofs([cost for r in shown for cost in r.proofs]) if cost.proved]
+    proofs = ["between", *(f"proved_{method}" for method in methods), "proof_seconds"] if certified else []
+    write(["loss", "threat", *bounds, "pgd50_verdict", "verdict", "n", "seeds", "interval", *proofs])
     for r in shown:
         every = r.clean, *map(r.attacks.get, names), *([r.certified] if certified else []), r.robust
         figures = [v for i in every for v in (dataclasses.astuple(i) if i else ("", "", ""))]
-        write([r.label, r.threat, *figures, r.pgd50_verdict, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval])
+        words = r.pgd50_verdict, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval
+        write([r.label, r.threat, *figures, *words, *(_proofs(r, methods) if certified else ())])
     return out.getvalue()
+
+
+def _proofs(row: Row, methods: Sequence[str]) -> list[object]:
+    """What lies between, what each method proved, and the seconds of all proofs; empty where it is not known."""
+    proved = {cost.method: cost.proved for cost in row.proofs}
+    counts = [proved.get(method, 0) if row.proofs else "" for method in methods]
+    seconds = sum(cost.seconds for cost in row.proofs)
+    return ["" if row.between is None else row.between, *counts, round(seconds, 3) if row.proofs else ""]
 
 
 def _no_formula(text: str) -> str:

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..io import decode, parse_json, write_atomic
 from ..user_input import path as checked_path
 from ..user_input import typed
-from .schema import SCHEMA, Results, Samples
+from .schema import OLDEST, SCHEMA, Results, Samples
 
 FILE = "results.json"
 
@@ -83,7 +83,7 @@ def load(path: str | Path) -> Results:
         path: the file, or the folder that holds ``results.json``.
 
     Returns:
-        The Results, equal to those saved.
+        The Results, equal to those saved. What an older file does not have is as in Results that were made without it.
 
     Raises:
         UserError: the file cannot be read, is damaged, or has another schema; the message names the field.
@@ -104,14 +104,14 @@ def load(path: str | Path) -> Results:
     if raw["schema"] > SCHEMA:
         newer = f"schema {raw['schema']}, this one reads {SCHEMA}. Upgrade holdfast."
         raise UserError(f"{path} was written by a newer holdfast: {newer}")
-    if raw["schema"] < SCHEMA:
+    if raw["schema"] < OLDEST:
         command = raw.get("command")
         again = f"the command recorded in it: {command}" if command else "the evaluation that wrote it."
         raise UserError(
-            f"{path} was written by holdfast with results schema {raw['schema']}; this version reads schema {SCHEMA}: "
-            f"rerun {again}"
+            f"{path} was written by holdfast with results schema {raw['schema']}; this version reads schemas {OLDEST} "
+            f"to {SCHEMA}: rerun {again}"
         )
     try:
-        return decode(Results, raw, "results")
+        return decode(Results, {**raw, "schema": SCHEMA}, "results")
     except UserError as e:
         raise UserError(f"{path}: {e}") from e

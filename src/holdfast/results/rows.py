@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import printable
 from ..user_input import typed
-from .schema import Interval, Results, Run, Verdict
+from .schema import Interval, ProofCost, Results, Run, Verdict, total_proofs
 from .statistics import over_seeds, proportion
 
 LONGEST_NAME = 400  # characters of a loss, a network or an attack in a table
@@ -41,6 +41,8 @@ class Row:
             samples, or over seeds); None where void, or without per-sample columns.
         status_seeds: how many of the merged runs have ``status``, the worst of their verdicts.
         pgd50_status_seeds: the same of ``pgd50_status``.
+        between: samples of all runs that are neither broken nor proved; None where that is not known, and when void.
+        proofs: what each method of proof did and cost in all runs; empty where that was not recorded.
     """
 
     label: str
@@ -61,6 +63,8 @@ class Row:
     pgd50_excess: Interval | None = None
     status_seeds: int = 1
     pgd50_status_seeds: int = 1
+    between: int | None = None
+    proofs: tuple[ProofCost, ...] = ()
 
     @property
     def pgd50(self) -> Interval:
@@ -132,6 +136,8 @@ def _merged(runs: Sequence[Run], members: Sequence[int]) -> Row:
         pgd50_excess=_pgd50_excess(group),
         status_seeds=status_seeds,
         pgd50_status_seeds=pgd50_status_seeds,
+        between=_sum([r.between for r in group]),
+        proofs=total_proofs([cost for r in group for cost in r.proofs]),
     )
 
 
@@ -150,6 +156,12 @@ def _mean(figures: Sequence[Interval | None]) -> Interval | None:
     """Mean over seeds; None where one of them has no value."""
     values = [figure.value for figure in figures if figure is not None]
     return over_seeds(values) if len(values) == len(figures) else None
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    """The sum over runs; None where one of them has no value."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _groups(runs: Sequence[Run]) -> list[list[int]]:

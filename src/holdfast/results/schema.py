@@ -8,11 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 from .region import Passes, Projection, RegionMeasures
 from .remaining import Remaining
 
-SCHEMA = 4
+SCHEMA = 5
+OLDEST = 4  # of the schemas that are read: what a file of it lacks is optional
+PROOF_METHODS = (
+    "interval",
+    "lipschitz",
+    "linear",
+    "crown",
+    "alpha",
+    "branch",
+)  # of proof, in the order they are tried in
 CLOPPER_PEARSON = "95% Clopper-Pearson interval over samples"
 
 
@@ -118,9 +127,11 @@ class Samples:
         margin_adv: the smallest margin found by any attack, likewise.
         certified: 1 if proved to be correct on the whole threat; None (no column) where no bound is known.
         prediction_adv: class predicted for the most adversarial image found; None (no column) where not recorded.
+        proved_by: the method that proved the sample, of PROOF_METHODS; "" where none did; None (no column) where that
+            was not recorded, or no bound is known.
 
     Raises:
-        UserError: the columns differ in length.
+        UserError: the columns differ in length, or ``proved_by`` names no method.
 
     >>> Samples([7], [3], [3], [True], [1], [0], [0], [1.23456], [float("nan")]).margin
     (1.2346,)
@@ -137,6 +148,7 @@ class Samples:
     margin_adv: tuple[float | None, ...]
     certified: tuple[int, ...] | None = None
     prediction_adv: tuple[int, ...] | None = None
+    proved_by: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -144,8 +156,12 @@ class Samples:
             if column is None and f.default is None:
                 continue
             column = column.tolist() if hasattr(column, "tolist") else column
-            plain: tuple[float | None, ...]
-            if f.name.startswith("margin"):
+            plain: tuple[float | str | None, ...]
+            if f.name == "proved_by":
+                plain = tuple(map(str, column))
+                if other := [name for name in plain if name not in ("", *PROOF_METHODS)]:
+                    raise unknown("method of proof in the column 'proved_by'", str(other[0]), PROOF_METHODS)
+            elif f.name.startswith("margin"):
                 plain = tuple(None if v is None or not math.isfinite(v) else round(float(v), 4) for v in column)
             else:
                 plain = tuple(map(int, column))
@@ -197,6 +213,57 @@ def total_cost(parts: Sequence[StageCost]) -> StageCost:
     """
     counts = [f.name for f in dataclasses.fields(StageCost) if f.name != "name"]
     return StageCost(parts[0].name, **{name: sum(getattr(part, name) for part in parts) for name in counts})
+
+
+@dataclass(frozen=True)
+class ProofCost:
+    """What one method of proof did and cost.
+
+    Attributes:
+        method: of PROOF_METHODS.
+        tried: number of samples it was tried on.
+        proved: number of these it proved.
+        seconds: wall-clock time.
+        broken: number of these for which it met an adversarial example; branch and bound alone does.
+        out_of_time: number of these for which time ran out, which may be decided with more of it.
+
+    Raises:
+        UserError: another method.
+    """
+
+    method: str
+    tried: int
+    proved: int
+    seconds: float
+    broken: int = 0
+    out_of_time: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in PROOF_METHODS:
+            raise unknown("method of proof", self.method, PROOF_METHODS)
+
+
+def total_proofs(parts: Sequence[ProofCost]) -> tuple[ProofCost, ...]:
+    """The costs of proofs added up: one entry for each method, in the order they are tried in.
+
+    Args:
+        parts: of one or several evaluations.
+
+    Returns:
+        The sums.
+
+    >>> total_proofs([ProofCost("linear", 9, 4, 1.5), ProofCost("interval", 9, 0, 0.5), ProofCost("linear", 7, 1, 0.5)])
+    ... # doctest: +NORMALIZE_WHITESPACE
+    (ProofCost(method='interval', tried=9, proved=0, seconds=0.5, broken=0, out_of_time=0),
+     ProofCost(method='linear', tried=16, proved=5, seconds=2.0, broken=0, out_of_time=0))
+    """
+    counts = [f.name for f in dataclasses.fields(ProofCost) if f.name != "method"]
+    groups = [[part for part in parts if part.method == method] for method in PROOF_METHODS]
+    return tuple(
+        ProofCost(group[0].method, **{name: sum(getattr(part, name) for part in group) for name in counts})
+        for group in groups
+        if group
+    )
 
 
 @dataclass(frozen=True)
@@ -292,6 +359,7 @@ class Run:
         measures: gradients and distances at the clean image; None without an audit, and where no sample is correct.
         cost: of all stages together; None where it was not recorded.
         stages: the attack cascade in order.
+        proofs: what each method of proof did and cost; empty where no bound is known, or this was not recorded.
         samples: per-sample columns.
         examples: pictures of broken samples.
         train: how the network was trained; None where that was not recorded.
@@ -320,6 +388,7 @@ class Run:
     measures: CleanMeasures | None = None
     cost: Cost | None = None
     stages: tuple[StageCost, ...] = ()
+    proofs: tuple[ProofCost, ...] = ()
     samples: Samples | None = None
     examples: tuple[Example, ...] = ()
     train: Training | None = None
@@ -330,6 +399,7 @@ class Run:
     def __post_init__(self) -> None:
         object.__setattr__(self, "checks", tuple(self.checks))
         object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "proofs", tuple(self.proofs))
         object.__setattr__(self, "examples", tuple(self.examples))
         if "pgd50" not in self.attacks:
             raise UserError(f"Run '{self.name}': attacks needs the key 'pgd50', got {sorted(self.attacks)}.")
@@ -350,6 +420,13 @@ class Run:
     def pgd50(self) -> Interval:
         """Accuracy under PGD-50: cross-entropy, 50 steps, one start, the last iterate."""
         return self.attacks["pgd50"]
+
+    @property
+    def between(self) -> int | None:
+        """Samples that are neither broken nor proved; None where no bound is known, without columns, and when void."""
+        if self.robust is None or self.samples is None or self.samples.certified is None:
+            return None
+        return sum(r and not c for r, c in zip(self.samples.robust, self.samples.certified, strict=True))
 
     @property
     def threat_text(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..user_input import typed
 from .rows import Row, name_text, rows
-from .schema import Interval, Results, Run
+from .schema import Interval, ProofCost, Results, Run, total_proofs
 
 TRAIN_LOSS = "pgd50-train-loss"
 SMALL_GAP = 0.01  # between PGD-50 and robust accuracy: a tight verdict needs no line of its own
@@ -167,6 +167,56 @@ def doubts(results: Results) -> list[str]:
         for run in results.runs
         if run.remaining is not None and run.remaining.unfinished
     ]
+
+
+@typed
+def proved_text(proofs: Sequence[ProofCost]) -> str:
+    """How many samples each method proved: 'lipschitz 16, linear 209'; "" where none did."""
+    return ", ".join(f"{cost.method} {cost.proved:,}" for cost in proofs if cost.proved)
+
+
+@typed
+def seconds_text(seconds: float) -> str:
+    """A time as text.
+
+    >>> seconds_text(0.04), seconds_text(119.6), seconds_text(600)
+    ('0.0 s', '120 s', '10 min')
+    """
+    if seconds >= 120:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+@typed
+def bracket_text(results: Results) -> str:
+    """What is proved and what is attacked, in one line: both ends, what lies between, by what it is proved, the cost.
+
+    Args:
+        results: the results; of several runs the samples are counted together.
+
+    Returns:
+        The line; "" where no sample is certified.
+    """
+    shown = [run for run in results.runs if run.between is not None and run.certified is not None]
+    certified = sum(sum(run.samples.certified or ()) for run in shown if run.samples is not None)
+    if not certified:
+        return ""
+    n, between = sum(run.n for run in shown), sum(run.between or 0 for run in shown)
+    lie = f"{between:,} of {n:,} samples lie{'s' * (between == 1)} between"
+    first = shown[0]
+    if len(shown) > 1 or first.certified is None or first.robust is None:
+        parts = [f"Certified {certified:,} samples of {len(shown)} runs; {lie}."]
+    elif between:
+        low, high = percent(first.certified.value), percent(first.robust.value)
+        parts = [f"Certified {low}% <= robust accuracy <= {high}% attacked: {lie}."]
+    else:
+        parts = [f"Certified = attacked = {percent(first.robust.value)}%: no sample lies between."]
+    proofs = total_proofs([cost for run in shown for cost in run.proofs])
+    if names := proved_text(proofs):
+        parts.append(f"Proved by {names}, in {seconds_text(sum(cost.seconds for cost in proofs))}.")
+    if late := sum(cost.out_of_time for cost in proofs):
+        parts.append(f"Time ran out for {late:,} of those between.")
+    return " ".join(parts)
 
 
 @typed
