@@ -133,7 +133,7 @@ def _by_lines(graph: Graph, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:
     region = Region(Box(lo, hi), (lo + hi) / 2, Threat("linf", 1.0), 0.0)  # the box alone counts
     found = forward(steps, region, rounding=False)
     rows = against(y, graph.classes, lo.dtype)
-    bounds = -least(steps, found, all_lines(steps, found), region, len(steps) - 1, rows)
+    bounds = -least(steps, found, all_lines(steps, found), region, len(steps) - 1, rows, rounding=False)
     return bounds.new_zeros(len(y), graph.classes).scatter(1, others(y, graph.classes), bounds)
 
 
