@@ -393,6 +393,8 @@ class _Ladder:
                 continue
             part, inside = take(self.found, self.region, some)
             method(some, part, inside)
+            if time.monotonic() > self.until:  # it was cut short, or would have been
+                self.ended[some.cpu()] = (self.bounds[some].amin(1) > 0).cpu()
             self.seconds[some.cpu()] += (time.monotonic() - start) / len(some)
             self.count(name, some.tolist(), start)
 
