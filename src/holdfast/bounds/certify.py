@@ -395,8 +395,9 @@ class _Ladder:
             method(some, part, inside)
             if time.monotonic() > self.until:  # it was cut short, or would have been
                 self.ended[some.cpu()] = (self.bounds[some].amin(1) > 0).cpu()
-            self.seconds[some.cpu()] += (time.monotonic() - start) / len(some)
-            self.count(name, some.tolist(), start)
+            numbers = some.tolist()
+            self.seconds[numbers] += (time.monotonic() - start) / len(some)
+            self.count(name, numbers, start)
 
     def linear(self, some: Tensor, part: Forward, inside: Region) -> None:
         """Lines over boxes."""

@@ -119,7 +119,8 @@ class AffineStep(Step):
         most = most * (1 + 1e-9) + 1e-12 * self.offset.abs()  # of which a small rise is the rest
         apart = ((row * rise).sum() - pulled).abs() > 1e-9 * (row.abs() * most).sum() + 1e-300
         above = rise.abs() > most + 1e-9 * most.amax()
-        if bool(apart | above.any()):  # infinite weights prove nothing, and pass
+        wrong, self.shifts = torch.stack([apart | above.any(), self._shifts()]).tolist()  # one wait for the device
+        if wrong:  # infinite weights prove nothing, and pass
             raise CannotBound(f"the operator {self.operation.name} is not affine as bounds read it.")
 
     @cached_property
@@ -131,7 +132,10 @@ class AffineStep(Step):
     @cached_property
     def shifts(self) -> bool:
         """Whether b is anything but zero."""
-        return bool((self.offset != 0).any())  # also where it is no number
+        return bool(self._shifts())
+
+    def _shifts(self) -> Tensor:
+        return (self.offset != 0).any()  # also where it is no number
 
     @cached_property
     def matrix(self) -> Tensor:
