@@ -131,7 +131,7 @@ def check(seed, methods):
     proved = 0
     for method in methods:
         try:
-            found = certify(net, Data(x, y, torch.arange(3)), threat, method=method, seconds=2.0)
+            found = certify(net, Data(x, y, torch.arange(3)), threat, method=method, seconds=20.0)
         except CannotBound as refusal:
             raise AssertionError(f"network {seed} is not bounded: {refusal}") from None
         assert (found.bound <= worst).all(), (seed, method, found.bound - worst)
