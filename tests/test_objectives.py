@@ -328,6 +328,18 @@ def test_interval_training_warms_up_on_clean_images_and_mixes_bounds_with_an_att
     assert float((wider - x).abs().max()) == pytest.approx(0.2, abs=1e-6)
 
 
+def test_a_clean_loss_without_weight_asks_for_no_attack_and_still_passes_the_network():
+    """A process group averages gradients after a forward pass of its own with a graph, and batch norms see images."""
+    model, (x, y, noise), threat = network("interval"), batch(), Threat("linf", 0.1)
+    objective = interval(sce, threat, kappa=0.0, ramp=0.5, steps=2)(1.0)
+    assert objective.perturb(model, x, y, noise) is x
+    seen = []
+    model.register_forward_hook(lambda module, images, out: seen.append(out.logits.requires_grad))
+    alone = interval(sce, threat, kappa=0.0)(1.0).loss(model, x, x, y)
+    assert True in seen
+    assert torch.equal(objective.loss(model, x, x, y), alone)
+
+
 def test_the_regulariser_of_interval_training_fades_as_eps_increases():
     model, (x, y, _), threat = network("interval").double(), batch(torch.float64), Threat("linf", 0.1)
     plain, regular = interval(sce, threat, ramp=1.0), interval(sce, threat, ramp=1.0, regulariser=0.8)

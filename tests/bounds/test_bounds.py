@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -365,3 +367,24 @@ def test_growth_of_boxes_and_balance_of_relus_by_hand():
     assert strict.item() == pytest.approx((1 - 1 / 3) + (1 - 0.5 / 0.9))
     growth.backward()
     assert net[1].weight.grad.isfinite().all()
+
+
+def test_a_method_that_time_cut_short_has_not_ended(monkeypatch):
+    """It came back with nothing proved and "ended": more time would have proved it."""
+    clock, slow = [0.0], []
+    certificates = importlib.import_module("holdfast.bounds.certify")  # whose name in the package is the function
+    monkeypatch.setattr(certificates, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def linear(self, some, part, inside):
+        slow.append(len(some))
+        clock[0] += 10.0
+
+    monkeypatch.setattr(certificates._Ladder, "linear", linear)
+    net = build("mlp:width=8", (1, 4, 4), 3)
+    x = torch.full((2, 1, 4, 4), 0.5)
+    data = Data(x, net.eval()(x).logits.argmax(1), torch.arange(2))
+    cut, whole = (certify(net, data, "linf:0.4", method="linear", seconds=seconds) for seconds in (5.0, 50.0))
+    assert slow == [2, 2]
+    assert not cut.proved.any()
+    assert not cut.ended.any()
+    assert whole.ended.all()

@@ -201,6 +201,8 @@ def test_it_compiles_without_a_break(name, soft):
         (lambda: ISCECLoss(mask="best"), "mask"),
         (lambda: CosFaceLoss(D, K, scale=0.0), "scale"),
         (lambda: TripletLoss(D, K, label_smoothing=0.1), "label smoothing"),
+        (lambda: CenterLoss(D, K, center_weight=-1.0), "weight"),
+        (lambda: LGMLoss(D, K, ratio=-1.0), "ratio"),
         (lambda: MMCLoss(D, 1), "classes"),
         (lambda: ISCELoss()(torch.zeros(4, 3), torch.zeros(5, dtype=torch.int64)), "belong together"),
         (lambda: ISCELoss()(torch.zeros(4, 3), torch.zeros(4, 1, dtype=torch.int64)), "belong together"),

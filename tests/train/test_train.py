@@ -1055,6 +1055,16 @@ def test_l1_drives_weights_to_zero_and_leaves_biases(split):
     assert size[1] < 0.8 * size[0]
 
 
+def test_l1_leaves_centers_where_they_belong(split):
+    far, near = network(split, head="center"), network(split, head="center")
+    config = FitConfig(epochs=2, batch_size=50, optimizer="sgd", lr=0.05, momentum=0.0)
+    before = far.head.centers.detach().clone()
+    fit_digits(split, far, config=dataclasses.replace(config, l1=0.05))
+    fit_digits(split, near, config=config)
+    assert torch.equal(far.head.centers, before)  # SCE alone gives them no gradient
+    assert torch.equal(near.head.centers, before)
+
+
 def test_an_interval_start_has_radii_that_neither_grow_nor_shrink(split):
     sizes = [64, 300, 300, 300, 300, 10]
     layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]

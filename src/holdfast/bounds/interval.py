@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import UserError, at_least, unknown
 from ..outputs import Queried, eval_mode
 from ..threat import Threat
 from ..user_input import typed
@@ -91,7 +91,18 @@ def interval_growth(
 
     Raises:
         CannotBound: as ``logit_difference_bounds`` does.
+        UserError: tolerance is not in (0, 1].
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 2, bias=False))
+    >>> _ = net[1].weight.data.fill_(4.0)      # radius 0.1 -> 0.4; the only ReLU is on, and none is off
+    >>> x, y = torch.full((1, 1, 1, 1), 0.5), torch.tensor([0])
+    >>> _, growth = interval_growth(net, x - 0.1, x + 0.1, y)
+    >>> print(f"{growth.item():.3f}")  # (1 - (1 / 4) / (1 / 2)) + 1 + 1
+    2.500
     """
+    at_least("tolerance", tolerance, above=True)
+    if tolerance > 1:
+        raise UserError(f"tolerance must lie in (0, 1], got {tolerance}.")
     before: list[tuple[Tensor, Tensor]] = []
     with _full_precision(lo.device):
         _, plan = _read(model, tuple(lo.shape[1:]), lo)

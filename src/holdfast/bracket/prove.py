@@ -24,6 +24,7 @@ from ..data import Data, pixels
 from ..data.arguments import as_data, check_logits, note_assumptions
 from ..errors import UserError, unknown
 from ..evaluation import SUITES, Stage
+from ..evaluation.proofs import LEAST_SHARE, MORE, STOPPED
 from ..evaluation.suites import stage_scores
 from ..io import load_tensors, next_save, save_tensors, understood
 from ..losses import Loss, as_loss, loss_name, negative_margin
@@ -54,8 +55,6 @@ CALLS: dict[str, tuple[tuple[str, int], ...]] = {
     "alpha": (("linear", 64), ("alpha", 16)),
     "branch": (("linear", 64), ("alpha", 16), ("branch", 1)),
 }
-LEAST_SHARE = 4.0  # times what the bounds before branch and bound cost a sample on average: the least that it gets
-MORE = 1.2  # times as much time as before is worth another try of branch and bound, which begins anew
 BETWEEN, MISCLASSIFIED, BROKEN, PROVED = range(len(FATES))
 
 
@@ -435,8 +434,7 @@ def _certify(work: _Work, state: _State, method: str, rows: Tensor, seconds: flo
     _contradictions(work, rows, bound, columns["margin_adv"][rows])
     columns["bound"][rows] = torch.maximum(columns["bound"][rows], bound)
     columns["seconds"][rows] += found.seconds.cpu()
-    # Branch and bound that stops before its time has no ReLU left to split, or no memory: more time is of no use.
-    stopped = torch.full_like(found.ended, method == "branch" and took < 0.9 * seconds, device="cpu")
+    stopped = torch.full_like(found.ended, method == "branch" and took < STOPPED * seconds, device="cpu")
     in_time = took < seconds
     columns["ended"][rows] = (stopped | (found.ended.cpu() & in_time)).long()
     if in_time or method == "branch":  # bounds that the end of the time cut short are tried again when there is more

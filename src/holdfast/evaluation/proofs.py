@@ -31,6 +31,7 @@ PART, PART_SECONDS = 16, 10.0  # samples that the stronger methods take at first
 SHARE = 0.5
 LEAST_SHARE = 4.0  # times what the bounds of the sample before took: the least time that branch and bound gets for one
 MORE = 1.2  # times as much time as before is worth another try of branch and bound, which begins anew
+STOPPED = 0.9  # of its time: what ends sooner has no ReLU left to split, or no memory, and more time is of no use
 
 
 def rank(method: str) -> int:
@@ -158,8 +159,7 @@ def _branch(task: Task, state: State, row: Tensor, seconds: float) -> None:
             x, y = pixels(task.data.x[row]), task.data.y[row]
             broken, met = judge(task, state, BY_BRANCH, row, x, y, image[None].to(x))[1], 1
             costs = tuple(replace(cost, broken=broken * (cost.method == "branch")) for cost in costs)
-        # What stops before its time has no ReLU left to split, or no memory: more time is of no use.
-        ended = found.ended | (took < 0.9 * seconds)
+        ended = found.ended | (took < STOPPED * seconds)
         keep(state, row, replace(found, ended=ended, costs=costs), "branch")
     add_cost(task, state, None, began, attacked=first, broken=broken, candidates=met)
 
@@ -179,14 +179,14 @@ def keep(state: State, rows: Tensor, found: Certified, method: str) -> None:
     columns = state.columns
     if columns.certified is None or columns.tried is None:
         return
-    proved = found.proved.to(rows.device) & columns.clean[rows]
+    by = torch.tensor([PROVED_BY.index(name) for name in found.by], dtype=torch.int64)
+    by, reached = torch.stack([by * found.proved, found.ended * rank(method)]).to(rows.device)  # in one copy
+    proved = (by > 0) & columns.clean[rows]
     columns.certified[rows] |= proved
     if columns.proved_by is not None:
-        by = torch.tensor([PROVED_BY.index(name) for name in found.by]).to(rows)
         columns.proved_by[rows] = torch.where(proved, by, columns.proved_by[rows])
     before = int(columns.tried[rows].min()) if len(rows) else 0
-    ended = torch.where(found.ended.to(rows.device), rank(method), columns.tried[rows])
-    columns.tried[rows] = torch.maximum(columns.tried[rows], ended)
+    columns.tried[rows] = torch.maximum(columns.tried[rows], reached)
     state.proofs = [*total_proofs([*state.proofs, *_without_repeats(found.costs, before, method)])]
 
 
@@ -208,7 +208,7 @@ def proof_costs(task: Task, state: State, processes: Processes) -> tuple[ProofCo
     parts = processes.gather(state.proofs) if processes.count > 1 else [state.proofs]
     waiting = int((state.open & (columns.tried < rank(task.proofs))).sum())
     last = [ProofCost(task.proofs, 0, 0, 0.0)] if waiting else []
-    counted = columns.proved_by.bincount(minlength=len(PROVED_BY)).tolist()
+    counted = columns.proved_by.cpu().bincount(minlength=len(PROVED_BY)).tolist()
     return tuple(
         replace(
             cost,

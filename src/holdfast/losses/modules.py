@@ -252,7 +252,11 @@ class CosFaceLoss(LossModule):
 
 
 class ArcFaceLoss(LossModule):
-    """ArcFace on a cosine head of its own. Arguments: features D, classes K, m, scale, and those of ISCELoss."""
+    """ArcFace on a cosine head of its own. Arguments: features D, classes K, m, scale, and those of ISCELoss.
+
+    >>> ArcFaceLoss(features=8, classes=3)(torch.randn(4, 8), torch.tensor([0, 1, 2, 0])).shape
+    torch.Size([])
+    """
 
     def __init__(self, features: int, classes: int, *, m: float = 0.5, scale: float = 64.0, **common: Any) -> None:
         head = Cosine(features, classes, scale)
@@ -260,12 +264,17 @@ class ArcFaceLoss(LossModule):
 
 
 class CenterLoss(LossModule):
-    """Center loss. Arguments: features D, classes K, center_weight of the center term, and those of ISCELoss."""
+    """Center loss. Arguments: features D, classes K, center_weight of the center term, and those of ISCELoss.
+
+    >>> criterion, h = CenterLoss(features=8, classes=3, center_weight=0.0), torch.randn(2, 8)
+    >>> y = torch.tensor([0, 1])
+    >>> bool(torch.allclose(criterion(h, y), nn.functional.cross_entropy(criterion.head(h).logits, y)))
+    True
+    """
 
     def __init__(self, features: int, classes: int, *, center_weight: float = 0.05, **common: Any) -> None:
         head = Centers(features, classes)
-        super().__init__(center, {}, head=head, features=features, **common)
-        self.settings["weight"] = center_weight
+        super().__init__(center, {"weight": center_weight}, head=head, features=features, **common)
 
 
 class LGMLoss(LossModule):
@@ -291,7 +300,12 @@ class LGMLoss(LossModule):
 
 
 class MMCLoss(LossModule):
-    """Max-Mahalanobis center loss. Arguments: features D, classes K, radius, and those of ISCELoss."""
+    """Max-Mahalanobis center loss. Arguments: features D, classes K, radius, and those of ISCELoss.
+
+    >>> criterion = MMCLoss(features=8, classes=3)
+    >>> sorted(name for name, _ in criterion.named_buffers())      # the centers are fixed, and saved with the loss
+    ['head.centers']
+    """
 
     def __init__(self, features: int, classes: int, *, radius: float = 10.0, **common: Any) -> None:
         head = MaxMahalanobis(features, classes, radius)

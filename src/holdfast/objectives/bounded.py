@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..attacks import Model
@@ -100,11 +99,13 @@ def interval(
         warm = progress < warmup
 
         def perturb(model: Model, x: Tensor, y: Tensor, noise: Noise) -> Tensor:
-            return x if attack is None or warm else attack(since, model, x, y, noise, score=score_fn)
+            if attack is None or warm or k == 0:  # a loss without weight needs no attack
+                return x
+            return attack(since, model, x, y, noise, score=score_fn)
 
         def outer(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-            with torch.set_grad_enabled(k > 0):  # without weight it only feeds the statistics of batch norms
-                beside = loss_fn(model(x_adv), y)
+            # Also without weight: batch norms see the images, and a process group averages the gradients that follow.
+            beside = loss_fn(model(x_adv), y)
             if warm:
                 return beside
             network: Any = getattr(model, "module", model)  # without the wrapper of distributed training

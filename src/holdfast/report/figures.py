@@ -27,6 +27,11 @@ from .summary import per_class, runs_of, stage_totals
 # Distinct to colour-blind eyes (Okabe and Ito). In HTML each becomes a CSS variable, for dark mode.
 INK, MUTED, RULE, PAPER = "#1b1f24", "#5b6570", "#d9dee3", "#fefefe"
 CLEAN, PGD50, CERTIFIED, ROBUST, LOST = "#6b7684", "#d98200", "#009e73", "#0072b2", "#f0b27a"
+# Accuracies as figures show them: name, colour, marker, its face.
+MEASURES = (
+    ("clean", CLEAN, "o", PAPER), ("pgd50", PGD50, "D", PGD50), ("certified", CERTIFIED, "s", CERTIFIED),
+    ("robust", ROBUST, "o", ROBUST),
+)  # fmt: skip
 _VARIABLES = {
     INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper", CLEAN: "clean", PGD50: "pgd50",
     CERTIFIED: "certified", ROBUST: "robust",
@@ -95,10 +100,8 @@ def draw_accuracy(results: Results) -> Figure:
     """Clean, PGD-50, certified and robust accuracy of each row; a broad bar spans certified to robust."""
     shown = rows(results)
     figure, ax = axes(len(shown), 0.46, 0.3)
-    markers = [("clean", CLEAN, "o", PAPER), ("pgd50", PGD50, "D", PGD50), ("robust", ROBUST, "o", ROBUST)]
     certified = any_certified(shown)
-    if certified:
-        markers.insert(2, ("certified", CERTIFIED, "s", CERTIFIED))
+    markers = [marker for marker in MEASURES if certified or marker[0] != "certified"]
     for i, row in enumerate(shown):
         at = i + 0.68
         ax.text(0, i + 0.34, short(row.label), va="center", fontweight="bold")

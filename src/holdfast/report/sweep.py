@@ -11,11 +11,10 @@ from matplotlib.lines import Line2D
 
 from ..results import Results, Row, heading, rows
 from ..user_input import typed
-from .figures import CERTIFIED, CLEAN, INK, MUTED, PGD50, ROBUST, RULE, short
+from .figures import INK, MEASURES, MUTED, RULE, short
 from .panels import panels
 
 LEAST_VALUES = 3  # of a setting: two are a comparison
-MEASURES = {"clean": (CLEAN, "o"), "pgd50": (PGD50, "D"), "certified": (CERTIFIED, "s"), "robust": (ROBUST, "o")}
 _VALUE = re.compile(r"(?<==)[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?:/\d+)?(?![\w.])")
 
 
@@ -75,10 +74,10 @@ def draw_sweeps(results: Results) -> Figure | None:
     def draw(i: int, ax: Axes) -> None:
         _draw(ax, found[i], several)
         if i == 0:
-            shown = [name for name in MEASURES if any(getattr(row, name) for s in found for _, row in s.points)]
             handles = [
-                Line2D([], [], color=MEASURES[name][0], marker=MEASURES[name][1], markersize=4, label=heading(name))
-                for name in shown
+                Line2D([], [], color=colour, marker=marker, markerfacecolor=face, markersize=4, label=heading(name))
+                for name, colour, marker, face in MEASURES
+                if any(getattr(row, name) for sweep in found for _, row in sweep.points)
             ]
             ax.figure.legend(handles=handles, ncols=len(handles), loc="outside upper left", frameon=False)
 
@@ -86,7 +85,7 @@ def draw_sweeps(results: Results) -> Figure | None:
 
 
 def _draw(ax: Axes, sweep: Sweep, several: bool) -> None:
-    for name, (colour, marker) in MEASURES.items():
+    for name, colour, marker, face in MEASURES:
         figures = [(place, getattr(row, name)) for place, (_, row) in enumerate(sweep.points)]
         known = [(place, figure) for place, figure in figures if figure is not None]
         if not known:
@@ -94,7 +93,8 @@ def _draw(ax: Axes, sweep: Sweep, several: bool) -> None:
         places = [place for place, _ in known]
         middle = [100 * figure.value for _, figure in known]
         ends = [[100 * (f.value - f.low) for _, f in known], [100 * (f.high - f.value) for _, f in known]]
-        ax.errorbar(places, middle, yerr=ends, color=colour, marker=marker, markersize=4, linewidth=1.2, elinewidth=0.9)
+        ax.errorbar(places, middle, yerr=ends, color=colour, marker=marker, markerfacecolor=face, markersize=4,
+                    linewidth=1.2, elinewidth=0.9)  # fmt: skip
     ax.set_xticks(range(len(sweep.points)), [f"{value:g}" for value, _ in sweep.points])
     ax.set_ylim(0, 100)
     ax.set_xlabel(sweep.setting)

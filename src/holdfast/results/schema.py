@@ -14,14 +14,7 @@ from .remaining import Remaining
 
 SCHEMA = 5
 OLDEST = 4  # of the schemas that are read: what a file of it lacks is optional
-PROOF_METHODS = (
-    "interval",
-    "lipschitz",
-    "linear",
-    "crown",
-    "alpha",
-    "branch",
-)  # of proof, in the order they are tried in
+PROOF_METHODS = ("interval", "lipschitz", "linear", "crown", "alpha", "branch")  # in the order they are tried in
 CLOPPER_PEARSON = "95% Clopper-Pearson interval over samples"
 
 

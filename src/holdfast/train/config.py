@@ -36,9 +36,9 @@ class FitConfig:
             units of the pixels; 0: none. It is not clipped to the box, and it is the same for x and x_adv: an inner
             attack climbs the loss of the noisy image, and its threat and all bounds are around the image without noise.
             Validation images have none.
-        l1: coefficient of the sum of absolute weights of matrices and kernels that is added to the loss, >= 0.
-        init: weights before the first step: "as built", or "interval" for training on interval bounds
-            (``initialise_for_bounds``).
+        l1: coefficient of the sum of absolute weights that is added to the loss, >= 0; of what weight_decay applies to.
+        init: weights before the first step: "default", as the model was built, or "interval", for training on interval
+            bounds (``initialise_for_bounds``).
         precise_batch_norm: statistics of batch norms are those of all training images under the epoch's last weights,
             measured after each epoch without augmentation, in place of the running ones.
         precision: "no" (float32) or "bf16" for the forward passes of training, including the inner attack's.
@@ -63,7 +63,7 @@ class FitConfig:
     flip: bool = False
     noise_sigma: float = 0.0
     l1: float = 0.0
-    init: str = "as built"
+    init: str = "default"
     precise_batch_norm: bool = False
     precision: str = "no"
     seed: int = 0
@@ -90,7 +90,7 @@ class FitConfig:
             "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             "ema": (self.ema < 1, "in [0, 1)"),
             "momentum": (self.momentum < 1, "in [0, 1)"),
-            "init": (self.init in ("as built", "interval"), "'as built' or 'interval'"),
+            "init": (self.init in ("default", "interval"), "'default' or 'interval'"),
             "precision": (self.precision in ("no", "bf16"), "'no' or 'bf16'"),
             "checkpoint": (self.checkpoint in ("last", "best"), "'last' or 'best'"),
         }

@@ -220,7 +220,7 @@ def _epoch(
                 loss = problem.loss(parallel, x, x_adv, y)
             mean = loss.sum() * world / len(batch)  # gradients are averaged over processes: this is the batch's mean
             if config.l1:
-                mean = mean + config.l1 * sum(p.abs().sum() for p in state.model.parameters() if p.ndim > 1)
+                mean = mean + config.l1 * sum(p.abs().sum() for p in _decayed(state.model))
             optimizer.zero_grad()
             mean.backward()  # bf16 needs no loss scaling
         optimizer.step()
@@ -261,13 +261,21 @@ def _update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
             ema[name].copy_(tensor)
 
 
+def _decayed(model: nn.Module) -> list[Tensor]:
+    """The weights of matrices and kernels, which decay; not biases, norms, centers and variances."""
+    return [
+        p
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.ndim > 1 and not name.endswith(("centers", "log_variances"))
+    ]
+
+
 def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    """Weight decay on matrices and kernels; none on biases, norms, centers and variances."""
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    undecayed = {name for name, p in parameters if p.ndim < 2 or name.endswith(("centers", "log_variances"))}
+    decayed = _decayed(model)
+    kept = set(map(id, decayed))
     groups = [
-        {"params": [p for name, p in parameters if name not in undecayed], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in parameters if name in undecayed], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in kept], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adam":
