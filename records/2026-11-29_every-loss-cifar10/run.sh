@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The runs of this record. From the repository's root: bash records/2026-11-29_every-loss-cifar10/run.sh STAGE [OUT]
 # STAGE: standard, at8 or at2; or confirm-standard, confirm-at8, confirm-at2 with the rows as ROWS=sce,isce_c (fresh
-# seeds 10 to 17). Every stage resumes where it was stopped.
+# seeds 10 to 17). SEEDS=1 runs seed 0 alone. Every stage resumes where it was stopped.
 set -euo pipefail
 stage=$1 out=${2:-out/every-loss-cifar10}
 export OMP_NUM_THREADS=1
 
 rows=sce,isce_c,isce:s=3,isce:s=10,isce:s=100,isce_b:tau=10,sce:temperature=10,sce:smoothing=0.1,isce_c:clip=false
 rows+=,isce_c:mask=true,isce_c:m=0,center,lgm,mmc,cosface:m=0.2,scale=15,contrastive,triplet
-seeds=(--seeds 3)
+seeds=(--seeds "${SEEDS:-3}")
 [[ $stage == confirm-* ]] && rows=$ROWS seeds=(--first-seed 10 --seeds 8)
 case ${stage#confirm-} in
 standard) what=(--threat linf:0.25/255,linf:1/255,linf:2/255,linf:8/255) ;;
