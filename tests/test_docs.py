@@ -11,10 +11,12 @@ one that exists.
 
 from __future__ import annotations
 
+import ast
 import functools
 import html
 import importlib
 import inspect
+import json
 import os
 import re
 import runpy
@@ -36,9 +38,10 @@ from holdfast.evaluation import suites
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(path for path in DOCS.rglob("*.md") if "api" not in path.parts)
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "api" not in path.relative_to(DOCS).parts)
 PAPERS = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 FREE = {"tight", "loose", "refuted", "void"}  # words that may change with a machine's rounding
 INTERNAL = {
     "__main__", "cli", "environment", "io", "outputs", "process_pool", "queries", "spec", "straight_through",
@@ -244,6 +247,23 @@ def test_an_example_runs(script, clean_room, capsys):
     assert len(script.read_text().splitlines()) < 60
     runpy.run_path(str(script), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_runs(notebook, clean_room):
+    """Cell by cell, as a kernel does; the last value of a cell shows itself."""
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    names, shown = {}, []
+    for cell in cells:
+        *statements, last = ast.parse("".join(cell["source"])).body
+        exec(compile(ast.Module(statements, []), str(notebook), "exec"), names)
+        if isinstance(last, ast.Expr):
+            shown.append(eval(compile(ast.Expression(last.value), str(notebook), "eval"), names))
+        else:
+            exec(compile(ast.Module([last], []), str(notebook), "exec"), names)
+    assert sum(hasattr(value, "_repr_html_") for value in shown) >= 3
+    assert any(hasattr(value, "savefig") for value in shown)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import data, losses, models, objectives
     from .checks import audit
+    from .cli.display import Display
     from .evaluation import evaluate
     from .experiments.compare import compare
     from .experiments.config import Comparison
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Comparison", "FitConfig", "NetworkResult", "Threat", "__version__", "audit", "compare", "data", "evaluate",
-    "evaluate_network", "fit", "load_results", "losses", "models", "objectives",
+    "Comparison", "Display", "FitConfig", "NetworkResult", "Threat", "__version__", "audit", "compare", "data",
+    "evaluate", "evaluate_network", "fit", "load_results", "losses", "models", "objectives",
 ]  # fmt: skip
 
 # name -> (module, name in it); imported on first use, so that ``import holdfast`` stays fast and needs no torch.
 _LAZY = {
     "Comparison": ("experiments.config", "Comparison"),
+    "Display": ("cli.display", "Display"),
     "FitConfig": ("train", "FitConfig"),
     "NetworkResult": ("experiments.pipeline", "NetworkResult"),
     "Threat": ("threat", "Threat"),

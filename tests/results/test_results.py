@@ -692,3 +692,12 @@ def test_no_cell_of_the_csv_is_a_formula_and_numbers_stay_numbers():
     for line in lines[1:]:
         assert float(line[2]) == pytest.approx(0.97)
     assert not [cell for line in lines for cell in line if cell.strip().startswith(("=", "+", "@"))]
+
+
+def test_a_frame_has_the_rows_and_figures_of_the_table():
+    results = make_results()
+    frame, shown = results.frame(), R.rows(results)
+    assert frame.loss.tolist() == [row.label for row in shown]
+    assert frame.clean.tolist() == [row.clean.value for row in shown]
+    assert frame.robust.isna().tolist() == [row.robust is None for row in shown]
+    assert frame.verdict.tolist() == [row.verdict or np.nan for row in shown]

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data import Data
-from ..data.arguments import as_data
+from ..data.arguments import AnyData, as_data
 from ..noise import Noise
 from ..outputs import Model, frozen_eval
 from ..progress import Progress, as_progress
@@ -124,7 +123,7 @@ class Smoothed:
 @typed
 def certify_smoothed(
     model: Model,
-    data: Data,
+    data: AnyData,
     sigma: float,
     *,
     n: int = 10_000,
@@ -148,7 +147,7 @@ def certify_smoothed(
 
     Args:
         model: Images to logits or Outputs. A noisy image with a logit that is not finite votes for no class.
-        data: Samples in [0, 1], uint8 or float.
+        data: The samples, uint8 or float in [0, 1]: Data, (x, y), a DataLoader, a data set or its name.
         sigma: Standard deviation of the noise, in units of pixels in [0, 1].
         n: Votes per sample that bound the probability.
         n0: Votes per sample that select the class.
@@ -170,6 +169,7 @@ def certify_smoothed(
     Source: Cohen, Rosenfeld and Kolter 2019.
 
     >>> net = lambda x: torch.cat([x.flatten(1) - 0.5, 0.5 - x.flatten(1)], 1)       # class 0 above 0.5
+    >>> from holdfast.data import Data
     >>> data = Data(torch.tensor([1.0, 0.5]).view(2, 1, 1, 1), torch.tensor([0, 0]), torch.arange(2), ("0", "1"), "it")
     >>> found = certify_smoothed(net, data, 0.125, n=1000)                           # the first is 4 sigma away
     >>> found.prediction.tolist(), found.votes[0].item(), [round(float(r), 3) for r in found.radius]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attacks import pgd
 from ..bounds import CannotBound, worst_logit_difference
 from ..data import Data, pixels
-from ..data.arguments import as_data, check_logits, note_assumptions
+from ..data.arguments import AnyData, as_data, check_logits, note_assumptions
 from ..errors import UserError, at_least
 from ..io import load_tensors, save_tensors, understood
 from ..losses import negative_margin
@@ -34,7 +34,7 @@ RESTARTS = 10  # of the attack on the largest difference; each single difference
 @typed
 def bracket(
     model: Model,
-    data: Data,
+    data: AnyData,
     threat: Threat | str,
     *,
     seconds: float = 10.0,
@@ -58,7 +58,7 @@ def bracket(
 
     Args:
         model: Images to logits or Outputs, deterministic.
-        data: At least one sample.
+        data: At least one sample: Data, (x, y), a DataLoader, a data set or its name.
         threat: Of any norm, or its text.
         seconds: The time limit per sample for the exact answer, >= 0; 0 for none. A sample that is not solved in time
             has s* in [s_low, s_high].

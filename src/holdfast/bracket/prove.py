@@ -21,7 +21,7 @@ from .. import __version__
 from ..attacks import ATTACKS
 from ..bounds import METHODS, CannotBound, certify
 from ..data import Data, pixels
-from ..data.arguments import as_data, check_logits, note_assumptions
+from ..data.arguments import AnyData, as_data, check_logits, note_assumptions
 from ..errors import UserError, unknown
 from ..evaluation import SUITES, Stage
 from ..evaluation.proofs import LEAST_SHARE, MORE, STOPPED
@@ -61,7 +61,7 @@ BETWEEN, MISCLASSIFIED, BROKEN, PROVED = range(len(FATES))
 @typed
 def bracket_accuracy(
     model: Model,
-    data: Data,
+    data: AnyData,
     threat: Threat | str,
     *,
     method: str = "branch",
@@ -79,7 +79,8 @@ def bracket_accuracy(
 
     Args:
         model: images to logits or Outputs, deterministic. A network that no bound is known for is attacked alone.
-        data: at least one sample; uint8, or float in the threat's box.
+        data: at least one sample; uint8, or float in the threat's box: Data, (x, y), a DataLoader, a data set or its
+            name.
         threat: of any norm, or its text, such as "linf:2/255".
         method: the last method of ``bounds.METHODS`` that is tried on what is left.
         seconds: wall-clock time for all samples, that of interrupted runs included; shared out evenly among those that

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from .. import results
 from ..attacks.base import frozen_eval
-from ..data import Data
-from ..data.arguments import as_data
+from ..data.arguments import AnyData, as_data
 from ..errors import UserError, type_of, unknown
 from ..evaluation import Evaluation, StageCost, add_witnesses
 from ..losses import Loss, as_loss
@@ -200,7 +199,7 @@ def remaining(audits: Sequence[Audit]) -> Remaining:
 
 def audit(
     model: Model,
-    data: Data,
+    data: AnyData,
     evaluation: Evaluation,
     *,
     trained_with: Loss | str | None = None,
@@ -213,7 +212,7 @@ def audit(
 
     Args:
         model: the evaluated model.
-        data: the evaluated samples, in the same order.
+        data: the evaluated samples, in the same order; of any kind that ``evaluate`` takes.
         evaluation: of that model on these samples.
         trained_with: the loss the network was trained with, or its name, as given to ``evaluate``.
         transfer_source: (N, C, H, W), adversarial images of an SCE network for the same samples, for the transfer

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 
 from ..errors import plain
-from ..progress import EXPECTED, NETWORK_DONE
+from ..progress import EXPECTED, NETWORK_DONE, Progress
 
 FIRST, EVERY = 10.0, 60.0  # seconds until the first line of progress in a log, and between lines
 CELL = 1.0  # seconds between updates of the line in a notebook
@@ -141,7 +142,8 @@ def short(name: str, most: int = 20) -> str:
 class Display:
     """Shows progress: bars on a terminal, one line that is updated in a notebook, occasional lines in a log.
 
-    ``with Display(networks=n) as display: compare(..., progress=display.progress)``
+    ``with Display(networks=n) as display: compare(..., progress=display.progress)``, or for a single network
+    ``evaluate(..., progress=display.of("mine"))``.
     """
 
     def __init__(self, quiet: bool = False, networks: int = 1) -> None:
@@ -202,6 +204,10 @@ class Display:
             self.bars.update(self.tasks[job], description=f"{short(job)} · {what}", completed=done, total=total)
         elif not self.quiet:
             self._line(job, what, done, total)
+
+    def of(self, job: str) -> Progress:
+        """The callback of one network or of one call: a ``Progress``, such as ``evaluate`` and ``fit`` take."""
+        return partial(self.progress, job)
 
     def _line(self, job: str, what: str, done: int, total: int) -> None:
         now = time.monotonic()

@@ -14,35 +14,40 @@ from ..errors import UserError, type_of
 from ..outputs import tensor_fault
 from ..user_input import of_type
 from .arrays import assumptions
-from .dataset import Data, DataWarning, Split
+from .collected import collect
+from .dataset import Data, DataWarning
 from .labels import count, some
 
+AnyData = Any  # what ``as_data`` takes
 CHANCE = 0.01  # of the classes that a network has and the labels do not, all missing from a random selection
 
 
-def as_data(data: Any, name: str = "data") -> Data:
+def as_data(data: Any, name: str = "data", which: str = "test") -> Data:
     """The samples that an argument is: plain tensors, labels and numbers as int64.
 
     Args:
-        data: what a caller gave.
+        data: Data, a Split, what ``load`` takes, (x, y), or a DataLoader, a torch or a Hugging Face data set that
+            neither shuffles nor augments; the last three are read into memory.
         name: the argument's name, for errors.
+        which: "train", "val" or "test": the part that is meant of a Split, and of what ``load`` takes.
 
     Returns:
         The Data; itself where nothing had to be converted.
 
     Raises:
-        UserError: no Data (the message says how to make one), tensors of different lengths, images that are neither
-            uint8 nor float, labels that are not integers or beyond the classes, or tensors that are not dense.
+        UserError: none of these (the message says how to make Data), tensors of different lengths, images that are
+            neither uint8 nor float, labels that are not integers or beyond the classes, or tensors that are not dense.
 
+    >>> len(as_data("digits")), len(as_data((torch.zeros(3, 1, 2, 2), [0, 1, 1])))
+    (360, 3)
     >>> as_data(Data(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1], dtype=torch.int32), torch.arange(2))).y.dtype
     torch.int64
     """
-    if isinstance(data, Split):
-        raise UserError(f"{name} must be the samples of one part of '{data.name}': pass its .test, .val or .train.")
+    data = collect(data, name, which)
     if not isinstance(data, Data):
         raise UserError(
-            f"{name} must be Data, got {type_of(data)}: holdfast.data.from_arrays(x, y, whole=True).test makes it from "
-            "images and labels."
+            f"{name} must be Data, (x, y), a DataLoader, a data set or its name, got {type_of(data)}: "
+            "holdfast.data.from_arrays(x, y, whole=True).test makes Data from images and labels."
         )
     parts = {"x": data.x, "y": data.y, "index": data.index}
     for key, part in parts.items():

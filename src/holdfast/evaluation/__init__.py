@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..attacks import ATTACKS
-from ..data import Data
-from ..data.arguments import as_data, note_assumptions
+from ..data.arguments import AnyData, as_data, note_assumptions
 from ..errors import UserError, type_of
 from ..losses import Loss, as_loss
 from ..noise import Noise
@@ -49,7 +48,7 @@ __all__ = [
 
 def evaluate(
     model: Model,
-    data: Data,
+    data: AnyData,
     threat: Threat | str,
     suite: str | Sequence[Stage] = "standard",
     *,
@@ -80,7 +79,7 @@ def evaluate(
 
     Args:
         model: maps images in the threat's box to logits or Outputs.
-        data: the samples, uint8 or float in [0, 1].
+        data: the samples, uint8 or float in [0, 1]: Data, (x, y), a DataLoader, a data set or its name.
         threat: the threat model, or its text, such as "linf:8/255".
         suite: a key of SUITES, or stages. Stages whose attack is not defined for the threat's norm are skipped.
         trained_with: the loss the network was trained with, or its name: "matched" stages derive their score from it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -10,6 +11,9 @@ from .. import results
 from ..results import ProofCost, SpotCheck, notebook_counts
 from ..threat import Threat
 from ..witnesses import Witnesses
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Values of ``Evaluation.broken_by`` besides the number of a stage.
 UNBROKEN = -1  # correctly classified, and no attack broke it
@@ -127,6 +131,28 @@ class Evaluation:
     def seconds(self) -> float:
         """Wall-clock time of all stages."""
         return sum(stage.seconds for stage in self.stages)
+
+    def frame(self) -> pd.DataFrame:
+        """One line for each sample, as a pandas frame.
+
+        Returns:
+            Columns index, y, prediction, margin, clean; whether each attack on its own left it correct; robust;
+            broken_by, the name of the stage, "" for none; margin_adv, prediction_adv; and where bounds are known,
+            certified and proved_by, the name of the method.
+        """
+        import pandas as pd  # here, since it takes half a second
+
+        stage = [self.stages[k].name if k >= 0 else "" for k in self.broken_by.tolist()]
+        columns: dict[str, Any] = {
+            **{name: getattr(self, name).numpy() for name in ("index", "y", "prediction", "margin", "clean")},
+            **{name: correct.numpy() for name, correct in self.attack_correct.items()},
+            "robust": self.robust.numpy(), "broken_by": stage,
+            **{name: getattr(self, name).numpy() for name in ("margin_adv", "prediction_adv")},
+        }  # fmt: skip
+        if self.certified is not None and self.proved_by is not None:
+            methods = ("", *results.PROOF_METHODS)
+            columns |= {"certified": self.certified.numpy(), "proved_by": [methods[k] for k in self.proved_by.tolist()]}
+        return pd.DataFrame(columns)
 
     def _repr_html_(self) -> str:
         """The evaluation as shown in a notebook."""

@@ -23,6 +23,7 @@ from .. import __version__, region, run_folder
 from ..checks import Audit, audit, identity_of_checks, with_later_witnesses
 from ..checks.cache import load_audit, save_audit
 from ..data import Data, DataWarning, pixels
+from ..data.arguments import AnyData, as_data
 from ..errors import UserError
 from ..evaluation import Budget, Evaluation, Stage, StageCost, add_witnesses, evaluate
 from ..evaluation.checkpoint import CleanAnswers, load_clean_answers
@@ -49,7 +50,7 @@ LARGE = 1e9  # bytes in a folder of results, from which on their number is said 
 @typed
 def evaluate_network(
     model: Model,
-    data: Data,
+    data: AnyData,
     threat: Threat | str,
     suite: str | Sequence[Stage] = "standard",
     *,
@@ -74,7 +75,7 @@ def evaluate_network(
 
     Args:
         model: images in the threat's box to logits or Outputs.
-        data: the samples, uint8 or float in [0, 1].
+        data: the samples, uint8 or float in [0, 1]: Data, (x, y), a DataLoader, a data set or its name.
         threat: what the adversary may do, or its text, such as "linf:8/255".
         suite: a key of ``SUITES``, or stages.
         trained_with: the loss the network was trained with, or its name; default SCE. Attacks also maximise its score.
@@ -96,6 +97,7 @@ def evaluate_network(
         UserError: as ``evaluate`` and ``audit`` do; and for a cache that belongs to other data or weights.
     """
     report, threat, trained_with = as_progress(progress), as_threat(threat), as_loss(trained_with)
+    data = as_data(data)
     cache = None if cache is None else Path(cache)
     if cache is not None and not key:
         if not isinstance(model, nn.Module):

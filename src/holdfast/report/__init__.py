@@ -21,7 +21,7 @@ from .figures import (
     write_figure,
 )
 from .panels import draw_eps
-from .render import figures, identity, merged, render
+from .render import figure, figures, identity, merged, render
 from .summary import (
     ClassAccuracy,
     EpsCurve,
@@ -39,6 +39,6 @@ from .summary import (
 __all__ = [
     "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PGD50", "ROBUST", "RULE",
     "WIDTH", "ClassAccuracy", "EpsCurve", "PerClass", "RegionTable", "RowDifference", "axes",
-    "compare_rows", "confusion", "draw_eps", "eps_curves", "figures", "finding", "identity", "merged", "per_class",
-    "percent_axis", "region_table", "render", "style", "write_figure",
+    "compare_rows", "confusion", "draw_eps", "eps_curves", "figure", "figures", "finding", "identity", "merged",
+    "per_class", "percent_axis", "region_table", "render", "style", "write_figure",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from ..errors import UserError, plain, printable
+from ..errors import UserError, plain, printable, unknown
 from ..io import write_atomic
 from ..results import (
     CheckResult,
@@ -118,6 +118,26 @@ TABLES = {"csv": csv, "tex": latex, "md": markdown}
 
 
 @typed
+def figure(results: Results, kind: str = "accuracy") -> Figure | None:
+    """One figure of the report, to be shown in a notebook or changed.
+
+    Args:
+        results: of one data set.
+        kind: "accuracy", "stages", "margins", "classes", "confusion", "eps", "features" or "sweep".
+
+    Returns:
+        A matplotlib figure; None where the results do not hold what it shows.
+
+    Raises:
+        UserError: another kind.
+    """
+    if kind not in FIGURES:
+        raise unknown("figure", kind, FIGURES)
+    with style():
+        return FIGURES[kind](results) if results.runs else None
+
+
+@typed
 def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[Path]:
     """Write each figure that the data allow as SVG (text stays text) and PNG, and the table as CSV, LaTeX and Markdown.
 
@@ -136,11 +156,10 @@ def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[
     for i, part in enumerate(parts):
         name = re.sub(r"\W+", "-", str(part.data.get("name", "data"))).strip("-")
         folder = Path(dir) if len(parts) == 1 else Path(dir) / f"{i + 1}-{name}"
-        for kind, draw in FIGURES.items():
-            with style():
-                figure = draw(part) if part.runs else None
-            if figure is not None:
-                written += write_figure(figure, folder, kind)
+        for kind in FIGURES:
+            drawn = figure(part, kind)
+            if drawn is not None:
+                written += write_figure(drawn, folder, kind)
         if part.runs:
             written += [write_atomic(folder / f"table.{end}", text(part)) for end, text in TABLES.items()]
     return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .export import csv, latex, markdown
+from .frame import frame
 from .json import FILE, load, save, to_json
 from .notebook import notebook, notebook_counts
 from .region import (
@@ -72,6 +73,7 @@ from .text import (
 )
 
 Results._repr_html_ = notebook  # type: ignore[attr-defined]
+Results.frame = frame  # type: ignore[attr-defined]
 
 __all__ = [
     "CLOPPER_PEARSON", "FILE", "OLDEST", "PROOF_METHODS", "SCHEMA", "Calibration", "CalibrationBins", "CheckResult",
@@ -79,8 +81,9 @@ __all__ = [
     "Paired", "Passes", "Projection", "ProofCost", "RegionMeasures", "Reliability", "Remaining", "RemainingVulnerable",
     "Results", "Row", "Run", "Samples", "SpotCheck", "Spread", "StageCost", "Training", "TwoSample",
     "TwoSamplePerClass", "Verdict", "any_certified", "bracket_text", "caption", "caption_notes", "cells", "csv",
-    "doubts", "heading", "holm", "latex", "load", "markdown", "mcnemar", "notebook", "notebook_counts", "other_attacks",
-    "over_seeds", "paired_t", "percent", "pgd50_verdict_text", "proportion", "proved_text", "remaining_text",
+    "doubts", "frame", "heading", "holm", "latex", "load", "markdown", "mcnemar", "notebook",
+    "notebook_counts", "other_attacks", "over_seeds", "paired_t", "percent",
+    "pgd50_verdict_text", "proportion", "proved_text", "remaining_text",
     "remaining_vulnerable", "robust_text", "rows", "save", "seconds_text", "status_text", "sum_remaining", "table",
     "threat_text", "to_json", "total_cost", "total_proofs",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ from ..bounds.votes import (
     settings_of,
 )
 from ..data import Data, pixels
-from ..data.arguments import as_data
+from ..data.arguments import AnyData, as_data
 from ..errors import UserError, type_of
 from ..io import content_hash
 from ..losses import negative_log_odds, negative_margin
@@ -96,7 +96,7 @@ def smoothadv(model: ExpectedModel, x: Tensor, y: Tensor, threat: Threat, *, noi
 @typed
 def smooth(
     model: Model,
-    data: Data,
+    data: AnyData,
     sigma: float,
     radii: Any = (),
     *,

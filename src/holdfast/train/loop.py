@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ..data import Data, augment, pixels
+from ..data.arguments import AnyData
 from ..noise import Noise, TrainingStream
 from ..objectives import Schedule
 from ..progress import Progress, as_progress
@@ -31,8 +32,8 @@ from .validation import averaged_weights, check_arguments, check_finite, check_t
 
 def fit(
     model: nn.Module,
-    train: Data,
-    val: Data,
+    train: AnyData,
+    val: AnyData,
     objective: Schedule,
     config: FitConfig,
     *,
@@ -55,7 +56,8 @@ def fit(
 
     Args:
         model: images to Outputs.
-        train: training images; test data has no way in here.
+        train: training images: Data, (x, y), a DataLoader that does not shuffle, a data set or its name, of which the
+            training part is taken; test data has no way in here.
         val: validation images; may be empty.
         objective: the min-max problem, as a function of training progress in [0, 1).
         config: hyperparameters.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attacks import pgd
 from ..data import Data, augment, pixels
-from ..data.arguments import as_data, note_assumptions
+from ..data.arguments import AnyData, as_data, note_assumptions
 from ..errors import UserError, type_of
 from ..losses import negative_margin
 from ..noise import Noise
@@ -129,8 +129,8 @@ def averaged_weights(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[N
 
 
 def check_arguments(
-    train: Data,
-    val: Data,
+    train: AnyData,
+    val: AnyData,
     objective: Schedule,
     config: FitConfig,
     val_threat: Threat | str | None,
@@ -162,7 +162,7 @@ def check_arguments(
     threat = None if val_threat is None else as_threat(val_threat)
     if threat is not None:
         check_eps(threat)
-    train, val = as_data(train, "train"), as_data(val, "val")
+    train, val = as_data(train, "train", "train"), as_data(val, "val", "val")
     augment(train.x[:1], torch.Generator(), pad=config.pad, flip=False)  # refuses a pad that does not fit
     note_assumptions(train, "train")
     return train, val, threat, None if out is None else path("out", out)
