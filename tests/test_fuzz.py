@@ -206,7 +206,7 @@ FITTING = {  # values that lead further in than a random word
 FIRST = {
     "recipe": "digits mnist losses nothing", "evaluate": "run mine.py:build nowhere", "explain": "run mine.py:build",
     "bracket": "run mine.py:build", "curves": "run stored", "report": "stored run/evaluation table",
-    "replay": "run/evaluation stored",
+    "replay": "run/evaluation stored", "export": "run nowhere",
 }  # fmt: skip
 SMALL = {
     "train": "--limit-train 40 --device cpu --model linear", "evaluate": "--limit 4 --suite tiny --device cpu",

@@ -176,7 +176,7 @@ def test_files_of_somebody_else_are_not_overwritten(holdfast_, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("command", ["evaluate", "explain", "bracket", "curves", "report", "replay"])
+@pytest.mark.parametrize("command", ["evaluate", "export", "explain", "bracket", "curves", "report", "replay"])
 @pytest.mark.parametrize(
     ("word", "why"), [("", "is empty"), ("/", "the root"), ("pipe", "a pipe"), (LONG, "characters")]
 )

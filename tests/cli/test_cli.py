@@ -33,7 +33,19 @@ from holdfast.models.heads import HEADS
 from holdfast.objectives import OBJECTIVES
 from holdfast.train import FitConfig
 
-COMMANDS = ("compare", "recipe", "train", "evaluate", "explain", "bracket", "curves", "report", "replay", "list")
+COMMANDS = (
+    "compare",
+    "recipe",
+    "train",
+    "evaluate",
+    "export",
+    "explain",
+    "bracket",
+    "curves",
+    "report",
+    "replay",
+    "list",
+)
 SMALL = ("--epochs", "2", "--batch-size", "32", "--suite", "tiny", "--device", "cpu")
 TINY_SUITE = (Stage("apgd", "apgd", settings={"steps": 3}),)
 

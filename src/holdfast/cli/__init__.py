@@ -5,7 +5,7 @@ from __future__ import annotations
 # Importing a command's file registers it; --help lists commands in this order.
 # isort: off
 from . import compare, recipe  # noqa: F401
-from . import train, evaluate  # noqa: F401
+from . import train, evaluate, export  # noqa: F401
 from . import explain, bracket, smooth, curves, report, replay, list_names  # noqa: F401
 from .app import app, main
 
