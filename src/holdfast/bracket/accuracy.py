@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..results import Interval, percent, proportion
+from ..results import CLOPPER_PEARSON, Interval, Row, percent, proportion, threat_text
 from ..threat import Threat
 
 FATES = ("between", "misclassified", "broken", "proved")  # of a sample; a file holds their numbers
@@ -180,6 +180,24 @@ def sentence(found: AccuracyBracket) -> str:
             "in a fresh forward pass, and do not count."
         )
     return " ".join(parts)
+
+
+def row(found: AccuracyBracket, name: str) -> Row:
+    """A bracket as a row of results: clean, certified, and as robust what nothing broke; without a verdict.
+
+    Args:
+        found: the result of ``bracket_accuracy``.
+        name: what the network is called.
+
+    Returns:
+        The row.
+    """
+    right = len(found) - found.counts["misclassified"]
+    return Row(
+        label=name, loss=name, threat=threat_text(found.threat.describe()), clean=proportion(right, len(found)),
+        attacks={}, robust=found.attacked, status="", verdict="", n=len(found), seeds=(None,), interval=CLOPPER_PEARSON,
+        runs=(0,), certified=found.certified, between=found.counts["between"],
+    )  # fmt: skip
 
 
 def table(found: AccuracyBracket) -> str:

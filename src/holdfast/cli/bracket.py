@@ -15,10 +15,11 @@ from .app import app, exits
 from .common import best_device, print_json, say_files
 from .display import Display, aside, errors, screen
 from .evaluate import default_folder, subject_of
+from .gate import THREE, apply_gate, check_bounds, check_names, read_gate
 from .options import NETWORK, option
 from .output_files import own_folder, write_files
 
-EXITS = exits("sat", zero="success, with --vnnlib unsat", three="timeout or unknown")
+EXITS = exits("sat", zero="success, with --vnnlib unsat", three=f"{THREE}; with --vnnlib timeout or unknown")
 STATUS = {"unsat": 0, "sat": 1, "timeout": 3, "unknown": 3}
 # Which options each way of the command takes, beside those that all of them do.
 DATA = {
@@ -29,7 +30,7 @@ ALL = {"run", "seed", "out", "quiet", "as_json"}
 WAYS = {
     "vnnlib": ALL | {"vnnlib", "budget"},
     "margins": ALL | DATA | {"margins", "seconds"},
-    "": ALL | DATA | {"method", "budget"},
+    "": ALL | DATA | {"method", "budget", "require", "junit"},
 }
 
 
@@ -78,6 +79,8 @@ def bracket(
     run_code: o.RunCode = False,
     output: o.ModelOutput = "",
     classes: o.ModelClasses = "",
+    require: o.Require = None,
+    junit: o.Junit = None,
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -98,8 +101,11 @@ def bracket(
     small fully connected ReLU network). Writes bracket.json, .svg and .png.
     """
     given = dict(locals())
+    from ..experiments.evaluate_model import why_unbounded
+
     way = "vnnlib" if vnnlib is not None else "margins" if margins else ""
     _check_options(given, way)
+    gate = read_gate("bracket", require, junit, lacks=("pgd50", "verdict"))
     if vnnlib is not None:
         _property(run, vnnlib, budget, out, seed, quiet, as_json)
         return
@@ -116,10 +122,13 @@ def bracket(
     more = {"seconds": seconds} if margins else {"seconds": allowed, "method": method}
     with aside(as_json), Display(quiet) as display:
         subject = open_subject(device=best_device(device))
-        show = bracketed(
+        check_names(gate, [subject.row_name])
+        check_bounds(gate, why_unbounded(subject) if gate.needs("certified") else "")
+        show, measured = bracketed(
             subject, threat, folder, limit=limit, seed=seed, progress=partial(display.progress, subject.name), **more
         )
     show(quiet, as_json)
+    apply_gate(gate, measured, quiet, as_json)
 
 
 def _check_options(given: dict[str, Any], way: str) -> None:
@@ -144,9 +153,9 @@ def _seconds(budget: str) -> float:
 
 
 def _accuracy(subject: Any, threat: str, folder: Path, **settings: Any) -> Any:
-    """Bracket the accuracy; returns what prints it."""
+    """Bracket the accuracy; returns what prints it, and its row."""
     from ..bracket import subject_accuracy
-    from ..bracket.accuracy import sentence, table
+    from ..bracket.accuracy import row, sentence, table
 
     found, files = subject_accuracy(subject, threat, folder, **settings)
 
@@ -158,11 +167,11 @@ def _accuracy(subject: Any, threat: str, folder: Path, **settings: Any) -> Any:
         screen.print(sentence(found), soft_wrap=True)
         say_files([*files], quiet, as_json)
 
-    return show
+    return show, [row(found, subject.row_name)]
 
 
 def _margins(subject: Any, threat: str, folder: Path, **settings: Any) -> Any:
-    """Bracket the margins; returns what prints them."""
+    """Bracket the margins; returns what prints them, and no row."""
     from ..bracket import bracket_subject, sentence
 
     answer, files = bracket_subject(subject, threat, folder, **settings)
@@ -174,7 +183,7 @@ def _margins(subject: Any, threat: str, folder: Path, **settings: Any) -> Any:
         screen.print(sentence(answer), soft_wrap=True)
         say_files([*files], quiet, as_json)
 
-    return show
+    return show, []
 
 
 def _property(model: str, vnnlib: Path, budget: str, out: Path | None, seed: int, quiet: bool, as_json: bool) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .display import Display, aside, errors, screen
+from .gate import Gate, check_bounds, check_names
 from .output_files import OutputFile, own_folder, page, say
 
 if TYPE_CHECKING:
@@ -72,16 +73,19 @@ def command_line() -> str:
 
 
 def run_comparison(
-    comparison: Comparison, out: Path | None, device: str, jobs: int, quiet: bool, as_json: bool
+    comparison: Comparison, out: Path | None, device: str, jobs: int, quiet: bool, as_json: bool, gate: Gate
 ) -> Results:
-    """Run a comparison, show its progress, write its page, print its table."""
+    """Run a comparison, show its progress, write its page, print its table; refuse before it what no row can meet."""
     from .. import models
-    from ..experiments.compare import compare
+    from ..experiments.compare import compare, why_uncertifiable
     from ..experiments.config import default_out
 
     folder, where = out or default_out(comparison), best_device(device)
     own_folder(folder)
+    check_names(gate, comparison.row_names)
     with aside(as_json), Display(quiet, comparison.networks) as display:
+        if gate.needs("certified"):
+            check_bounds(gate, why_uncertifiable(comparison, where))
         results = compare(
             comparison,
             folder,
@@ -115,6 +119,7 @@ def run_evaluation(
     budget: str = "",
     proofs: str = "linear",
     batch_size: int | None = None,
+    gate: Gate | None = None,
 ) -> tuple[Results, OutputFile, str] | None:
     """Evaluate one network and show its progress.
 
@@ -130,12 +135,13 @@ def run_evaluation(
         budget: as typed; "" for none.
         proofs: the last method of proof that is tried.
         batch_size: of the attacks.
+        gate: what is required of the answer; refused before the work where the answer cannot have it.
 
     Returns:
         (results, its page, why nothing is certified or ""); None in all but the first of several torchrun processes.
     """
     from ..evaluation import Budget
-    from ..experiments.evaluate_model import distributed_processes, evaluate_model, why_uncertified
+    from ..experiments.evaluate_model import distributed_processes, evaluate_model, why_unbounded, why_uncertified
 
     limited = Budget.parse(budget) if budget else None
     own_folder(folder)
@@ -145,6 +151,9 @@ def run_evaluation(
         Display(quiet or not first) as display,
     ):
         subject = open_subject(device=where)
+        if gate is not None:
+            check_names(gate, [subject.row_name])
+            check_bounds(gate, why_unbounded(subject) if gate.needs("certified") else "")
         for note in getattr(subject.model, "notes", ()) if first and not quiet else ():
             errors.print(note, soft_wrap=True)
         results = evaluate_model(

@@ -7,9 +7,10 @@ from typing import Any
 from . import options as o
 from .app import app, exits
 from .common import fit_from, run_comparison
+from .gate import THREE, apply_gate, read_gate
 
 
-@app.command(rich_help_panel="The main job", epilog=exits())
+@app.command(rich_help_panel="The main job", epilog=exits(three=THREE))
 def compare(
     data: o.Data = "digits",
     losses: o.Losses = None,
@@ -39,6 +40,8 @@ def compare(
     jobs: o.Jobs = 0,
     device: o.Device = "auto",
     out: o.Out = None,
+    require: o.Require = None,
+    junit: o.Junit = None,
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -62,7 +65,9 @@ def compare(
     """
     from .. import spec
     from ..experiments.config import Comparison
+    from ..results import rows
 
+    gate = read_gate("compare", require, junit)
     fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint, fit_settings)
     chosen: dict[str, Any] = {"losses": tuple(spec.split(losses))} if losses else {}
     comparison = Comparison(
@@ -85,4 +90,5 @@ def compare(
         fit=fit,
         **chosen,
     ).checked()
-    run_comparison(comparison, out, device, jobs, quiet, as_json)
+    results = run_comparison(comparison, out, device, jobs, quiet, as_json, gate)
+    apply_gate(gate, rows(results), quiet, as_json)

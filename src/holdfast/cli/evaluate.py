@@ -15,10 +15,11 @@ from . import options as o
 from .app import app, exits
 from .common import run_evaluation, say_files, show
 from .display import errors, screen
+from .gate import THREE, apply_gate, read_gate
 from .options import option
 
 
-@app.command(rich_help_panel="Step by step", epilog=exits())
+@app.command(rich_help_panel="Step by step", epilog=exits(three=THREE))
 def evaluate(
     model: Annotated[
         str,
@@ -65,6 +66,8 @@ def evaluate(
     run_code: o.RunCode = False,
     output: o.ModelOutput = "",
     classes: o.ModelClasses = "",
+    require: o.Require = None,
+    junit: o.Junit = None,
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -83,6 +86,9 @@ def evaluate(
     An interrupted command resumes when it is rerun. Under torchrun (`torchrun --nproc-per-node 2 -m holdfast evaluate
     ...`) the processes share the samples and give the same answer as one.
     """  # fmt: skip
+    from ..results import rows
+
+    gate = read_gate("evaluate", require, junit)
     own = {
         "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
         "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
@@ -93,6 +99,7 @@ def evaluate(
     answer = run_evaluation(
         subject, threat, suite, folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, proofs=proofs, batch_size=batch_size,
+        gate=gate,
     )  # fmt: skip
     if answer is None:
         return
@@ -101,6 +108,7 @@ def evaluate(
     if uncertified and not as_json:
         screen.print(uncertified, soft_wrap=True)
     say_files([folder / "results.json", page], quiet, as_json)
+    apply_gate(gate, rows(results), quiet, as_json)
 
 
 def subject_of(

@@ -125,6 +125,19 @@ Out = Annotated[
     option("Output folder. Default: out/DATA-THREAT-HASH; the same command finds it again.", "--out", "-o"),
 ]
 RunFolder = Annotated[Path, option("Run folder. Interrupted training resumes in it.", "--out", "-o")]
+PIPELINE = "Pipelines"
+Require = Annotated[
+    list[str] | None,
+    option(
+        "What the answer must be, or the exit status is 3: 'robust>=0.45' (or 45%; the 95% interval's lower end must "
+        "reach it), 'pgd50<=60%' (its upper end), 'verdict=tight' (or better). Columns: clean, pgd50, robust, "
+        "certified. Every row must meet it, or one alone: 'sce: robust>=0.45'. Repeatable.",
+        rich_help_panel=PIPELINE,
+    ),
+]
+Junit = Annotated[
+    Path | None, option("Write each requirement as a test case to this JUnit XML file.", rich_help_panel=PIPELINE)
+]
 Seed = Annotated[int, option("Random seed of weights, batch order, augmentation and noise.")]
 NoiseSeed = Annotated[int, option("Random seed of the attacks.")]
 Fold = Annotated[int, option("Which fold is the test set, for data without a test split.")]

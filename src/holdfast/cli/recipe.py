@@ -11,10 +11,11 @@ from . import options as o
 from .app import app, exits
 from .common import percent_text, print_json, run_comparison
 from .display import errors, screen
+from .gate import THREE, apply_gate, read_gate
 from .options import option
 
 
-@app.command(rich_help_panel="The main job", epilog=exits("a result is outside its expected range"))
+@app.command(rich_help_panel="The main job", epilog=exits("a result is outside its expected range", three=THREE))
 def recipe(
     name: Annotated[str, typer.Argument(help="One of the recipes that `holdfast recipe` lists.")] = "",
     data: Annotated[str, option("Use this data set instead: a name, or the path of your copy.")] = "",
@@ -31,6 +32,8 @@ def recipe(
     jobs: o.Jobs = 0,
     device: o.Device = "auto",
     out: o.Out = None,
+    require: o.Require = None,
+    junit: o.Junit = None,
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -40,7 +43,9 @@ def recipe(
     nothing is compared. An interrupted command resumes when it is rerun.
     """
     from ..experiments import recipes
+    from ..results import rows
 
+    gate = read_gate("recipe", require, junit)
     if not name:
         given: dict[str, Any] = {
             "data": data or None,
@@ -49,7 +54,7 @@ def recipe(
             "limit": limit,
             "limit-train": limit_train,
         }
-        given |= {"model": model, "suite": suite, "proofs": proofs, "out": out}
+        given |= {"model": model, "suite": suite, "proofs": proofs, "out": out, "require": require}
         for option_name, value in given.items():
             if value is not None:
                 raise UserError(f"--{option_name} belongs to a recipe: name one of those that `holdfast recipe` lists.")
@@ -62,7 +67,7 @@ def recipe(
     ).checked()  # fmt: skip
     if not quiet:
         errors.print(f"{name}: {chosen.about}. Takes {chosen.cost}.", soft_wrap=True)
-    results = run_comparison(comparison, out, device, jobs, quiet, as_json)
+    results = run_comparison(comparison, out, device, jobs, quiet, as_json, gate)
     unchanged = comparison == chosen.comparison.checked()
     expected = recipes.compare_to_expected(chosen, results) if unchanged else []
     say = errors.print if as_json else screen.print
@@ -76,6 +81,7 @@ def recipe(
         )
     if chosen.note and not quiet:
         say(chosen.note, soft_wrap=True)
+    apply_gate(gate, rows(results), quiet, as_json)
     if not all(one.holds for one in expected):
         raise typer.Exit(1)
 

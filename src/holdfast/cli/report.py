@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UserError
 from . import options as o
 from .app import app, exits
 from .common import print_json
 from .display import errors, screen, working
+from .gate import THREE, Gate, apply_gate, read_gate
 from .output_files import describe_parts, describe_repeats, file_lists, page, page_at, parts, say, writable, write_files
 
+if TYPE_CHECKING:
+    from ..results import Results, Row
 
-@app.command(rich_help_panel="Look", epilog=exits())
+
+@app.command(rich_help_panel="Look", epilog=exits(three=THREE))
 def report(
     results: Annotated[list[Path], typer.Argument(help="results.json files, or folders that contain one.")],
     out: o.Page = None,
     figures: o.Figures = None,
+    require: o.Require = None,
+    junit: o.Junit = None,
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -32,6 +42,7 @@ def report(
     from ..io import understood
     from ..results import load
 
+    gate = read_gate("report", require, junit)
     loaded = [load(path) for path in results]
     beside = results[0] if results[0].is_dir() else results[0].parent
     target = page_at(out or beside / "report.html")
@@ -39,14 +50,18 @@ def report(
     if figures is not None:
         writable(figures, "--figures")
     # What results.json says freely, such as the inference region, is checked by drawing it.
-    read = understood(", ".join(map(str, results)), prefix=False)
-    with working("drawing", quiet or as_json), read:
+    read = partial(understood, ", ".join(map(str, results)), prefix=False)
+    with read():
+        measured = _rows(loaded)
+        _check(gate, measured)
+    with working("drawing", quiet or as_json), read():
         repeats, by_data = describe_repeats(results, loaded), parts(results, loaded)
         placed = [page(loaded, target)]
         if figures is not None:
             placed += write_files(partial(reporting.figures, loaded), figures, "--figures")
     if as_json:
         print_json({"page": str(target), **file_lists(placed), "parts": by_data, "repeated": repeats})
+        apply_gate(gate, measured, quiet, as_json)
         return
     for line in repeats:
         errors.print(line, soft_wrap=True)
@@ -56,3 +71,26 @@ def report(
         for line in describe_parts(by_data):
             screen.print(line, soft_wrap=True)
     say(placed, quiet)
+    apply_gate(gate, measured, quiet)
+
+
+def _rows(loaded: Sequence[Results]) -> list[Row]:
+    """The rows of all data sets; where two have one label, the label names the data too."""
+    from .. import report as reporting
+    from ..results import rows
+
+    found = [(row, str(part.data.get("name", ""))) for part in reporting.merged(loaded) for row in rows(part)]
+    taken = Counter(row.label for row, _ in found)
+    return [replace(row, label=f"{row.label} ({name})") if taken[row.label] > 1 else row for row, name in found]
+
+
+def _check(gate: Gate, measured: Sequence[Row]) -> None:
+    """Refuse requirements on rows that are not there and on figures that were not measured."""
+    from ..results import check_requirements
+    from ..results.requirements import is_measured
+
+    check_requirements(gate.requirements, measured)
+    for one in gate.requirements:
+        for row in measured:
+            if one.is_about(row.label, row.loss) and not is_measured(one.column, row):
+                raise UserError(f"--require '{one.text}' asks for {one.column}, not measured for {row.label}.")

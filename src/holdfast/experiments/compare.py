@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import models, process_pool, run_folder
+from .. import bounds, models, process_pool, run_folder
 from ..data import Split
 from ..errors import UserError
 from ..evaluation import load_x_adv
@@ -105,6 +105,29 @@ def _try_out(comparison: Comparison, device: str) -> Split:
     split = comparison.cut(0).load(comparison.data)
     models.build(comparison.model or models.default_model(split.shape, device), split.shape, len(split.classes))
     return split
+
+
+@typed
+def why_uncertifiable(comparison: Comparison, device: str = "cpu") -> str:
+    """Why the networks of a comparison cannot all be certified, in one sentence; "" where they can.
+
+    Args:
+        comparison: whose networks, as they are before training.
+        device: which decides the default network.
+
+    Returns:
+        The first loss whose network has no known bound, and why.
+
+    Raises:
+        UserError: as ``Comparison.checked`` does.
+    """
+    comparison = comparison.checked()
+    split = comparison.cut(0).load(comparison.data)
+    for job in comparison.jobs("", device)[: len(comparison.losses)]:
+        why = bounds.why_not(models.build(**job.model_arguments(split)), tuple(split.shape))
+        if why:
+            return f"{job.loss.text}: {why}"
+    return ""
 
 
 def _config(comparison: Comparison, split: Split) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..importers.python_code import split_reference
 from ..information.sources import source
 from ..io import decode, existing_file
 from ..objectives import OBJECTIVES, Schedule
+from ..results import threat_text
 from ..threat import Threat
 from ..train import FitConfig, fit_to_json
 from ..user_input import MOST, check_fields, typed, whole
@@ -135,6 +136,13 @@ class Comparison:
     def networks(self) -> int:
         """How many networks are trained and evaluated."""
         return len(self.losses) * self.seeds * max(self.folds, 1)
+
+    @property
+    def row_names(self) -> list[str]:
+        """What the rows of its table are called: each loss, and with several threats each loss under each threat."""
+        losses = [row.text for row in self.loss_specs]
+        threats = [threat_text(threat.describe()) for threat in self.threats]
+        return [*losses, *(f"{loss} ({threat})" for threat in threats if len(threats) > 1 for loss in losses)]
 
     def checked(self) -> Comparison:
         """The same comparison with its defaults filled in, and every setting checked before any work is done.

@@ -73,6 +73,11 @@ class ModelUnderTest:
     code: str = ""
     trained: TrainSummary = field(default_factory=TrainSummary)
 
+    @property
+    def row_name(self) -> str:
+        """What its row is called in tables: the loss of a run folder, or the file of a user's own model."""
+        return self.loss.text if self.folder else self.name
+
 
 @contextmanager
 def distributed_processes(device: str) -> Iterator[tuple[str, bool]]:
@@ -253,6 +258,12 @@ def check_classes(subject: ModelUnderTest) -> None:
 
 
 @typed
+def why_unbounded(subject: ModelUnderTest) -> str:
+    """Why no bound of a network is known, in one sentence; "" where one is. Nothing is measured."""
+    return bounds.why_not(subject.model, tuple(pixels(subject.split.test.x[:1]).shape[1:]))
+
+
+@typed
 def why_uncertified(subject: ModelUnderTest, results: Results) -> str:
     """Why the table of an evaluation has no certified column, in one sentence; "" where it has one.
 
@@ -265,8 +276,7 @@ def why_uncertified(subject: ModelUnderTest, results: Results) -> str:
     """
     run = results.runs[0]
     if run.samples is None or run.samples.certified is None:
-        shape = tuple(pixels(subject.split.test.x[:1]).shape[1:])
-        reason = bounds.why_not(subject.model, shape) or "the model's answers vary, or its images are not float32."
+        reason = why_unbounded(subject) or "the model's answers vary, or its images are not float32."
         return f"certified: not measured, since {reason}"
     if not any(run.samples.certified):
         *others, last = [METHOD_NAMES[cost.method] for cost in run.proofs] or ["interval", "Lipschitz", "linear"]

@@ -22,6 +22,7 @@ from .region import (
     TwoSamplePerClass,
 )
 from .remaining import Remaining, RemainingVulnerable, SpotCheck, remaining_vulnerable, sum_remaining
+from .requirements import Outcome, Requirement, check_requirements, check_rows, junit, parse_requirement
 from .rows import Row, rows
 from .schema import (
     CLOPPER_PEARSON,
@@ -78,12 +79,12 @@ Results.frame = frame  # type: ignore[attr-defined]
 __all__ = [
     "CLOPPER_PEARSON", "FILE", "OLDEST", "PROOF_METHODS", "SCHEMA", "Calibration", "CalibrationBins", "CheckResult",
     "CleanMeasures", "Cost", "DecisionGrid", "Distances", "EpsCheck", "Example", "FeatureShift", "Finding", "Interval",
-    "Paired", "Passes", "Projection", "ProofCost", "RegionMeasures", "Reliability", "Remaining", "RemainingVulnerable",
-    "Results", "Row", "Run", "Samples", "SpotCheck", "Spread", "StageCost", "Training", "TwoSample",
-    "TwoSamplePerClass", "Verdict", "any_certified", "bracket_text", "caption", "caption_notes", "cells", "csv",
-    "doubts", "frame", "heading", "holm", "latex", "load", "markdown", "mcnemar", "notebook",
-    "notebook_counts", "other_attacks", "over_seeds", "paired_t", "percent",
-    "pgd50_verdict_text", "proportion", "proved_text", "remaining_text",
+    "Outcome", "Paired", "Passes", "Projection", "ProofCost", "RegionMeasures", "Reliability", "Remaining",
+    "RemainingVulnerable", "Requirement", "Results", "Row", "Run", "Samples", "SpotCheck", "Spread", "StageCost",
+    "Training", "TwoSample", "TwoSamplePerClass", "Verdict", "any_certified", "bracket_text", "caption",
+    "caption_notes", "cells", "check_requirements", "check_rows", "csv", "doubts", "frame", "heading", "holm", "junit",
+    "latex", "load", "markdown", "mcnemar", "notebook", "notebook_counts", "other_attacks", "over_seeds", "paired_t",
+    "parse_requirement", "percent", "pgd50_verdict_text", "proportion", "proved_text", "remaining_text",
     "remaining_vulnerable", "robust_text", "rows", "save", "seconds_text", "status_text", "sum_remaining", "table",
     "threat_text", "to_json", "total_cost", "total_proofs",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from .schema import Interval, ProofCost, Results, Run, Verdict, total_proofs
 from .statistics import over_seeds, proportion
 
 LONGEST_NAME = 400  # characters of a loss, a network or an attack in a table
-_WORST_FIRST = ("void", "refuted", "loose", "tight", "exact")
+WORST_FIRST = ("void", "refuted", "loose", "tight", "exact")
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _worst(given: Sequence[Verdict | None]) -> tuple[str, str, int]:
     verdicts = [v for v in given if v is not None]
     if not verdicts:
         return "", "", len(given)
-    order = {s: i for i, s in enumerate(_WORST_FIRST)}
+    order = {s: i for i, s in enumerate(WORST_FIRST)}
     v = min(verdicts, key=lambda v: order.get(v.status, -1))
     count = sum(w.status == v.status for w in verdicts)
     share = f" ({count} of {len(given)} seeds)" if len(given) > 1 else ""
