@@ -149,3 +149,16 @@ def test_compare_holds_each_row(holdfast_, short_audits):
     assert "sce" in out
     code, _, err = holdfast_(*words, *require("clean>=0"))
     assert code == 0, err
+
+
+def test_report_writes_latex_against_a_named_row(holdfast_):
+    code, out, err = holdfast_("report", "two", "--latex", "paper/table.tex", "--baseline", "isce:s=10")
+    assert code == 0, err
+    assert "paper/table.tex" in out
+    assert "to isce:s=10, in points" in Path("paper/table.tex").read_text()
+    assert "isce:s=10" in Path("two/report.html").read_text()
+    code, _, err = holdfast_("report", "two", "--baseline", "isc:s=10")
+    assert code == 2
+    assert "Did you mean 'isce:s=10'" in err
+    code, _, err = holdfast_("report", "two", "--latex", "two")
+    assert (code, "is a folder" in err) == (2, True)

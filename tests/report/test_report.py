@@ -167,7 +167,7 @@ def test_figures_are_files(tmp_path):
 def test_several_seeds_are_compared_by_pairs_of_seeds(tmp_path):
     robust = {"sce": (0.38, 0.36, 0.40), "isce:s=1": (0.30, 0.31, 0.33), "mmc": (0.38, 0.36, 0.40)}
     results = make_results([make_run(k, seed=s, robust=v) for k, vs in robust.items() for s, v in enumerate(vs)])
-    first, second = report.compare_rows(results)
+    first, second = R.compare_rows(results)
     expected = R.paired_t(robust["isce:s=1"], robust["sce"])
     assert first.p == pytest.approx(expected.p)
     assert first.p_holm == pytest.approx(2 * expected.p)
@@ -182,10 +182,10 @@ def test_several_seeds_are_compared_by_pairs_of_seeds(tmp_path):
 def test_one_seed_is_compared_on_the_same_samples():
     results = make_results()
     a, b = results.runs[0].samples.robust, results.runs[1].samples.robust
-    first = report.compare_rows(results)[0]
+    first = R.compare_rows(results)[0]
     assert first.p == R.mcnemar(b, a)
     assert first.difference == pytest.approx((sum(b) - sum(a)) / 200)
-    assert [c.p_holm for c in report.compare_rows(results)] == R.holm([c.p for c in report.compare_rows(results)])
+    assert [c.p_holm for c in R.compare_rows(results)] == R.holm([c.p for c in R.compare_rows(results)])
 
 
 def test_what_cannot_be_compared_says_why():
@@ -199,7 +199,7 @@ def test_what_cannot_be_compared_says_why():
         make_run("e", seed=2),
         make_run("f", threat={**THREAT, "eps": 0.3}),
     ]
-    got = report.compare_rows(make_results(runs))
+    got = R.compare_rows(make_results(runs))
     assert [c.p for c in got] == [None] * 4
     assert [c.label for c in got] == ["b", "c", "d", "e"]
     assert "same samples" in got[0].test
@@ -557,3 +557,21 @@ def test_a_tight_pgd50_accuracy_is_not_called_refuted():
     assert "mmc: PGD-50 reports 90.0%, but robust accuracy is at most 30.0%." in report.finding(
         make_results([*runs, worse])
     )
+
+
+def test_the_page_says_what_may_be_claimed_and_against_which_row(tmp_path):
+    robust = {"sce": 0.3, "mmc": 0.2}
+    results = make_results([make_run(k, seed=s, robust=v + s / 200) for k, v in robust.items() for s in range(8)])
+    for baseline in ("sce", "mmc"):
+        page = Page(report.render(results, tmp_path / "r.html", baseline))
+        (sentence,) = R.significance(results, baseline)
+        assert sentence in page.text
+    assert "sce is 10.0 points [10.0, 10.0] more robust than mmc" in page.text
+
+
+def test_latex_of_several_data_sets_is_a_table_each():
+    other = dataclasses.replace(make_results([make_run("mmc")]), data={**make_results().data, "name": "mnist"})
+    text = report.latex_tables([make_results(), other], "isce:s=100")
+    assert text.count(r"\begin{table}") == 2
+    assert "to isce:s=100, in points" in text
+    assert r"\label{tab:mnist-linf-0-1}" in text

@@ -17,7 +17,7 @@ from .display import Display, aside, errors, screen
 from .evaluate import default_folder, subject_of
 from .gate import THREE, apply_gate, check_bounds, check_names, read_gate
 from .options import NETWORK, option
-from .output_files import own_folder, write_files
+from .output_files import own_folder, write_files, written
 
 EXITS = exits("sat", zero="success, with --vnnlib unsat", three=f"{THREE}; with --vnnlib timeout or unknown")
 STATUS = {"unsat": 0, "sat": 1, "timeout": 3, "unknown": 3}
@@ -205,7 +205,7 @@ def _property(model: str, vnnlib: Path, budget: str, out: Path | None, seed: int
             net, wanted, seconds=seconds, seed=seed, progress=partial(display.progress, Path(model).name)
         )
     if out is not None:
-        write_files(lambda stage: [_written(stage / out.name, answer.text())], out.parent)
+        write_files(lambda stage: [written(stage / out.name, answer.text() + "\n")], out.parent)
     if as_json:
         print_json(asdict(answer))
     else:
@@ -213,8 +213,3 @@ def _property(model: str, vnnlib: Path, budget: str, out: Path | None, seed: int
     if answer.why:
         errors.print(answer.why, soft_wrap=True)
     raise typer.Exit(STATUS[answer.verdict])
-
-
-def _written(path: Path, text: str) -> Path:
-    path.write_text(text + "\n")
-    return path

@@ -179,9 +179,9 @@ def say_files(files: list[Path | OutputFile], quiet: bool, as_json: bool) -> Non
 
 
 def show(results: Results, as_json: bool) -> None:
-    """Print the table, what is in doubt, the sentence that sums it up, and what is proved in one line; or JSON."""
+    """Print the table, what is in doubt, what sums it up, what may be claimed, and what is proved; or JSON."""
     from .. import report as reporting
-    from ..results import bracket_text, doubts, table, to_json
+    from ..results import bracket_text, doubts, significance, table, to_json
 
     if as_json:
         print_json(to_json(results))
@@ -190,6 +190,8 @@ def show(results: Results, as_json: bool) -> None:
     for line in doubts(results):
         screen.print(line, soft_wrap=True)
     screen.print(reporting.finding(results), soft_wrap=True)
+    for line in significance(results):
+        screen.print(line, soft_wrap=True)
     if proved := bracket_text(results):
         screen.print(proved, soft_wrap=True)
 

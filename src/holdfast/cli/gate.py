@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..errors import UserError
 from .display import errors, screen
-from .output_files import writable, write_files
+from .output_files import writable, write_files, written
 
 if TYPE_CHECKING:
     from ..results import Requirement, Row
@@ -114,7 +114,7 @@ def apply_gate(gate: Gate, shown: Sequence[Row], quiet: bool = False, as_json: b
     if gate.junit is not None:
         name, now = gate.junit.name, datetime.now(UTC).isoformat(timespec="seconds")
         xml = junit(outcomes, suite=f"holdfast {gate.command}", timestamp=now)
-        write_files(lambda stage: [_written(stage / name, xml)], gate.junit.parent, "--junit")
+        write_files(lambda stage: [written(stage / name, xml)], gate.junit.parent, "--junit")
     for one in outcomes:
         if not one.met:
             errors.print(Text.assemble(("not met:", "bold red"), f" {one.reason}"), soft_wrap=True)
@@ -123,8 +123,3 @@ def apply_gate(gate: Gate, shown: Sequence[Row], quiet: bool = False, as_json: b
         screen.print(f"requirements met: {len(outcomes) - unmet} of {len(outcomes)}", soft_wrap=True)
     if unmet:
         raise typer.Exit(UNMET)
-
-
-def _written(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path

@@ -106,6 +106,12 @@ def write_files(draw: Callable[[Path], Any], folder: Path, option: str = "--out"
     return placed
 
 
+def written(path: Path, text: str) -> Path:
+    """Write a text file; returns its path, for ``write_files``."""
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def _comparable(content: bytes) -> bytes:
     """A file's content without time stamps and the command line, which change when a command is rerun."""
     return re.sub(rb"\d{4}-\d\d-\d\dT[\d:.]+(?:[+-][\d:]+|Z)?|<pre>holdfast [^<]*</pre>", b"", content)
@@ -120,11 +126,11 @@ def page_at(out: Path) -> Path:
     return out
 
 
-def page(loaded: Sequence[Any], target: Path) -> OutputFile:
-    """Render the page of some results."""
+def page(loaded: Sequence[Any], target: Path, baseline: str = "") -> OutputFile:
+    """Render the page of some results; ``baseline`` is the row that others are tested against."""
     from .. import report as reporting
 
-    return write_files(lambda stage: [reporting.render(loaded, stage / target.name)], target.parent)[0]
+    return write_files(lambda stage: [reporting.render(loaded, stage / target.name, baseline)], target.parent)[0]
 
 
 def say(placed: Sequence[OutputFile], quiet: bool = False) -> None:

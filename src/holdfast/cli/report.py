@@ -11,13 +11,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 from . import options as o
 from .app import app, exits
 from .common import print_json
 from .display import errors, screen, working
 from .gate import THREE, Gate, apply_gate, read_gate
-from .output_files import describe_parts, describe_repeats, file_lists, page, page_at, parts, say, writable, write_files
+from .options import option
+from .output_files import (
+    describe_parts,
+    describe_repeats,
+    file_lists,
+    page,
+    page_at,
+    parts,
+    say,
+    writable,
+    write_files,
+    written,
+)
 
 if TYPE_CHECKING:
     from ..results import Results, Row
@@ -28,6 +40,12 @@ def report(
     results: Annotated[list[Path], typer.Argument(help="results.json files, or folders that contain one.")],
     out: o.Page = None,
     figures: o.Figures = None,
+    latex: Annotated[
+        Path | None, option("Write the table with its tests in LaTeX to this file, for the package booktabs.")
+    ] = None,
+    baseline: Annotated[
+        str, option("The row that others are tested against, by its loss or label. Default: the first row.")
+    ] = "",
     require: o.Require = None,
     junit: o.Junit = None,
     quiet: o.Quiet = False,
@@ -49,16 +67,27 @@ def report(
     writable(target.parent, "--out")
     if figures is not None:
         writable(figures, "--figures")
+    if latex is not None:
+        if latex.is_dir():
+            raise UserError(f"--latex {latex} is a folder: name a file, such as {latex / 'table.tex'}.")
+        writable(latex.parent, "--latex")
     # What results.json says freely, such as the inference region, is checked by drawing it.
     read = partial(understood, ", ".join(map(str, results)), prefix=False)
     with read():
         measured = _rows(loaded)
         _check(gate, measured)
+        names = {name for row in measured for name in (row.label, row.loss)}
+        if baseline and baseline not in names:
+            raise unknown("row of --baseline", baseline, names)
     with working("drawing", quiet or as_json), read():
         repeats, by_data = describe_repeats(results, loaded), parts(results, loaded)
-        placed = [page(loaded, target)]
+        placed = [page(loaded, target, baseline)]
         if figures is not None:
-            placed += write_files(partial(reporting.figures, loaded), figures, "--figures")
+            draw = partial(reporting.figures, loaded, baseline=baseline)
+            placed += write_files(draw, figures, "--figures")
+        if latex is not None:
+            text = reporting.latex_tables(loaded, baseline)
+            placed += write_files(lambda stage: [written(stage / latex.name, text)], latex.parent, "--latex")
     if as_json:
         print_json({"page": str(target), **file_lists(placed), "parts": by_data, "repeated": repeats})
         apply_gate(gate, measured, quiet, as_json)

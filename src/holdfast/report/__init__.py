@@ -21,14 +21,12 @@ from .figures import (
     write_figure,
 )
 from .panels import draw_eps
-from .render import figure, figures, identity, merged, render
+from .render import figure, figures, identity, latex_tables, merged, render
 from .summary import (
     ClassAccuracy,
     EpsCurve,
     PerClass,
     RegionTable,
-    RowDifference,
-    compare_rows,
     confusion,
     eps_curves,
     finding,
@@ -38,7 +36,7 @@ from .summary import (
 
 __all__ = [
     "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PGD50", "ROBUST", "RULE",
-    "WIDTH", "ClassAccuracy", "EpsCurve", "PerClass", "RegionTable", "RowDifference", "axes",
-    "compare_rows", "confusion", "draw_eps", "eps_curves", "figure", "figures", "finding", "identity", "merged",
-    "per_class", "percent_axis", "region_table", "render", "style", "write_figure",
+    "WIDTH", "ClassAccuracy", "EpsCurve", "PerClass", "RegionTable", "axes", "confusion", "draw_eps", "eps_curves",
+    "figure", "figures", "finding", "identity", "latex_tables", "merged", "per_class", "percent_axis", "region_table",
+    "render", "style", "write_figure",
 ]  # fmt: skip

@@ -23,7 +23,9 @@ from ..results import (
     any_certified,
     caption_notes,
     cells,
+    compare_rows,
     csv,
+    has_row,
     heading,
     latex,
     load,
@@ -34,6 +36,7 @@ from ..results import (
     remaining_text,
     rows,
     seconds_text,
+    significance,
     status_text,
 )
 from ..user_input import typed
@@ -52,7 +55,6 @@ from .panels import draw_confusion, draw_eps, draw_features
 from .summary import (
     RegionTable,
     class_name,
-    compare_rows,
     eps_curves,
     finding,
     frequent_confusions,
@@ -71,12 +73,16 @@ REGION_COLUMNS = 5  # a page has room for this many
 
 
 @typed
-def render(results_list: Results | str | Path | Sequence[Results | str | Path], path: str | Path) -> Path:
+def render(
+    results_list: Results | str | Path | Sequence[Results | str | Path], path: str | Path, baseline: str = ""
+) -> Path:
     """Write one self-contained HTML file. Results of the same data set are shown together.
 
     Args:
         results_list: one or several Results, or paths to them.
         path: the file, or a folder that gets ``report.html``.
+        baseline: the label or the loss of the row that others are tested against; "", and where a data set has no such
+            row, the first one.
 
     Returns:
         The path of the file.
@@ -86,7 +92,7 @@ def render(results_list: Results | str | Path | Sequence[Results | str | Path], 
     """
     given = [results_list] if isinstance(results_list, Results | str | Path) else list(results_list)
     sources = [r if isinstance(r, Results) else load(r) for r in given]
-    parts = [_part(r, f"p{i}-") for i, r in enumerate(merged(sources)) if r.runs]
+    parts = [_part(r, f"p{i}-", baseline) for i, r in enumerate(merged(sources)) if r.runs]
     if not parts:
         raise UserError("there are no runs to report. Give results that hold at least one.")
     page = jinja2.Environment(
@@ -114,7 +120,6 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     "accuracy": draw_accuracy, "stages": draw_stages, "margins": draw_margins, "classes": draw_classes,
     "confusion": draw_confusion, "eps": draw_eps, "features": draw_features, "sweep": draw_sweeps,
 }  # fmt: skip
-TABLES = {"csv": csv, "tex": latex, "md": markdown}
 
 
 @typed
@@ -138,12 +143,13 @@ def figure(results: Results, kind: str = "accuracy") -> Figure | None:
 
 
 @typed
-def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[Path]:
+def figures(results_list: Results | Sequence[Results], dir: str | Path, baseline: str = "") -> list[Path]:
     """Write each figure that the data allow as SVG (text stays text) and PNG, and the table as CSV, LaTeX and Markdown.
 
     Args:
         results_list: one or several Results. Those of different data sets get subfolders named after the data.
         dir: the folder.
+        baseline: as for ``render``.
 
     Returns:
         The paths of the files.
@@ -161,8 +167,30 @@ def figures(results_list: Results | Sequence[Results], dir: str | Path) -> list[
             if drawn is not None:
                 written += write_figure(drawn, folder, kind)
         if part.runs:
-            written += [write_atomic(folder / f"table.{end}", text(part)) for end, text in TABLES.items()]
+            base = _in(part, baseline)
+            texts = {"csv": csv(part, base), "tex": latex(part, base), "md": markdown(part)}
+            written += [write_atomic(folder / f"table.{end}", text) for end, text in texts.items()]
     return written
+
+
+@typed
+def latex_tables(results_list: Results | Sequence[Results], baseline: str = "") -> str:
+    """The tables of one or several Results in LaTeX, one for each data set.
+
+    Args:
+        results_list: one or several Results.
+        baseline: as for ``render``.
+
+    Returns:
+        The text, as ``results.latex`` writes it.
+    """
+    parts = merged([results_list] if isinstance(results_list, Results) else results_list)
+    return "\n".join(latex(part, _in(part, baseline)) for part in parts if part.runs)
+
+
+def _in(part: Results, baseline: str) -> str:
+    """The baseline where a data set has it, else that of the first row."""
+    return baseline if has_row(part, baseline) else ""
 
 
 @typed
@@ -185,7 +213,7 @@ def merged(sources: Sequence[Results]) -> list[Results]:
     return list(groups.values())
 
 
-def _part(results: Results, prefix: str) -> dict[str, Any]:
+def _part(results: Results, prefix: str, baseline: str) -> dict[str, Any]:
     """What the template shows of one data set; ``prefix`` keeps the ids of its figures apart."""
     shown = rows(results)
     classes = per_class(results)
@@ -216,7 +244,8 @@ def _part(results: Results, prefix: str) -> dict[str, Any]:
         "confusion": inline(draw_confusion, results, prefix + "w"),
         "frequent_confusions": frequent_confusions(results),
         "examples": _examples(results, shown),
-        "comparisons": compare_rows(results),
+        "comparisons": compare_rows(results, _in(results, baseline)),
+        "significance": significance(results, _in(results, baseline)),
         "runs": [
             {
                 "run": r,

@@ -1,4 +1,4 @@
-"""The numbers of the report: the main finding, tests between rows, per class, per stage, the inference region."""
+"""The numbers of the report: the main finding, per class, per stage, the inference region."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from ..results import (
     Run,
     StageCost,
     any_certified,
-    holm,
-    mcnemar,
-    paired_t,
     percent,
     proved_text,
     rows,
@@ -59,73 +56,6 @@ def finding(results: Results) -> str:
         least = f", and {percent(proved)}% is certified" if proved else ""
         sentences.append(f"Most robust{where}: {names}, at most {percent(best.value)}% ({interval}){least}.")
     return " ".join(sentences)
-
-
-@dataclasses.dataclass(frozen=True)
-class RowDifference:
-    """A row against the first row of its threat, in robust accuracy.
-
-    Attributes:
-        label: the row.
-        against: the first row.
-        test: the test, or the reason why the two were not compared; the numbers are then None.
-        difference: robust accuracy of the row minus that of the first.
-        low: lower end of the difference's 95% interval; None for McNemar's test.
-        high: upper end.
-        p: p-value.
-        p_holm: p-value adjusted for the number of comparisons.
-    """
-
-    label: str
-    against: str
-    test: str
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    p_holm: float | None = None
-
-
-@typed
-def compare_rows(results: Results) -> list[RowDifference]:
-    """Compare each row with the first of its threat: on the same samples (one run each), or on the seeds both have.
-
-    McNemar's test needs equal sample indices and labels; the t test two or more seeds. All p-values are adjusted
-    together (Holm).
-
-    Args:
-        results: the runs.
-
-    Returns:
-        One entry for each row but the first of each threat.
-    """
-    first: dict[str, Row] = {}
-    pairs = [(row, first.setdefault(row.threat, row)) for row in rows(results)]
-    out = [_compare(results, row, base) for row, base in pairs if row is not base]
-    adjusted = iter(holm([c.p for c in out if c.p is not None]))
-    return [c if c.p is None else dataclasses.replace(c, p_holm=next(adjusted)) for c in out]
-
-
-def _compare(results: Results, row: Row, base: Row) -> RowDifference:
-    """One row against another."""
-    if row.robust is None or base.robust is None:
-        return RowDifference(row.label, base.label, "not compared: one of the two is void")
-    ours, theirs = runs_of(results, row), runs_of(results, base)
-    if len(ours) == len(theirs) == 1:
-        a, b = ours[0].samples, theirs[0].samples
-        if a is None or b is None or not len(a) or (a.index, a.y) != (b.index, b.y):
-            return RowDifference(row.label, base.label, "not compared: not evaluated on the same samples")
-        won = sum(p > q for p, q in zip(a.robust, b.robust, strict=True))
-        lost = sum(p < q for p, q in zip(a.robust, b.robust, strict=True))
-        test = f"exact McNemar: robust on {won:,} samples where the first is not, the reverse on {lost:,}"
-        return RowDifference(row.label, base.label, test, (won - lost) / len(a), p=mcnemar(a.robust, b.robust))
-    by_seed = [{r.seed: r.robust.value for r in side if r.robust is not None} for side in (ours, theirs)]
-    seeds = [s for s in by_seed[0] if s in by_seed[1]]
-    if len(seeds) < 2:
-        return RowDifference(row.label, base.label, "not compared: fewer than two seeds in common")
-    t = paired_t(*([side[s] for s in seeds] for side in by_seed))
-    few = "; fewer than the 8 that a claim needs" if t.n < 8 else ""
-    return RowDifference(row.label, base.label, f"paired t over {t.n} seeds{few}", t.difference, t.low, t.high, t.p)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .differences import CLAIM_SEEDS, RowDifference, compare_rows, has_row, p_text, significance
 from .export import csv, latex, markdown
 from .frame import frame
 from .json import FILE, load, save, to_json
@@ -77,14 +78,15 @@ Results._repr_html_ = notebook  # type: ignore[attr-defined]
 Results.frame = frame  # type: ignore[attr-defined]
 
 __all__ = [
-    "CLOPPER_PEARSON", "FILE", "OLDEST", "PROOF_METHODS", "SCHEMA", "Calibration", "CalibrationBins", "CheckResult",
-    "CleanMeasures", "Cost", "DecisionGrid", "Distances", "EpsCheck", "Example", "FeatureShift", "Finding", "Interval",
-    "Outcome", "Paired", "Passes", "Projection", "ProofCost", "RegionMeasures", "Reliability", "Remaining",
-    "RemainingVulnerable", "Requirement", "Results", "Row", "Run", "Samples", "SpotCheck", "Spread", "StageCost",
-    "Training", "TwoSample", "TwoSamplePerClass", "Verdict", "any_certified", "bracket_text", "caption",
-    "caption_notes", "cells", "check_requirements", "check_rows", "csv", "doubts", "frame", "heading", "holm", "junit",
-    "latex", "load", "markdown", "mcnemar", "notebook", "notebook_counts", "other_attacks", "over_seeds", "paired_t",
-    "parse_requirement", "percent", "pgd50_verdict_text", "proportion", "proved_text", "remaining_text",
-    "remaining_vulnerable", "robust_text", "rows", "save", "seconds_text", "status_text", "sum_remaining", "table",
-    "threat_text", "to_json", "total_cost", "total_proofs",
+    "CLAIM_SEEDS", "CLOPPER_PEARSON", "FILE", "OLDEST", "PROOF_METHODS", "SCHEMA", "Calibration", "CalibrationBins",
+    "CheckResult", "CleanMeasures", "Cost", "DecisionGrid", "Distances", "EpsCheck", "Example", "FeatureShift",
+    "Finding", "Interval", "Outcome", "Paired", "Passes", "Projection", "ProofCost", "RegionMeasures", "Reliability",
+    "Remaining", "RemainingVulnerable", "Requirement", "Results", "Row", "RowDifference", "Run", "Samples", "SpotCheck",
+    "Spread", "StageCost", "Training", "TwoSample", "TwoSamplePerClass", "Verdict", "any_certified", "bracket_text",
+    "caption", "caption_notes", "cells", "check_requirements", "check_rows", "compare_rows", "csv", "doubts", "frame",
+    "has_row", "heading", "holm", "junit", "latex", "load", "markdown", "mcnemar", "notebook", "notebook_counts",
+    "other_attacks", "over_seeds", "p_text", "paired_t", "parse_requirement", "percent", "pgd50_verdict_text",
+    "proportion", "proved_text", "remaining_text", "remaining_vulnerable", "robust_text", "rows", "save",
+    "seconds_text", "significance", "status_text", "sum_remaining", "table", "threat_text", "to_json", "total_cost",
+    "total_proofs",
 ]  # fmt: skip
