@@ -73,7 +73,14 @@ def command_line() -> str:
 
 
 def run_comparison(
-    comparison: Comparison, out: Path | None, device: str, jobs: int, quiet: bool, as_json: bool, gate: Gate
+    comparison: Comparison,
+    out: Path | None,
+    device: str,
+    jobs: int,
+    quiet: bool,
+    as_json: bool,
+    gate: Gate,
+    track: str = "",
 ) -> Results:
     """Run a comparison, show its progress, write its page, print its table; refuse before it what no row can meet."""
     from .. import models
@@ -93,6 +100,7 @@ def run_comparison(
             device=where,
             workers=workers_for(jobs, where),
             progress=display.progress,
+            track=track,
         )
     placed = page([results], folder / "report.html")
     show(results, as_json)

@@ -42,6 +42,7 @@ def compare(
     out: o.Out = None,
     require: o.Require = None,
     junit: o.Junit = None,
+    track: o.Track = "",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -90,5 +91,5 @@ def compare(
         fit=fit,
         **chosen,
     ).checked()
-    results = run_comparison(comparison, out, device, jobs, quiet, as_json, gate)
+    results = run_comparison(comparison, out, device, jobs, quiet, as_json, gate, track)
     apply_gate(gate, rows(results), quiet, as_json)

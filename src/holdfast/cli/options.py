@@ -138,6 +138,13 @@ Require = Annotated[
 Junit = Annotated[
     Path | None, option("Write each requirement as a test case to this JUnit XML file.", rich_help_panel=PIPELINE)
 ]
+Track = Annotated[
+    str,
+    option(
+        "Send every figure of training and evaluation to a tracker that is installed: tensorboard, wandb or mlflow; "
+        "several with commas between. Default: none."
+    ),
+]
 Seed = Annotated[int, option("Random seed of weights, batch order, augmentation and noise.")]
 NoiseSeed = Annotated[int, option("Random seed of the attacks.")]
 Fold = Annotated[int, option("Which fold is the test set, for data without a test split.")]

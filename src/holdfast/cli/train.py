@@ -39,6 +39,7 @@ def train(
     checkpoint: o.Checkpoint = None,
     fit_settings: o.FitSettings = "",
     device: o.Device = "auto",
+    track: o.Track = "",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -49,8 +50,9 @@ def train(
     """
     from .. import models
     from ..experiments.config import Comparison, Job
-    from ..experiments.training import train_network
+    from ..experiments.training import tracking_of, train_network
     from ..threat import Threat
+    from ..train import tracker_names
 
     if s:
         if loss not in ("sce", "isce"):
@@ -66,10 +68,11 @@ def train(
         raise UserError(
             f"--fold is for data without a test split, which is cut into folds: {data} has one. Leave it out."
         )
+    trackers = tracker_names(track)
     own_folder(out)
     job = Job(comparison, comparison.loss_specs[0], seed, fold, out, best_device(device))
-    with aside(as_json), Display(quiet) as display:
-        _, trained, _ = train_network(job, progress=partial(display.progress, out.name))
+    with aside(as_json), Display(quiet) as display, tracking_of(job, trackers) as tracked:
+        _, trained, _ = train_network(job, progress=partial(display.progress, out.name), track=tracked)
     if as_json:
         print_json({"run": str(out), "loss": loss, **asdict(trained)})
         return

@@ -6,6 +6,7 @@ Every network has a run folder of its own. What was finished when a command was 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..io import read_json
 from ..progress import NETWORK_DONE, JobProgress, Progress, as_progress
 from ..results import Results
 from ..threat import Threat
+from ..train import Tracking, tracker_names
 from ..user_input import typed
 from .collect import TrainedNetwork, collect
 from .config import Comparison, DataCut, Job, default_out, own_model_identity
@@ -35,7 +37,7 @@ from .pipeline import (
     result_key,
 )
 from .stored_result import load_result
-from .training import TrainSummary, is_trained, train_network
+from .training import TrainSummary, is_trained, tracking_of, train_network
 
 __all__ = ["TRANSFER_LOSS", "Comparison", "compare", "default_out"]
 
@@ -52,6 +54,7 @@ def compare(
     device: str = "cpu",
     workers: int = 1,
     progress: JobProgress | None = None,
+    track: str | Sequence[str] | None = None,
 ) -> Results:
     """Train and evaluate every network of a comparison; write results.json and witnesses.safetensors.
 
@@ -66,13 +69,17 @@ def compare(
         workers: networks at a time, each in a process of its own; 1 runs them in this process.
         progress: called with (network, what is being done, units done, units in all); with ``NETWORK_DONE`` once for
             each network that is complete, where the units are networks.
+        track: trackers that get each network's epochs, and its evaluation at the end: "tensorboard", "wandb", "mlflow",
+            or several. A network that was complete before is not sent.
 
     Returns:
         One run per loss, seed and threat, its folds put together.
 
     Raises:
-        UserError: ``out`` belongs to another comparison, or as ``Comparison.checked`` does.
+        UserError: ``out`` belongs to another comparison, a tracker is not installed or cannot start, or as
+            ``Comparison.checked`` does.
     """
+    trackers = tracker_names(track)
     comparison, out, report = comparison.checked(), Path(out), as_progress(progress)
     split = _try_out(comparison, device)
     run_folder.reserve(out, _config(comparison, split))
@@ -95,7 +102,8 @@ def compare(
         report("all networks", ahead, 0, len(remaining))
     # The networks whose adversarial examples others wait for come first.
     remaining.sort(key=lambda job: job.loss.text != TRANSFER_LOSS)
-    process_pool.run(run_job, remaining, workers=workers, progress=report, on_done=on_done)
+    run = partial(run_job, track=trackers) if trackers else run_job
+    process_pool.run(run, remaining, workers=workers, progress=report, on_done=on_done)
     return collect(_rows(comparison, jobs, data), out, _title(comparison), comparison.to_json(), command)
 
 
@@ -152,18 +160,29 @@ class _Splits(dict[DataCut, Split]):
         return self.setdefault(cut, cut.load(self.name))
 
 
-def run_job(job: Job, progress: JobProgress) -> None:
-    """Train a job's network and evaluate it under each threat. The answers are on disk, for ``stored_results``."""
+def run_job(job: Job, progress: JobProgress, track: Sequence[str] = ()) -> None:
+    """Train a job's network and evaluate it under each threat. The answers are on disk, for ``stored_results``.
 
+    Args:
+        job: the network.
+        progress: called with its name and what is being done.
+        track: names of trackers.
+    """
+    with tracking_of(job, track) as tracked:
+        _train_and_evaluate(job, progress, tracked)
+
+
+def _train_and_evaluate(job: Job, progress: JobProgress, tracked: Tracking) -> None:
     def report(what: str, done: int, total: int) -> None:
         progress(job.name, what, done, total)
 
-    model, _, split = train_network(job, progress=report, announce=False)  # ``compare`` has said it of all
+    # ``compare`` has said how long all of them take.
+    model, _, split = train_network(job, progress=report, announce=False, track=tracked)
     comparison, key = job.comparison, _key(job, split)
     sce = _transfer_job(job)
     for threat in comparison.threats:
         transfer_source = None if sce is None else partial(_wait_for_x_adv, sce, threat, split, report)
-        evaluate_network(
+        result = evaluate_network(
             model,
             split.test,
             threat,
@@ -177,6 +196,8 @@ def run_job(job: Job, progress: JobProgress) -> None:
             transfer_source=transfer_source,
             progress=report,
         )
+        name = cache_folder(job, threat).name.partition("-")[2]
+        tracked.log({f"{name}/{key}": value for key, value in result.figures().items()}, job.fit_config.epochs)
 
 
 def cache_folder(job: Job, threat: Threat) -> Path:

@@ -32,6 +32,20 @@ class NetworkResult:
         """What a figure is worth: "robust", or "pgd50" for the usual protocol. Raises UserError for another name."""
         return self.audit.verdict(claim)
 
+    def figures(self) -> dict[str, float | str]:
+        """The accuracies, the robust one with its interval, and the verdicts, by name; without those that are void."""
+        evaluation, verdict = self.evaluation, self.verdict()
+        columns = {"clean": evaluation.clean, **evaluation.attack_correct}
+        if verdict.status != "void":
+            columns["robust"] = evaluation.robust
+            if evaluation.certified is not None:
+                columns["certified"] = evaluation.certified
+        shares = {name: proportion(int(column.sum()), len(column)) for name, column in columns.items()}
+        figures: dict[str, float | str] = {name: share.value for name, share in shares.items()}
+        if "robust" in shares:
+            figures |= {"robust_low": shares["robust"].low, "robust_high": shares["robust"].high}
+        return {**figures, "verdict": verdict.status, "pgd50_verdict": self.verdict(PGD50).status}
+
     def __str__(self) -> str:
         """The accuracies, the interval of the robust one, and the two verdicts."""
         evaluation, robust = self.evaluation, self.verdict()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +16,8 @@ from .. import models, run_folder
 from ..data import Split, standardisation
 from ..io import read_json, write_atomic
 from ..progress import Progress, as_progress
-from ..train import accuracy, expected_config, fit
+from ..train import Tracking, accuracy, expected_config, fit, tracking
+from ..train.checkpoint import read_log
 from .config import Job, schedule_of
 from .expected import expected_of
 
@@ -80,7 +83,12 @@ def is_trained(job: Job, split: Split) -> bool:
 
 
 def train_network(
-    job: Job, split: Split | None = None, progress: Progress | None = None, *, announce: bool = True
+    job: Job,
+    split: Split | None = None,
+    progress: Progress | None = None,
+    *,
+    announce: bool = True,
+    track: Tracking | None = None,
 ) -> Trained:
     """Train a job's network, or load it if it is finished.
 
@@ -89,6 +97,7 @@ def train_network(
         split: the job's data where it is loaded already.
         progress: called with ("training MODEL" and the time that training is expected to take, epochs done, epochs).
         announce: whether that time is measured first.
+        track: gets each epoch, those of a finished network too, and how training ended.
 
     Returns:
         The network, how training ended, and the data.
@@ -103,7 +112,11 @@ def train_network(
         run_folder.note_paths(job.folder, _config(job, split).get(run_folder.PATHS, {}))
         # The command that asks for this network named its code.
         model, _ = run_folder.load(job.folder, device=job.device, run_code=True)
-        return Trained(model, TrainSummary.load(job.folder), split)
+        summary = TrainSummary.load(job.folder)
+        if track is not None:
+            track.open(read_log(job.folder))
+            _track_end(track, summary)
+        return Trained(model, summary, split)
     mean, std = standardisation(split.train)
     arguments = job.model_arguments(split)
     model = models.build(**arguments, mean=mean, std=std)
@@ -123,6 +136,7 @@ def train_network(
         out=job.folder,
         about=job.about(split),
         progress=lambda line, done, total: report(what, done, total),
+        track=track,
         device=job.device,
     )
     model = model.to(job.device)
@@ -136,7 +150,27 @@ def train_network(
         model=arguments["name"],
     )
     summary.save(job.folder)
+    if track is not None:
+        _track_end(track, summary)
     return Trained(model, summary, split)
+
+
+def tracking_of(job: Job, names: Sequence[str]) -> AbstractContextManager[Tracking]:
+    """The trackers of a job's network, for a block.
+
+    Args:
+        job: the network.
+        names: of the trackers.
+    """
+    settings = {"data": job.comparison.data, "loss": job.loss.text, "threat": job.comparison.threat, "fold": job.fold}
+    return tracking(names, job.folder, {**settings, "fit": asdict(job.fit_config)})
+
+
+def _track_end(track: Tracking, summary: TrainSummary) -> None:
+    """Send how training ended."""
+    figures = {"accuracy": summary.accuracy, "val": summary.val, "best_epoch": summary.best_epoch}
+    figures["seconds"] = summary.seconds
+    track.log({f"trained/{name}": value for name, value in figures.items()}, summary.epochs or 0)
 
 
 def _val_threat(job: Job, split: Split) -> Any:

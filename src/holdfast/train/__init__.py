@@ -8,12 +8,15 @@ from __future__ import annotations
 from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config, fit_to_json
 from .initialise import initialise_for_bounds
 from .loop import fit
+from .trackers import TRACKERS, Tracking, tracker_names, tracking
 from .validation import accuracy, robust_accuracy
 
 __all__ = [
     "SCHEDULES",
+    "TRACKERS",
     "FitConfig",
     "Fitted",
+    "Tracking",
     "accuracy",
     "best_epoch",
     "expected_config",
@@ -21,4 +24,6 @@ __all__ = [
     "fit_to_json",
     "initialise_for_bounds",
     "robust_accuracy",
+    "tracker_names",
+    "tracking",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..io import load_tensors, save_tensors, understood, write_atomic
+from ..io import load_tensors, parse_json, save_tensors, understood, write_atomic
 
 CHECKPOINT, CHECKPOINT_VERSION = "checkpoint", 2  # 2: with the best epoch's weights
 CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
@@ -65,6 +65,13 @@ def save_checkpoint(
 def write_log(out: Path, history: list[dict[str, Any]]) -> None:
     """Write log.jsonl, one line per epoch. It follows the checkpoint, so that it never holds an epoch that was lost."""
     write_atomic(out / LOG_FILE, "".join(json.dumps(line) + "\n" for line in history))
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """Read log.jsonl; empty where there is none. Raises UserError for one that cannot be read."""
+    path = out / LOG_FILE
+    with understood(path):
+        return [parse_json(text) for text in path.read_text().splitlines()] if path.exists() else []
 
 
 def load_checkpoint(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from .distributed import accelerator_on, group_errors
 from .fast_kernels import InBfloat16, fast_input_gradients
 from .initialise import initialise_for_bounds, measure_batch_norm
 from .noise_augmentation import WithNoise
+from .trackers import Tracking, tracking
 from .validation import averaged_weights, check_arguments, check_finite, check_task, check_validation, validate
 
 
@@ -41,6 +42,7 @@ def fit(
     out: Path | str | None = None,
     about: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    track: str | Sequence[str] | Tracking | None = None,
     device: str | None = None,
 ) -> Fitted:
     """Train a model in place, and resume where a run in ``out`` was stopped: bit for bit on a CPU.
@@ -66,6 +68,8 @@ def fit(
         out: the run folder; without one nothing is written and nothing can be resumed.
         about: further entries of config.json, such as how the model is built (``run_folder.load`` reads "model").
         progress: None, or called after each epoch with its log line in words, the epochs done and all epochs.
+        track: trackers that get each line of log.jsonl: "tensorboard", "wandb", "mlflow", or several. A resumed run
+            sends its earlier epochs too.
         device: "cpu", "cuda", ...; default: the best there is.
 
     Returns:
@@ -74,24 +78,22 @@ def fit(
     Raises:
         UserError: the data is empty, a label has no logit, the folder holds another configuration or a checkpoint of
             another version, a loss is not finite (the message names the samples, and the last good checkpoint stays),
-            the device cannot be used, or another process of the group was lost.
+            the device cannot be used, a tracker is not installed or cannot start, or another process of the group was
+            lost.
     """
     start_time, progress = time.perf_counter(), as_progress(progress)
     train, val, val_threat, out = check_arguments(train, val, objective, config, val_threat, out)
     check_task(model, train)
     if val_threat is not None or config.checkpoint == "best":
         check_validation(val)
+    settings = expected_config(config, val_threat, about)
     accelerator = accelerator_on(device)
-    with _own_torch_state(accelerator.device), group_errors(accelerator.num_processes, out):
+    own_state, errors = _own_torch_state(accelerator.device), group_errors(accelerator.num_processes, out)
+    with tracking(track, out, settings) as tracked, own_state, errors:
         state = _set_up(model, config, accelerator)
-        history: list[dict[str, Any]] = []
-        earlier_seconds = 0.0
-        if out is not None:
-            reserve(out, expected_config(config, val_threat, about), write=accelerator.is_main_process)
-            if (out / CHECKPOINT_FILE).exists():
-                history, earlier_seconds = load_checkpoint(out, state.model, state.optimizer, state.ema, state.best)
-                if accelerator.is_main_process:
-                    write_log(out, history)
+        history, earlier_seconds = _resumed(out, settings, state)
+        if accelerator.is_main_process:
+            tracked.open(history)
         train, val = train.to(accelerator.device), val.to(accelerator.device)
         last_save, validation_seconds = time.perf_counter(), 0.0
 
@@ -119,6 +121,7 @@ def fit(
                     save_checkpoint(out, state.model, state.optimizer, state.ema, state.best, history, seconds())
                 last_save = time.perf_counter()
             if accelerator.is_main_process:
+                tracked.epoch(line)
                 progress(_in_words(line), epoch + 1, config.epochs)
         best = best_epoch(history)
         weights = {"last": state.validated_weights(), **({"best": state.best} if best else {})}
@@ -163,6 +166,20 @@ def _set_up(model: nn.Module, config: FitConfig, accelerator: Accelerator) -> _T
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()} if config.ema else {}
     attacked_model = InBfloat16(model) if config.precision == "bf16" else model
     return _TrainingState(model, parallel_model, attacked_model, optimizer, accelerator, ema, {})
+
+
+def _resumed(out: Path | None, settings: dict[str, Any], state: _TrainingState) -> tuple[list[dict[str, Any]], float]:
+    """Reserve a run folder, load its checkpoint and let its log end there: (history, seconds of training so far)."""
+    if out is None:
+        return [], 0.0
+    is_main = state.accelerator.is_main_process
+    reserve(out, settings, write=is_main)
+    if not (out / CHECKPOINT_FILE).exists():
+        return [], 0.0
+    history, seconds = load_checkpoint(out, state.model, state.optimizer, state.ema, state.best)
+    if is_main:
+        write_log(out, history)
+    return history, seconds
 
 
 def _in_words(line: dict[str, Any]) -> str:
