@@ -316,7 +316,8 @@ def test_options_reach_the_training(parquet, holdfast_, tmp_path):
 
 def test_the_split_and_the_checkpoint_are_chosen_by_options(holdfast_, monkeypatch):
     chosen = []
-    monkeypatch.setattr("holdfast.cli.compare.run_comparison", lambda comparison, *_: chosen.append(comparison))
+    nothing = results.Results(runs=(), data={})
+    monkeypatch.setattr("holdfast.cli.compare.run_comparison", lambda one, *_: chosen.append(one) or nothing)
     assert holdfast_("compare", "--split", "val", "--checkpoint", "best")[0] == 0
     assert (chosen[0].eval_split, chosen[0].fit.checkpoint) == ("val", "best")
     assert holdfast_("compare")[0] == 0

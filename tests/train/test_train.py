@@ -561,7 +561,8 @@ def test_with_ema_the_averaged_weights_are_validated_and_saved(split):
 
 def test_there_is_no_way_in_for_test_data():
     assert list(inspect.signature(fit).parameters) == [
-        "model", "train", "val", "objective", "config", "val_threat", "out", "about", "progress", "device",
+        "model", "train", "val", "objective", "config", "val_threat", "out", "about", "progress",
+        "track", "device",
     ]  # fmt: skip
     assert "test" not in {field.name for field in dataclasses.fields(FitConfig)}
 

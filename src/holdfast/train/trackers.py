@@ -136,7 +136,7 @@ class Tracking:
 
 @contextmanager
 def tracking(
-    track: str | Sequence[str] | Tracking | None, folder: Path | None, settings: Mapping[str, Any]
+    track: str | Sequence[str] | Tracking | None, folder: str | Path | None, settings: Mapping[str, Any]
 ) -> Iterator[Tracking]:
     """The trackers of a network, for a block; one that was made before is handed on, and not closed at the end.
 
@@ -151,7 +151,7 @@ def tracking(
     if isinstance(track, Tracking):
         yield track
         return
-    made = Tracking(tracker_names(track), folder, settings)
+    made = Tracking(tracker_names(track), None if folder is None else Path(folder), settings)
     try:
         yield made
     finally:
