@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..results import Finding, Remaining, Verdict, percent, proportion
+from ..results import PRECISION, Finding, Remaining, Verdict, percent, proportion
 from .findings import CONFIDENCE, lower_bound_99
 
 __all__ = ["CONFIDENCE", "PGD50", "ROBUST", "TOLERANCE", "Claim", "judge"]
 
 PGD50, ROBUST = "pgd50", "robust"  # claims: the accuracy under PGD-50 alone, and the robust accuracy of the evaluation
-TOLERANCE = 0.01  # error that a claim may have, as a fraction of all samples
+TOLERANCE = PRECISION  # error that a claim may have, as a fraction of all samples
 
 
 @dataclass(frozen=True)

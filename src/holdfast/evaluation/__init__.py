@@ -18,8 +18,9 @@ from ..noise import Noise
 from ..outputs import Model, frozen_eval
 from ..progress import Progress, as_progress, silent
 from ..queries import Batches, CountingModel, copied, default_batch_size, device_of, exact_float32
+from ..results import PRECISION
 from ..threat import Threat, as_threat
-from ..user_input import any_seed, of_type, path, whole
+from ..user_input import any_seed, number, of_type, path, whole
 from . import cascade
 from .budget import Budget
 from .checkpoint import load_x_adv
@@ -58,6 +59,7 @@ def evaluate(
     batch_size: int | None = None,
     budget: Budget | None = None,
     proofs: str = "linear",
+    precision: float = PRECISION,
     checkpoint: str | Path | None = None,
     key: str = "",
     progress: Progress | None = None,
@@ -96,6 +98,8 @@ def evaluate(
             tried, on all samples. Of what is left of the budget, "crown" and "alpha" take at most half, with "branch"
             the attacks of the suite half of the rest, and branch and bound what they leave; what is over then goes to
             further attacks. An adversarial example of branch and bound counts as one of the stage "branch and bound".
+        precision: share of all samples, in (0, 1], that may be breakable still where nothing shows it. The spot check
+            and the audit attack as many survivors as that needs: see ``results.sample_size``.
         checkpoint: file to save to; an interrupted evaluation resumes from it.
         key: identifies the weights and data that the checkpoint belongs to.
         progress: called after each batch with (stage and robust accuracy so far, passes so far, passes expected).
@@ -118,6 +122,7 @@ def evaluate(
     if budget is not None and not isinstance(budget, Budget):
         raise UserError(f'budget must be a Budget, such as Budget.parse("10min"), got {type_of(budget)}.')
     check_proofs(proofs, budget)
+    precision = number("precision", precision, 0, 1, above=True)
     data = data.to(device_of(model, data))
     task = Task(
         model=CountingModel(model, occurring=data.y.unique()),
@@ -132,6 +137,7 @@ def evaluate(
         batches=Batches(size),
         grid=is_8bit(data, threat),
         proofs=proofs,
+        precision=precision,
         progress=report if Processes.current().is_first else silent,
     )
     with exact_float32(), frozen_eval(model):

@@ -109,7 +109,7 @@ def attack_batch(task: Task, state: State, checkpoint: Checkpoint, number: int, 
         spent, waiting = passes_spent(state), int(_waiting(state, number, target).sum())
         robust = float(state.survivors.double().mean())
         what = f"{stage.name}, at most {robust:.1%} robust"
-        task.progress(what, spent, spent + planned_passes(state, number, waiting, target))
+        task.progress(what, spent, spent + planned_passes(task, state, number, waiting, target))
     return len(rows)
 
 
@@ -159,6 +159,7 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
         stages=stages,
         spot_check=spot_check_result(state),
         votes=state.votes,
+        precision=task.precision,
         unfinished=state.ended < len(task.stages(state.differs_off_grid)),
         certified=None if columns.certified is None else columns.certified.cpu(),
         proved_by=None if columns.proved_by is None else columns.proved_by.cpu(),

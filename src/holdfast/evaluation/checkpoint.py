@@ -41,6 +41,7 @@ class Checkpoint:
             "matched": getattr(matched, "__name__", repr(matched)),
             "seed": task.noise.seed,
             "proofs": task.proofs,
+            "precision": task.precision,
             "n": len(task.data),
         }
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..queries import unlimited
+from .selection import spot_check_sizes
 from .state import State, Task
-from .suites import N_NEAREST, N_RANDOM
+from .suites import N_NEAREST
 
 
 def add_cost(task: Task, state: State, place: int | None, began: float, **counts: int) -> None:
@@ -59,10 +60,11 @@ def affordable(task: Task, state: State, number: int, n_processes: int) -> Calla
     return limit
 
 
-def planned_passes(state: State, number: int, waiting: int, target: int) -> int:
+def planned_passes(task: Task, state: State, number: int, waiting: int, target: int) -> int:
     """Passes still to come if no more samples are broken.
 
     Args:
+        task: the evaluation.
         state: of the evaluation.
         number: of the current stage.
         waiting: samples that the current stage has not attacked yet at its current target.
@@ -72,11 +74,13 @@ def planned_passes(state: State, number: int, waiting: int, target: int) -> int:
     stage, classes = state.stages[number], state.n_classes
     each = stage.passes(classes) / stage.n_targets(classes)
     planned = each * (waiting + int(state.due(number).sum()) * (stage.n_targets(classes) - target - 1))
+    near, far = spot_check_sizes(survivors, len(state.open), task.precision)
     for later in state.stages[number + 1 :]:
         expected = {
             "survivors": 0 if later.after else survivors,
             "nearest": 0 if later.round > 1 else min(survivors, max(N_NEAREST, math.ceil(later.fraction * survivors))),
-            "sampled": min(survivors, N_NEAREST + N_RANDOM),
+            "next": 0 if later.round > 1 else max(0, math.ceil(later.fraction * survivors) - near),
+            "sampled": near + far,
             "escalated": 0,
         }[later.subset]
         planned += later.passes(classes) * (clean if later.individual else expected)

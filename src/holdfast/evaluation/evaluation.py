@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from torch import Tensor, nn
 
 from .. import results
-from ..results import ProofCost, SpotCheck, notebook_counts
+from ..results import PRECISION, ProofCost, SpotCheck, notebook_counts
 from ..threat import Threat
 from ..witnesses import Witnesses
 
@@ -78,6 +78,7 @@ class Evaluation:
             did; None if no bound of the network is known.
         proofs: what each method of proof did and cost; part of the cost of the clean pass.
         attack_kinds: the attacks that ran, keys of ATTACKS.
+        precision: share of all samples that may be breakable still; the audit chooses its samples by it too.
         pristine: a copy of the model as it was before it was queried, for the audit, which drops it; None for a
             function, and for a model that cannot be copied. It is never saved.
     """
@@ -101,6 +102,7 @@ class Evaluation:
     proved_by: Tensor | None = None
     proofs: tuple[ProofCost, ...] = ()
     attack_kinds: tuple[str, ...] = ()
+    precision: float = PRECISION
     pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property

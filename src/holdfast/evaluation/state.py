@@ -17,7 +17,7 @@ from ..noise import Noise
 from ..outputs import Model
 from ..progress import Progress
 from ..queries import EOT_SAMPLES, VOTES, Batches, CountingModel, EOTModel
-from ..results import ProofCost
+from ..results import PRECISION, ProofCost
 from ..threat import Threat
 from .budget import Budget
 from .evaluation import UNBROKEN, StageCost
@@ -56,6 +56,7 @@ class Task:
         budget: None for no limit.
         batch_size: how samples are distributed over processes; never changes.
         proofs: the last method of ``bounds.certify`` that is tried on the survivors of the individual attacks.
+        precision: share of all samples that may be breakable still; it decides the size of samples.
         grid: whether the images are 8-bit: candidates are then judged on the 8-bit grid as well.
         batches: the batch size in use, which shrinks where memory runs out.
         progress: see ``evaluate``.
@@ -73,6 +74,7 @@ class Task:
     batches: Batches
     progress: Progress
     proofs: str = "linear"
+    precision: float = PRECISION
     grid: bool = False
 
     def stages(self, differs_off_grid: bool) -> tuple[Stage, ...]:
@@ -154,7 +156,7 @@ class State:
         differs_off_grid: whether the model answers 8-bit images otherwise than images beside them.
         chosen_for: number of the stage that ``columns.chosen`` belongs to; -1 before the first.
         ended: number of stages that are finished.
-        n_rest: survivors outside the 32 nearest when the spot check was drawn.
+        n_rest: survivors outside the nearest ones of the spot check when its random ones were drawn.
         proved: whether the survivors of the individual attacks have had their proofs.
         cut: whether the budget ended these.
         proofs: what each method of proof cost.

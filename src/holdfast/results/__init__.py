@@ -20,7 +20,15 @@ from .region import (
     TwoSample,
     TwoSamplePerClass,
 )
-from .remaining import Remaining, RemainingVulnerable, SpotCheck, remaining_vulnerable, sum_remaining
+from .remaining import (
+    PRECISION,
+    Remaining,
+    RemainingVulnerable,
+    SpotCheck,
+    remaining_vulnerable,
+    sample_size,
+    sum_remaining,
+)
 from .rows import Row, rows
 from .schema import (
     CLOPPER_PEARSON,
@@ -74,13 +82,14 @@ from .text import (
 Results._repr_html_ = notebook  # type: ignore[attr-defined]
 
 __all__ = [
-    "CLOPPER_PEARSON", "FILE", "OLDEST", "PROOF_METHODS", "SCHEMA", "Calibration", "CalibrationBins", "CheckResult",
-    "CleanMeasures", "Cost", "DecisionGrid", "Distances", "EpsCheck", "Example", "FeatureShift", "Finding", "Interval",
-    "Paired", "Passes", "Projection", "ProofCost", "RegionMeasures", "Reliability", "Remaining", "RemainingVulnerable",
-    "Results", "Row", "Run", "Samples", "SpotCheck", "Spread", "StageCost", "Training", "TwoSample",
-    "TwoSamplePerClass", "Verdict", "any_certified", "bracket_text", "caption", "caption_notes", "cells", "csv",
-    "doubts", "heading", "holm", "latex", "load", "markdown", "mcnemar", "notebook", "notebook_counts", "other_attacks",
-    "over_seeds", "paired_t", "percent", "pgd50_verdict_text", "proportion", "proved_text", "remaining_text",
-    "remaining_vulnerable", "robust_text", "rows", "save", "seconds_text", "status_text", "sum_remaining", "table",
-    "threat_text", "to_json", "total_cost", "total_proofs",
+    "CLOPPER_PEARSON", "FILE", "OLDEST", "PRECISION", "PROOF_METHODS", "SCHEMA", "Calibration", "CalibrationBins",
+    "CheckResult", "CleanMeasures", "Cost", "DecisionGrid", "Distances", "EpsCheck", "Example", "FeatureShift",
+    "Finding", "Interval", "Paired", "Passes", "Projection", "ProofCost", "RegionMeasures", "Reliability",
+    "Remaining", "RemainingVulnerable", "Results", "Row", "Run", "Samples", "SpotCheck", "Spread", "StageCost",
+    "Training", "TwoSample", "TwoSamplePerClass", "Verdict", "any_certified", "bracket_text", "caption",
+    "caption_notes", "cells", "csv", "doubts", "heading", "holm", "latex", "load", "markdown", "mcnemar",
+    "notebook", "notebook_counts", "other_attacks", "over_seeds", "paired_t", "percent", "pgd50_verdict_text",
+    "proportion", "proved_text", "remaining_text", "remaining_vulnerable", "robust_text", "rows", "sample_size",
+    "save", "seconds_text", "status_text", "sum_remaining", "table", "threat_text", "to_json", "total_cost",
+    "total_proofs",
 ]  # fmt: skip
