@@ -84,7 +84,7 @@ def test_an_audit_tests_as_many_survivors_as_the_precision_needs(audits):
 
 def test_a_tighter_precision_tests_more_survivors():
     split, truth = make_exact_fixture.digits(), make_exact_fixture.load()[0]
-    data, threat = split.test, Threat("linf", 0.05)
+    data, threat = split.test, Threat("linf", truth.plan.eps)
     tested = {}
     for precision in (0.001, 0.01, 0.1):
         evaluation = evaluate(truth.model, data, threat, "quick", trained_with=truth.plan.loss, precision=precision)
