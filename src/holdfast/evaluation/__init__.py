@@ -60,6 +60,7 @@ def evaluate(
     budget: Budget | None = None,
     proofs: str = "linear",
     precision: float = PRECISION,
+    pgd50: int | None = None,
     checkpoint: str | Path | None = None,
     key: str = "",
     progress: Progress | None = None,
@@ -100,6 +101,8 @@ def evaluate(
             further attacks. An adversarial example of branch and bound counts as one of the stage "branch and bound".
         precision: share of all samples, in (0, 1], that may be breakable still where nothing shows it. The spot check
             and the audit attack as many survivors as that needs: see ``results.sample_size``.
+        pgd50: how many samples, drawn at random, PGD-50 attacks on its own: its accuracy is then a share of these. None
+            for all samples; 0 leaves PGD-50 out, and the first stage of the suite then attacks all samples.
         checkpoint: file to save to; an interrupted evaluation resumes from it.
         key: identifies the weights and data that the checkpoint belongs to.
         progress: called after each batch with (stage and robust accuracy so far, passes so far, passes expected).
@@ -123,13 +126,15 @@ def evaluate(
         raise UserError(f'budget must be a Budget, such as Budget.parse("10min"), got {type_of(budget)}.')
     check_proofs(proofs, budget)
     precision = number("precision", precision, 0, 1, above=True)
+    if pgd50 is not None:
+        pgd50 = whole("pgd50", pgd50)
     data = data.to(device_of(model, data))
     task = Task(
         model=CountingModel(model, occurring=data.y.unique()),
         data=data,
         threat=threat,
-        suite=with_pgd50(stages),
-        attack_names=tuple(individual_names(stages)),
+        suite=with_pgd50(stages, leave_out=pgd50 == 0),
+        attack_names=tuple(individual_names(stages, leave_out=pgd50 == 0)),
         scores=stage_scores(trained_with),
         noise=Noise(any_seed(seed), data.index),
         budget=budget,
@@ -138,6 +143,7 @@ def evaluate(
         grid=is_8bit(data, threat),
         proofs=proofs,
         precision=precision,
+        pgd50=pgd50,
         progress=report if Processes.current().is_first else silent,
     )
     with exact_float32(), frozen_eval(model):

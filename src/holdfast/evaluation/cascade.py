@@ -23,6 +23,7 @@ from .judging import judge
 from .proofs import branch_survivors, proof_costs, prove_all, prove_survivors
 from .selection import choose, spot_check_result
 from .state import BY_BRANCH, MAX_TARGETS, State, Task, add_extra_stages, attack_model
+from .suites import PGD50
 
 
 def run(task: Task, path: Path | None, key: str) -> Evaluation:
@@ -140,6 +141,8 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
     """The state as an Evaluation. Attacks that the budget ended before they began have no entry in attack_correct."""
     columns = state.columns
     by = columns.broken_by
+    sample = task.pgd50_sample
+    asked = torch.ones_like(columns.clean) if sample is None else sample
     missing = {stage.name for stage in state.stages[state.ended :] if stage.individual}
     *costs, branch = total_costs([*state.costs, state.branch], processes)
     stages = (*costs, branch) if branch.attacked else (*costs,)
@@ -151,7 +154,11 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
         prediction=columns.prediction.cpu(),
         margin=columns.margin.cpu(),
         clean=columns.clean.cpu(),
-        attack_correct={name: columns.attack_correct[name].cpu() for name in task.attack_names if name not in missing},
+        attack_correct={
+            name: (columns.attack_correct[name] & asked if name == PGD50.name else columns.attack_correct[name]).cpu()
+            for name in task.attack_names
+            if name not in missing
+        },
         broken_by=torch.where(by >= 0, by + 1, torch.where(by == BY_BRANCH, len(costs), by)).cpu(),  # 0: the clean pass
         margin_adv=columns.margin_adv.cpu(),
         prediction_adv=columns.prediction_adv.cpu(),
@@ -160,6 +167,7 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
         spot_check=spot_check_result(state),
         votes=state.votes,
         precision=task.precision,
+        pgd50_sample=None if sample is None else sample.cpu(),
         unfinished=state.ended < len(task.stages(state.differs_off_grid)),
         certified=None if columns.certified is None else columns.certified.cpu(),
         proved_by=None if columns.proved_by is None else columns.proved_by.cpu(),

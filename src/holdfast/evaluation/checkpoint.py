@@ -42,6 +42,7 @@ class Checkpoint:
             "seed": task.noise.seed,
             "proofs": task.proofs,
             "precision": task.precision,
+            "pgd50": task.pgd50,
             "n": len(task.data),
         }
 

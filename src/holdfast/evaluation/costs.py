@@ -10,7 +10,7 @@ from dataclasses import replace
 from ..queries import unlimited
 from .selection import spot_check_sizes
 from .state import State, Task
-from .suites import N_NEAREST
+from .suites import N_NEAREST, PGD50, Stage
 
 
 def add_cost(task: Task, state: State, place: int | None, began: float, **counts: int) -> None:
@@ -83,5 +83,12 @@ def planned_passes(task: Task, state: State, number: int, waiting: int, target: 
             "sampled": near + far,
             "escalated": 0,
         }[later.subset]
-        planned += later.passes(classes) * (clean if later.individual else expected)
+        planned += later.passes(classes) * (_individual(task, later, clean) if later.individual else expected)
     return round(planned * state.eot_samples)
+
+
+def _individual(task: Task, stage: Stage, clean: int) -> int:
+    """How many samples an individual attack has, about."""
+    if stage.name != PGD50.name or task.pgd50 is None:
+        return clean
+    return round(clean * min(1.0, task.pgd50 / len(task.data)))

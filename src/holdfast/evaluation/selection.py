@@ -10,7 +10,7 @@ from torch import Tensor
 from ..noise import EvaluationStream
 from ..results import SpotCheck, sample_size
 from .state import State, Task
-from .suites import N_NEAREST
+from .suites import N_NEAREST, PGD50
 
 NEAR, RANDOM = 1, 2  # values of Columns.spot_check
 
@@ -26,7 +26,8 @@ def _chosen(task: Task, state: State, number: int) -> Tensor:
     stage, columns, left = state.stages[number], state.columns, state.open
     nobody = torch.zeros_like(left)
     if stage.individual:
-        return columns.clean
+        asked = task.pgd50_sample if stage.name == PGD50.name else None
+        return columns.clean if asked is None else columns.clean & asked
     if stage.round > 1:
         previous = [k for k, other in enumerate(state.stages) if other.round == stage.round - 1]
         if not bool(state.broken_by_stages(previous).any()):

@@ -13,7 +13,7 @@ from ..attacks import ATTACKS
 from ..data import Data
 from ..errors import UserError, unknown
 from ..losses import Loss
-from ..noise import Noise
+from ..noise import EvaluationStream, Noise
 from ..outputs import Model
 from ..progress import Progress
 from ..queries import EOT_SAMPLES, VOTES, Batches, CountingModel, EOTModel
@@ -57,6 +57,7 @@ class Task:
         batch_size: how samples are distributed over processes; never changes.
         proofs: the last method of ``bounds.certify`` that is tried on the survivors of the individual attacks.
         precision: share of all samples that may be breakable still; it decides the size of samples.
+        pgd50: how many samples PGD-50 attacks; None for all, 0 where it is left out.
         grid: whether the images are 8-bit: candidates are then judged on the 8-bit grid as well.
         batches: the batch size in use, which shrinks where memory runs out.
         progress: see ``evaluate``.
@@ -75,7 +76,16 @@ class Task:
     progress: Progress
     proofs: str = "linear"
     precision: float = PRECISION
+    pgd50: int | None = None
     grid: bool = False
+
+    @property
+    def pgd50_sample(self) -> Tensor | None:
+        """(N,) bool: the samples that PGD-50 is asked about, right or wrong, drawn by their own noise; None for all."""
+        if self.pgd50 is None or not 0 < self.pgd50 < len(self.data):
+            return None
+        order = self.noise.fold(EvaluationStream.PGD50_SAMPLE).uniform(()).argsort(stable=True)
+        return torch.zeros_like(self.data.y, dtype=torch.bool).index_fill_(0, order[: self.pgd50], True)
 
     def stages(self, differs_off_grid: bool) -> tuple[Stage, ...]:
         """The suite's stages, and those on the 8-bit grid for a model that answers otherwise there."""

@@ -202,13 +202,13 @@ def resolve(suite: str | Sequence[Stage]) -> tuple[Stage, ...]:
 
 
 @typed
-def with_pgd50(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """The stages as they are run: PGD50 first, and only once if the suite lists it too.
+def with_pgd50(stages: Sequence[Stage], leave_out: bool = False) -> tuple[Stage, ...]:
+    """The stages as they are run: PGD50 first, and only once if the suite lists it too; or without it.
 
     >>> [stage.name for stage in with_pgd50([PGD50_TRAIN_LOSS, PGD50])]
     ['pgd50', 'pgd50-train-loss']
     """
-    return (PGD50, *(stage for stage in stages if stage != PGD50))
+    return (*(() if leave_out else (PGD50,)), *(stage for stage in stages if stage != PGD50))
 
 
 def on_grid_too(stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -227,13 +227,17 @@ def on_grid_too(stages: Sequence[Stage]) -> tuple[Stage, ...]:
 
 
 @typed
-def individual_names(stages: Sequence[Stage]) -> list[str]:
+def individual_names(stages: Sequence[Stage], leave_out: bool = False) -> list[str]:
     """Names of the attacks with an accuracy of their own, in the suite's order; "pgd50" first unless it is listed.
+
+    With ``leave_out`` there is no "pgd50".
 
     >>> individual_names([PGD50_TRAIN_LOSS]), individual_names([PGD50_TRAIN_LOSS, PGD50])
     (['pgd50', 'pgd50-train-loss'], ['pgd50-train-loss', 'pgd50'])
     """
     names = [stage.name for stage in stages if stage.individual]
+    if leave_out:
+        return [name for name in names if name != PGD50.name]
     return names if PGD50.name in names else [PGD50.name, *names]
 
 

@@ -149,6 +149,8 @@ def run_job(job: Job, progress: JobProgress) -> None:
             s=job.loss.s,
             seed=job.seed,
             proofs=comparison.proofs,
+            precision=comparison.precision,
+            pgd50=comparison.pgd50,
             cache=cache_folder(job, threat),
             key=key,
             transfer_source=transfer_source,
@@ -201,6 +203,8 @@ def _result_key(job: Job, threat: Threat, split: Split) -> str:
         s=job.loss.s,
         seed=job.seed,
         proofs=job.comparison.proofs,
+        precision=job.comparison.precision,
+        pgd50=job.comparison.pgd50,
     )
 
 

@@ -33,7 +33,7 @@ from ..losses import Loss, as_loss, loss_name, negative_margin
 from ..outputs import Model, frozen_eval, out_of_memory
 from ..progress import Progress, as_progress
 from ..queries import OFF_DATA_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32, margin_moved
-from ..results import Projection, RegionMeasures
+from ..results import PRECISION, Projection, RegionMeasures
 from ..threat import Threat, as_threat
 from ..user_input import typed
 from ..witnesses import Witnesses
@@ -59,6 +59,8 @@ def evaluate_network(
     batch_size: int | None = None,
     budget: Budget | None = None,
     proofs: str = "linear",
+    precision: float = PRECISION,
+    pgd50: int | None = None,
     cache: str | Path | None = None,
     key: str = "",
     transfer_source: Tensor | Callable[[], Tensor | None] | None = None,
@@ -83,6 +85,8 @@ def evaluate_network(
         batch_size: of the attacks, >= 1; default by image size, halved when memory runs out.
         budget: stop the attacks there; the verdict then says what may be left.
         proofs: as for ``evaluate``.
+        precision: as for ``evaluate``.
+        pgd50: as for ``evaluate``.
         cache: a folder where work is kept: a killed call resumes from it, a finished one is read back.
         key: what the cache belongs to, data and weights; default a hash of both.
         transfer_source: (N, C, H, W), adversarial examples of an SCE network for the same samples, for the transfer
@@ -102,8 +106,9 @@ def evaluate_network(
             raise UserError("a function has no weights to tell it by: with a cache, give a key that names it.")
         key = f"{content_hash(data.x, data.y, data.index)} {run_folder.weights_hash(model)}"
     result_id = result_key(
-        threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget, proofs=proofs
-    )
+        threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget, proofs=proofs,
+        precision=precision, pgd50=pgd50,
+    )  # fmt: skip
     processes = Processes.current()
     if cache is not None:
         alone = processes.count == 1  # in a group, all processes must attack or none
@@ -123,6 +128,8 @@ def evaluate_network(
         batch_size=batch_size,
         budget=budget,
         proofs=proofs,
+        precision=precision,
+        pgd50=pgd50,
         checkpoint=None if cache is None else cache / EVALUATION_FILE,
         key=key,
         progress=lambda what, done, total: report(f"{threat}, {what}", done, total),
@@ -223,6 +230,8 @@ def result_key(
     seed: int,
     budget: Budget | None = None,
     proofs: str = "linear",
+    precision: float = PRECISION,
+    pgd50: int | None = None,
 ) -> str:
     """What a stored NetworkResult belongs to: data and weights (``key``), the arguments, and the versions of the code.
 
@@ -241,6 +250,8 @@ def result_key(
         "seed": seed,
         "budget": None if budget is None else repr(budget),
         "proofs": proofs,
+        "precision": precision,
+        "pgd50": pgd50,
         "checks": identity_of_checks(),
         "versions": [__version__, region.VERSION, REGION_VERSION],
     }

@@ -46,7 +46,8 @@ def csv(results: Results) -> str:
 
     Returns:
         The text. Columns: loss, threat; clean, pgd50, the other attacks, certified (where a sample is) and robust,
-        each with ``_low`` and ``_high``; pgd50_verdict, verdict, n, seeds, interval. Where a sample is certified also,
+        each with ``_low`` and ``_high``; pgd50_verdict, verdict, n, seeds, interval. Where PGD-50 was run on a sample,
+        pgd50_n. Where a sample is certified also,
         counted over all seeds: between (samples that are neither broken nor proved), proved_METHOD for each method that
         proved one, and proof_seconds. A name that a spreadsheet would take for a formula begins with an apostrophe.
     """
@@ -62,12 +63,14 @@ def csv(results: Results) -> str:
     bounds = [f"{c}{suffix}" for c in ("clean", *names, *certified, "robust") for suffix in ("", "_low", "_high")]
     methods = [cost.method for cost in total_proofs([cost for r in shown for cost in r.proofs]) if cost.proved]
     proofs = ["between", *(f"proved_{method}" for method in methods), "proof_seconds"] if certified else []
-    write(["loss", "threat", *bounds, "pgd50_verdict", "verdict", "n", "seeds", "interval", *proofs])
+    sampled = ["pgd50_n"] * any(r.pgd50_n is not None for r in shown)
+    write(["loss", "threat", *bounds, "pgd50_verdict", "verdict", "n", "seeds", "interval", *sampled, *proofs])
     for r in shown:
         every = r.clean, *map(r.attacks.get, names), *([r.certified] if certified else []), r.robust
         figures = [v for i in every for v in (dataclasses.astuple(i) if i else ("", "", ""))]
         words = r.pgd50_verdict, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval
-        write([r.label, r.threat, *figures, *words, *(_proofs(r, methods) if certified else ())])
+        asked = [r.n if r.pgd50_n is None else r.pgd50_n] * len(sampled)
+        write([r.label, r.threat, *figures, *words, *asked, *(_proofs(r, methods) if certified else ())])
     return out.getvalue()
 
 
