@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from ..attacks import ATTACKS
 from ..data import Data
 from ..data.arguments import as_data, note_assumptions
@@ -61,6 +63,7 @@ def evaluate(
     proofs: str = "linear",
     precision: float = PRECISION,
     pgd50: int | None = None,
+    candidates: Tensor | None = None,
     checkpoint: str | Path | None = None,
     key: str = "",
     progress: Progress | None = None,
@@ -103,6 +106,8 @@ def evaluate(
             and the audit attack as many survivors as that needs: see ``results.sample_size``.
         pgd50: how many samples, drawn at random, PGD-50 attacks on its own: its accuracy is then a share of these. None
             for all samples; 0 leaves PGD-50 out, and the first stage of the suite then attacks all samples.
+        candidates: (N, C, H, W), images that may be adversarial, such as ``x_adv`` at a smaller eps in the same norm; a
+            clean image is no candidate. They are judged after the individual attacks, and what they break is left out.
         checkpoint: file to save to; an interrupted evaluation resumes from it.
         key: identifies the weights and data that the checkpoint belongs to.
         progress: called after each batch with (stage and robust accuracy so far, passes so far, passes expected).
@@ -117,17 +122,9 @@ def evaluate(
     data, threat, trained_with = as_data(data), as_threat(threat), as_loss(trained_with)
     note_assumptions(data, unit_box=(threat.lo, threat.hi) == (0, 1))
     report = as_progress(progress)
-    of_type("key", key, str)
     stages = tuple(stage for stage in resolve(suite) if threat.norm in ATTACKS[stage.attack].norms)
-    if len(data) == 0:
-        raise UserError("there is nothing to evaluate: the data set is empty.")
+    _check(data, key, budget, proofs, precision, pgd50, candidates)
     size = default_batch_size(data.x) if batch_size is None else whole("batch_size", batch_size, 1)
-    if budget is not None and not isinstance(budget, Budget):
-        raise UserError(f'budget must be a Budget, such as Budget.parse("10min"), got {type_of(budget)}.')
-    check_proofs(proofs, budget)
-    precision = number("precision", precision, 0, 1, above=True)
-    if pgd50 is not None:
-        pgd50 = whole("pgd50", pgd50)
     data = data.to(device_of(model, data))
     task = Task(
         model=CountingModel(model, occurring=data.y.unique()),
@@ -144,9 +141,36 @@ def evaluate(
         proofs=proofs,
         precision=precision,
         pgd50=pgd50,
+        candidates=None if candidates is None else candidates.to(data.x.device),
         progress=report if Processes.current().is_first else silent,
     )
     with exact_float32(), frozen_eval(model):
         pristine = copied(model)  # before the first query
         file = None if checkpoint is None else path("checkpoint", checkpoint)
         return replace(cascade.run(task, file, key), pristine=pristine)
+
+
+def _check(
+    data: Data,
+    key: str,
+    budget: Budget | None,
+    proofs: str,
+    precision: float,
+    pgd50: int | None,
+    candidates: Tensor | None,
+) -> None:
+    """Raise UserError for arguments of ``evaluate`` that nothing can be done with."""
+    of_type("key", key, str)
+    if len(data) == 0:
+        raise UserError("there is nothing to evaluate: the data set is empty.")
+    if budget is not None and not isinstance(budget, Budget):
+        raise UserError(f'budget must be a Budget, such as Budget.parse("10min"), got {type_of(budget)}.')
+    check_proofs(proofs, budget)
+    number("precision", precision, 0, 1, above=True)
+    if pgd50 is not None:
+        whole("pgd50", pgd50)
+    of_type("candidates", candidates, Tensor | None)
+    if candidates is not None and candidates.shape != data.x.shape:
+        raise UserError(
+            f"candidates must be images of the same samples, {tuple(data.x.shape)}, got {tuple(candidates.shape)}."
+        )

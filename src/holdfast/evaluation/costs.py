@@ -13,27 +13,27 @@ from .state import State, Task
 from .suites import N_NEAREST, PGD50, Stage
 
 
-def add_cost(task: Task, state: State, place: int | None, began: float, **counts: int) -> None:
-    """Add what was done since ``began`` to ``state.costs[place]`` (None: ``state.branch``), and reset the counters."""
-    model, cost = task.model, state.branch if place is None else state.costs[place]
+def add_cost(task: Task, state: State, place: int | str, began: float, **counts: int) -> None:
+    """Add what was done since ``began`` to ``state.costs[place]``, or to the field of this name; reset the counters."""
+    model, cost = task.model, state.costs[place] if isinstance(place, int) else getattr(state, place)
     counts |= {"forwards": model.forwards, "backwards": model.backwards, "nonfinite": int(model.nonfinite)}
     model.forwards = model.backwards = model.nonfinite = 0
     added = {name: getattr(cost, name) + count for name, count in counts.items()}
     cost = replace(cost, seconds=cost.seconds + time.perf_counter() - began, **added)
-    if place is None:
-        state.branch = cost
-    else:
+    if isinstance(place, int):
         state.costs[place] = cost
+    else:
+        setattr(state, place, cost)
 
 
 def passes_spent(state: State) -> int:
     """Forward and backward passes so far, in this process."""
-    return sum(cost.passes for cost in (*state.costs, state.branch))
+    return sum(cost.passes for cost in (*state.costs, state.branch, state.given))
 
 
 def seconds_spent(state: State) -> float:
     """Wall-clock seconds so far, in this process."""
-    return sum(cost.seconds for cost in (*state.costs, state.branch))
+    return sum(cost.seconds for cost in (*state.costs, state.branch, state.given))
 
 
 def waits_for_branch(task: Task, state: State) -> bool:

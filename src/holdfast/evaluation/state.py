@@ -27,6 +27,8 @@ from .suites import EXTRA_ROUND, Stage, on_grid_too
 PROOFS = ("linear", "crown", "alpha", "branch")  # of the methods of ``bounds.certify``, the last one that is tried
 BY_BRANCH = -3  # value of ``Columns.broken_by``: branch and bound met an adversarial example
 BRANCH = "branch and bound"  # the stage that it is shown as
+BY_CANDIDATE = -4  # value of ``Columns.broken_by``: an image that was given did
+CANDIDATES = "candidates"  # the stage that it is shown as
 MAX_TARGETS = 16  # more than any stage has: places reserved for a stage in ``Columns.done``
 
 
@@ -58,6 +60,7 @@ class Task:
         proofs: the last method of ``bounds.certify`` that is tried on the survivors of the individual attacks.
         precision: share of all samples that may be breakable still; it decides the size of samples.
         pgd50: how many samples PGD-50 attacks; None for all, 0 where it is left out.
+        candidates: (N, C, H, W), images that may be adversarial, tried on the survivors; None for none.
         grid: whether the images are 8-bit: candidates are then judged on the 8-bit grid as well.
         batches: the batch size in use, which shrinks where memory runs out.
         progress: see ``evaluate``.
@@ -77,6 +80,7 @@ class Task:
     proofs: str = "linear"
     precision: float = PRECISION
     pgd50: int | None = None
+    candidates: Tensor | None = None
     grid: bool = False
 
     @property
@@ -171,6 +175,8 @@ class State:
         cut: whether the budget ended these.
         proofs: what each method of proof cost.
         branch: cost of branch and bound.
+        given: cost of trying the candidates.
+        tried: whether they have been tried.
         branched: whether it has had its share of the budget, in this run.
         bounds: seconds that the bounds before it took for one sample, the last one; 0 before the first.
         until: seconds spent at which the share of the budget of bounds, and then of attacks, ends; infinite at first.
@@ -190,6 +196,8 @@ class State:
     cut: bool = False
     proofs: list[ProofCost] = field(default_factory=list)
     branch: StageCost = field(default_factory=lambda: StageCost(BRANCH))
+    given: StageCost = field(default_factory=lambda: StageCost(CANDIDATES))
+    tried: bool = False
     branched: bool = False
     bounds: float = 0.0
     until: float = math.inf

@@ -304,7 +304,6 @@ SUITES: dict[str, tuple[Stage, ...]] = {
         Stage("md targets on all", "md", targets=9, settings={"steps": 20}, after="round 1: md targets"),
         *_full_length("sampled", 200),
         *_full_length("escalated", 1000),
-        Stage("long again", "apgd", settings={"steps": 100}, subset="nearest", fraction=0.15, after="sampled"),
         Stage("md targets again", "md", targets=9, settings={"steps": 20}, after="sampled: md"),
         Stage("md again", "md", settings={"steps": 40, "restarts": 4}, after="sampled"),
     ),
