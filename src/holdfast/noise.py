@@ -154,6 +154,7 @@ class EvaluationStream(Stream):
     SPOT_CHECK = 20_000
     RANDOM_TARGET = 30_000
     GRID = 31_000
+    PGD50_SAMPLE = 32_000
 
 
 class AuditStream(Stream):

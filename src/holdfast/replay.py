@@ -24,7 +24,7 @@ from .io import decode, inside, load_tensors, understood
 from .losses import negative_margin
 from .outputs import frozen_eval
 from .queries import LOGIT_TOLERANCE, CountingModel, exact_float32, is_misclassified, majority_vote
-from .results import Run
+from .results import Run, Samples
 from .threat import Threat
 from .user_input import typed
 
@@ -418,15 +418,22 @@ def _remaining(run: Run, whole: _Recount) -> list[str]:
     return []
 
 
+def _pgd50_column(samples: Samples) -> tuple[Tensor, Tensor]:
+    """((N,) whether PGD-50 was asked, (N,) its answer: correct under it); False where it was not asked."""
+    column = [None] * len(samples) if samples.pgd50 is None else samples.pgd50
+    return torch.tensor([one is not None for one in column]), torch.tensor([bool(one) for one in column])
+
+
 def _columns(run: Run, whole: _Recount, votes: int) -> list[str]:
     """What is wrong in the per-sample columns: with the recount, with each other, and with the figures shown."""
     y, misclassified, broken, proved = whole.y, whole.misclassified, whole.broken, whole.certified
     samples, problems = run.samples, []
     if samples is None:
         return []
-    clean, pgd50, robust, stage = (
-        torch.tensor(column) for column in (samples.clean, samples.pgd50, samples.robust, samples.stage)
-    )
+    clean, robust, stage = (torch.tensor(column) for column in (samples.clean, samples.robust, samples.stage))
+    asked, pgd50 = _pgd50_column(samples)
+    if run.pgd50_n is not None and int(asked.sum()) != run.pgd50_n:
+        problems.append(f"PGD-50 is reported on {run.pgd50_n} samples, its column has {int(asked.sum())}")
 
     def differ(what: str, wrong: Tensor) -> None:
         if bool(wrong.any()):
@@ -447,7 +454,8 @@ def _columns(run: Run, whole: _Recount, votes: int) -> list[str]:
     if (bool((stage >= max(len(stages), 1)).any()) and stages) or counts != [one.broken for one in run.stages[1:]]:
         problems.append("what the stages broke is not what the samples' column says")
     if "pgd50" in stages:  # what it broke has a witness
-        differ("PGD-50's answer", pgd50.bool() != ~(misclassified | (broken & (stage == stages.index("pgd50")))))
+        expected = ~(misclassified | (broken & (stage == stages.index("pgd50"))))
+        differ("PGD-50's answer", asked & (pgd50 != expected))
     if run.certified is not None and samples.certified is not None and proved is not None:
         differ("the certificate", torch.tensor(samples.certified).bool() & ~(proved & ~misclassified))
     if samples.certified is not None and samples.proved_by is not None:
@@ -456,7 +464,7 @@ def _columns(run: Run, whole: _Recount, votes: int) -> list[str]:
         if any(cost.proved != samples.proved_by.count(cost.method) for cost in run.proofs):
             problems.append("what the methods of proof did is not what the samples' column says")
     for what, interval, column in (
-        ("PGD-50 accuracy", run.pgd50, pgd50),
+        ("PGD-50 accuracy", run.pgd50, pgd50[asked] if bool(asked.any()) else None),
         ("certified accuracy", run.certified, None if samples.certified is None else torch.tensor(samples.certified)),
     ):
         if (

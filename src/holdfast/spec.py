@@ -192,6 +192,29 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
     return tuple(float(value) for value in values if value is not None)
 
 
+def share(name: str, text: str) -> float:
+    """Read a share: a percentage, or a number below 1.
+
+    Args:
+        name: the option's name, for the error.
+        text: such as 1%, 0.5% or 0.01.
+
+    Returns:
+        The share, in (0, 1].
+
+    Raises:
+        UserError: it is no share. A whole number without % is refused: 1 may mean 1% or all.
+
+    >>> share("precision", "1%"), share("precision", "0.005"), share("precision", "100%")
+    (0.01, 0.005, 1.0)
+    """
+    percent = text.strip().endswith("%")
+    value = read_number(text.strip().removesuffix("%"))
+    if value is None or not (0 < value <= 100 if percent else 0 < value < 1):
+        raise UserError(f"cannot read --{name} '{text}': expected a share of the samples, such as 1% or 0.01.")
+    return value / 100 if percent else float(value)
+
+
 def name_list(option: str, text: str) -> tuple[str, ...]:
     """Read a list of names, such as a network's classes.
 

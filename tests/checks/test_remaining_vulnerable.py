@@ -6,6 +6,7 @@ from tests.milp import make_exact_fixture
 from holdfast.checks import audit
 from holdfast.evaluation import evaluate
 from holdfast.evaluation.suites import SUITES, Stage
+from holdfast.results import sample_size
 from holdfast.threat import Threat
 
 # Cascades from hardly any to a good one: what each leaves is what the two runs of an audit are asked about.
@@ -69,3 +70,25 @@ def test_what_was_left_for_more_runs_to_break_is_said(audits):
     """Of the network with large logits nothing fell to the published protocol: more runs help, and are said to."""
     fired = {finding.name for finding in audits["sce-times100", "published alone"][1].findings if finding.fires}
     assert "more steps and restarts do not help" in fired
+
+
+def test_an_audit_tests_as_many_survivors_as_the_precision_needs(audits):
+    """Where a run breaks one of them, all that the checks look at; never more than survive."""
+    for truth, audited in audits.values():
+        left = audited.remaining
+        needed = sample_size(left.survivors, len(truth.rows))
+        broken = left.first + left.second - left.both
+        assert left.tested in {needed, left.survivors}
+        assert left.tested == needed or broken > 0
+
+
+def test_a_tighter_precision_tests_more_survivors():
+    split, truth = make_exact_fixture.digits(), make_exact_fixture.load()[0]
+    data, threat = split.test, Threat("linf", truth.plan.eps)
+    tested = {}
+    for precision in (0.001, 0.01, 0.1):
+        evaluation = evaluate(truth.model, data, threat, "quick", trained_with=truth.plan.loss, precision=precision)
+        left = audit(truth.model, data, evaluation, trained_with=truth.plan.loss).remaining
+        tested[precision] = left.tested
+        assert left.expected <= precision * len(data) or left.tested == left.survivors
+    assert tested[0.001] > tested[0.01] > tested[0.1] > 0

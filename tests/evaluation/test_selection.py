@@ -9,8 +9,10 @@ import torch
 from tests.evaluation.helpers import numbers
 
 from holdfast.attacks import ATTACKS, AttackEntry
+from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
 from holdfast.evaluation.suites import Stage
+from holdfast.results import sample_size
 from holdfast.threat import Threat
 
 
@@ -58,15 +60,47 @@ SPOT_CHECK = (
 )
 
 
-def test_the_spot_check_has_the_32_nearest_and_32_random_survivors(seen):
-    e = evaluate(trap, edge(200), FINE, SPOT_CHECK)
-    (drawn,) = seen  # nothing was broken: no escalation
-    assert drawn[:32] == list(range(32))
-    assert len(drawn) == 64
-    assert e.spot_check.near == e.spot_check.far == 32
-    assert (e.spot_check.rest, e.spot_check.near_broken, e.spot_check.far_broken) == (168, 0, 0)
-    assert e.spot_check.expected == 0.0
-    assert 10 < e.spot_check.high < 20  # 1 - 0.05^(1/32) = 8.9% of 168
+def test_the_spot_check_has_as_many_samples_as_the_precision_needs(seen):
+    for precision, near, far in ((0.01, 26, 25), (0.003, 75, 74), (1.0, 10, 10)):
+        seen.clear()
+        e = evaluate(trap, edge(200), FINE, SPOT_CHECK, precision=precision)
+        (drawn,) = seen  # nothing was broken: no escalation
+        assert near + far == sample_size(200, 200, precision)
+        assert drawn[:near] == list(range(near))
+        assert len(drawn) == near + far
+        assert (e.spot_check.near, e.spot_check.far, e.spot_check.rest) == (near, far, 200 - near)
+        assert (e.spot_check.near_broken, e.spot_check.far_broken, e.spot_check.expected) == (0, 0, 0.0)
+        assert e.precision == precision
+    assert e.spot_check.high > 20, "1 - 0.05^(1/10) = 25.9% of 190"
+
+
+def test_never_more_samples_than_survive(seen):
+    e = evaluate(trap, edge(15), FINE, SPOT_CHECK, precision=0.001)
+    assert seen == [list(range(15))]
+    assert (e.spot_check.near, e.spot_check.far, e.spot_check.high) == (8, 7, 0.0)
+
+
+def test_a_precision_is_a_share():
+    for precision in (0, -0.01, 1.5, "1%", True, float("nan")):
+        with pytest.raises(UserError, match="precision must be a finite number > 0 and <= 1"):
+            evaluate(trap, edge(4), FINE, (), precision=precision)
+
+
+def test_a_stage_on_the_next_leaves_the_nearest_to_the_spot_check(seen):
+    """They have its full-length attacks; where the stages before have just broken a sample, they have both."""
+    first = Stage("long", "probe", subset="nearest", fraction=0.15)
+    other = Stage("next", "probe", subset="next", fraction=0.3)
+    size = sample_size(200, 200)
+    near = size - size // 2
+    evaluate(trap, edge(200), FINE, (first, other, SPOT_CHECK[0]))
+    assert seen[1] == list(range(near, 60))
+    assert seen[2][:near] == list(range(near))
+    assert len(seen[2]) == size
+    seen.clear()
+    evaluate(trap, edge(200), FINE, (replace(first, settings={"breaks": (3,)}), other, SPOT_CHECK[0]))
+    left = [k for k in range(200) if k != 3]
+    assert seen[1] == left[:60]
+    assert seen[2][:32] == left[:32], "at least 32 where samples still break"
 
 
 def test_a_broken_nearest_sample_escalates_to_the_nearest_fraction(seen):

@@ -163,18 +163,24 @@ class Audit:
             claim: "robust" for the robust accuracy, "pgd50" for the accuracy under PGD-50.
 
         Raises:
-            UserError: for any other claim.
+            UserError: for any other claim, and for "pgd50" where PGD-50 was left out.
         """
         if claim not in (PGD50, ROBUST):
             raise unknown("claim", claim, (PGD50, ROBUST))
-        correct, certified = getattr(self.evaluation, claim).tolist(), self.evaluation.certified
+        evaluation, correct = self.evaluation, self.evaluation.robust
+        if claim == PGD50:
+            if evaluation.pgd50 is None:
+                raise UserError("PGD-50 was left out of this evaluation: evaluate again without pgd50=0.")
+            correct = evaluation.pgd50
+        counted = evaluation.of_pgd50 if claim == PGD50 else lambda column: column
         return judge(
-            Claim(claim, correct),
-            self.evaluation.robust.tolist(),
+            Claim(claim, counted(correct).tolist()),
+            counted(evaluation.robust).tolist(),
             self.findings,
             remaining([self]),
-            attack_kinds=self.evaluation.attack_kinds,
-            certified=None if certified is None else certified.tolist(),
+            attack_kinds=evaluation.attack_kinds,
+            certified=None if evaluation.certified is None else counted(evaluation.certified).tolist(),
+            samples=len(correct),
         )
 
 
@@ -304,7 +310,11 @@ def _run(check: Check, probe: Probe) -> Finding:
     """Run one check and compare its count with its threshold. A model that fails in it makes it fire."""
     try:
         runs = len(probe.rows) or check.without_samples
-        outcome = check.function(probe) if runs else "no sample is classified correctly"
+        outcome: CheckCount | str = "no sample is classified correctly"
+        if check.claims == (PGD50,) and probe.evaluation.pgd50 is None:
+            outcome = "PGD-50 was left out of the evaluation"
+        elif runs:
+            outcome = check.function(probe)
     except UserError as error:
         outcome = CheckCount(1, 1, 0.0, f"the model failed: {error}")
     # A model recognised as randomised was evaluated by majority votes: its figures are uncertain, but not invalid.

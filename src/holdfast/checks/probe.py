@@ -26,6 +26,7 @@ from ..queries import (
     judge_candidates,
     logits_differ,
 )
+from ..results import sample_size
 from ..threat import Threat
 from ..witnesses import Witnesses
 
@@ -78,7 +79,8 @@ class Probe:
         matched: the score that the suite's "matched" stages use.
         rows: (M,) up to ``size`` correctly classified samples, drawn at random.
         survivors: (S,) up to half as many again of the samples that no attack has broken and no certificate covers,
-            drawn at random.
+            drawn at random; more where the precision of the evaluation needs more.
+        tested: how many of them, the first ones, the precision needs to be attacked by two independent runs.
         witnesses: what the audit itself has broken so far.
         broken: (N,) bool, broken by the evaluation or by the audit so far, or misclassified.
         recapture: counts of the two independent runs, once they have been made.
@@ -111,7 +113,9 @@ class Probe:
         clean, robust = evaluation.clean.to(device), evaluation.robust.to(device)
         self.rows = order[clean[order]][:size]
         left = robust if evaluation.certified is None else robust & ~evaluation.certified.to(device)
-        self.survivors = order[left[order]][: 3 * size // 2]
+        every = order[left[order]]
+        self.tested = sample_size(len(every), len(data), evaluation.precision)
+        self.survivors = every[: max(self.tested, 3 * size // 2)]
         self.witnesses: list[Witnesses] = []
         self.broken = ~robust
         self.recapture: Recapture | None = None

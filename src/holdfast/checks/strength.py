@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from .findings import CheckCount
 from .probe import Probe, Recapture, rescaled_cross_entropy
 
 NO_SURVIVOR = "there is no survivor without a certificate to try it on"
-FEW = 20  # survivors that a costly check looks at
+FEW, FIRST = 20, 8  # survivors that a costly check looks at: the first ones, and the others if one of these breaks
 RAYS_STEPS, SQUARE_STEPS, NOISE_STEPS = 200, 100, 40  # queries of the attacks without gradients
 MD_TARGETS = 9  # likeliest wrong classes that margin decomposition tries
 MOST_FEATURES = 2**24  # numbers that the planted examples hold at once, 128 MiB in float64
@@ -114,7 +115,9 @@ def labels_alone_break_no_survivor(probe: Probe) -> CheckCount | str:
         return NO_SURVIVOR
     if probe.threat.norm not in ATTACKS["rays"].norms:
         return f"rays is not defined for {probe.threat.norm}"
-    broken = probe.attack("rays", rows, SCORES["margin"], AuditStream.RAYS, steps=RAYS_STEPS)
+    broken = _first_then_all(
+        rows, FIRST, lambda some: probe.attack("rays", some, SCORES["margin"], AuditStream.RAYS, steps=RAYS_STEPS)
+    )
     k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"RayS, which reads labels alone, breaks {k} of {n} survivors")
 
@@ -128,14 +131,37 @@ def decomposing_the_margin_breaks_no_survivor(probe: Probe) -> CheckCount | str:
     rows = probe.survivors[:FEW]
     if len(rows) == 0:
         return NO_SURVIVOR
+
+    def breaks(some: Tensor) -> Tensor:
+        return _towards_each(
+            probe, "md", some, SCORES["margin"], AuditStream.MARGIN_DECOMPOSITION, MD_TARGETS, steps=10
+        )
+
+    broken = _first_then_all(rows, FIRST, breaks)
+    k, n = int(broken.sum()), len(broken)
+    return CheckCount(k, n, 0.02, f"margin decomposition towards every class breaks {k} of {n} survivors")
+
+
+def _first_then_all(rows: Tensor, first: int, breaks: Callable[[Tensor], Tensor]) -> Tensor:
+    """Which samples an attack breaks: the first ones are tried, and the others only if one of these breaks.
+
+    Returns:
+        bool, one entry for each sample tried.
+    """
+    broken = breaks(rows[:first])
+    return torch.cat([broken, breaks(rows[first:])]) if len(rows) > first and bool(broken.any()) else broken
+
+
+def _towards_each(
+    probe: Probe, name: str, rows: Tensor, score: Loss, stream: AuditStream, targets: int, *, steps: int
+) -> Tensor:
+    """Which samples an attack breaks towards their likeliest wrong classes, one after the other."""
     broken = torch.zeros_like(rows, dtype=torch.bool)
     logits = probe.logits(probe.x(rows)).scatter(1, probe.y(rows)[:, None], -torch.inf)
-    for number, target in enumerate(logits.topk(min(MD_TARGETS, logits.shape[1] - 1), dim=1).indices.unbind(1)):
+    for number, target in enumerate(logits.topk(min(targets, logits.shape[1] - 1), dim=1).indices.unbind(1)):
         left = torch.nonzero(~broken)[:, 0]
-        stream = AuditStream.MARGIN_DECOMPOSITION.numbered(number)
-        broken[left] = probe.attack("md", rows[left], SCORES["margin"], stream, steps=10, target=target[left])
-    k, n = int(broken.sum()), len(rows)
-    return CheckCount(k, n, 0.02, f"margin decomposition towards every class breaks {k} of {n} survivors")
+        broken[left] = probe.attack(name, rows[left], score, stream.numbered(number), steps=steps, target=target[left])
+    return broken
 
 
 def descending_the_score_breaks_no_survivor(probe: Probe) -> CheckCount | str:
@@ -359,7 +385,8 @@ def recapture(probe: Probe) -> Recapture:
     """Two independent runs on the survivors, made once per probe.
 
     They differ in score, target, step sizes and noise: APGD on DLR, targeted at the two likeliest wrong classes, and
-    PGD on the negative log odds from random starts.
+    PGD on the negative log odds from random starts. They attack as many survivors as the precision needs, and if a run
+    breaks one of these, all that the checks look at.
 
     Args:
         probe: the model under audit.
@@ -373,15 +400,17 @@ def recapture(probe: Probe) -> Recapture:
 
 
 def _recapture(probe: Probe) -> Recapture:
-    rows = probe.survivors
-    if len(rows) == 0:
+    if len(probe.survivors) == 0:
         return Recapture(0, 0, 0, 0)
-    logits = probe.logits(probe.x(rows)).scatter(1, probe.y(rows)[:, None], -torch.inf)
-    first = torch.zeros_like(rows, dtype=torch.bool)
-    for number, target in enumerate(logits.topk(min(2, logits.shape[1] - 1), dim=1).indices.unbind(1)):
-        left = ~first
-        key = AuditStream.RECAPTURE_APGD.numbered(number)
-        first[left] = probe.attack("apgd", rows[left], SCORES["dlr"], key, steps=25, target=target[left])
-    stream, step = AuditStream.RECAPTURE_PGD, probe.threat.eps / 8
-    second = probe.attack("pgd", rows, negative_log_odds, stream, steps=25, step_size=step, restarts=2)
-    return Recapture(int(first.sum()), int(second.sum()), int((first & second).sum()), len(rows))
+    runs: list[Tensor] = []
+
+    def both(rows: Tensor) -> Tensor:
+        first = _towards_each(probe, "apgd", rows, SCORES["dlr"], AuditStream.RECAPTURE_APGD, 2, steps=25)
+        stream, step = AuditStream.RECAPTURE_PGD, probe.threat.eps / 8
+        second = probe.attack("pgd", rows, negative_log_odds, stream, steps=25, step_size=step, restarts=2)
+        runs.append(torch.stack([first, second]))
+        return first | second
+
+    tested = _first_then_all(probe.survivors, probe.tested, both)
+    first, second = torch.cat(runs, 1)
+    return Recapture(int(first.sum()), int(second.sum()), int((first & second).sum()), len(tested))

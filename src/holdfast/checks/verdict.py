@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..results import Finding, Remaining, Verdict, percent, proportion
+from ..results import PRECISION, Finding, Remaining, Verdict, percent, proportion
 from .findings import CONFIDENCE, lower_bound_99
 
 __all__ = ["CONFIDENCE", "PGD50", "ROBUST", "TOLERANCE", "Claim", "judge"]
 
 PGD50, ROBUST = "pgd50", "robust"  # claims: the accuracy under PGD-50 alone, and the robust accuracy of the evaluation
-TOLERANCE = 0.01  # error that a claim may have, as a fraction of all samples
+TOLERANCE = PRECISION  # error that a claim may have, as a fraction of all samples
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def judge(
     *,
     attack_kinds: Sequence[str] = (),
     certified: Sequence[Any] | None = None,
+    samples: int | None = None,
 ) -> Verdict:
     """What a claimed accuracy is worth.
 
@@ -59,6 +60,7 @@ def judge(
         remaining: estimate of the survivors that are still breakable; None if there is none.
         attack_kinds: the attacks that ran, for the reason of a tight verdict.
         certified: one entry per sample, in the same order: proved to be robust; None where no bound is known.
+        samples: number of samples that ``remaining`` is about; None for as many as the claim has.
 
     Returns:
         The verdict and its reason.
@@ -101,9 +103,10 @@ images to tell whether it is more than 1 point'
     if remaining is None:
         return Verdict("tight", agreement)
     estimate = (
-        f"{remaining.expected:.1f} more of {n} samples are expected to be breakable, at most {remaining.high:.0f}"
+        f"{remaining.expected:.1f} more of {samples or n} samples are expected to be breakable, at most "
+        f"{remaining.high:.0f}"
     )
-    if remaining.expected / n > TOLERANCE:
+    if remaining.expected / (samples or n) > TOLERANCE:
         return Verdict("loose", f"{_gap(broken, n)}; {estimate}" if broken else estimate)
     return Verdict("tight", f"{agreement}; {estimate}")
 

@@ -72,6 +72,15 @@ def command_line() -> str:
     return shlex.join(["holdfast", *sys.argv[1:]])
 
 
+def asked_of_pgd50(samples: int | None, left_out: bool) -> int | None:
+    """How many samples PGD-50 attacks, from its two options; None for all. Raises UserError where both are given."""
+    if left_out and samples is not None:
+        raise UserError(f"--no-pgd50 leaves PGD-50 out, and --pgd50 {samples} runs it: give one of the two.")
+    if samples is not None and samples < 1:
+        raise UserError(f"--pgd50 must be >= 1 samples, got {samples}. Leave PGD-50 out with --no-pgd50.")
+    return 0 if left_out else samples
+
+
 def run_comparison(
     comparison: Comparison,
     out: Path | None,
@@ -103,6 +112,8 @@ def run_comparison(
             track=track,
         )
     placed = page([results], folder / "report.html")
+    if not quiet:
+        say_precision(results, comparison.precision)
     show(results, as_json)
     say_files([folder / "results.json", placed], quiet, as_json)
     if not as_json and not quiet:
@@ -126,6 +137,8 @@ def run_evaluation(
     as_json: bool,
     budget: str = "",
     proofs: str = "linear",
+    precision: float = 0.01,
+    pgd50: int | None = None,
     batch_size: int | None = None,
     gate: Gate | None = None,
 ) -> tuple[Results, OutputFile, str] | None:
@@ -142,6 +155,8 @@ def run_evaluation(
         as_json: whether stdout is for one JSON document.
         budget: as typed; "" for none.
         proofs: the last method of proof that is tried.
+        precision: share of all samples that may be breakable still.
+        pgd50: how many samples PGD-50 attacks; None for all, 0 for none.
         batch_size: of the attacks.
         gate: what is required of the answer; refused before the work where the answer cannot have it.
 
@@ -172,11 +187,23 @@ def run_evaluation(
             seed=seed,
             budget=limited,
             proofs=proofs,
+            precision=precision,
+            pgd50=pgd50,
             batch_size=batch_size,
             progress=partial(display.progress, subject.name),
             command=command_line(),
         )
+    if results and not quiet:
+        say_precision(results, precision)
     return (results, page([results], folder / "report.html"), why_uncertified(subject, results)) if results else None
+
+
+def say_precision(results: Results, precision: float) -> None:
+    """Print on stderr what the attacks on a sample of the survivors cost."""
+    from ..results import precision_text
+
+    if said := precision_text(results, precision):
+        errors.print(said, soft_wrap=True)
 
 
 def say_files(files: list[Path | OutputFile], quiet: bool, as_json: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from . import options as o
 from .app import app, exits
-from .common import fit_from, run_comparison
+from .common import asked_of_pgd50, fit_from, run_comparison
 from .gate import THREE, apply_gate, read_gate
 
 
@@ -17,6 +17,9 @@ def compare(
     threat: o.Threats = "linf:0.1",
     suite: o.Suite = "standard",
     proofs: o.Proofs = "linear",
+    precision: o.Precision = "1%",
+    pgd50: o.Pgd50 = None,
+    no_pgd50: o.NoPgd50 = False,
     objective: o.Objective = "standard",
     seeds: o.Seeds = 1,
     first_seed: o.FirstSeed = 0,
@@ -54,7 +57,8 @@ def compare(
     Each of the two has a verdict. *refuted*: stronger attacks broke significantly more than 1% of the samples beyond
     this figure. *loose*: not refuted, but a trust check fired, or more than 1% of the samples are estimated to have
     survived although they can be broken. *tight*: none of these, which is empirical and no proof. *exact*:
-    every survivor is certified, which is a proof. *void*: the measurement is invalid.
+    every survivor is certified, which is a proof. *void*: the measurement is invalid. The
+    estimate comes from a sample of the survivors, as large as --precision needs.
 
     *certified* is the share of samples proved correct under the whole threat (a lower bound); --proofs says how hard it
     is tried.
@@ -76,6 +80,8 @@ def compare(
         threat=threat,
         suite=suite,
         proofs=proofs,
+        precision=spec.share("precision", precision),
+        pgd50=asked_of_pgd50(pgd50, no_pgd50),
         objective=objective,
         model=model,
         seeds=seeds,

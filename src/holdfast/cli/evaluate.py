@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..spec import name_list, numbers, threat_file_name
+from ..spec import name_list, numbers, share, threat_file_name
 from ..user_input import path
 from . import options as o
 from .app import app, exits
-from .common import run_evaluation, say_files, show
+from .common import asked_of_pgd50, run_evaluation, say_files, show
 from .display import errors, screen
 from .gate import THREE, apply_gate, read_gate
 from .options import option
@@ -37,6 +37,9 @@ def evaluate(
         ),
     ] = "",
     proofs: o.Proofs = "linear",
+    precision: o.Precision = "1%",
+    pgd50: o.Pgd50 = None,
+    no_pgd50: o.NoPgd50 = False,
     limit: o.Limit = 1000,
     seed: o.NoiseSeed = 0,
     batch_size: Annotated[
@@ -81,7 +84,7 @@ def evaluate(
     --input-range, --mean, --std and --input-layout say what your model expects instead.
 
     PGD-50 is the accuracy as usually reported, and robust is an upper bound. Each has a verdict; see `holdfast compare
-    --help`.
+    --help`. --no-pgd50 leaves the first one out, and --precision says how sure the second one is to be.
 
     An interrupted command resumes when it is rerun. Under torchrun (`torchrun --nproc-per-node 2 -m holdfast evaluate
     ...`) the processes share the samples and give the same answer as one.
@@ -100,6 +103,7 @@ def evaluate(
         subject, threat, suite, folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, proofs=proofs, batch_size=batch_size,
         gate=gate,
+        precision=share("precision", precision), pgd50=asked_of_pgd50(pgd50, no_pgd50),
     )  # fmt: skip
     if answer is None:
         return

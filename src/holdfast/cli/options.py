@@ -54,6 +54,21 @@ Proofs = Annotated[
         "a network is small or trained to be proved."
     ),
 ]
+Precision = Annotated[
+    str,
+    option(
+        "Share of all samples that may be breakable still where no attack shows it: 1%, 0.2%. It decides how many "
+        "survivors are attacked at full length and audited; a smaller one costs more. A verdict is tight from 1% on."
+    ),
+]
+Pgd50 = Annotated[
+    int | None,
+    option(
+        "Run PGD-50 on so many samples drawn at random, not on all: its accuracy is then a share of these.",
+        "--pgd50",
+    ),
+]
+NoPgd50 = Annotated[bool, option("Leave PGD-50 and its column out.", "--no-pgd50")]
 Objective = Annotated[
     str,
     option(

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from ..attacks import ATTACKS
+from ..data import Data
 from ..data.arguments import AnyData, as_data, note_assumptions
 from ..errors import UserError, type_of
 from ..losses import Loss, as_loss
@@ -17,8 +20,9 @@ from ..noise import Noise
 from ..outputs import Model, frozen_eval
 from ..progress import Progress, as_progress, silent
 from ..queries import Batches, CountingModel, copied, default_batch_size, device_of, exact_float32
+from ..results import PRECISION
 from ..threat import Threat, as_threat
-from ..user_input import any_seed, of_type, path, whole
+from ..user_input import any_seed, number, of_type, path, whole
 from . import cascade
 from .budget import Budget
 from .checkpoint import load_x_adv
@@ -57,6 +61,9 @@ def evaluate(
     batch_size: int | None = None,
     budget: Budget | None = None,
     proofs: str = "linear",
+    precision: float = PRECISION,
+    pgd50: int | None = None,
+    candidates: Tensor | None = None,
     checkpoint: str | Path | None = None,
     key: str = "",
     progress: Progress | None = None,
@@ -95,6 +102,12 @@ def evaluate(
             tried, on all samples. Of what is left of the budget, "crown" and "alpha" take at most half, with "branch"
             the attacks of the suite half of the rest, and branch and bound what they leave; what is over then goes to
             further attacks. An adversarial example of branch and bound counts as one of the stage "branch and bound".
+        precision: share of all samples, in (0, 1], that may be breakable still where nothing shows it. The spot check
+            and the audit attack as many survivors as that needs: see ``results.sample_size``.
+        pgd50: how many samples, drawn at random, PGD-50 attacks on its own: its accuracy is then a share of these. None
+            for all samples; 0 leaves PGD-50 out, and the first stage of the suite then attacks all samples.
+        candidates: (N, C, H, W), images that may be adversarial, such as ``x_adv`` at a smaller eps in the same norm; a
+            clean image is no candidate. They are judged after the individual attacks, and what they break is left out.
         checkpoint: file to save to; an interrupted evaluation resumes from it.
         key: identifies the weights and data that the checkpoint belongs to.
         progress: called after each batch with (stage and robust accuracy so far, passes so far, passes expected).
@@ -109,21 +122,16 @@ def evaluate(
     data, threat, trained_with = as_data(data), as_threat(threat), as_loss(trained_with)
     note_assumptions(data, unit_box=(threat.lo, threat.hi) == (0, 1))
     report = as_progress(progress)
-    of_type("key", key, str)
     stages = tuple(stage for stage in resolve(suite) if threat.norm in ATTACKS[stage.attack].norms)
-    if len(data) == 0:
-        raise UserError("there is nothing to evaluate: the data set is empty.")
+    _check(data, key, budget, proofs, precision, pgd50, candidates)
     size = default_batch_size(data.x) if batch_size is None else whole("batch_size", batch_size, 1)
-    if budget is not None and not isinstance(budget, Budget):
-        raise UserError(f'budget must be a Budget, such as Budget.parse("10min"), got {type_of(budget)}.')
-    check_proofs(proofs, budget)
     data = data.to(device_of(model, data))
     task = Task(
         model=CountingModel(model, occurring=data.y.unique()),
         data=data,
         threat=threat,
-        suite=with_pgd50(stages),
-        attack_names=tuple(individual_names(stages)),
+        suite=with_pgd50(stages, leave_out=pgd50 == 0),
+        attack_names=tuple(individual_names(stages, leave_out=pgd50 == 0)),
         scores=stage_scores(trained_with),
         noise=Noise(any_seed(seed), data.index),
         budget=budget,
@@ -131,9 +139,38 @@ def evaluate(
         batches=Batches(size),
         grid=is_8bit(data, threat),
         proofs=proofs,
+        precision=precision,
+        pgd50=pgd50,
+        candidates=None if candidates is None else candidates.to(data.x.device),
         progress=report if Processes.current().is_first else silent,
     )
     with exact_float32(), frozen_eval(model):
         pristine = copied(model)  # before the first query
         file = None if checkpoint is None else path("checkpoint", checkpoint)
         return replace(cascade.run(task, file, key), pristine=pristine)
+
+
+def _check(
+    data: Data,
+    key: str,
+    budget: Budget | None,
+    proofs: str,
+    precision: float,
+    pgd50: int | None,
+    candidates: Tensor | None,
+) -> None:
+    """Raise UserError for arguments of ``evaluate`` that nothing can be done with."""
+    of_type("key", key, str)
+    if len(data) == 0:
+        raise UserError("there is nothing to evaluate: the data set is empty.")
+    if budget is not None and not isinstance(budget, Budget):
+        raise UserError(f'budget must be a Budget, such as Budget.parse("10min"), got {type_of(budget)}.')
+    check_proofs(proofs, budget)
+    number("precision", precision, 0, 1, above=True)
+    if pgd50 is not None:
+        whole("pgd50", pgd50)
+    of_type("candidates", candidates, Tensor | None)
+    if candidates is not None and candidates.shape != data.x.shape:
+        raise UserError(
+            f"candidates must be images of the same samples, {tuple(data.x.shape)}, got {tuple(candidates.shape)}."
+        )

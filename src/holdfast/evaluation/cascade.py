@@ -19,10 +19,11 @@ from .costs import add_cost, affordable, passes_spent, planned_passes, waits_for
 from .distributed import Processes, exchange_results, synchronise, total_costs
 from .evaluation import UNBROKEN, Evaluation
 from .grid import LONG, to_grid, whole_levels
-from .judging import judge
+from .judging import judge, try_candidates
 from .proofs import branch_survivors, proof_costs, prove_all, prove_survivors
 from .selection import choose, spot_check_result
-from .state import BY_BRANCH, MAX_TARGETS, State, Task, add_extra_stages, attack_model
+from .state import BY_BRANCH, BY_CANDIDATE, MAX_TARGETS, State, Task, add_extra_stages, attack_model
+from .suites import PGD50
 
 
 def run(task: Task, path: Path | None, key: str) -> Evaluation:
@@ -39,6 +40,7 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
     while not state.budget_spent:
         complete = state.ended == len(state.stages)
         if complete or not state.stages[state.ended].individual:
+            try_candidates(task, state, processes)
             prove_survivors(task, state, checkpoint.save, processes)
         if complete:
             branch_survivors(task, state, checkpoint.save, processes)
@@ -109,7 +111,7 @@ def attack_batch(task: Task, state: State, checkpoint: Checkpoint, number: int, 
         spent, waiting = passes_spent(state), int(_waiting(state, number, target).sum())
         robust = float(state.survivors.double().mean())
         what = f"{stage.name}, at most {robust:.1%} robust"
-        task.progress(what, spent, spent + planned_passes(state, number, waiting, target))
+        task.progress(what, spent, spent + planned_passes(task, state, number, waiting, target))
     return len(rows)
 
 
@@ -140,9 +142,14 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
     """The state as an Evaluation. Attacks that the budget ended before they began have no entry in attack_correct."""
     columns = state.columns
     by = columns.broken_by
+    sample = task.pgd50_sample
+    asked = torch.ones_like(columns.clean) if sample is None else sample
     missing = {stage.name for stage in state.stages[state.ended :] if stage.individual}
-    *costs, branch = total_costs([*state.costs, state.branch], processes)
-    stages = (*costs, branch) if branch.attacked else (*costs,)
+    *costs, branch, given = total_costs([*state.costs, state.branch, state.given], processes)
+    stages = (*costs, *[branch] * bool(branch.attacked), *[given] * bool(given.attacked))
+    # 0 is the clean pass; branch and bound and the candidates come last, in this order
+    by = torch.where(by >= 0, by + 1, torch.where(by == BY_BRANCH, len(costs), by))
+    by = torch.where(by == BY_CANDIDATE, len(stages) - 1, by)
     ran = {stage.attack for stage, cost in zip(state.stages, stages[1:], strict=False) if cost.attacked}
     return Evaluation(
         threat=task.threat,
@@ -151,14 +158,20 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
         prediction=columns.prediction.cpu(),
         margin=columns.margin.cpu(),
         clean=columns.clean.cpu(),
-        attack_correct={name: columns.attack_correct[name].cpu() for name in task.attack_names if name not in missing},
-        broken_by=torch.where(by >= 0, by + 1, torch.where(by == BY_BRANCH, len(costs), by)).cpu(),  # 0: the clean pass
+        attack_correct={
+            name: (columns.attack_correct[name] & asked if name == PGD50.name else columns.attack_correct[name]).cpu()
+            for name in task.attack_names
+            if name not in missing
+        },
+        broken_by=by.cpu(),
         margin_adv=columns.margin_adv.cpu(),
         prediction_adv=columns.prediction_adv.cpu(),
         x_adv=columns.x_adv.cpu(),
         stages=stages,
         spot_check=spot_check_result(state),
         votes=state.votes,
+        precision=task.precision,
+        pgd50_sample=None if sample is None else sample.cpu(),
         unfinished=state.ended < len(task.stages(state.differs_off_grid)),
         certified=None if columns.certified is None else columns.certified.cpu(),
         proved_by=None if columns.proved_by is None else columns.proved_by.cpu(),

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, TypedDict
 from torch import Tensor
 
 from ..errors import UserError
-from ..io import load_tensors, next_save, save_tensors, understood
+from ..io import content_hash, load_tensors, next_save, save_tensors, understood
 from ..queries import VOTES
 from ..results import ProofCost
 from ..user_input import typed
 from .evaluation import StageCost
-from .state import BRANCH, Columns, State, Task, add_extra_stages
+from .state import BRANCH, CANDIDATES, Columns, State, Task, add_extra_stages
 
 NAME, VERSION = "evaluation checkpoint", 5
 
@@ -41,6 +41,9 @@ class Checkpoint:
             "matched": getattr(matched, "__name__", repr(matched)),
             "seed": task.noise.seed,
             "proofs": task.proofs,
+            "precision": task.precision,
+            "pgd50": task.pgd50,
+            **({} if task.candidates is None else {"candidates": content_hash(task.candidates)}),
             "n": len(task.data),
         }
 
@@ -66,6 +69,7 @@ class Checkpoint:
             costs = [StageCost(**cost) for cost in saved.pop("costs")]
             saved["proofs"] = [ProofCost(**cost) for cost in saved.pop("proofs", [])]  # not of before they were counted
             saved["branch"] = StageCost(**saved.pop("branch", {"name": BRANCH}))
+            saved["given"] = StageCost(**saved.pop("given", {"name": CANDIDATES}))
             state = State(columns, costs, list(task.stages(saved["differs_off_grid"])), **saved)
             add_extra_stages(task, state, len(costs) - 1)
         return state
@@ -85,6 +89,8 @@ class Checkpoint:
             "proved": state.proved and not state.cut,
             "proofs": [asdict(cost) for cost in state.proofs],
             "branch": asdict(state.branch),
+            "given": asdict(state.given),
+            "tried": state.tried,
         }
         about = {"identity": self.identity, "state": saved}
         save_tensors(self.path, NAME, VERSION, state.columns.to_tensors(), about, packed=["x_adv"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .. import results
-from ..results import ProofCost, SpotCheck, notebook_counts
+from ..results import PRECISION, ProofCost, SpotCheck, notebook_counts
 from ..threat import Threat
 from ..witnesses import Witnesses
 
@@ -66,7 +66,7 @@ class Evaluation:
         margin: float, logit_y - largest other logit of the clean image.
         clean: bool, whether the clean image is classified correctly.
         attack_correct: name -> bool, whether the sample is still correct under that attack alone, run on all correctly
-            classified samples; in the suite's order. Always has "pgd50".
+            classified samples; in the suite's order. Has "pgd50" unless it was left out.
         broken_by: int64, which of ``stages`` broke the sample; UNBROKEN or MISCLASSIFIED.
         margin_adv: float, smallest margin of any candidate within the threat.
         prediction_adv: int64, predicted class at ``x_adv``.
@@ -82,6 +82,8 @@ class Evaluation:
             did; None if no bound of the network is known.
         proofs: what each method of proof did and cost; part of the cost of the clean pass.
         attack_kinds: the attacks that ran, keys of ATTACKS.
+        precision: share of all samples that may be breakable still; the audit chooses its samples by it too.
+        pgd50_sample: bool, the samples that PGD-50 was asked about; its column is False elsewhere. None for all.
         pristine: a copy of the model as it was before it was queried, for the audit, which drops it; None for a
             function, and for a model that cannot be copied. It is never saved.
     """
@@ -105,6 +107,8 @@ class Evaluation:
     proved_by: Tensor | None = None
     proofs: tuple[ProofCost, ...] = ()
     attack_kinds: tuple[str, ...] = ()
+    precision: float = PRECISION
+    pgd50_sample: Tensor | None = None
     pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -113,9 +117,16 @@ class Evaluation:
         return self.broken_by == UNBROKEN
 
     @property
-    def pgd50(self) -> Tensor:
-        """(N,) bool: correct under PGD-50 alone, as usually reported."""
-        return self.attack_correct["pgd50"]
+    def pgd50(self) -> Tensor | None:
+        """(N,) bool: correct under PGD-50 alone, as usually reported; None where it was left out.
+
+        Where ``pgd50_sample`` is given, only its samples were attacked, and the accuracy is a share of these.
+        """
+        return self.attack_correct.get("pgd50")
+
+    def of_pgd50(self, column: Tensor) -> Tensor:
+        """The entries of a column, (N,), that belong to samples that PGD-50 was asked about."""
+        return column if self.pgd50_sample is None else column[self.pgd50_sample]
 
     @property
     def forwards(self) -> int:
@@ -136,7 +147,7 @@ class Evaluation:
         """One line for each sample, as a pandas frame.
 
         Returns:
-            Columns index, y, prediction, margin, clean; whether each attack on its own left it correct; robust;
+            Columns index, y, prediction, margin, clean; whether each attack that attacked all left it correct; robust;
             broken_by, the name of the stage, "" for none; margin_adv, prediction_adv; and where bounds are known,
             certified and proved_by, the name of the method.
         """
@@ -145,7 +156,7 @@ class Evaluation:
         stage = [self.stages[k].name if k >= 0 else "" for k in self.broken_by.tolist()]
         columns: dict[str, Any] = {
             **{name: getattr(self, name).numpy() for name in ("index", "y", "prediction", "margin", "clean")},
-            **{name: correct.numpy() for name, correct in self.attack_correct.items()},
+            **{name: correct.numpy() for name, correct in self._of_all().items()},
             "robust": self.robust.numpy(), "broken_by": stage,
             **{name: getattr(self, name).numpy() for name in ("margin_adv", "prediction_adv")},
         }  # fmt: skip
@@ -154,9 +165,14 @@ class Evaluation:
             columns |= {"certified": self.certified.numpy(), "proved_by": [methods[k] for k in self.proved_by.tolist()]}
         return pd.DataFrame(columns)
 
+    def _of_all(self) -> dict[str, Tensor]:
+        """The columns of attacks that attacked all correctly classified samples."""
+        sampled = () if self.pgd50_sample is None else ("pgd50",)
+        return {name: column for name, column in self.attack_correct.items() if name not in sampled}
+
     def _repr_html_(self) -> str:
         """The evaluation as shown in a notebook."""
-        columns = {"clean": self.clean, **self.attack_correct, "certified": self.certified, "robust": self.robust}
+        columns = {"clean": self.clean, **self._of_all(), "certified": self.certified, "robust": self.robust}
         counts = {name: None if column is None else int(column.sum()) for name, column in columns.items()}
         note = "No verdict yet: run holdfast.checks.audit."
         return notebook_counts(str(self.threat), len(self.y), counts, self.stages, note)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 
+from ..data import pixels
 from ..queries import judge_candidates
 from ..threat import column
+from .costs import add_cost
+from .distributed import Processes, exchange_results
 from .evaluation import UNBROKEN
-from .state import State, Task
+from .state import BY_CANDIDATE, State, Task
 
 
 def judge(
@@ -35,3 +40,23 @@ def judge(
     columns.broken_by[rows] = torch.where(newly, number, columns.broken_by[rows])
     n_newly, n_outside = torch.stack([newly.sum(), (~inside).sum()]).tolist()  # the host waits for the device once
     return broken, n_newly, n_outside
+
+
+def try_candidates(task: Task, state: State, processes: Processes) -> None:
+    """Judge the images that were given, once, on what the individual attacks left."""
+    given = task.candidates
+    if given is None or state.tried:
+        return
+    changed = (given != pixels(task.data.x).to(given)).flatten(1).any(1)
+    rows = torch.nonzero(state.open & changed)[:, 0]
+
+    def batch(some: Tensor) -> None:
+        began, x = time.perf_counter(), pixels(task.data.x[some])
+        _, broken, outside = judge(task, state, BY_CANDIDATE, some, x, task.data.y[some], given[some].to(x))
+        counts = {"attacked": len(some), "broken": broken, "outside": outside, "candidates": len(some)}
+        add_cost(task, state, "given", began, **counts)
+
+    task.batches.map(processes.mine(rows, task.batch_size), batch)
+    if processes.count > 1:
+        exchange_results(task, state, processes, rows)
+    state.tried = True

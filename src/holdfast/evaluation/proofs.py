@@ -161,7 +161,7 @@ def _branch(task: Task, state: State, row: Tensor, seconds: float) -> None:
             costs = tuple(replace(cost, broken=broken * (cost.method == "branch")) for cost in costs)
         ended = found.ended | (took < STOPPED * seconds)
         keep(state, row, replace(found, ended=ended, costs=costs), "branch")
-    add_cost(task, state, None, began, attacked=first, broken=broken, candidates=met)
+    add_cost(task, state, "branch", began, attacked=first, broken=broken, candidates=met)
 
 
 def _exchange(state: State, processes: Processes, mine: Tensor, *, known: bool) -> list[bool]:

@@ -13,11 +13,11 @@ from ..attacks import ATTACKS
 from ..data import Data
 from ..errors import UserError, unknown
 from ..losses import Loss
-from ..noise import Noise
+from ..noise import EvaluationStream, Noise
 from ..outputs import Model
 from ..progress import Progress
 from ..queries import EOT_SAMPLES, VOTES, Batches, CountingModel, EOTModel
-from ..results import ProofCost
+from ..results import PRECISION, ProofCost
 from ..threat import Threat
 from .budget import Budget
 from .evaluation import UNBROKEN, StageCost
@@ -27,6 +27,8 @@ from .suites import EXTRA_ROUND, Stage, on_grid_too
 PROOFS = ("linear", "crown", "alpha", "branch")  # of the methods of ``bounds.certify``, the last one that is tried
 BY_BRANCH = -3  # value of ``Columns.broken_by``: branch and bound met an adversarial example
 BRANCH = "branch and bound"  # the stage that it is shown as
+BY_CANDIDATE = -4  # value of ``Columns.broken_by``: an image that was given did
+CANDIDATES = "candidates"  # the stage that it is shown as
 MAX_TARGETS = 16  # more than any stage has: places reserved for a stage in ``Columns.done``
 
 
@@ -56,6 +58,9 @@ class Task:
         budget: None for no limit.
         batch_size: how samples are distributed over processes; never changes.
         proofs: the last method of ``bounds.certify`` that is tried on the survivors of the individual attacks.
+        precision: share of all samples that may be breakable still; it decides the size of samples.
+        pgd50: how many samples PGD-50 attacks; None for all, 0 where it is left out.
+        candidates: (N, C, H, W), images that may be adversarial, tried on the survivors; None for none.
         grid: whether the images are 8-bit: candidates are then judged on the 8-bit grid as well.
         batches: the batch size in use, which shrinks where memory runs out.
         progress: see ``evaluate``.
@@ -73,7 +78,18 @@ class Task:
     batches: Batches
     progress: Progress
     proofs: str = "linear"
+    precision: float = PRECISION
+    pgd50: int | None = None
+    candidates: Tensor | None = None
     grid: bool = False
+
+    @property
+    def pgd50_sample(self) -> Tensor | None:
+        """(N,) bool: the samples that PGD-50 is asked about, right or wrong, drawn by their own noise; None for all."""
+        if self.pgd50 is None or not 0 < self.pgd50 < len(self.data):
+            return None
+        order = self.noise.fold(EvaluationStream.PGD50_SAMPLE).uniform(()).argsort(stable=True)
+        return torch.zeros_like(self.data.y, dtype=torch.bool).index_fill_(0, order[: self.pgd50], True)
 
     def stages(self, differs_off_grid: bool) -> tuple[Stage, ...]:
         """The suite's stages, and those on the 8-bit grid for a model that answers otherwise there."""
@@ -154,11 +170,13 @@ class State:
         differs_off_grid: whether the model answers 8-bit images otherwise than images beside them.
         chosen_for: number of the stage that ``columns.chosen`` belongs to; -1 before the first.
         ended: number of stages that are finished.
-        n_rest: survivors outside the 32 nearest when the spot check was drawn.
+        n_rest: survivors outside the nearest ones of the spot check when its random ones were drawn.
         proved: whether the survivors of the individual attacks have had their proofs.
         cut: whether the budget ended these.
         proofs: what each method of proof cost.
         branch: cost of branch and bound.
+        given: cost of trying the candidates.
+        tried: whether they have been tried.
         branched: whether it has had its share of the budget, in this run.
         bounds: seconds that the bounds before it took for one sample, the last one; 0 before the first.
         until: seconds spent at which the share of the budget of bounds, and then of attacks, ends; infinite at first.
@@ -178,6 +196,8 @@ class State:
     cut: bool = False
     proofs: list[ProofCost] = field(default_factory=list)
     branch: StageCost = field(default_factory=lambda: StageCost(BRANCH))
+    given: StageCost = field(default_factory=lambda: StageCost(CANDIDATES))
+    tried: bool = False
     branched: bool = False
     bounds: float = 0.0
     until: float = math.inf

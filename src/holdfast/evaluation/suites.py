@@ -20,15 +20,18 @@ from ..noise import EvaluationStream
 from ..spec import accepts
 from ..user_input import check_settings, flag, number, of_type, text, typed, whole
 
-N_NEAREST, N_RANDOM = 32, 32  # size of the spot check: survivors with the smallest margins, and random others
+N_NEAREST = 32  # samples that a stage on the nearest attacks at least
 # Which samples a stage attacks. A cascade spends its passes on the samples most likely to break; the spot check then
 # tests whether that was justified.
 SUBSETS: dict[str, str] = {
     "survivors": "all survivors",
     "nearest": f"the fraction of survivors with the smallest margins, at least {N_NEAREST} samples",
-    "sampled": f"the spot check: the {N_NEAREST} survivors with the smallest margins and {N_RANDOM} random others",
-    "escalated": f"the nearest fraction if the spot check broke one of the {N_NEAREST} nearest, all survivors if it "
-    "broke a random one",
+    "next": "the nearest fraction; where nothing was broken since the last two stages before the first one on this "
+    "subset, without the nearest of the spot check, which get its full-length attacks",
+    "sampled": "the spot check: as many survivors as the precision needs, half of them those with the smallest margins "
+    f"and half random others; at least {N_NEAREST} nearest where a stage on the next has broken one",
+    "escalated": "the nearest fraction if the spot check broke one of its nearest, all survivors if it broke a random "
+    "one",
 }
 
 
@@ -59,8 +62,8 @@ class Stage:
         noise_stream: stages with the same number draw the same noise, for example the same random start; None gives
             the stage a stream of its own.
         subset: a key of SUBSETS: which samples are attacked.
-        fraction: for "nearest" and "escalated", the fraction of survivors in (0, 1], those with the smallest margins.
-        round: a stage of round r > 1 runs only if a stage of round r - 1 broke a sample.
+        fraction: for "nearest", "next" and "escalated", the fraction of survivors in (0, 1] that is taken.
+        round: a stage of round r > 1 runs only if a stage of round r - 1, broke a sample.
         after: name of a stage or a key of SUBSETS: this one runs only if that stage, or a stage on that subset, broke a
             sample. "" for no condition.
         on_grid: query the model at points rounded to the 8-bit grid; gradients pass through the rounding.
@@ -199,13 +202,13 @@ def resolve(suite: str | Sequence[Stage]) -> tuple[Stage, ...]:
 
 
 @typed
-def with_pgd50(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """The stages as they are run: PGD50 first, and only once if the suite lists it too.
+def with_pgd50(stages: Sequence[Stage], leave_out: bool = False) -> tuple[Stage, ...]:
+    """The stages as they are run: PGD50 first, and only once if the suite lists it too; or without it.
 
     >>> [stage.name for stage in with_pgd50([PGD50_TRAIN_LOSS, PGD50])]
     ['pgd50', 'pgd50-train-loss']
     """
-    return (PGD50, *(stage for stage in stages if stage != PGD50))
+    return (*(() if leave_out else (PGD50,)), *(stage for stage in stages if stage != PGD50))
 
 
 def on_grid_too(stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -224,13 +227,17 @@ def on_grid_too(stages: Sequence[Stage]) -> tuple[Stage, ...]:
 
 
 @typed
-def individual_names(stages: Sequence[Stage]) -> list[str]:
+def individual_names(stages: Sequence[Stage], leave_out: bool = False) -> list[str]:
     """Names of the attacks with an accuracy of their own, in the suite's order; "pgd50" first unless it is listed.
+
+    With ``leave_out`` there is no "pgd50".
 
     >>> individual_names([PGD50_TRAIN_LOSS]), individual_names([PGD50_TRAIN_LOSS, PGD50])
     (['pgd50', 'pgd50-train-loss'], ['pgd50-train-loss', 'pgd50'])
     """
     names = [stage.name for stage in stages if stage.individual]
+    if leave_out:
+        return [name for name in names if name != PGD50.name]
     return names if PGD50.name in names else [PGD50.name, *names]
 
 
@@ -240,14 +247,19 @@ def stage_scores(trained_with: Loss | None) -> dict[str, Loss]:
 
 
 def _round(number: int) -> tuple[Stage, ...]:
-    """Long attacks of four kinds on the survivors with the smallest margins."""
-    nearest: dict[str, Any] = {"subset": "nearest", "fraction": 0.15, "round": number}
+    """Long attacks of four kinds on the survivors with the smallest margins.
+
+    The first one attacks the nearest of the spot check too. If it breaks one, the others do so as well.
+    """
+    part: dict[str, Any] = {"fraction": 0.15, "round": number}
+    long = Stage(f"round {number}: long", "apgd", settings={"steps": 100}, subset="nearest", **part)
+    part["subset"] = "next"
     return (
-        Stage(f"round {number}: long", "apgd", settings={"steps": 100}, **nearest),
-        Stage(f"round {number}: dlr", "apgd", "dlr", settings={"steps": 50}, **nearest),
-        Stage(f"round {number}: targets", "apgd", "dlr", targets=4, settings={"steps": 50}, **nearest),
-        Stage(f"round {number}: md", "md", settings={"steps": 40}, **nearest),
-        Stage(f"round {number}: md targets", "md", targets=9, settings={"steps": 10}, **nearest),
+        long if number == 1 else replace(long, subset="next"),
+        Stage(f"round {number}: dlr", "apgd", "dlr", settings={"steps": 50}, **part),
+        Stage(f"round {number}: targets", "apgd", "dlr", targets=4, settings={"steps": 50}, **part),
+        Stage(f"round {number}: md", "md", settings={"steps": 40}, **part),
+        Stage(f"round {number}: md targets", "md", targets=9, settings={"steps": 10}, **part),
     )
 
 
@@ -292,6 +304,7 @@ SUITES: dict[str, tuple[Stage, ...]] = {
         Stage("md targets on all", "md", targets=9, settings={"steps": 20}, after="round 1: md targets"),
         *_full_length("sampled", 200),
         *_full_length("escalated", 1000),
+        Stage("md targets again", "md", targets=9, settings={"steps": 20}, after="sampled: md"),
         Stage("md again", "md", settings={"steps": 40, "restarts": 4}, after="sampled"),
     ),
     "paranoid": (

@@ -162,16 +162,20 @@ def _run(parts: list[TrainedNetwork]) -> Run:
     def column(which: str) -> Any:
         return torch.cat([getattr(evaluation, which) for evaluation in evaluations])
 
-    robust, clean, pgd50 = column("robust"), column("clean"), column("pgd50")
+    robust, clean, pgd50 = column("robust"), column("clean"), _pgd50(evaluations)
     stages = [total_cost([e.stages[i] for e in evaluations]) for i in range(len(evaluations[0].stages))]
     certified = None if any(e.certified is None for e in evaluations) else column("certified")
     known = certified is not None and all(e.proved_by is not None for e in evaluations)
     proved_by = tuple(PROVED_BY[number] for number in column("proved_by").tolist()) if known else None
     proofs = total_proofs([cost for e in evaluations for cost in e.proofs]) if known else ()
+    asked = None if pgd50 is None else pgd50 >= 0  # the others have no answer of PGD-50
     verdicts = _verdicts(parts, pgd50, robust, certified)
     void = verdicts["verdict"].status == "void"
     attacks = [e.attack_correct for e in evaluations]
     names = [name for name in attacks[0] if all(name in one for one in attacks)]
+    shares = {name: _share(torch.cat([one[name] for one in attacks])) for name in names}
+    if pgd50 is not None and asked is not None:
+        shares[PGD50] = _share(pgd50[asked] > 0)
     return Run(
         name=parts[0].row_name,
         loss=parts[0].name or parts[0].loss.text,
@@ -179,7 +183,8 @@ def _run(parts: list[TrainedNetwork]) -> Run:
         threat=evaluations[0].threat.describe(),
         n=len(clean),
         clean=_share(clean),
-        attacks={name: _share(torch.cat([one[name] for one in attacks])) for name in names},
+        attacks=shares,
+        pgd50_n=None if asked is None or bool(asked.all()) else int(asked.sum()),
         robust=None if void else _share(robust),
         certified=None if void or certified is None else _share(certified),
         **verdicts,
@@ -191,7 +196,8 @@ def _run(parts: list[TrainedNetwork]) -> Run:
         stages=tuple(replace(stage, seconds=round(stage.seconds, 3)) for stage in stages),
         proofs=tuple(replace(cost, seconds=round(cost.seconds, 3)) for cost in proofs),
         samples=Samples(
-            **{key: column(key) for key in ("index", "y", "prediction", "clean", "pgd50", "robust")},
+            **{key: column(key) for key in ("index", "y", "prediction", "clean", "robust")},
+            pgd50=None if pgd50 is None else tuple(one if one >= 0 else None for one in pgd50.tolist()),
             stage=column("broken_by"),
             margin=column("margin"),
             margin_adv=column("margin_adv"),
@@ -214,20 +220,40 @@ def _run(parts: list[TrainedNetwork]) -> Run:
     )
 
 
-def _verdicts(parts: list[TrainedNetwork], pgd50: Tensor, robust: Tensor, certified: Tensor | None) -> dict[str, Any]:
+def _pgd50(evaluations: list[Evaluation]) -> Tensor | None:
+    """(N,) int64: correct under PGD-50 alone, -1 where it was not asked; None where it was left out."""
+    columns = []
+    for evaluation in evaluations:
+        if evaluation.pgd50 is None:
+            return None
+        answer, asked = evaluation.pgd50.long(), evaluation.pgd50_sample
+        columns.append(answer if asked is None else torch.where(asked, answer, -1))
+    return torch.cat(columns)
+
+
+def _verdicts(
+    parts: list[TrainedNetwork], pgd50: Tensor | None, robust: Tensor, certified: Tensor | None
+) -> dict[str, Any]:
     """What the checks say of this row's two claims, the folds' samples counted together."""
     audits = [part.result.audit for part in parts]
     findings, left = merge([audit.findings for audit in audits]), remaining(audits)
     kinds = sorted({kind for part in parts for kind in part.result.evaluation.attack_kinds})
-    proofs = None if certified is None else certified.tolist()
 
     def verdict(claim: str, correct: Tensor) -> Verdict:
-        survived = robust.tolist()
-        return judge(Claim(claim, correct.tolist()), survived, findings, left, attack_kinds=kinds, certified=proofs)
+        asked = correct >= 0
+        return judge(
+            Claim(claim, correct[asked].tolist()),
+            robust[asked].tolist(),
+            findings,
+            left,
+            attack_kinds=kinds,
+            certified=None if certified is None else certified[asked].tolist(),
+            samples=len(robust),
+        )
 
     return {
-        "verdict": verdict(ROBUST, robust),
-        "pgd50_verdict": verdict(PGD50, pgd50),
+        "verdict": verdict(ROBUST, robust.long()),
+        "pgd50_verdict": None if pgd50 is None else verdict(PGD50, pgd50),
         "checks": tuple(result_of(finding) for finding in findings),
         "remaining": left,
         "measures": _mean_measures([audit.measures for audit in audits if audit.measures is not None]),

@@ -180,9 +180,11 @@ def _train_and_evaluate(job: Job, progress: JobProgress, tracked: Tracking) -> N
     model, _, split = train_network(job, progress=report, announce=False, track=tracked)
     comparison, key = job.comparison, _key(job, split)
     sce = _transfer_job(job)
-    for threat in comparison.threats:
+    answers: dict[Threat, NetworkResult] = {}
+    for threat in sorted(comparison.threats, key=lambda one: one.eps):
         transfer_source = None if sce is None else partial(_wait_for_x_adv, sce, threat, split, report)
-        result = evaluate_network(
+        smaller = _smaller(comparison, threat)
+        answers[threat] = evaluate_network(
             model,
             split.test,
             threat,
@@ -191,13 +193,22 @@ def _train_and_evaluate(job: Job, progress: JobProgress, tracked: Tracking) -> N
             s=job.loss.s,
             seed=job.seed,
             proofs=comparison.proofs,
+            precision=comparison.precision,
+            pgd50=comparison.pgd50,
+            smaller=None if smaller is None else answers[smaller],
             cache=cache_folder(job, threat),
             key=key,
             transfer_source=transfer_source,
             progress=report,
         )
         name = cache_folder(job, threat).name.partition("-")[2]
-        tracked.log({f"{name}/{key}": value for key, value in result.figures().items()}, job.fit_config.epochs)
+        tracked.log({f"{name}/{key}": value for key, value in answers[threat].figures().items()}, job.fit_config.epochs)
+
+
+def _smaller(comparison: Comparison, threat: Threat) -> Threat | None:
+    """The threat of the next smaller eps in the same norm: its adversarial examples lie in this one too."""
+    below = [one for one in comparison.threats if one.norm == threat.norm and one.eps < threat.eps]
+    return max(below, key=lambda one: one.eps, default=None)
 
 
 def cache_folder(job: Job, threat: Threat) -> Path:
@@ -245,6 +256,9 @@ def _result_key(job: Job, threat: Threat, split: Split) -> str:
         s=job.loss.s,
         seed=job.seed,
         proofs=job.comparison.proofs,
+        precision=job.comparison.precision,
+        pgd50=job.comparison.pgd50,
+        smaller=_smaller(job.comparison, threat),
     )
 
 

@@ -20,16 +20,16 @@ from ..importers.python_code import split_reference
 from ..information.sources import source
 from ..io import decode, existing_file
 from ..objectives import OBJECTIVES, Schedule
-from ..results import threat_text
+from ..results import PRECISION, threat_text
 from ..threat import Threat
 from ..train import FitConfig, fit_to_json
-from ..user_input import MOST, check_fields, typed, whole
+from ..user_input import MOST, check_fields, number, typed, whole
 from . import loss_spec
 from .loss_spec import LossSpec
 
 MOST_SEEDS = 10_000  # networks per loss
 # Settings that a stored comparison names only where they are not the default: folders of before they were there resume.
-_LATER = ("proofs", "image_column", "label_column", "convert", "resize")
+_LATER = ("proofs", "precision", "pgd50", "image_column", "label_column", "convert", "resize")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class Comparison:
         threat: "norm:eps" such as "linf:0.1", or several with commas between; adversarial training uses the first.
         suite: a key of ``SUITES``.
         proofs: the last method of proof that is tried, as for ``evaluate``: "linear", "crown" or "alpha".
+        precision: share of all samples that may be breakable still, in (0, 1], as for ``evaluate``.
+        pgd50: how many samples PGD-50 attacks, as for ``evaluate``; None for all, 0 for none.
         objective: a key of ``OBJECTIVES`` with settings, such as "adversarial:steps=10".
         model: a key of ``MODELS`` with settings, or "" for the default of image size and device.
         seeds: networks per loss, 1 to 10,000.
@@ -108,6 +110,8 @@ class Comparison:
     threat: str = "linf:0.1"
     suite: str = "standard"
     proofs: str = "linear"
+    precision: float = PRECISION
+    pgd50: int | None = None
     objective: str = "standard"
     model: str = ""
     seeds: int = 1
@@ -172,6 +176,9 @@ class Comparison:
                 "evaluate single networks with --proofs branch --budget 10min."
             )
         check_proofs(self.proofs, None)
+        number("precision", self.precision, 0, 1, above=True)
+        if self.pgd50 is not None:
+            whole("pgd50", self.pgd50)
         if self.model:
             models.check(self.model)
         if self.eval_split not in ("test", "val"):

@@ -27,9 +27,9 @@ from ..io import understood
 from ..outputs import frozen_eval
 from ..progress import Progress
 from ..queries import CountingModel
-from ..results import Results
+from ..results import PRECISION, Results
 from ..threat import Threat
-from ..user_input import typed, whole
+from ..user_input import number, typed, whole
 from . import loss_spec
 from .collect import TrainedNetwork, collect
 from .config import DataCut
@@ -294,6 +294,8 @@ def evaluate_model(
     seed: int = 0,
     budget: Budget | None = None,
     proofs: str = "linear",
+    precision: float = PRECISION,
+    pgd50: int | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
     command: str = "",
@@ -310,6 +312,8 @@ def evaluate_model(
         seed: of the attacks' noise.
         budget: stop the attacks there.
         proofs: as for ``evaluate``.
+        precision: as for ``evaluate``.
+        pgd50: as for ``evaluate``.
         batch_size: of the attacks; default by image size.
         progress: called with (what is being done, units done, units in all).
         command: the command line, for the report.
@@ -325,16 +329,23 @@ def evaluate_model(
     if suite not in SUITES:
         raise unknown("suite", suite, SUITES)
     check_proofs(proofs, budget)
+    number("precision", precision, 0, 1, above=True)
+    if pgd50 is not None:
+        whole("pgd50", pgd50)
     settings = {**subject.about, "threat": threat, "suite": suite, "seed": seed, "cut": subject.cut.to_json()}
     if budget:
         settings["budget"] = {name: value for name, value in asdict(budget).items() if value < math.inf}
     if proofs != "linear":
         settings["proofs"] = proofs
+    if precision != PRECISION:
+        settings["precision"] = precision
+    if pgd50 is not None:
+        settings["pgd50"] = pgd50
     check_classes(subject)  # nor must a model that cannot answer
     key = f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {subject.code}".strip()
     arguments: Any = {
         "trained_with": subject.loss.loss, "seed": seed, "batch_size": batch_size, "budget": budget, "key": key,
-        "proofs": proofs,
+        "proofs": proofs, "precision": precision, "pgd50": pgd50,
     }  # fmt: skip
     if not Processes.current().is_first:
         evaluate(subject.model, subject.split.test, against, suite, checkpoint=out / EVALUATION_FILE, **arguments)

@@ -36,6 +36,8 @@ class NetworkResult:
         """The accuracies, the robust one with its interval, and the verdicts, by name; without those that are void."""
         evaluation, verdict = self.evaluation, self.verdict()
         columns = {"clean": evaluation.clean, **evaluation.attack_correct}
+        if evaluation.pgd50 is not None:
+            columns["pgd50"] = evaluation.of_pgd50(evaluation.pgd50)
         if verdict.status != "void":
             columns["robust"] = evaluation.robust
             if evaluation.certified is not None:
@@ -44,17 +46,19 @@ class NetworkResult:
         figures: dict[str, float | str] = {name: share.value for name, share in shares.items()}
         if "robust" in shares:
             figures |= {"robust_low": shares["robust"].low, "robust_high": shares["robust"].high}
-        return {**figures, "verdict": verdict.status, "pgd50_verdict": self.verdict(PGD50).status}
+        words = {} if evaluation.pgd50 is None else {"pgd50_verdict": self.verdict(PGD50).status}
+        return {**figures, "verdict": verdict.status, **words}
 
     def __str__(self) -> str:
         """The accuracies, the interval of the robust one, and the two verdicts."""
         evaluation, robust = self.evaluation, self.verdict()
         void = robust.status == "void"
-        figures = {
-            "clean": _percent(evaluation.clean),
-            "PGD-50": f"{_percent(evaluation.pgd50)}  {_words(self.verdict(PGD50))}",
-            "robust": f"{'-' if void else _bound(evaluation.robust)}  {_words(robust)}",
-        }
+        figures = {"clean": _percent(evaluation.clean)}
+        if evaluation.pgd50 is not None:
+            asked = evaluation.of_pgd50(evaluation.pgd50)
+            n = "" if evaluation.pgd50_sample is None else f" of {len(asked):,} samples"
+            figures["PGD-50"] = f"{_percent(asked)}{n}  {_words(self.verdict(PGD50))}"
+        figures["robust"] = f"{'-' if void else _bound(evaluation.robust)}  {_words(robust)}"
         if evaluation.certified is not None and not void:
             between = int((evaluation.robust & ~evaluation.certified).sum())
             proved = proved_text(evaluation.proofs)
@@ -64,16 +68,18 @@ class NetworkResult:
 
     def _repr_html_(self) -> str:
         """The same as a table in a notebook, with the cost of each stage."""
-        robust, pgd50, evaluation = self.verdict(), self.verdict(PGD50), self.evaluation
+        robust, evaluation = self.verdict(), self.evaluation
         void = robust.status == "void"
+        pgd50 = None if evaluation.pgd50 is None else self.verdict(PGD50)
         columns = {
             "clean": evaluation.clean,
-            f"PGD-50 ({pgd50.status})": evaluation.pgd50,
+            **({f"PGD-50 ({pgd50.status})": evaluation.pgd50} if pgd50 and evaluation.pgd50_sample is None else {}),
             "certified": None if void else evaluation.certified,
             f"robust, at most ({robust.status})": None if void else evaluation.robust,
         }
         counts = {name: None if column is None else int(column.sum()) for name, column in columns.items()}
-        note = f"PGD-50: {_words(pgd50)}. robust: {_words(robust)}"
+        on = "" if evaluation.pgd50_sample is None else f" on {int(evaluation.pgd50_sample.sum()):,} samples"
+        note = (f"PGD-50{on}: {_words(pgd50)}. " if pgd50 else "") + f"robust: {_words(robust)}"
         return notebook_counts(str(evaluation.threat), len(evaluation.y), counts, evaluation.stages, note)
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ from ..losses import Loss, as_loss, loss_name, negative_margin
 from ..outputs import Model, frozen_eval, out_of_memory
 from ..progress import Progress, as_progress
 from ..queries import OFF_DATA_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32, margin_moved
-from ..results import Projection, RegionMeasures
-from ..threat import Threat, as_threat
+from ..results import PRECISION, Projection, RegionMeasures
+from ..threat import Threat, as_threat, column
 from ..user_input import typed
 from ..witnesses import Witnesses
 from .network_result import NetworkResult
@@ -60,6 +60,9 @@ def evaluate_network(
     batch_size: int | None = None,
     budget: Budget | None = None,
     proofs: str = "linear",
+    precision: float = PRECISION,
+    pgd50: int | None = None,
+    smaller: NetworkResult | None = None,
     cache: str | Path | None = None,
     key: str = "",
     transfer_source: Tensor | Callable[[], Tensor | None] | None = None,
@@ -84,6 +87,10 @@ def evaluate_network(
         batch_size: of the attacks, >= 1; default by image size, halved when memory runs out.
         budget: stop the attacks there; the verdict then says what may be left.
         proofs: as for ``evaluate``.
+        precision: as for ``evaluate``.
+        pgd50: as for ``evaluate``.
+        smaller: the answer for the same network and samples at a smaller eps in the same norm: what is broken there is
+            broken here, and needs no attack.
         cache: a folder where work is kept: a killed call resumes from it, a finished one is read back.
         key: what the cache belongs to, data and weights; default a hash of both.
         transfer_source: (N, C, H, W), adversarial examples of an SCE network for the same samples, for the transfer
@@ -103,28 +110,23 @@ def evaluate_network(
         if not isinstance(model, nn.Module):
             raise UserError("a function has no weights to tell it by: with a cache, give a key that names it.")
         key = f"{content_hash(data.x, data.y, data.index)} {run_folder.weights_hash(model)}"
-    result_id = result_key(
-        threat, suite, key=key, trained_with=trained_with, s=s, seed=seed, budget=budget, proofs=proofs
-    )
+    asked: Any = {
+        "trained_with": trained_with, "seed": seed, "budget": budget, "proofs": proofs, "precision": precision,
+        "pgd50": pgd50,
+    }  # fmt: skip
+    known = None if smaller is None else smaller.evaluation
+    result_id = result_key(threat, suite, key=key, s=s, smaller=None if known is None else known.threat, **asked)
     processes = Processes.current()
-    if cache is not None:
-        alone = processes.count == 1  # in a group, all processes must attack or none
-        finished = load_result(cache / RESULT_FILE, cache / EVALUATION_FILE, result_id) if alone else None
-        if finished is not None:
-            check_answers(model, data, finished.evaluation, cache, batch_size)
-            return finished
-        if (cache / EVALUATION_FILE).exists():
-            check_answers(model, data, load_clean_answers(cache / EVALUATION_FILE), cache, batch_size)
+    if cache is not None and (finished := _finished(model, data, cache, result_id, batch_size)):
+        return finished
     evaluation = evaluate(
         model,
         data,
         threat,
         suite,
-        trained_with=trained_with,
-        seed=seed,
+        **asked,
         batch_size=batch_size,
-        budget=budget,
-        proofs=proofs,
+        candidates=None if known is None else witnesses_of(known, data),
         checkpoint=None if cache is None else cache / EVALUATION_FILE,
         key=key,
         progress=lambda what, done, total: report(f"{threat}, {what}", done, total),
@@ -147,6 +149,23 @@ def evaluate_network(
     if cache is not None:
         save_result(cache / RESULT_FILE, cache / EVALUATION_FILE, result_id, result)
     return result
+
+
+def _finished(model: Model, data: Data, cache: Path, result_id: str, batch_size: int | None) -> NetworkResult | None:
+    """The result that the cache holds; None where it holds none, or a part, whose answers are compared then too."""
+    alone = Processes.current().count == 1  # in a group, all processes must attack or none
+    finished = load_result(cache / RESULT_FILE, cache / EVALUATION_FILE, result_id) if alone else None
+    if finished is not None:
+        check_answers(model, data, finished.evaluation, cache, batch_size)
+    elif (cache / EVALUATION_FILE).exists():
+        check_answers(model, data, load_clean_answers(cache / EVALUATION_FILE), cache, batch_size)
+    return finished
+
+
+def witnesses_of(evaluation: Evaluation, data: Data) -> Tensor:
+    """The adversarial examples of an evaluation, (N, C, H, W), as candidates: clean images where there is none."""
+    x = pixels(data.x).cpu()
+    return torch.where(column(evaluation.broken_by >= 0, x), evaluation.x_adv, x)
 
 
 def note_size(data: Data, folder: str | Path, count: int = 1) -> None:
@@ -225,6 +244,9 @@ def result_key(
     seed: int,
     budget: Budget | None = None,
     proofs: str = "linear",
+    precision: float = PRECISION,
+    pgd50: int | None = None,
+    smaller: Threat | None = None,
 ) -> str:
     """What a stored NetworkResult belongs to: data and weights (``key``), the arguments, and the versions of the code.
 
@@ -243,6 +265,9 @@ def result_key(
         "seed": seed,
         "budget": None if budget is None else repr(budget),
         "proofs": proofs,
+        "precision": precision,
+        "pgd50": pgd50,
+        **({} if smaller is None else {"smaller": smaller.describe()}),
         "checks": identity_of_checks(),
         "versions": [__version__, region.VERSION, REGION_VERSION],
     }

@@ -94,7 +94,7 @@ def load_result(path: Path, checkpoint: Path, key: str) -> NetworkResult | None:
 
 
 class _StoredEvaluation(TypedDict, total=False):
-    """An evaluation without its columns; ``proofs`` is missing where they were not counted yet."""
+    """An evaluation without its columns; ``proofs`` and ``precision`` are missing in older files."""
 
     threat: Required[dict[str, Any]]
     stages: Required[tuple[StageCost, ...]]
@@ -103,6 +103,7 @@ class _StoredEvaluation(TypedDict, total=False):
     votes: Required[int]
     unfinished: Required[bool]
     attack_kinds: Required[tuple[str, ...]]
+    precision: float
 
 
 class _About(TypedDict):

@@ -101,11 +101,12 @@ def draw_accuracy(results: Results) -> Figure:
     shown = rows(results)
     figure, ax = axes(len(shown), 0.46, 0.3)
     certified = any_certified(shown)
-    markers = [marker for marker in MEASURES if certified or marker[0] != "certified"]
+    known = {"certified": certified, "pgd50": any(row.pgd50 for row in shown)}
+    markers = [marker for marker in MEASURES if known.get(marker[0], True)]
     for i, row in enumerate(shown):
         at = i + 0.68
         ax.text(0, i + 0.34, short(row.label), va="center", fontweight="bold")
-        if row.robust is not None:
+        if row.robust is not None and row.pgd50 is not None:
             ax.plot([100 * row.robust.value, 100 * row.pgd50.value], [at, at], color=RULE, linewidth=4, zorder=1.5)
         if certified and row.robust is not None and row.certified is not None:
             ends = [100 * row.certified.value, 100 * row.robust.value]

@@ -226,6 +226,7 @@ def _part(results: Results, prefix: str, baseline: str) -> dict[str, Any]:
         "rows": shown,
         "notes": caption_notes(shown),
         "certified": any_certified(shown),
+        "pgd50": any(row.pgd50 for row in shown),
         "attacks": cells(shown) if other_attacks(shown) else [],
         "proofs": proof_table(results),
         "accuracy": inline(draw_accuracy, results, prefix + "a"),

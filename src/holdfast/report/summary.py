@@ -34,19 +34,20 @@ def finding(results: Results) -> str:
     valid = [(r, r.robust) for r in rows(results) if r.robust is not None]
     if not valid:
         return "No robust accuracy can be reported: every measurement is void."
-    doubtful = [
-        v for v in valid if v[0].pgd50_status not in ("tight", "exact")
-    ]  # a tight one is off by a sample or two
-    sentences = ["No PGD-50 accuracy is refuted."]
-    if len(doubtful) == len(valid):
+    reported = [(r, r.pgd50, robust) for r, robust in valid if r.pgd50 is not None]
+    doubtful = [v for v in reported if v[0].pgd50_status not in ("tight", "exact")]  # a tight one: a sample or two
+    sentences = ["No PGD-50 accuracy is refuted."] * bool(reported)
+    if doubtful and len(doubtful) == len(reported):
         sentences = ["No PGD-50 accuracy exceeds the robust accuracy."]
     if doubtful:
-        worst, robust = max(doubtful, key=lambda v: v[0].pgd50.value - v[1].value)
-        reported, bound = percent(worst.pgd50.value), percent(robust.value)
-        if worst.pgd50.value > robust.value and reported != bound:
-            sentences = [f"{worst.label}: PGD-50 reports {reported}%, but robust accuracy is at most {bound}%."]
+        worst, pgd50, robust = max(doubtful, key=lambda v: v[1].value - v[2].value)
+        figure, bound = percent(pgd50.value), percent(robust.value)
+        if pgd50.value > robust.value and figure != bound:
+            sentences = [f"{worst.label}: PGD-50 reports {figure}%, but robust accuracy is at most {bound}%."]
     threats = list(dict.fromkeys(row.threat for row, _ in valid))
-    for threat in threats if len(valid) > 1 else ():  # accuracies under different threats are not compared
+    for threat in (
+        threats if len(valid) > 1 or not reported else ()
+    ):  # accuracies under different threats are not compared
         here = [v for v in valid if v[0].threat == threat]
         best = max((r for _, r in here), key=lambda r: r.value)
         names = " and ".join(row.label for row, r in here if r.value == best.value)

@@ -22,7 +22,15 @@ from .region import (
     TwoSample,
     TwoSamplePerClass,
 )
-from .remaining import Remaining, RemainingVulnerable, SpotCheck, remaining_vulnerable, sum_remaining
+from .remaining import (
+    PRECISION,
+    Remaining,
+    RemainingVulnerable,
+    SpotCheck,
+    remaining_vulnerable,
+    sample_size,
+    sum_remaining,
+)
 from .requirements import Outcome, Requirement, check_requirements, check_rows, junit, parse_requirement
 from .rows import Row, rows
 from .schema import (
@@ -66,7 +74,9 @@ from .text import (
     heading,
     other_attacks,
     percent,
+    pgd50_heading,
     pgd50_verdict_text,
+    precision_text,
     proved_text,
     remaining_text,
     robust_text,
@@ -78,15 +88,15 @@ Results._repr_html_ = notebook  # type: ignore[attr-defined]
 Results.frame = frame  # type: ignore[attr-defined]
 
 __all__ = [
-    "CLAIM_SEEDS", "CLOPPER_PEARSON", "FILE", "OLDEST", "PROOF_METHODS", "SCHEMA", "Calibration", "CalibrationBins",
-    "CheckResult", "CleanMeasures", "Cost", "DecisionGrid", "Distances", "EpsCheck", "Example", "FeatureShift",
-    "Finding", "Interval", "Outcome", "Paired", "Passes", "Projection", "ProofCost", "RegionMeasures", "Reliability",
-    "Remaining", "RemainingVulnerable", "Requirement", "Results", "Row", "RowDifference", "Run", "Samples", "SpotCheck",
-    "Spread", "StageCost", "Training", "TwoSample", "TwoSamplePerClass", "Verdict", "any_certified", "bracket_text",
-    "caption", "caption_notes", "cells", "check_requirements", "check_rows", "compare_rows", "csv", "doubts", "frame",
-    "has_row", "heading", "holm", "junit", "latex", "load", "markdown", "mcnemar", "notebook", "notebook_counts",
-    "other_attacks", "over_seeds", "p_text", "paired_t", "parse_requirement", "percent", "pgd50_verdict_text",
-    "proportion", "proved_text", "remaining_text", "remaining_vulnerable", "robust_text", "rows", "save",
-    "seconds_text", "significance", "status_text", "sum_remaining", "table", "threat_text", "to_json", "total_cost",
-    "total_proofs",
+    "CLAIM_SEEDS", "CLOPPER_PEARSON", "FILE", "OLDEST", "PRECISION", "PROOF_METHODS", "SCHEMA", "Calibration",
+    "CalibrationBins", "CheckResult", "CleanMeasures", "Cost", "DecisionGrid", "Distances", "EpsCheck", "Example",
+    "FeatureShift", "Finding", "Interval", "Outcome", "Paired", "Passes", "Projection", "ProofCost", "RegionMeasures",
+    "Reliability", "Remaining", "RemainingVulnerable", "Requirement", "Results", "Row", "RowDifference", "Run",
+    "Samples", "SpotCheck", "Spread", "StageCost", "Training", "TwoSample", "TwoSamplePerClass", "Verdict",
+    "any_certified", "bracket_text", "caption", "caption_notes", "cells", "check_requirements", "check_rows",
+    "compare_rows", "csv", "doubts", "frame", "has_row", "heading", "holm", "junit", "latex", "load", "markdown",
+    "mcnemar", "notebook", "notebook_counts", "other_attacks", "over_seeds", "p_text", "paired_t", "parse_requirement",
+    "percent", "pgd50_heading", "pgd50_verdict_text", "precision_text", "proportion", "proved_text", "remaining_text",
+    "remaining_vulnerable", "robust_text", "rows", "sample_size", "save", "seconds_text", "significance", "status_text",
+    "sum_remaining", "table", "threat_text", "to_json", "total_cost", "total_proofs",
 ]  # fmt: skip

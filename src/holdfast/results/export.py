@@ -48,7 +48,8 @@ def csv(results: Results, baseline: str = "") -> str:
 
     Returns:
         The text. Columns: loss, threat; clean, pgd50, the other attacks, certified (where a sample is) and robust,
-        each with ``_low`` and ``_high``; pgd50_verdict, verdict, n, seeds, interval. Where a sample is certified also,
+        each with ``_low`` and ``_high``; pgd50_verdict, verdict, n, seeds, interval. Where PGD-50 was run on a sample,
+        pgd50_n. Where a sample is certified also,
         counted over all seeds: between (samples that are neither broken nor proved), proved_METHOD for each method that
         proved one, and proof_seconds. Where rows are compared, at the end: against, difference (of robust accuracy)
         with ``_low`` and ``_high``, p, p_holm and test. A name that a spreadsheet would take for a formula begins with
@@ -66,15 +67,18 @@ def csv(results: Results, baseline: str = "") -> str:
     bounds = [f"{c}{suffix}" for c in ("clean", *names, *certified, "robust") for suffix in ("", "_low", "_high")]
     methods = [cost.method for cost in total_proofs([cost for r in shown for cost in r.proofs]) if cost.proved]
     proofs = ["between", *(f"proved_{method}" for method in methods), "proof_seconds"] if certified else []
+    sampled = ["pgd50_n"] * any(r.pgd50_n is not None for r in shown)
     compared = {one.label: one for one in compare_rows(results, baseline)}
     tests = ["against", "difference", "difference_low", "difference_high", "p", "p_holm", "test"] if compared else []
-    write(["loss", "threat", *bounds, "pgd50_verdict", "verdict", "n", "seeds", "interval", *proofs, *tests])
+    about = ["pgd50_verdict", "verdict", "n", "seeds", "interval"]
+    write(["loss", "threat", *bounds, *about, *sampled, *proofs, *tests])
     for r in shown:
         every = r.clean, *map(r.attacks.get, names), *([r.certified] if certified else []), r.robust
         figures = [v for i in every for v in (dataclasses.astuple(i) if i else ("", "", ""))]
         words = r.pgd50_verdict, r.verdict, r.n, " ".join(map(str, r.seeds)), r.interval
         test = _test(compared.get(r.label)) if compared else ()
-        write([r.label, r.threat, *figures, *words, *(_proofs(r, methods) if certified else ()), *test])
+        asked = [r.n if r.pgd50_n is None else r.pgd50_n] * len(sampled)
+        write([r.label, r.threat, *figures, *words, *asked, *(_proofs(r, methods) if certified else ()), *test])
     return out.getvalue()
 
 

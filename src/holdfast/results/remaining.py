@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
 from scipy import special, stats
 
 from ..errors import UserError
 
+PRECISION = 0.01  # share of all samples that a tight verdict allows to be breakable still
 MOST_VOTES = 1000  # predictions per image; an evaluation takes 32
+LEAST_TESTED = 20  # survivors, where so many stand: fewer show no weakness of the attacks
+MOST_EXACT = 2000  # survivors for which the size of a sample is computed; more are scaled down to so many
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,43 @@ def remaining_vulnerable(first: int, second: int, both: int, tested: int, surviv
     total, missed = np.cumsum(p), m - broken
     low, high = (float(missed[min(int(np.searchsorted(total, q)), len(missed) - 1)]) for q in (0.025, 0.975))
     return RemainingVulnerable(float((p * missed).sum()), low, high, survivors, tested, first, second, both)
+
+
+def sample_size(survivors: int, n: int, precision: float = PRECISION) -> int:
+    """How many survivors are tested, for a precision.
+
+    Args:
+        survivors: number that may be breakable, >= 0.
+        n: number of all samples, >= 1.
+        precision: share of all samples that may be expected to be breakable if the tests break nothing, in (0, 1].
+
+    Returns:
+        The smallest number tested for which ``remaining_vulnerable(0, 0, 0, tested, survivors).expected`` is at most
+        ``precision * n``, but at least 20; all survivors where these are not enough. More than 2,000 survivors are
+        scaled down to so many, which makes the sample a little larger than necessary.
+
+    >>> [sample_size(survivors, n) for survivors, n in ((10, 100), (54, 100), (180, 300), (800, 1000))]
+    [10, 26, 29, 31]
+    >>> [sample_size(800, 1000, precision) for precision in (0.1, 0.003, 0.001)]
+    [20, 134, 407]
+    """
+    scale = min(1.0, MOST_EXACT / max(survivors, 1))
+    size = _size(round(survivors * scale), precision * n * scale)
+    return min(survivors, max(LEAST_TESTED, size))
+
+
+@cache
+def _size(survivors: int, allowed: float) -> int:
+    """The smallest sample of these survivors that leaves so many expected, by bisection."""
+    low, high = 0, 1  # low is too few
+    while high < survivors and remaining_vulnerable(0, 0, 0, high, survivors).expected > allowed:
+        low, high = high, 2 * high
+    high = min(high, survivors)
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = remaining_vulnerable(0, 0, 0, middle, survivors).expected <= allowed
+        low, high = (low, middle) if enough else (middle, high)
+    return high
 
 
 @dataclass(frozen=True)

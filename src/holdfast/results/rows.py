@@ -26,7 +26,7 @@ class Row:
         loss: the loss spec.
         threat: the threat in words.
         clean: clean accuracy.
-        attacks: attack name -> accuracy under that attack alone; always has "pgd50".
+        attacks: attack name -> accuracy under that attack alone; has "pgd50" unless it was left out.
         robust: share that survived every attack; None when void.
         status: status of the verdict on ``robust``; "" without an audit.
         verdict: that verdict in words.
@@ -39,6 +39,7 @@ class Row:
         pgd50_verdict: that verdict in words.
         pgd50_excess: share of the samples that PGD-50 leaves correct and other attacks break, with its interval (over
             samples, or over seeds); None where void, or without per-sample columns.
+        pgd50_n: samples per run that PGD-50 was run on, where these are not all; the least of the merged runs.
         status_seeds: how many of the merged runs have ``status``, the worst of their verdicts.
         pgd50_status_seeds: the same of ``pgd50_status``.
         between: samples of all runs that are neither broken nor proved; None where that is not known, and when void.
@@ -61,15 +62,16 @@ class Row:
     pgd50_status: str = ""
     pgd50_verdict: str = ""
     pgd50_excess: Interval | None = None
+    pgd50_n: int | None = None
     status_seeds: int = 1
     pgd50_status_seeds: int = 1
     between: int | None = None
     proofs: tuple[ProofCost, ...] = ()
 
     @property
-    def pgd50(self) -> Interval:
-        """Accuracy under PGD-50."""
-        return self.attacks["pgd50"]
+    def pgd50(self) -> Interval | None:
+        """Accuracy under PGD-50; None where it was left out."""
+        return self.attacks.get("pgd50")
 
 
 def name_text(name: str) -> str:
@@ -134,6 +136,7 @@ def _merged(runs: Sequence[Run], members: Sequence[int]) -> Row:
         pgd50_status=pgd50_status,
         pgd50_verdict=pgd50_verdict,
         pgd50_excess=_pgd50_excess(group),
+        pgd50_n=min((r.pgd50_n for r in group if r.pgd50_n is not None), default=None),
         status_seeds=status_seeds,
         pgd50_status_seeds=pgd50_status_seeds,
         between=_sum([r.between for r in group]),
@@ -143,13 +146,17 @@ def _merged(runs: Sequence[Run], members: Sequence[int]) -> Row:
 
 def _pgd50_excess(group: Sequence[Run]) -> Interval | None:
     """What other attacks break of the samples that PGD-50 leaves correct, counted sample by sample."""
-    columns = [run.samples for run in group if run.samples is not None and run.robust is not None]
-    if len(columns) < len(group) or not all(map(len, columns)):
+    pairs = [
+        [(p, r) for p, r in zip(run.samples.pgd50, run.samples.robust, strict=True) if p is not None]
+        for run in group
+        if run.samples is not None and run.samples.pgd50 is not None and run.robust is not None
+    ]
+    if len(pairs) < len(group) or not all(pairs):
         return None
-    broken = [sum(p and not r for p, r in zip(s.pgd50, s.robust, strict=True)) for s in columns]
+    broken = [sum(p and not r for p, r in one) for one in pairs]
     if len(group) == 1:
-        return proportion(broken[0], len(columns[0]))
-    return over_seeds(k / len(s) for k, s in zip(broken, columns, strict=True))
+        return proportion(broken[0], len(pairs[0]))
+    return over_seeds(k / len(one) for k, one in zip(broken, pairs, strict=True))
 
 
 def _mean(figures: Sequence[Interval | None]) -> Interval | None:

@@ -12,7 +12,7 @@ from ..errors import UserError, unknown
 from .region import Passes, Projection, RegionMeasures
 from .remaining import Remaining
 
-SCHEMA = 5
+SCHEMA = 6
 OLDEST = 4  # of the schemas that are read: what a file of it lacks is optional
 PROOF_METHODS = ("interval", "lipschitz", "linear", "crown", "alpha", "branch")  # in the order they are tried in
 CLOPPER_PEARSON = "95% Clopper-Pearson interval over samples"
@@ -113,7 +113,7 @@ class Samples:
         y: label.
         prediction: class predicted for the clean image.
         clean: 1 if the clean image is classified correctly.
-        pgd50: 1 if still correct under PGD-50.
+        pgd50: 1 if still correct under PGD-50; None where PGD-50 was not asked; None (no column) where it was left out.
         robust: 1 if no attack broke the sample.
         stage: index of the stage that broke the sample; -1: none did; -2: misclassified without an attack.
         margin: logit_y - max_{j != y} logit_j of the clean image, rounded to 4 decimals; None where not finite.
@@ -134,7 +134,7 @@ class Samples:
     y: tuple[int, ...]
     prediction: tuple[int, ...]
     clean: tuple[int, ...]
-    pgd50: tuple[int, ...]
+    pgd50: tuple[int | None, ...] | None
     robust: tuple[int, ...]
     stage: tuple[int, ...]
     margin: tuple[float | None, ...]
@@ -146,10 +146,10 @@ class Samples:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             column = getattr(self, f.name)
-            if column is None and f.default is None:
+            if column is None and (f.default is None or f.name == "pgd50"):
                 continue
             column = column.tolist() if hasattr(column, "tolist") else column
-            plain: tuple[float | str | None, ...]
+            plain: tuple[int | float | str | None, ...]
             if f.name == "proved_by":
                 plain = tuple(map(str, column))
                 if other := [name for name in plain if name not in ("", *PROOF_METHODS)]:
@@ -157,7 +157,7 @@ class Samples:
             elif f.name.startswith("margin"):
                 plain = tuple(None if v is None or not math.isfinite(v) else round(float(v), 4) for v in column)
             else:
-                plain = tuple(map(int, column))
+                plain = tuple(None if v is None and f.name == "pgd50" else int(v) for v in column)
             object.__setattr__(self, f.name, plain)
             if len(plain) != len(self.index):
                 raise UserError(f"Samples column '{f.name}' has {len(plain)} entries, 'index' has {len(self.index)}.")
@@ -342,11 +342,12 @@ class Run:
         threat: {"norm", "eps", "lo", "hi"}.
         n: number of samples.
         clean: clean accuracy.
-        attacks: attack name -> accuracy under that attack alone. Always has "pgd50".
+        attacks: attack name -> accuracy under that attack alone. Has "pgd50" unless it was left out.
         robust: share that survived every attack, an upper bound of robust accuracy. None when the verdict is void.
         certified: share proved correct on the whole threat, a lower bound. None where no bound is known, and when void.
         verdict: verdict on ``robust``; None without an audit.
         pgd50_verdict: verdict on the PGD-50 accuracy; None without an audit.
+        pgd50_n: number of samples that PGD-50 was run on and its accuracy is a share of; None where these are all.
         checks: the trust checks; empty without an audit.
         remaining: how many survivors may still be breakable; None without an audit.
         measures: gradients and distances at the clean image; None without an audit, and where no sample is correct.
@@ -361,8 +362,8 @@ class Run:
         projection: features in two dimensions, for the figure; of the first fold.
 
     Raises:
-        UserError: ``n`` < 1, ``attacks`` lacks "pgd50", ``threat`` lacks a key or is none, or ``samples`` has another
-            length than ``n``.
+        UserError: ``n`` < 1, ``pgd50_n`` is not 1 to ``n``, ``threat`` lacks a key or is none, or ``samples`` has
+            another length than ``n``.
     """
 
     name: str
@@ -376,6 +377,7 @@ class Run:
     certified: Interval | None = None
     verdict: Verdict | None = None
     pgd50_verdict: Verdict | None = None
+    pgd50_n: int | None = None
     checks: tuple[CheckResult, ...] = ()
     remaining: Remaining | None = None
     measures: CleanMeasures | None = None
@@ -394,8 +396,8 @@ class Run:
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "proofs", tuple(self.proofs))
         object.__setattr__(self, "examples", tuple(self.examples))
-        if "pgd50" not in self.attacks:
-            raise UserError(f"Run '{self.name}': attacks needs the key 'pgd50', got {sorted(self.attacks)}.")
+        if self.pgd50_n is not None and not 1 <= self.pgd50_n <= self.n:
+            raise UserError(f"Run '{self.name}': pgd50_n must be 1 to {self.n} samples, got {self.pgd50_n}.")
         for key in ("norm", "eps", "lo", "hi"):
             if key not in self.threat:
                 raise UserError(f"Run '{self.name}': threat needs norm, eps, lo and hi; '{key}' is missing.")
@@ -410,9 +412,9 @@ class Run:
             raise UserError(f"Run '{self.name}': n is {self.n} but samples has {len(self.samples)} entries.")
 
     @property
-    def pgd50(self) -> Interval:
-        """Accuracy under PGD-50: cross-entropy, 50 steps, one start, the last iterate."""
-        return self.attacks["pgd50"]
+    def pgd50(self) -> Interval | None:
+        """Accuracy under PGD-50: cross-entropy, 50 steps, one start, the last iterate. None where it was left out."""
+        return self.attacks.get("pgd50")
 
     @property
     def between(self) -> int | None:

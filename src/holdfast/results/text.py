@@ -63,6 +63,13 @@ def pgd50_verdict_text(row: Row) -> str:
 
 
 @typed
+def pgd50_heading(shown: Sequence[Row]) -> str:
+    """The heading of the PGD-50 column: "PGD-50", or "PGD-50, n=100" where it was run on so many samples only."""
+    counts = sorted({row.pgd50_n for row in shown if row.pgd50_n is not None})
+    return heading("pgd50") + (f", n={' or '.join(map(str, counts))}" if counts else "")
+
+
+@typed
 def any_certified(shown: Sequence[Row]) -> bool:
     """Whether any sample is certified: a certificate that covers none needs no column."""
     return any(row.certified is not None and row.certified.value > 0 for row in shown)
@@ -79,8 +86,8 @@ def other_attacks(shown: Sequence[Row]) -> list[str]:
 def cells(shown: Sequence[Row]) -> list[tuple[str, ...]]:
     """The table as text: a head, then a line for each row. Every output format shows these columns.
 
-    loss, clean, PGD-50 and its verdict, the other attacks, certified, robust with its interval and its verdict. The
-    verdict on PGD-50, an attack, or certified has a column only where some row has a value for it.
+    loss, clean, PGD-50 and its verdict, the other attacks, certified, robust with its interval and its verdict. PGD-50,
+    the verdict on it, an attack, or certified has a column only where some row has a value for it.
 
     Args:
         shown: the rows of the table.
@@ -90,10 +97,11 @@ def cells(shown: Sequence[Row]) -> list[tuple[str, ...]]:
     """
     names, certified = other_attacks(shown), any_certified(shown)
     pgd50_verdict, verdict = any(row.pgd50_status for row in shown), any(row.status for row in shown)
-    head = ["loss", "clean", heading("pgd50"), *["verdict"] * pgd50_verdict, *map(heading, names)]
+    pgd50 = any(row.pgd50 for row in shown)
+    head = ["loss", "clean", *[pgd50_heading(shown)] * pgd50, *["verdict"] * pgd50_verdict, *map(heading, names)]
     lines = [(*head, *["certified"] * certified, "robust, 95%", *["verdict"] * verdict)]
     for row in shown:
-        line = [re.sub(r"\s+", " ", row.label), _percent_or_dash(row.clean), _percent_or_dash(row.pgd50)]
+        line = [re.sub(r"\s+", " ", row.label), _percent_or_dash(row.clean), *[_percent_or_dash(row.pgd50)] * pgd50]
         line += [pgd50_verdict_text(row)] * pgd50_verdict
         line += [_percent_or_dash(row.attacks.get(name)) for name in names]
         line += [_percent_or_dash(row.certified)] * certified
@@ -217,6 +225,32 @@ def bracket_text(results: Results) -> str:
     if late := sum(cost.out_of_time for cost in proofs):
         parts.append(f"Time ran out for {late:,} of those between.")
     return " ".join(parts)
+
+
+@typed
+def precision_text(results: Results, precision: float) -> str:
+    """What the attacks on a sample of the survivors cost, in one sentence; "" without an audit.
+
+    Args:
+        results: of several runs, the costs are added up.
+        precision: that the samples were chosen for.
+
+    Returns:
+        The sentence.
+    """
+    shown = [run for run in results.runs if run.remaining is not None]
+    full = sum(one.near + one.far for run in shown if run.remaining for one in run.remaining.spot_checks)
+    tested, survivors = (sum(getattr(run.remaining, name) for run in shown) for name in ("tested", "survivors"))
+    stages = [stage for run in shown for stage in run.stages]
+    total = sum(stage.passes for stage in stages)
+    passes = sum(stage.passes for stage in stages if stage.name.startswith("sampled: ") or stage.name == "audit")
+    if not total:
+        return ""
+    return (
+        f"precision {100 * precision:g}%: of {survivors:,} survivors without a certificate, {full:,} were attacked at "
+        f"full length and {tested:,} by two more attacks of the audit; both took {passes:,} of {total:,} passes "
+        f"({passes / total:.0%})"
+    )
 
 
 @typed

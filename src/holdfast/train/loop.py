@@ -58,8 +58,7 @@ def fit(
 
     Args:
         model: images to Outputs.
-        train: training images: Data, (x, y), a DataLoader that does not shuffle, a data set or its name, of which the
-            training part is taken; test data has no way in here.
+        train: training images, as ``as_data`` takes them; test data has no way in here.
         val: validation images; may be empty.
         objective: the min-max problem, as a function of training progress in [0, 1).
         config: hyperparameters.
