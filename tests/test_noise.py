@@ -204,7 +204,7 @@ def test_streams_keep_their_values():
     """Records were drawn with them."""
     values = {p.__name__: [(s.value, s.count) if s.count > 1 else s.value for s in p] for p in Stream.__subclasses__()}
     assert values == {
-        "EvaluationStream": [10_000, 20_000, 30_000, 31_000],
+        "EvaluationStream": [10_000, 20_000, 30_000, 31_000, 32_000],
         "AuditStream": [
             *range(1, 10), *range(11, 15), (15, 2), 20, 30, 31, 32, (40, 9), 90, 91, 92,
         ],

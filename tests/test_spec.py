@@ -367,3 +367,14 @@ def test_augmentations_are_read_in_this_order_alone():
                   "crop:4+noise:0.5+flip"):  # fmt: skip
         with pytest.raises(UserError, match="cannot read the augmentation"):
             spec.augmentation(wrong)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1%", 0.01), ("0.2 %", 0.002), ("0.01", 0.01), ("100%", 1.0)])
+def test_a_share_is_read(text, value):
+    assert spec.share("precision", text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["1", "0", "0%", "101%", "-1%", "1%%", "", "%", "nan", "few"])
+def test_a_share_that_may_mean_two_things_is_refused(text):
+    with pytest.raises(UserError, match=r"cannot read --precision .*such as 1% or 0\.01"):
+        spec.share("precision", text)

@@ -785,3 +785,25 @@ def test_other_commands_take_ones_own_network_too(command, own, holdfast_):
     assert not code, err
     assert out
     assert Path("out", f"mine-{command}-linf0.1", "config.json").is_file()
+
+
+def test_pgd50_and_the_precision_are_options(own, holdfast_):
+    """The table has no PGD-50 column, or says on how many samples; what the precision costs is said on stderr."""
+    given = [*own[:-1], "--suite", "quick"]
+    _, out, err = holdfast_("evaluate", "mine.py:build", *given, "--no-pgd50", "--precision", "2%", "--out", "without")
+    assert "PGD-50" not in out.partition("certified")[0]
+    assert "precision 2%: of " in err
+    assert " passes (" in err
+    page = Path("without/report.html").read_text()
+    assert "PGD-50 (as usually" not in page
+    _, out, _ = holdfast_("evaluate", "mine.py:build", *given, "--pgd50", "10", "--out", "sampled")
+    assert "n=10" in out
+    assert "n = 10</small>" in Path("sampled/report.html").read_text()
+    for words, says in (
+        (["--no-pgd50", "--pgd50", "5"], "give one of the two"),
+        (["--pgd50", "0"], "--pgd50 must be >= 1 samples"),
+        (["--precision", "1"], "expected a share of the samples, such as 1% or 0.01"),
+    ):
+        code, _, err = holdfast_("evaluate", "mine.py:build", *given, *words)
+        assert code == 2
+        assert says in one_line(err)

@@ -10,6 +10,8 @@ from tests.evaluation.helpers import CLOSE, PER_ATTACK, THREAT, Threshold, numbe
 
 from holdfast import data
 from holdfast.attacks import ATTACKS, AttackEntry
+from holdfast.checks import CHECKS, audit, name_of
+from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
 from holdfast.evaluation.suites import PGD50, PGD50_TRAIN_LOSS, Stage
 from holdfast.outputs import fooled
@@ -136,3 +138,47 @@ def test_a_witness_of_every_broken_sample_holds(mlp, some, per_attack):
     assert bool((CLOSE.violation(per_attack.x_adv, data.pixels(some.x)) == 0).all())
     for name, correct in per_attack.attack_correct.items():
         assert bool(broken[per_attack.clean & ~correct].all()), name
+
+
+def test_pgd50_on_a_sample_is_the_same_attack_there(mlp, some):
+    whole = evaluate(mlp, some, CLOSE, "quick")
+    part = evaluate(mlp, some, CLOSE, "quick", pgd50=30)
+    asked = part.pgd50_sample
+    assert int(asked.sum()) == 30
+    assert part.stages[1].attacked == int((asked & part.clean).sum())
+    assert torch.equal(part.pgd50[asked], whole.pgd50[asked])
+    assert not bool(part.pgd50[~asked].any())
+    assert len(part.of_pgd50(part.robust)) == 30
+    assert not bool((part.robust & part.clean & asked & ~part.pgd50).any()), "what it breaks counts"
+    assert evaluate(mlp, some, CLOSE, "quick", pgd50=len(some)).pgd50_sample is None, "all are no sample"
+    other = evaluate(mlp, some, CLOSE, "quick", pgd50=30, seed=1)
+    assert not torch.equal(other.pgd50_sample, asked)
+
+
+def test_pgd50_left_out_leaves_its_samples_to_the_suite(mlp, some):
+    whole, without = (evaluate(mlp, some, CLOSE, "standard", pgd50=n) for n in (None, 0))
+    assert without.pgd50 is None
+    assert without.attack_correct == {}
+    assert [stage.name for stage in without.stages[:2]] == ["clean", "sweep"]
+    assert without.stages[1].attacked == int((without.clean & ~without.certified).sum())
+    assert int((whole.robust != without.robust).sum()) <= 1
+    assert without.forwards + without.backwards < whole.forwards + whole.backwards
+    audited = audit(mlp, some, without)
+    assert audited.verdict().status in ("exact", "tight", "loose")
+    with pytest.raises(UserError, match="PGD-50 was left out of this evaluation"):
+        audited.verdict("pgd50")
+    left_out = {finding.name for finding in audited.findings if "left out" in finding.why}
+    assert left_out == {name_of(check) for check in CHECKS if check.claims == ("pgd50",)}
+
+
+def test_the_verdict_on_a_sample_counts_its_samples(mlp, some):
+    audited = audit(mlp, some, evaluate(mlp, some, CLOSE, "quick", pgd50=30))
+    verdict = audited.verdict("pgd50")
+    assert "30 samples" in verdict.why or verdict.status == "exact"
+    assert f"of {len(some)} samples" in audited.verdict().why or audited.verdict().status == "exact"
+
+
+@pytest.mark.parametrize("n", [-1, 1.5, "10", True])
+def test_a_number_of_samples_for_pgd50_is_a_number(mlp, some, n):
+    with pytest.raises(UserError, match="pgd50 must be a whole number"):
+        evaluate(mlp, some, CLOSE, (), pgd50=n)

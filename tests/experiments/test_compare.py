@@ -135,7 +135,7 @@ def test_the_columns_tell_one_story(original):
 
 def test_the_json_has_the_promised_fields(original):
     raw = json.loads((original[1] / "results.json").read_text())
-    assert raw["schema"] == 5
+    assert raw["schema"] == 6
     for run in raw["runs"]:
         wanted = {"name", "loss", "seed", "threat", "n", "clean", "attacks", "robust", "verdict", "checks", "cost"}
         assert wanted <= set(run)
@@ -702,3 +702,48 @@ def test_stronger_proofs_of_a_comparison(tmp_path):
     assert replay(tmp_path / "alpha")[0].holds
     with pytest.raises(UserError, match="another configuration"):
         compare(dataclasses.replace(small, proofs="linear"), tmp_path / "alpha")
+
+
+def test_a_larger_eps_starts_from_what_a_smaller_one_broke(tmp_path, monkeypatch):
+    """Whatever the order of the threats: the table keeps theirs, the work begins with the smallest."""
+    comparison = dataclasses.replace(
+        TINY, losses=("sce",), threat="linf:0.15,l2:0.5,linf:0.1", pgd50=0, precision=0.1
+    ).checked()
+    seen = []
+    attack = pipeline.evaluate
+
+    def evaluate_and_note(model, data, threat, *args, candidates=None, **more):
+        seen.append((str(threat), None if candidates is None else int((candidates != data.x / 255).sum()) > 0))
+        return attack(model, data, threat, *args, candidates=candidates, **more)
+
+    monkeypatch.setattr(pipeline, "evaluate", evaluate_and_note)
+    found = compare(comparison, tmp_path / "out")
+    assert seen == [("linf 0.1", None), ("linf 0.15", True), ("l2 0.5", None)] * 2  # folds
+    large, other, small = found.runs
+    assert [run.threat_text for run in (large, other, small)] == ["linf 0.15", "l2 0.5", "linf 0.1"]
+    assert not any(a and not b for a, b in zip(large.samples.robust, small.samples.robust, strict=True))
+    names = [stage.name for stage in large.stages]
+    given = large.stages[names.index("candidates")]
+    assert given.broken == given.attacked == sum(s > 0 for s in small.samples.stage)
+    assert "candidates" not in [stage.name for stage in small.stages]
+    assert large.attacks == {}
+    assert large.pgd50_verdict is None
+    assert all(one.holds for one in replay(tmp_path / "out"))
+    assert compare(comparison, tmp_path / "out").runs == found.runs
+    assert len(seen) == 6, "nothing is evaluated twice"
+
+
+def test_pgd50_on_a_sample_goes_all_the_way(tmp_path):
+    comparison = dataclasses.replace(TINY, losses=("sce",), pgd50=50).checked()
+    (run,) = compare(comparison, tmp_path / "out").runs
+    assert run.pgd50_n == 100, "50 of each fold"
+    assert sum(one is not None for one in run.samples.pgd50) == 100
+    assert "100 samples" in run.pgd50_verdict.why
+    (one,) = replay(tmp_path / "out")
+    assert one.holds
+
+
+@pytest.mark.parametrize(("name", "value"), [("precision", 0.0), ("precision", 2.0), ("pgd50", -1)])
+def test_a_precision_or_a_number_out_of_range_is_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} must be"):
+        dataclasses.replace(TINY, **{name: value}).checked()

@@ -94,7 +94,7 @@ def test_holm_orders_and_never_shrinks(ps):
         lambda: R.Samples([1], [1], [1], [1], [1], [], [1], [0.0], [0.0]),
         lambda: make_run(n=20, samples=make_run(n=10).samples),
         lambda: make_run(threat={"norm": "l2", "eps": 1, "lo": 0}),
-        lambda: make_run(attacks={"cw": R.Interval(0.5, 0.4, 0.6)}),
+        lambda: make_run(pgd50_n=201),
     ],
 )
 def test_nonsense_is_refused(call):
@@ -191,7 +191,7 @@ def test_json_is_what_the_page_says(tmp_path):
     path = R.save(make_results(), tmp_path / "new" / "folder")
     raw = json.loads(path.read_text())
     assert path.name == "results.json"
-    assert raw["schema"] == R.SCHEMA == 5
+    assert raw["schema"] == R.SCHEMA == 6
     first = raw["runs"][0]
     assert set(first["clean"]) == set(first["attacks"]["pgd50"]) == set(first["robust"]) == {"value", "low", "high"}
     assert first["threat"] == THREAT
@@ -221,6 +221,42 @@ def test_an_older_file_without_methods_of_proof_loads(tmp_path):
     assert (old.schema, old.runs[0].proofs, old.runs[0].samples.proved_by) == (R.SCHEMA, (), None)
     assert R.bracket_text(old).endswith("7 of 200 samples lie between.")
     assert R.load(R.save(old, tmp_path / "again")) == old
+
+
+def sampled(run, asked):
+    """The run with PGD-50 on its first samples only; with none of them, without PGD-50."""
+    column = tuple(one if i < asked else None for i, one in enumerate(run.samples.pgd50)) if asked else None
+    attacks = {"pgd50": R.proportion(sum(column[:asked]), asked)} if asked else {}
+    verdict = R.Verdict("tight", "agrees") if asked else None
+    samples = dataclasses.replace(run.samples, pgd50=column)
+    return dataclasses.replace(
+        run, attacks=attacks, samples=samples, pgd50_n=asked or None, pgd50_verdict=verdict, verdict=R.Verdict("tight")
+    )
+
+
+def test_pgd50_on_a_sample_says_how_many(tmp_path):
+    whole = make_results([sampled(make_run(), 50)])
+    assert R.load(R.save(whole, tmp_path)) == whole
+    (row,) = R.rows(whole)
+    column = whole.runs[0].samples.pgd50[:50]
+    assert (row.pgd50_n, row.pgd50.value) == (50, sum(column) / 50)
+    robust = whole.runs[0].samples.robust[:50]
+    assert row.pgd50_excess.value == sum(p and not r for p, r in zip(column, robust, strict=True)) / 50
+    assert R.markdown(whole).startswith("| loss | clean | PGD-50, n=50 | verdict |")
+    table = list(csv_module.DictReader(R.csv(whole).splitlines()))
+    assert (table[0]["pgd50_n"], table[0]["n"]) == ("50", "200")
+
+
+def test_pgd50_left_out_has_no_column(tmp_path):
+    whole = make_results([sampled(make_run(), 0)])
+    assert R.load(R.save(whole, tmp_path)) == whole
+    assert R.markdown(whole).startswith("| loss | clean | robust, 95% | verdict |")
+    table = list(csv_module.DictReader(R.csv(whole).splitlines()))
+    assert (table[0]["pgd50"], table[0]["pgd50_verdict"]) == ("", "")
+    assert "pgd50_n" not in table[0]
+    assert R.doubts(whole) == []
+    mixed = make_results([make_run(), sampled(make_run("mmc"), 0)])
+    assert R.markdown(mixed).splitlines()[-1].split("|")[3].strip() == "-"
 
 
 def test_a_method_of_proof_that_there_is_not_is_refused(tmp_path):
@@ -334,12 +370,13 @@ def _with(value, *keys):
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (_with(6, "schema"), "written by a newer holdfast: schema 6, this one reads 5"),
+        (_with(7, "schema"), "written by a newer holdfast: schema 7, this one reads 6"),
         (_without("schema"), "not a holdfast results file"),
         (_without("runs"), "not a holdfast results file"),
         (_without("data"), "results.data is missing"),
         (_without("runs", 0, "attacks"), r"results.runs\[0\].attacks is missing"),
-        (_without("runs", 0, "attacks", "pgd50"), "attacks needs the key 'pgd50'"),
+        (_with(0, "runs", 0, "pgd50_n"), "pgd50_n must be 1 to 10 samples, got 0"),
+        (_without("runs", 0, "samples", "pgd50"), "samples.pgd50 is missing"),
         (_without("runs", 0, "clean", "low"), r"results.runs\[0\].clean.low is missing"),
         (_without("runs", 0, "threat", "eps"), "'eps' is missing"),
         (_without("runs", 0, "samples", "stage"), "samples.stage is missing"),
@@ -450,7 +487,7 @@ def test_load_refuses_an_older_schema_and_says_what_to_rerun(tmp_path, schema, c
         R.load(tmp_path)
     again = f"the command recorded in it: {command}" if command else "the evaluation that wrote it."
     assert str(refusal.value) == (
-        f"{path} was written by holdfast with results schema {schema}; this version reads schemas 4 to 5: rerun {again}"
+        f"{path} was written by holdfast with results schema {schema}; this version reads schemas 4 to 6: rerun {again}"
     )
 
 

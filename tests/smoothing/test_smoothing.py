@@ -288,7 +288,7 @@ def test_bad_data_is_one_sentence(linear):
         (dataclasses.replace(few, x=few.x * math.nan), r"x must lie in \[0, 1\]"),
         (dataclasses.replace(few, y=few.y + 2, classes=()), "labels"),
         (dataclasses.replace(few, classes=("a", "b", "c")), "2 logits"),
-        (few.x, "must be a Data"),
+        (few.x, "must be Data"),
     ]:
         with pytest.raises(UserError, match=why):
             certify_smoothed(model, wrong, SIGMA, n=20)

@@ -97,13 +97,13 @@ def evaluate(
         "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
     }  # fmt: skip
     reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
+    sizes: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked_of_pgd50(pgd50, no_pgd50)}
     subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     folder = out or default_folder(model, f"evaluation-THREAT-{suite}", threat)
     answer = run_evaluation(
         subject, threat, suite, folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, proofs=proofs, batch_size=batch_size,
-        gate=gate,
-        precision=share("precision", precision), pgd50=asked_of_pgd50(pgd50, no_pgd50),
+        gate=gate, **sizes,
     )  # fmt: skip
     if answer is None:
         return

@@ -146,7 +146,7 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
     asked = torch.ones_like(columns.clean) if sample is None else sample
     missing = {stage.name for stage in state.stages[state.ended :] if stage.individual}
     *costs, branch, given = total_costs([*state.costs, state.branch, state.given], processes)
-    stages = (*costs, *[branch] * bool(branch.attacked), *[given] * bool(given.attacked))
+    stages = (*costs, *[branch] * bool(branch.attacked), *[given] * (task.candidates is not None))
     # 0 is the clean pass; branch and bound and the candidates come last, in this order
     by = torch.where(by >= 0, by + 1, torch.where(by == BY_BRANCH, len(costs), by))
     by = torch.where(by == BY_CANDIDATE, len(stages) - 1, by)

@@ -89,8 +89,7 @@ def evaluate_network(
         proofs: as for ``evaluate``.
         precision: as for ``evaluate``.
         pgd50: as for ``evaluate``.
-        smaller: the answer for the same network and samples at a smaller eps in the same norm: what is broken there is
-            broken here, and needs no attack.
+        smaller: the answer for the same samples at a smaller eps of that norm; what is broken there needs no attack.
         cache: a folder where work is kept: a killed call resumes from it, a finished one is read back.
         key: what the cache belongs to, data and weights; default a hash of both.
         transfer_source: (N, C, H, W), adversarial examples of an SCE network for the same samples, for the transfer
