@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ from tests.bounds.helpers import attacked_margins
 from tests.helpers import on_digits, right_ones
 from torch import nn
 
-from holdfast.bounds import METHODS, certify
+from holdfast.bounds import METHODS, certify, linear
 from holdfast.bounds import branch as branch_module
+from holdfast.bounds.certify import region_of
+from holdfast.bounds.graph import read
+from holdfast.bounds.linear import forward, optimised
+from holdfast.bounds.steps import ReluStep, bind
 from holdfast.data import Data
 from holdfast.milp import decide, layers_of
 from holdfast.outputs import fooled
@@ -168,6 +173,63 @@ class Beside(nn.Module):
     def forward(self, x):
         x = x.flatten(1)
         return self.last(self.first(x).relu() + self.other(x).tanh().square().sigmoid())
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """(steps, region): a network of three layers of random ReLUs, most of them of either sign, and 5 images."""
+    torch.manual_seed(0)
+    widths = (16, 24, 24, 24, 3)
+    net = nn.Sequential(nn.Flatten(), *(nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)))
+    with torch.no_grad():
+        x = torch.rand(5, 1, 4, 4)
+        return bind(read(net.eval(), (1, 4, 4)), torch.float64), region_of(x, Threat("linf", 0.1))
+
+
+def widths(found, chosen=None):
+    """The width of all boxes of each operation, or of chosen values."""
+    chosen = [torch.ones_like(box.lo) for box in found.boxes] if chosen is None else chosen
+    return torch.stack([((box.hi - box.lo) * which).sum() for box, which in zip(found.boxes, chosen, strict=True)])
+
+
+@torch.no_grad()
+def test_rows_whose_slopes_do_not_fit_take_turns(deep, monkeypatch):
+    """Every unstable ReLU has optimised slopes, whatever fits at a time."""
+    steps, region = deep
+    crown, alpha = (forward(steps, region, refine=True, iterations=n) for n in (0, 6))
+    undecided = [(box.lo < 0) & (box.hi > 0) for box in alpha.boxes]
+    assert (widths(alpha, undecided)[[4, 6]] < 0.98 * widths(crown, undecided)[[4, 6]]).all()
+    asked = []
+
+    def counted(steps, found, lines, region, start, rows, **more):
+        asked.append(rows.shape[0] * rows.shape[1] * 24 * sum(isinstance(steps[n], ReluStep) for n in lines))
+        return optimised(steps, found, lines, region, start, rows, **more)
+
+    monkeypatch.setattr(linear, "optimised", counted)
+    for slopes in (1, 500, 5000):
+        asked.clear()
+        monkeypatch.setattr(linear, "SLOPES", slopes)
+        split = forward(steps, region, refine=True, iterations=6)
+        assert 0 < max(asked) <= max(72, slopes)  # one row at least
+        torch.testing.assert_close(widths(split, undecided), widths(alpha, undecided), rtol=0.01, atol=0)
+
+
+@torch.no_grad()
+def test_no_box_is_wider_than_the_one_it_started_from(deep):
+    """Slopes start from the boxes of CROWN, and CROWN from those of intervals: in one pass each, none is wider."""
+    steps, region = deep
+    boxes = forward(steps, region)
+    crown = forward(steps, region, refine=True, known=boxes)
+    alpha = forward(steps, region, refine=True, iterations=6, known=crown)
+    for wide, narrow in ((boxes, crown), (crown, alpha)):
+        for one, other in zip(wide.boxes, narrow.boxes, strict=True):
+            assert (one.lo <= other.lo).all()
+            assert (other.lo <= other.hi).all()
+            assert (other.hi <= one.hi).all()
+    assert (widths(crown)[[4, 6]] < widths(boxes)[[4, 6]]).all()
+    assert (widths(alpha)[[4, 6]] < widths(crown)[[4, 6]]).all()
+    late = forward(steps, region, refine=True, iterations=6, known=crown, until=0.0)
+    assert torch.equal(widths(late), widths(crown)), "what time cuts short has the boxes that were known"
 
 
 def test_slopes_of_relus_that_a_row_does_not_pass():

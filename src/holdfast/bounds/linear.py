@@ -20,7 +20,7 @@ from ..threat import Threat
 from .rounding import DOUBLE
 from .steps import AffineStep, Box, Lines, RelaxedStep, ReluStep, Step, over_rows
 
-SLOPES = 2**22  # of inner operations, that are optimised at a time, at most
+SLOPES = 2**22  # of the lines for inner operations, that are optimised at a time: more take turns
 MEMORY = 2**28  # bytes of the widest rows that are carried backward at a time
 
 
@@ -66,6 +66,7 @@ def forward(
     rounding: bool = True,
     refine: bool = False,
     iterations: int = 0,
+    known: Forward | None = None,
     until: float = math.inf,
 ) -> Forward:
     """Boxes of all operations.
@@ -75,30 +76,68 @@ def forward(
         region: the images.
         rounding: also cover what float32 loses.
         refine: tighten the inputs of each non-affine operation by lines, where that matters (full CROWN).
-        iterations: of Adam on the slopes of these lines, where rows and slopes fit in memory.
+        iterations: of Adam on the slopes of these lines. As many rows take part at a time as slopes fit in memory.
+        known: of the same images and with the same rounding, by a cheaper method: boxes without lines before
+            ``refine``, refined ones before ``iterations``. No box becomes wider than it is there.
         until: ``time.monotonic()`` from which on nothing is tightened any more.
     """
     found = Forward(unbounded=torch.zeros(len(region.center), dtype=torch.bool, device=region.center.device))
     read_by_relaxed = {number for step in steps if isinstance(step, RelaxedStep) for number in step.reads}
     lines: dict[int, Lines] = {}
+    if known is not None and bool(known.unbounded.any()):
+        known = None  # some boxes are empty of meaning
+    tighter: set[int] = set()  # operations whose boxes differ from the known ones
     for number, step in enumerate(steps):
         inputs = [found.boxes[i] for i in step.reads]
-        box = region.box if number == 0 else step.box(inputs)
-        if step.operation.corners is not None:
-            corners = step.operation.corners
-            box = _within(box, [found.boxes[i] for i in corners.reads], corners.bind(step.constants))
-        error = step.rounding(inputs, box) if rounding else None
-        if error is not None:
-            box = step.rounded(inputs, box, error)
-        if rounding:
-            box, error = _finite(box, error, found)
+        if known is not None and not tighter.intersection(_sources(step)):
+            box, error = known.boxes[number], known.errors[number]
+        else:
+            box, error = _box(step, inputs, found, region if number == 0 else None, rounding=rounding)
+            tighter.add(number)
+            if known is not None:
+                box, before = _both(box, known.boxes[number]), known.errors[number]
+                error = error if error is None or before is None else torch.fmin(error, before)
+            if rounding:
+                box, error = _finite(box, error, found)
         found.boxes.append(box)
         found.errors.append(error)
         if refine and isinstance(step, RelaxedStep):
             lines[number] = step.lines(inputs)
-        if refine and number in read_by_relaxed and number:
+        optimisable = not iterations or number in tighter or any(isinstance(steps[i], ReluStep) for i in lines)
+        if refine and number in read_by_relaxed and number and (known is None or optimisable):
             found.boxes[number] = _refined(steps, found, lines, region, number, iterations, until)
+            if found.boxes[number] is not box:
+                tighter.add(number)
     return found
+
+
+def _sources(step: Step) -> tuple[int, ...]:
+    """The operations whose boxes its own is computed from."""
+    corners = step.operation.corners
+    return (*step.reads, *(corners.reads if corners is not None else ()))
+
+
+def _box(
+    step: Step, inputs: list[Box], found: Forward, region: Region | None, *, rounding: bool
+) -> tuple[Box, Tensor | None]:
+    """The box of an operation's float32 output, that of the image where a region is given, and its rounding error."""
+    box = step.box(inputs) if region is None else region.box
+    if step.operation.corners is not None:
+        corners = step.operation.corners
+        box = _within(box, [found.boxes[i] for i in corners.reads], corners.bind(step.constants))
+    error = step.rounding(inputs, box) if rounding else None
+    return (box if error is None else step.rounded(inputs, box, error)), error
+
+
+def _both(one: Box, other: Box) -> Box:
+    """What lies in both boxes, which hold the same values; a side that is no number says nothing."""
+    return _ordered(torch.fmax(one.lo, other.lo), torch.fmin(one.hi, other.hi))
+
+
+def _ordered(lo: Tensor, hi: Tensor) -> Box:
+    """The box of two sides that may have crossed by what float64 loses: the float32 value lies in both."""
+    crossed = lo > hi
+    return Box(torch.where(crossed, torch.minimum(lo, hi), lo), torch.where(crossed, torch.maximum(lo, hi), hi))
 
 
 def _within(box: Box, inputs: list[Box], corners: Callable[..., Tensor]) -> Box:
@@ -222,7 +261,7 @@ def _refined(
     iterations: int,
     until: float,
 ) -> Box:
-    """The box of an operation's output, tightened by lines where a later operation cares."""
+    """The box of an operation's output, tightened by lines where a later operation cares; the same one if none does."""
     box = found.boxes[number]
     wanted = torch.zeros_like(box.lo, dtype=torch.bool)
     for step in steps:
@@ -231,15 +270,15 @@ def _refined(
     wanted[found.unbounded] = False
     lo, hi = (side.flatten(1).clone() for side in box)
     counts = wanted.flatten(1).sum(1)
-    width = max(step_width(step) for step in steps[: number + 1]) * lo.element_size()
     order = counts.argsort(descending=True)
+    size = _rows_at_a_time(steps, lines, number, iterations, lo.element_size())
     at = 0
     while at < len(order) and counts[order[at]]:
         most = int(counts[order[at]])
-        images = order[at : at + max(1, MEMORY // (width * most))]
+        images = order[at : at + max(1, size // most)]
         part = (*take(found, region, images), {n: take_lines(each, images) for n, each in lines.items()})
         places = wanted.flatten(1)[images].long().topk(most, 1).indices  # padded with values that need no bound
-        for some in places.split(max(1, MEMORY // (width * len(images))), 1):
+        for some in places.split(max(1, size // len(images)), 1):
             if time.monotonic() > until:
                 break
             one = torch.zeros(*some.shape, lo.shape[1], dtype=lo.dtype, device=lo.device)
@@ -250,9 +289,18 @@ def _refined(
             lo[rows, some] = torch.maximum(lo[rows, some], low)
             hi[rows, some] = torch.minimum(hi[rows, some], -high)
         at += len(images)
-    crossed = lo > hi  # by what float64 loses: the float32 value lies in both
-    lo, hi = torch.where(crossed, torch.minimum(lo, hi), lo), torch.where(crossed, torch.maximum(lo, hi), hi)
+    if not at:
+        return box
+    lo, hi = _ordered(lo, hi)
     return Box(lo.view_as(box.lo), hi.view_as(box.hi))
+
+
+def _rows_at_a_time(steps: Sequence[Step], lines: dict[int, Lines], number: int, iterations: int, item: int) -> int:
+    """How many rows of an inner operation are bounded at a time: as many as fit in memory, with their slopes."""
+    width = max(step_width(step) for step in steps[: number + 1]) * item
+    slopes = sum(step_width(steps[relu]) for relu in lines if isinstance(steps[relu], ReluStep))
+    size = MEMORY // width
+    return min(size, SLOPES // slopes) if iterations and slopes else size
 
 
 def _bound(
@@ -264,9 +312,8 @@ def _bound(
     rows: Tensor,
     iterations: int,
 ) -> Tensor:
-    """Lower bounds of rows of an inner operation, with optimised slopes where there are not too many of them."""
-    slopes = rows.shape[0] * rows.shape[1] * sum(step_width(steps[relu]) for relu in lines)
-    if iterations and lines and slopes <= SLOPES:
+    """Lower bounds of rows of an inner operation, with optimised slopes where Adam may take steps."""
+    if iterations:
         return optimised(steps, found, lines, region, number, rows, iterations=iterations)
     return least(steps, found, lines, region, number, rows)
 
