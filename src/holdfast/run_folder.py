@@ -155,6 +155,7 @@ class _Paths(TypedDict, total=False):
     model: str
     weights: str
     data: str
+    init_from: str
 
 
 class _Fit(TypedDict, total=False):

@@ -51,6 +51,7 @@ def fit_from(
     augment: str | None,
     checkpoint: str | None,
     settings: str = "",
+    freeze: str = "",
 ) -> FitConfig:
     """The data set's default training configuration, with the options that were given in place of its own."""
     from ..experiments.config import changed_fit
@@ -58,7 +59,7 @@ def fit_from(
     from ..spec import augmentation, parse
 
     given = {"epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
-    fit = override(fit_for(data), **given, checkpoint=checkpoint, **augmentation(augment))
+    fit = override(fit_for(data), **given, checkpoint=checkpoint, freeze=freeze or None, **augmentation(augment))
     return changed_fit(fit, parse(f"fit:{settings}")[1], "--fit") if settings else fit
 
 

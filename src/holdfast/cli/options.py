@@ -128,6 +128,19 @@ FitSettings = Annotated[
         "--fit",
     ),
 ]
+InitFrom = Annotated[
+    str,
+    option(
+        "Begin with the weights of a run folder or a weights file. The backbone must fit; another head stays new.",
+    ),
+]
+Freeze = Annotated[
+    str,
+    option(
+        "Leave parameters of these names as they are, and the statistics of their batch norms: 'backbone.*'. Several "
+        "with | between."
+    ),
+]
 Jobs = Annotated[int, option("Networks trained in parallel; 0: one per CPU core, or one on a GPU.")]
 Quiet = Annotated[bool, option("Print the result only, no progress.", "--quiet", "-q")]
 AsJson = Annotated[bool, option("Print one JSON document on stdout; progress goes to stderr.", "--json")]

@@ -38,6 +38,8 @@ def train(
     augment: o.Augment = None,
     checkpoint: o.Checkpoint = None,
     fit_settings: o.FitSettings = "",
+    init_from: o.InitFrom = "",
+    freeze: o.Freeze = "",
     device: o.Device = "auto",
     track: o.Track = "",
     quiet: o.Quiet = False,
@@ -58,10 +60,10 @@ def train(
         if loss not in ("sce", "isce"):
             raise UserError(f"--s belongs to I-SCE: leave --loss out, or write isce:s={s}@HEAD, not --loss {loss}.")
         loss = f"isce:s={s}"
-    fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint, fit_settings)
+    fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint, fit_settings, freeze)
     comparison = Comparison(
         data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit,
-        image_column=image_column, label_column=label_column, convert=convert, resize=resize,
+        image_column=image_column, label_column=label_column, convert=convert, resize=resize, init_from=init_from,
     ).checked()  # fmt: skip
     Threat.parse(threat)  # one, unlike a comparison's
     if fold and comparison.folds <= 1:
