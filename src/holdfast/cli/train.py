@@ -76,13 +76,13 @@ def train(
     with aside(as_json), Display(quiet) as display, tracking_of(job, trackers) as tracked:
         _, trained, _ = train_network(job, progress=partial(display.progress, out.name), track=tracked)
     if as_json:
-        print_json({"run": str(out), "loss": loss, **asdict(trained)})
+        print_json({"run": str(out), "loss": job.loss.text, **asdict(trained)})
         return
     screen.print(
-        f"{loss}: train accuracy {percent_text(trained.accuracy)}, validation {percent_text(trained.val)}, "
+        f"{job.loss.text}: train accuracy {percent_text(trained.accuracy)}, validation {percent_text(trained.val)}, "
         f"{trained.epochs} epochs in {trained.seconds} s.",
         soft_wrap=True,
     )
     if not quiet:
-        code = " --run-code" if models.is_own(trained.model or "") else ""
+        code = " --run-code" if models.is_own(trained.model or "") or job.loss.file else ""
         screen.print(f"next: holdfast evaluate {shlex.quote(str(out))} --threat {threat}{code}", soft_wrap=True)

@@ -147,6 +147,8 @@ def _config(comparison: Comparison, split: Split) -> dict[str, Any]:
     config: dict[str, Any] = comparison.to_json()
     data, paths = run_folder.data_identity(comparison.data, split)
     del config["data"]
+    if codes := {row.text: row.code for row in comparison.loss_specs if row.file}:
+        config["loss_code"] = codes
     if comparison.init_from:
         initial, place = initial_identity(comparison.init_from)
         config, paths = config | initial, paths | place

@@ -193,7 +193,11 @@ class Comparison:
             whole(name, getattr(self, name), int(name == "seeds"), MOST_SEEDS if name == "seeds" else MOST)
         for row in self.loss_specs:
             fit_config(self, row, self.first_seed + self.seeds)  # the last seed is one too
-        return replace(self, losses=tuple(names), folds=self.folds or data.default_folds(self.data))
+        return replace(
+            self,
+            losses=tuple(row.reference for row in self.loss_specs),
+            folds=self.folds or data.default_folds(self.data),
+        )
 
     def cut(self, fold: int) -> DataCut:
         """How the data of a fold is cut. Cross-validated data is evaluated whole: each sample is once a test sample."""
@@ -209,7 +213,8 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """What identifies the comparison, as its folder keeps it; without later settings that are the default."""
-        every = {**asdict(self), "fit": fit_to_json(self.fit)}
+        losses = [row.text for row in self.loss_specs]
+        every = {**asdict(self), "losses": losses, "fit": fit_to_json(self.fit)}
         later = {f.name: f.default for f in fields(self) if f.name in _LATER}
         return {
             key: value
@@ -289,9 +294,11 @@ class Job:
         initial, place = initial_identity(self.comparison.init_from)
         paths = paths | place
         code: dict[str, str] = {}
+        if self.loss.file:
+            code, paths = {"loss_code": self.loss.code}, paths | {"loss": self.loss.file}
         if models.is_own(model["name"]):
-            model["name"], code, found = own_model_identity(model["name"])
-            paths = paths | found
+            model["name"], own, found = own_model_identity(model["name"])
+            code, paths = code | own, paths | found
         return {
             "model": model,
             "loss": self.loss.text,
