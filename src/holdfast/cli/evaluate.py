@@ -108,12 +108,10 @@ def evaluate(
     sizes: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked_of_pgd50(pgd50, no_pgd50)}
     subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     added = split(attack) if attack else []
-    names = "".join("+" + re.sub(r"[^\w.=,-]", "_", re.sub(r"^.*/(?=[^/]*\.py)", "", one)) for one in added)
-    folder = out or default_folder(model, f"evaluation-THREAT-{suite}{names}", threat)
+    folder = out or default_folder(model, f"evaluation-THREAT-{suite}{names_of(added)}", threat)
     answer = run_evaluation(
-        subject, threat, suite, folder,
-        seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, proofs=proofs, batch_size=batch_size,
-        gate=gate, added=added, **sizes,
+        subject, threat, suite, folder, seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget,
+        proofs=proofs, batch_size=batch_size, gate=gate, added=added, **sizes,
     )  # fmt: skip
     if answer is None:
         return
@@ -165,6 +163,15 @@ def subject_of(
     return partial(
         from_file, source, options["data"], loss=loss, limit=limit, seed=seed, reading=reading, classes=classes
     )
+
+
+def names_of(added: list[str]) -> str:
+    """Added attacks as a part of a folder's name, without the folders of their files.
+
+    >>> names_of(["lib/mine.py:step:steps=3", "fab"])
+    '+mine.py_step_steps=3+fab'
+    """
+    return "".join("+" + re.sub(r"[^\w.=,-]", "_", re.sub(r"^.*/(?=[^/]*\.py)", "", one)) for one in added)
 
 
 def default_folder(model: str, what: str, threat: str) -> Path:
