@@ -29,10 +29,11 @@ LAYERS = (
         "process_pool",
         "environment",
         "straight_through",
+        "mapped",
     ),  # "": its version
     ("user_input",),
     ("threat", "spec", "io", "importers", "losses", "data"),
-    ("results", "attacks", "models", "queries"),
+    ("results", "attacks", "models", "queries", "witness_files"),
     ("report", "bounds", "milp", "region", "run_folder", "doctor"),
     ("evaluation", "information", "replay"),
     ("checks", "objectives"),
@@ -46,7 +47,7 @@ LAYERS = (
 KNOWS = {
     "report": {"results", "errors", "io", "user_input"},
     "results": {"errors", "io", "user_input"},
-    "io": {"errors", "user_input"},
+    "io": {"errors", "user_input", "mapped"},
     "attacks": {"losses", "threat", "noise", "outputs", "errors", "user_input"},
     "bounds": {"models", "importers", "threat", "outputs", "errors", "io", "user_input"}
     | {"noise", "data", "queries", "progress", "results"},  # of smoothing, which counts answers

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import TYPE_CHECKING, Any, NotRequired, Required, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .errors import UserError
 from .user_input import path as checked_path
@@ -40,8 +40,11 @@ def content_hash(*parts: Any) -> str:
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
         if hasattr(part, "detach"):
+            from .mapped import chunks  # here, since results load without torch
+
             state.update(f"{tuple(part.shape)} {part.dtype}".encode())
-            state.update(part.detach().cpu().contiguous().numpy().data if part.numel() else b"")
+            for some in chunks(part) if part.numel() else ():
+                state.update(some.detach().cpu().contiguous().numpy().data)
         else:
             state.update(json.dumps(part, sort_keys=True, default=str).encode())
     return state.hexdigest()
@@ -245,6 +248,7 @@ def _decode_fields(kind: Any, value: Any, where: str) -> Any:
     if is_typeddict(kind):
         marked = get_type_hints(kind, include_extras=True)  # __required_keys__ cannot see through postponed annotations
         required = {key for key in hints if kind.__total__ or get_origin(marked[key]) is Required}
+        required -= {key for key in hints if get_origin(marked[key]) is NotRequired}
         known = {key: decode(hints[key], value[key], f"{where}.{key}") for key in hints if key in value}
         made: Any = {**value, **known}
     else:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,13 @@ from .data import Data, Split, load, pixels
 from .errors import UserError
 from .io import decode, inside, load_tensors, understood
 from .losses import negative_margin
+from .mapped import rows_at_a_time, take
 from .outputs import frozen_eval
 from .queries import LOGIT_TOLERANCE, CountingModel, exact_float32, is_misclassified, majority_vote
 from .results import Run, Samples
 from .threat import Threat
 from .user_input import typed
+from .witness_files import open_apart, witnesses_file
 
 WITNESSES, WITNESSES_VERSION = "witnesses", 1
 # They need attacks, or are the word of whoever wrote the file.
@@ -85,6 +87,7 @@ class _Network(TypedDict):
     folder: str
     cut: dict[str, Any]
     fingerprint: str
+    x_adv: NotRequired[str]  # a hash of the images, where they are in a file of their own
 
 
 class _Header(TypedDict):
@@ -141,20 +144,20 @@ def replay(folder: str | Path, *, device: str = "cpu", batch_size: int = 1024, r
         with understood(folder / results.FILE):
             threat = Threat(**run.threat)
         votes = run.remaining.votes if run.remaining is not None else 1
-        parts = [
-            _network(
-                folder, network, threat, *_witnesses(path, witnesses, number), run, votes, device, batch_size, run_code
-            )
-            for number, network in enumerate(header["networks"])
-            if network["run"] == run.name and threats[number] == threat
-        ]
+        parts = []
+        for number, network in enumerate(header["networks"]):
+            if network["run"] == run.name and threats[number] == threat:
+                examples = _witnesses(path, witnesses, number, network)
+                parts.append(_network(folder, network, threat, *examples, run, votes, device, batch_size, run_code))
         replays.append(_compare(run, parts, votes, stored.data))
     return replays
 
 
-def _witnesses(path: Path, tensors: dict[str, Tensor], number: int) -> tuple[Tensor, Tensor]:
+def _witnesses(path: Path, tensors: dict[str, Tensor], number: int, network: _Network) -> tuple[Tensor, Tensor]:
     """(sample numbers, adversarial images) of a network."""
     index, x_adv = (tensors.get(f"{number}/{name}") for name in ("index", "x_adv"))
+    if network.get("x_adv"):
+        x_adv = open_apart(witnesses_file(path.parent, number), network["x_adv"])
     if index is None or x_adv is None:
         raise UserError(f"{path} holds no adversarial examples of its network {number}: restore the file from a copy.")
     if index.dtype != torch.int64 or index.ndim != 1 or not x_adv.is_floating_point() or len(index) != len(x_adv):
@@ -196,7 +199,7 @@ def _network(
     if unknown:
         raise UserError(f"the witnesses name the sample {unknown[0]}, not in the test set of '{name}'.")
     rows = torch.tensor([place[int(number)] for number in index], dtype=torch.int64)
-    x, y = pixels(data.x), data.y
+    x, y = data.x, data.y
     if x_adv.shape[1:] != x.shape[1:] and len(x_adv):
         raise UserError(
             f"the witnesses are images of {tuple(x_adv.shape[1:])}, those of '{name}' {tuple(x.shape[1:])}."
@@ -206,9 +209,9 @@ def _network(
         valid = _answers(model, x_adv, y[rows], votes, device, batch_size).misclassified
         proved = None
         if run.certified is not None:
-            proved = _certified(model, replace(data, x=x), threat, run, device, batch_size)
-    if len(rows):
-        valid &= threat.violation(x_adv, x[rows]) == 0
+            proved = _certified(model, data, threat, run, device, batch_size)
+    for some in torch.arange(len(rows)).split(min(batch_size, rows_at_a_time(x_adv))) if len(rows) else ():
+        valid[some] &= threat.violation(take(x_adv, some), pixels(take(x, rows[some]))) == 0
     broken = torch.zeros_like(clean.misclassified)
     broken[rows[valid]] = True  # each sample counts once, however many witnesses name it
     broken &= ~clean.misclassified
@@ -241,12 +244,12 @@ def _certified(model: nn.Module, data: Data, threat: Threat, run: Run, device: s
     spent = sum(cost.seconds for cost in run.proofs)
     for method, rows in (("linear", torch.ones_like(claimed)), ("branch" if by_branch else "alpha", claimed)):
         waiting = (rows & ~proved).nonzero()[:, 0]
-        if len(waiting) and isinstance(model, nn.Module):
+        for part in waiting.split(rows_at_a_time(data.x)) if len(waiting) and isinstance(model, nn.Module) else ():
             seconds = min(PROOF_TIMES * spent, LONGEST_PROOF) if method == "branch" else math.inf
-            some = data.take(waiting.to(data.y.device)).to(device)
+            some = data.take(part.to(data.y.device)).to(device)
             with suppress(CannotBound):
                 found = certify(model, some, threat, method=method, seconds=seconds, batch_size=batch_size)
-                proved[waiting] = found.proved.cpu()
+                proved[part] = found.proved.cpu()
     return proved
 
 
@@ -264,9 +267,10 @@ def _answers(model: nn.Module, x: Tensor, y: Tensor, votes: int, device: str, ba
     """Ask a model about images, a randomised one as often as the evaluation did."""
     counted = CountingModel(model)
     parts = []
-    for xs, ys in zip(x.split(batch_size), y.to(device).split(batch_size), strict=True):
-        if len(xs):  # no network is asked about no images
-            logits, counts = majority_vote(counted, xs.to(device), votes)
+    every = torch.arange(len(x))
+    for rows, ys in zip(every.split(batch_size), y.to(device).split(batch_size), strict=True):
+        if len(rows):  # no network is asked about no images
+            logits, counts = majority_vote(counted, pixels(take(x, rows)).to(device), votes)
             top = logits.topk(2).values
             slack = LOGIT_TOLERANCE * (top[:, 0] - logits.amin(1))
             margin, clear = -negative_margin(logits, ys), top[:, 0] - top[:, 1] > 2 * slack

@@ -21,6 +21,7 @@ from .errors import UserError
 from .importers.model_file import ModelSource, code_hash, open_model
 from .importers.python_code import split_reference
 from .io import RESTORE, inside, load_tensors, read_json, understood, write_atomic
+from .mapped import chunks
 from .user_input import typed
 
 MODEL_FILE = "model_file"  # the key of config.json that holds the ModelSource of a user's own model
@@ -388,7 +389,8 @@ def data_hash(split: Split) -> str:
         mark.update(split.fingerprint.encode())
     for part in (split.train, split.val):
         for column in (part.x, part.y, part.index):
-            mark.update(column.cpu().contiguous().numpy().data if column.numel() else b"")
+            for some in chunks(column) if column.numel() else ():
+                mark.update(some.cpu().contiguous().numpy().data)
     return mark.hexdigest()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError, type_of, unknown
+from .mapped import extremes
 from .noise import Noise, StartStream
 from .user_input import number, read_number, text
 
@@ -276,7 +277,7 @@ def check_images(x: Tensor, threat: Threat) -> None:
     >>> check_images(torch.tensor([[0.0, 1.0]]), Threat("linf", 0.1))
     """
     scale = 255.0 if x.dtype == torch.uint8 else 1.0
-    lowest, highest = (float(value) / scale for value in x.aminmax()) if x.numel() else (threat.lo, threat.hi)
+    lowest, highest = (value / scale for value in extremes(x)) if x.numel() else (threat.lo, threat.hi)
     if not (threat.lo <= lowest + 1e-6 and highest - 1e-6 <= threat.hi):
         raise UserError(
             f"images must lie in the threat's box [{threat.lo:g}, {threat.hi:g}], got values from {lowest:.4g} to "

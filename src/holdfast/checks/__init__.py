@@ -21,6 +21,7 @@ from ..data.arguments import AnyData, as_data
 from ..errors import UserError, type_of, unknown
 from ..evaluation import Evaluation, StageCost, add_witnesses
 from ..losses import Loss, as_loss
+from ..mapped import take
 from ..outputs import Model
 from ..progress import Progress, as_progress
 from ..queries import device_of, exact_float32
@@ -28,7 +29,7 @@ from ..results import CleanMeasures, Finding, Remaining, RemainingVulnerable, Ve
 from ..user_input import any_seed, of_type, whole
 from . import gradients, soundness, strength
 from .findings import CheckCount, lower_bound_99, merge, result_of
-from .probe import Probe, Recapture
+from .probe import BATCH, Probe, Recapture
 from .verdict import CONFIDENCE, PGD50, ROBUST, TOLERANCE, Claim, judge
 
 __all__ = [
@@ -288,8 +289,9 @@ def with_later_witnesses(audited: Audit, model: Model, evaluation: Evaluation) -
     asks = {name_of(one): one for one in CHECKS if one.function is strength.witnesses_hold_in_onnxruntime}
     for number, finding in enumerate(findings):
         if finding.name in asks and finding.n != len(broken):
+            images = (take(evaluation.x_adv, rows) for rows in broken.split(BATCH))
             with frozen_eval(model):
-                outcome = strength.confirmed_by_onnxruntime(model, evaluation.y[broken], evaluation.x_adv[broken])
+                outcome = strength.confirmed_by_onnxruntime(model, evaluation.y[broken], images)
             findings[number] = _finding(asks[finding.name], outcome)
     return replace(audited, evaluation=evaluation, findings=tuple(findings))
 

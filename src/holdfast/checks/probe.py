@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 
 from ..attacks import ATTACKS, cross_entropy, matched_score
 from ..attacks.base import predict, score_and_grad
-from ..data import Data, pixels
+from ..data import Data
 from ..errors import UserError
 from ..evaluation import Evaluation
 from ..losses import Loss, negative_log_odds, score_of
+from ..mapped import take
 from ..noise import AuditStream, EvaluationStream, Noise
 from ..outputs import Model, Outputs, logits_of, out_of_memory
 from ..queries import (
@@ -41,6 +44,7 @@ class Recapture(NamedTuple):
 
 
 FLOAT32_INSIDE = "the network is float32 inside"
+BATCH = 64  # adversarial examples at a time
 POINTS = 32  # samples at which the model is queried in several ways
 
 
@@ -122,11 +126,11 @@ class Probe:
 
     def x(self, rows: Tensor) -> Tensor:
         """Clean images of these samples, float."""
-        return pixels(self.data.x[rows])
+        return self.data.pixels(rows)
 
     def stored_x_adv(self, rows: Tensor) -> Tensor:
         """The evaluation's most adversarial points of these samples."""
-        return self.evaluation.x_adv[rows.cpu()].to(self.data.x.device)
+        return take(self.evaluation.x_adv, rows.cpu()).to(self.data.y.device)
 
     def y(self, rows: Tensor) -> Tensor:
         """Labels of these samples."""
@@ -195,10 +199,10 @@ class Probe:
             self.broken[rows[new]] = True
         return judged.broken
 
-    def found(self) -> tuple[Tensor, Tensor]:
-        """(labels, images) of all adversarial examples so far: those of the evaluation, then those of the audit."""
+    def found(self) -> tuple[Tensor, Iterator[Tensor]]:
+        """(labels, images in batches) of all adversarial examples: those of the evaluation, then those of the audit."""
         rows = torch.nonzero(self.evaluation.broken_by >= 0)[:, 0].to(self.data.y.device)
-        x_adv = torch.cat([self.stored_x_adv(rows), *(one.x_adv for one in self.witnesses)])
+        x_adv = chain(map(self.stored_x_adv, rows.split(BATCH)), (one.x_adv for one in self.witnesses))
         return self.y(torch.cat([rows, *(one.rows for one in self.witnesses)])), x_adv
 
     def gradient(self, score: Loss, x: Tensor, rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -178,13 +179,13 @@ def witnesses_hold_in_onnxruntime(probe: Probe) -> CheckCount | str:
     return confirmed_by_onnxruntime(probe.raw_model, *probe.found())
 
 
-def confirmed_by_onnxruntime(model: Model, y: Tensor, x_adv: Tensor) -> CheckCount | str:
+def confirmed_by_onnxruntime(model: Model, y: Tensor, x_adv: Iterable[Tensor]) -> CheckCount | str:
     """How many adversarial examples onnxruntime does not confirm; every one that counts has to be asked here.
 
     Args:
         model: the network as the user gave it.
         y: (n,) labels.
-        x_adv: (n, C, H, W), misclassified by the model.
+        x_adv: (n, C, H, W) in batches, misclassified by the model.
 
     Returns:
         The count; or a text that says why onnxruntime was not asked.
@@ -196,7 +197,7 @@ def confirmed_by_onnxruntime(model: Model, y: Tensor, x_adv: Tensor) -> CheckCou
     predicted = runtime_predictions(model, x_adv)
     if isinstance(predicted, str):
         return predicted
-    k, n = int((predicted == y).sum()), len(y)
+    k, n = int((predicted == y.to(predicted.device)).sum()), len(y)
     return CheckCount(k, n, 0.0, f"onnxruntime does not confirm {k} of {n} adversarial examples: it answers the label")
 
 

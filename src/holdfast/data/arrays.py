@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..mapped import extremes
 from ..outputs import tensor_fault
 from ..user_input import of_type, typed
 from .dataset import Data, Source
@@ -193,7 +194,7 @@ def assumptions(x: Tensor, what: str) -> list[str]:
     """
     notes = []
     whole = x.dtype == torch.uint8
-    low, high = (float(v) for v in x.aminmax())
+    low, high = extremes(x)
     if whole and high <= 1:
         read = "read as 0/255 and 1/255, nearly black. If 1 is white, multiply x by 255."
         notes.append(f"{what}: uint8 images hold 0 and 1 only, {read}")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import mapped
 from ..errors import UserError
 from ..user_input import typed
 
@@ -19,10 +20,10 @@ class DataWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Data:
-    """Samples on one device.
+    """Samples on one device; images that do not fit in memory are in a file, and go to the device row by row.
 
     Args:
-        x: (N, C, H, W), uint8, or float32 in [0, 1] if the user's own array was float.
+        x: (N, C, H, W), uint8, or float32 in [0, 1] if the user's own array was float; on the CPU where it is mapped.
         y: (N,) int64, labels.
         index: (N,) int64, the sample's number in its source split, which it keeps in every selection.
         classes: names of the labels 0..K-1, those that do not occur in this selection too; empty where nobody named
@@ -48,11 +49,23 @@ class Data:
         Returns:
             The samples at ``rows``, in that order.
         """
-        return replace(self, x=self.x[rows], y=self.y[rows], index=self.index[rows])
+        if isinstance(rows, slice):
+            return replace(self, x=self.x[rows], y=self.y[rows], index=self.index[rows])
+        x = mapped.take(self.x, rows, self.y.device)
+        return replace(self, x=x, y=self.y[rows], index=self.index[rows])
+
+    def pixels(self, rows: Tensor) -> Tensor:
+        """(M, C, H, W): images of some samples as a model takes them, on the device of the labels.
+
+        Args:
+            rows: (M,) int64.
+        """
+        return pixels(mapped.take(self.x, rows, self.y.device))
 
     def to(self, device: str | torch.device) -> Data:
-        """Move the samples to a device."""
-        return replace(self, x=self.x.to(device), y=self.y.to(device), index=self.index.to(device))
+        """Move the samples to a device; images in a file stay there."""
+        x = self.x if mapped.is_mapped(self.x) else self.x.to(device)
+        return replace(self, x=x, y=self.y.to(device), index=self.index.to(device))
 
 
 @dataclass(frozen=True)
@@ -134,10 +147,11 @@ def standardisation(data: Data) -> tuple[Tensor, Tensor]:
         raise UserError("standardisation needs samples, but this data is empty: pass the training data.")
     total, squares = torch.zeros(2, data.x.shape[1], dtype=torch.float64)
     # in chunks, since all of it in float64 may not fit; on the CPU, since not every device has float64
-    for chunk in data.x.split(4096):
-        p = pixels(chunk.cpu()).double()
-        total += p.sum((0, 2, 3))
-        squares += p.square().sum((0, 2, 3))
+    for part in mapped.chunks(data.x):
+        for chunk in part.split(4096):
+            p = pixels(chunk.cpu()).double()
+            total += p.sum((0, 2, 3))
+            squares += p.square().sum((0, 2, 3))
     mean = total / data.x[:, 0].numel()
     variance = squares / data.x[:, 0].numel() - mean.square()
     std = variance.clamp(min=0).sqrt().clamp(min=1 / 255)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..mapped import chunks
 from ..user_input import any_seed, flag, of_type
 from ..user_input import whole as whole_number
 from .dataset import Data, Source, Split
@@ -136,7 +137,8 @@ def split_source(
     if eval_split == "val":
         test = _limited(validation, limit)
     digest = hashlib.sha256(f"{tuple(test.x.shape)} {test.x.dtype}".encode())
-    digest.update(test.x.numpy().data)
+    for some in chunks(test.x):
+        digest.update(some.numpy().data)
     digest.update(test.y.numpy().data)
     known = classes if named else ()
     train, validation, test = (

@@ -16,6 +16,7 @@ from ..data import Data
 from ..data.arguments import AnyData, as_data, note_assumptions
 from ..errors import UserError, type_of
 from ..losses import Loss, as_loss
+from ..mapped import VARIABLE, is_mapped
 from ..noise import Noise
 from ..outputs import Model, frozen_eval
 from ..progress import Progress, as_progress, silent
@@ -25,7 +26,7 @@ from ..threat import Threat, as_threat
 from ..user_input import any_seed, number, of_type, path, whole
 from . import cascade
 from .budget import Budget
-from .checkpoint import load_x_adv
+from .checkpoint import images_file, load_x_adv
 from .distributed import Processes
 from .evaluation import MISCLASSIFIED, UNBROKEN, Evaluation, StageCost, add_witnesses
 from .grid import differs_off_grid, is_8bit
@@ -126,6 +127,7 @@ def evaluate(
     _check(data, key, budget, proofs, precision, pgd50, candidates)
     size = default_batch_size(data.x) if batch_size is None else whole("batch_size", batch_size, 1)
     data = data.to(device_of(model, data))
+    file = None if checkpoint is None else path("checkpoint", checkpoint)
     task = Task(
         model=CountingModel(model, occurring=data.y.unique()),
         data=data,
@@ -143,10 +145,10 @@ def evaluate(
         pgd50=pgd50,
         candidates=None if candidates is None else candidates.to(data.x.device),
         progress=report if Processes.current().is_first else silent,
+        x_adv_file=None if file is None else images_file(file),
     )
     with exact_float32(), frozen_eval(model):
         pristine = copied(model)  # before the first query
-        file = None if checkpoint is None else path("checkpoint", checkpoint)
         return replace(cascade.run(task, file, key), pristine=pristine)
 
 
@@ -170,6 +172,11 @@ def _check(
     if pgd50 is not None:
         whole("pgd50", pgd50)
     of_type("candidates", candidates, Tensor | None)
+    if is_mapped(data.x) and Processes.current().count > 1:
+        raise UserError(
+            f"the images are in a file, as they do not fit in memory, and are evaluated by one process alone: start it "
+            f"without torchrun, or set {VARIABLE} to more than {data.x.nbytes:,} bytes."
+        )
     if candidates is not None and candidates.shape != data.x.shape:
         raise UserError(
             f"candidates must be images of the same samples, {tuple(data.x.shape)}, got {tuple(candidates.shape)}."

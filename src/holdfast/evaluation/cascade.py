@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import mapped
 from ..attacks import ATTACKS
-from ..data import pixels
 from ..progress import silent
 from ..threat import check_images
 from .checkpoint import Checkpoint
@@ -23,6 +23,7 @@ from .judging import judge, try_candidates
 from .proofs import branch_survivors, proof_costs, prove_all, prove_survivors
 from .selection import choose, spot_check_result
 from .state import BY_BRANCH, BY_CANDIDATE, MAX_TARGETS, State, Task, add_extra_stages, attack_model
+from .stored_images import begin_on_stored_images, settle_stored_images
 from .suites import PGD50
 
 
@@ -34,6 +35,7 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
     checkpoint = Checkpoint(path, task, key)
     check_images(task.data.x, task.threat)
     state = checkpoint.load(task) or clean_pass(task)
+    unsettled = begin_on_stored_images(state, checkpoint.save)
     if processes.count > 1:
         synchronise(task, state, processes)
     prove_all(task, state, processes)
@@ -53,6 +55,7 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
             branch_survivors(task, state, checkpoint.save, processes)
         else:
             state.ended += not state.budget_spent
+    settle_stored_images(task, state, unsettled)
     checkpoint.save(state, force=True)
     return result(task, state, processes)
 
@@ -85,7 +88,7 @@ def attack_batch(task: Task, state: State, checkpoint: Checkpoint, number: int, 
     """Attack one batch at one target, verify the candidates, and save. Returns the number of samples."""
     stage, columns = state.stages[number], state.columns
     began = time.perf_counter()
-    x, y = pixels(task.data.x[rows]), task.data.y[rows]
+    x, y = task.data.pixels(rows), task.data.y[rows]
     targets: dict[str, Tensor] = {}
     if stage.target and columns.random_target is not None:
         targets["target"] = columns.random_target[rows]
@@ -166,7 +169,7 @@ def result(task: Task, state: State, processes: Processes) -> Evaluation:
         broken_by=by.cpu(),
         margin_adv=columns.margin_adv.cpu(),
         prediction_adv=columns.prediction_adv.cpu(),
-        x_adv=columns.x_adv.cpu(),
+        x_adv=mapped.detached(columns.x_adv.cpu()),
         stages=stages,
         spot_check=spot_check_result(state),
         votes=state.votes,

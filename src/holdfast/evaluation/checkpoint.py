@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypedDict
 from torch import Tensor
 
 from ..errors import UserError
-from ..io import content_hash, load_tensors, next_save, save_tensors, understood
+from ..io import RESTORE, content_hash, load_tensors, next_save, save_tensors, understood
+from ..mapped import flush, is_mapped, opened
 from ..queries import VOTES
 from ..results import ProofCost
 from ..user_input import typed
@@ -61,9 +62,11 @@ class Checkpoint:
         saved: dict[str, Any] = about["state"]
         device = task.data.y.device
         with understood(self.path):
-            if tensors["x_adv"].shape != task.data.x.shape or any(len(t) != len(task.data) for t in tensors.values()):
+            x_adv = _images(self.path, tensors, writable=True)
+            if x_adv.shape != task.data.x.shape or any(len(t) != len(task.data) for t in tensors.values()):
                 raise ValueError("columns of another length")
-            columns = Columns.from_tensors({name: tensor.to(device) for name, tensor in tensors.items()})
+            x_adv = task.placed(x_adv)
+            columns = Columns.from_tensors({name: t.to(device) for name, t in tensors.items()} | {"x_adv": x_adv})
             if columns.attack_correct.keys() != {stage.name for stage in task.suite if stage.individual}:
                 raise ValueError("columns of other attacks")
             costs = [StageCost(**cost) for cost in saved.pop("costs")]
@@ -91,9 +94,13 @@ class Checkpoint:
             "branch": asdict(state.branch),
             "given": asdict(state.given),
             "tried": state.tried,
+            "settled": state.settled,
         }
         about = {"identity": self.identity, "state": saved}
-        save_tensors(self.path, NAME, VERSION, state.columns.to_tensors(), about, packed=["x_adv"])
+        tensors, packed = state.columns.to_tensors(), ["x_adv"]
+        if is_mapped(tensors["x_adv"]):  # written before the columns that are about it
+            flush(tensors.pop(packed.pop()))
+        save_tensors(self.path, NAME, VERSION, tensors, about, packed=packed)
         self.next_save = next_save(began)
 
 
@@ -127,10 +134,11 @@ def load_clean_answers(checkpoint: Path) -> CleanAnswers:
     """
     tensors, about = load_tensors(checkpoint, NAME, VERSION, _About)
     with understood(Path(checkpoint)):
-        if len({len(tensors[name]) for name in ("margin", "margin_adv", "x_adv")}) != 1:
+        x_adv = _images(Path(checkpoint), tensors)
+        if len({len(one) for one in (tensors["margin"], tensors["margin_adv"], x_adv)}) != 1:
             raise ValueError("columns of different lengths")
         votes = VOTES if about["state"]["randomised"] else 1
-        return CleanAnswers(tensors["margin"], votes, tensors["x_adv"], tensors["margin_adv"])
+        return CleanAnswers(tensors["margin"], votes, x_adv, tensors["margin_adv"])
 
 
 @typed
@@ -148,4 +156,20 @@ def load_x_adv(checkpoint: str | Path) -> Tensor:
     """
     tensors, _ = load_tensors(checkpoint, NAME, VERSION, _About)
     with understood(Path(checkpoint)):
-        return tensors["x_adv"]
+        return _images(Path(checkpoint), tensors)
+
+
+def images_file(checkpoint: Path) -> Path:
+    """Where the adversarial images of a checkpoint are if they are not in it."""
+    return checkpoint.with_suffix(".x_adv.npy")
+
+
+def _images(checkpoint: Path, tensors: dict[str, Tensor], *, writable: bool = False) -> Tensor:
+    """The adversarial images of a checkpoint: taken out of its tensors, or mapped from the file beside it."""
+    if "x_adv" in tensors:
+        return tensors.pop("x_adv")
+    path = images_file(checkpoint)
+    try:
+        return opened(path, writable=writable)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}), and {checkpoint.name} needs it. {RESTORE}") from error

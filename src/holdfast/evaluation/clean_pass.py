@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..attacks.base import all_rows
 from ..attacks.minimal_norm import scores_and_grads
-from ..data import pixels
 from ..data.arguments import check_logits
 from ..errors import UserError
 from ..losses import negative_margin
@@ -35,13 +34,15 @@ def clean_pass(task: Task) -> State:
     Raises:
         UserError: for labels without a logit, a single logit, and clean logits that are NaN or infinite.
     """
-    x, y = task.data.x, task.data.y
+    y = task.data.y
     began = time.perf_counter()
     model = _preflight(task)
     stages = task.stages(model.differs_off_grid)
     votes_needed = VOTES if model.randomised else 1
     with torch.no_grad():
-        outputs = task.batches.map(all_rows(y), lambda rows: majority_vote(task.model, pixels(x[rows]), votes_needed))
+        outputs = task.batches.map(
+            all_rows(y), lambda rows: majority_vote(task.model, task.data.pixels(rows), votes_needed)
+        )
     z, votes = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     check_logits(task.model.model, z, task.data, task.model.ruled_out)
     _check_finite(z, y)
@@ -55,7 +56,7 @@ def clean_pass(task: Task) -> State:
         broken_by=torch.where(clean, UNBROKEN, MISCLASSIFIED),
         margin_adv=margin.clone(),
         prediction_adv=prediction.clone(),
-        x_adv=pixels(x).clone(),
+        x_adv=task.clean_images(),
         targets=_ranked_targets(task, queried, z),
         done=torch.zeros_like(y),
         chosen=clean.clone(),
@@ -90,7 +91,7 @@ def _preflight(task: Task) -> _Preflight:
     """Query a few images before anything else."""
 
     def query(rows: Tensor) -> tuple[bool, bool, Tensor]:
-        x = pixels(task.data.x[rows])
+        x = task.data.pixels(rows)
         first, second = task.model(x).logits, task.model(x).logits
         finite = first.isfinite().all(1) & second.isfinite().all(1)
         randomised = bool((logits_differ(first, second) & finite).any())
@@ -126,7 +127,7 @@ def _ranked_targets(task: Task, model: Model, z: Tensor) -> Tensor:
     def nearest(rows: Tensor) -> Tensor:  # Melamed et al. 2024, MALT
         classes, label = ranked[rows], y[rows][:, None]
         _, differences, grads = scores_and_grads(
-            model, pixels(task.data.x[rows]), lambda z: z.gather(1, classes) - z.gather(1, label)
+            model, task.data.pixels(rows), lambda z: z.gather(1, classes) - z.gather(1, label)
         )
         slope = torch.stack([task.threat.dual_size(grad) for grad in grads.unbind(1)], 1)
         distance = (-differences / slope.clamp_min(1e-30)).nan_to_num(torch.inf)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import results
+from ..mapped import with_rows
 from ..results import PRECISION, ProofCost, SpotCheck, notebook_counts
 from ..threat import Threat
 from ..witnesses import Witnesses
@@ -70,7 +72,8 @@ class Evaluation:
         broken_by: int64, which of ``stages`` broke the sample; UNBROKEN or MISCLASSIFIED.
         margin_adv: float, smallest margin of any candidate within the threat.
         prediction_adv: int64, predicted class at ``x_adv``.
-        x_adv: (N, C, H, W), the candidate with that margin; the clean image if no candidate had a smaller one.
+        x_adv: (N, C, H, W), the candidate with that margin; the clean image if no candidate had a smaller one. Mapped
+            where the data is.
         stages: cost of the clean pass, then of each stage.
         spot_check: what full-length attacks did to a sample of survivors; None if the suite has no spot check or did
             not finish it.
@@ -189,14 +192,17 @@ def add_witnesses(evaluation: Evaluation, witnesses: list[Witnesses], cost: Stag
     Returns:
         A copy in which these samples are broken by the new stage and have the witness as their ``x_adv``.
     """
-    x_adv, margin_adv = evaluation.x_adv.clone(), evaluation.margin_adv.clone()
+    margin_adv = evaluation.margin_adv.clone()
     prediction_adv, broken_by = evaluation.prediction_adv.clone(), evaluation.broken_by.clone()
     for found in witnesses:
         rows = found.rows.cpu()
-        x_adv[rows] = found.x_adv.cpu()
         margin_adv[rows] = found.margin.cpu()
         prediction_adv[rows] = found.prediction.cpu()
         broken_by[rows] = len(evaluation.stages)
+    x_adv = evaluation.x_adv
+    if witnesses:
+        rows, images = (torch.cat([getattr(found, name).cpu() for found in witnesses]) for name in ("rows", "x_adv"))
+        x_adv = with_rows(x_adv, rows, images.to(x_adv))
     return replace(
         evaluation,
         stages=(*evaluation.stages, cost),

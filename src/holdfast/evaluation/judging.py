@@ -7,9 +7,9 @@ import time
 import torch
 from torch import Tensor
 
-from ..data import pixels
+from .. import mapped
+from ..attacks.base import all_rows
 from ..queries import judge_candidates
-from ..threat import column
 from .costs import add_cost
 from .distributed import Processes, exchange_results
 from .evaluation import UNBROKEN
@@ -34,7 +34,7 @@ def judge(
     better = inside & finite & (newly | (margin < columns.margin_adv[rows]))
     if state.randomised:  # a mean margin proves nothing: a sample broken by majority keeps its witness
         better &= newly | unbroken
-    columns.x_adv[rows] = torch.where(column(better, x), x_adv, columns.x_adv[rows])
+    mapped.put(columns.x_adv, rows, x_adv, better)
     columns.margin_adv[rows] = torch.where(better, margin, columns.margin_adv[rows])
     columns.prediction_adv[rows] = torch.where(better, prediction, columns.prediction_adv[rows])
     columns.broken_by[rows] = torch.where(newly, number, columns.broken_by[rows])
@@ -47,11 +47,13 @@ def try_candidates(task: Task, state: State, processes: Processes) -> None:
     given = task.candidates
     if given is None or state.tried:
         return
-    changed = (given != pixels(task.data.x).to(given)).flatten(1).any(1)
-    rows = torch.nonzero(state.open & changed)[:, 0]
+    changed = task.batches.map(
+        all_rows(task.data.y), lambda rows: (given[rows] != task.data.pixels(rows).to(given)).flatten(1).any(1)
+    )
+    rows = torch.nonzero(state.open & torch.cat(changed))[:, 0]
 
     def batch(some: Tensor) -> None:
-        began, x = time.perf_counter(), pixels(task.data.x[some])
+        began, x = time.perf_counter(), task.data.pixels(some)
         _, broken, outside = judge(task, state, BY_CANDIDATE, some, x, task.data.y[some], given[some].to(x))
         counts = {"attacked": len(some), "broken": broken, "outside": outside, "candidates": len(some)}
         add_cost(task, state, "given", began, **counts)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..attacks.base import all_rows
 from ..bounds import METHODS, ROWS, CannotBound, Certified, certify
 from ..data import pixels
+from ..mapped import rows_at_a_time
 from ..results import PROOF_METHODS, ProofCost, total_proofs
 from .costs import add_cost, seconds_spent, waits_for_branch
 from .distributed import PROOF_COLUMNS, Processes, exchange
@@ -67,10 +68,13 @@ def prove_all(task: Task, state: State, processes: Processes) -> None:
     if columns.tried is None or bool((columns.tried > 0).all()):
         return
     began, rows = time.perf_counter(), processes.mine(all_rows(task.data.y), task.batch_size)
-    found = certified(task, rows, CHEAP)
-    if found is not None:
-        keep(state, rows, found, CHEAP)
-    if not all(_exchange(state, processes, rows, known=found is not None)):
+    known = True
+    for part in rows.split(rows_at_a_time(task.data.x)) if len(rows) else [rows]:
+        found = certified(task, part, CHEAP) if known else None
+        known = found is not None
+        if found is not None:
+            keep(state, part, found, CHEAP)
+    if not all(_exchange(state, processes, rows, known=known)):
         columns.expect_proofs(known=False)
         state.proofs = []
     add_cost(task, state, 0, began)
@@ -156,7 +160,7 @@ def _branch(task: Task, state: State, row: Tensor, seconds: float) -> None:
         state.bounds = sum(cost.seconds for cost in found.costs if cost.method != "branch")
         costs = tuple(replace(cost, tried=min(cost.tried, first), broken=0) for cost in found.costs)
         for image in [] if bool(found.proved[0]) else found.x_adv.values():
-            x, y = pixels(task.data.x[row]), task.data.y[row]
+            x, y = task.data.pixels(row), task.data.y[row]
             broken, met = judge(task, state, BY_BRANCH, row, x, y, image[None].to(x))[1], 1
             costs = tuple(replace(cost, broken=broken * (cost.method == "branch")) for cost in costs)
         ended = found.ended | (took < STOPPED * seconds)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import mapped
 from ..attacks import ATTACKS
-from ..data import Data
+from ..data import Data, pixels
 from ..errors import UserError, unknown
 from ..losses import Loss
 from ..noise import EvaluationStream, Noise
@@ -64,6 +66,7 @@ class Task:
         grid: whether the images are 8-bit: candidates are then judged on the 8-bit grid as well.
         batches: the batch size in use, which shrinks where memory runs out.
         progress: see ``evaluate``.
+        x_adv_file: where adversarial images go that are not held in memory; None for a temporary file.
     """
 
     model: CountingModel
@@ -82,6 +85,7 @@ class Task:
     pgd50: int | None = None
     candidates: Tensor | None = None
     grid: bool = False
+    x_adv_file: Path | None = None
 
     @property
     def pgd50_sample(self) -> Tensor | None:
@@ -90,6 +94,24 @@ class Task:
             return None
         order = self.noise.fold(EvaluationStream.PGD50_SAMPLE).uniform(()).argsort(stable=True)
         return torch.zeros_like(self.data.y, dtype=torch.bool).index_fill_(0, order[: self.pgd50], True)
+
+    def clean_images(self) -> Tensor:
+        """(N, C, H, W): a copy of the images as a model takes them, for ``Columns.x_adv``; mapped where the data is."""
+        x = self.data.x
+        if not mapped.is_mapped(x):
+            return pixels(x).clone()
+        copy = mapped.create(self.x_adv_file, x.shape, pixels(x[:1]).dtype)
+        for rows in torch.arange(len(x)).split(mapped.rows_at_a_time(copy)):
+            mapped.put(copy, rows, pixels(mapped.take(x, rows)), torch.ones_like(rows, dtype=torch.bool))
+        return copy
+
+    def placed(self, x_adv: Tensor) -> Tensor:
+        """Stored adversarial images as ``Columns`` hold them: in a file where the data is, else on the device."""
+        if mapped.is_mapped(x_adv) == mapped.is_mapped(self.data.x):
+            return x_adv if mapped.is_mapped(x_adv) else x_adv.to(self.data.x.device)
+        if mapped.is_mapped(x_adv):
+            return x_adv.to(self.data.x.device, copy=True)
+        return mapped.stored(x_adv, self.x_adv_file)
 
     def stages(self, differs_off_grid: bool) -> tuple[Stage, ...]:
         """The suite's stages, and those on the 8-bit grid for a model that answers otherwise there."""
@@ -181,6 +203,7 @@ class State:
         bounds: seconds that the bounds before it took for one sample, the last one; 0 before the first.
         until: seconds spent at which the share of the budget of bounds, and then of attacks, ends; infinite at first.
         budget_spent: whether the budget has ended the evaluation.
+        settled: whether images in a file are those that the columns are about; not while stages run.
     """
 
     columns: Columns
@@ -202,6 +225,7 @@ class State:
     bounds: float = 0.0
     until: float = math.inf
     budget_spent: bool = field(default=False)
+    settled: bool = True
 
     @property
     def survivors(self) -> Tensor:

@@ -23,6 +23,7 @@ from ..environment import environment
 from ..evaluation import UNBROKEN, Evaluation
 from ..evaluation.proofs import PROVED_BY
 from ..io import save_tensors
+from ..mapped import is_mapped
 from ..replay import WITNESSES, WITNESSES_VERSION
 from ..results import (
     CleanMeasures,
@@ -40,6 +41,7 @@ from ..results import (
     total_proofs,
 )
 from ..threat import Threat
+from ..witness_files import save_apart, witnesses_file
 from .config import DataCut
 from .loss_spec import LossSpec
 from .network_result import NetworkResult
@@ -130,9 +132,12 @@ def _save_witnesses(networks: Sequence[TrainedNetwork], out: Path) -> None:
         evaluation = network.result.evaluation
         broken = evaluation.broken_by >= 0
         witnesses[f"{number}/index"] = evaluation.index[broken]
-        witnesses[f"{number}/x_adv"] = evaluation.x_adv[broken]
+        apart = is_mapped(evaluation.x_adv)
+        if not apart:
+            witnesses[f"{number}/x_adv"] = evaluation.x_adv[broken]
         about.append(
             {
+                **({"x_adv": save_apart(evaluation.x_adv, broken, witnesses_file(out, number))} if apart else {}),
                 "run": network.row_name,
                 "threat": evaluation.threat.describe(),
                 "folder": os.path.relpath(network.folder.resolve(), out.resolve()),
@@ -286,10 +291,10 @@ def _examples(evaluation: Evaluation, split: Split, most: int = 6) -> list[Examp
     chosen: dict[int, int] = {}
     for row in ranked:
         chosen.setdefault(int(evaluation.y[row]), row)
-    x = pixels(split.test.x)
     examples = []
     for row in list(chosen.values())[:most]:
-        delta = evaluation.x_adv[row] - x[row]
+        x = pixels(split.test.x[row])
+        delta = evaluation.x_adv[row] - x
         scale = float(delta.abs().max().clamp_min(1e-12))
         examples.append(
             Example(
@@ -297,7 +302,7 @@ def _examples(evaluation: Evaluation, split: Split, most: int = 6) -> list[Examp
                 y=int(evaluation.y[row]),
                 prediction=int(evaluation.prediction[row]),
                 prediction_adv=int(evaluation.prediction_adv[row]),
-                x_png=_png(x[row]),
+                x_png=_png(x),
                 x_adv_png=_png(evaluation.x_adv[row]),
                 delta_png=_png(0.5 + delta / (2 * scale)),
             )

@@ -31,6 +31,7 @@ from ..evaluation.distributed import Processes
 from ..evaluation.suites import resolve
 from ..io import content_hash, load_tensors, save_tensors, write_atomic
 from ..losses import Loss, as_loss, loss_name, negative_margin
+from ..mapped import create, is_mapped, put, rows_at_a_time, take
 from ..outputs import Model, frozen_eval, out_of_memory
 from ..progress import Progress, as_progress
 from ..queries import OFF_DATA_TOLERANCE, CountingModel, default_batch_size, device_of, exact_float32, margin_moved
@@ -163,8 +164,15 @@ def _finished(model: Model, data: Data, cache: Path, result_id: str, batch_size:
 
 def witnesses_of(evaluation: Evaluation, data: Data) -> Tensor:
     """The adversarial examples of an evaluation, (N, C, H, W), as candidates: clean images where there is none."""
-    x = pixels(data.x).cpu()
-    return torch.where(column(evaluation.broken_by >= 0, x), evaluation.x_adv, x)
+    if not is_mapped(data.x):
+        x = pixels(data.x).cpu()
+        return torch.where(column(evaluation.broken_by >= 0, x), evaluation.x_adv, x)
+    found = create(None, evaluation.x_adv.shape, evaluation.x_adv.dtype)
+    for rows in torch.arange(len(data)).split(rows_at_a_time(found)):
+        broken = evaluation.broken_by[rows] >= 0
+        put(found, rows, pixels(take(data.x, rows)), ~broken)
+        put(found, rows, take(evaluation.x_adv, rows), broken)
+    return found
 
 
 def note_size(data: Data, folder: str | Path, count: int = 1) -> None:

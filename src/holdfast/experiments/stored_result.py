@@ -19,6 +19,7 @@ from ..checks.cache import StoredAudit, stored_audit
 from ..errors import UserError
 from ..evaluation import Evaluation, StageCost, load_x_adv
 from ..io import content_hash, load_tensors, save_tensors, understood
+from ..mapped import chunks, take, with_rows
 from ..results import Projection, ProofCost, RegionMeasures, SpotCheck
 from ..threat import Threat
 from .network_result import NetworkResult
@@ -50,8 +51,9 @@ def save_result(path: Path, checkpoint: Path, key: str, result: NetworkResult) -
         elif value is not None and f.name != "pristine":
             plain[f.name] = value
     x_adv, before = tensors.pop("x_adv"), load_x_adv(checkpoint)
-    later = torch.nonzero((x_adv != before).flatten(1).any(1))[:, 0]
-    tensors |= {_ROWS: later, _IMAGES: x_adv[later]}
+    differs = [(now != then).flatten(1).any(1) for now, then in zip(chunks(x_adv), chunks(before), strict=True)]
+    later = torch.nonzero(torch.cat(differs))[:, 0]
+    tensors |= {_ROWS: later, _IMAGES: take(x_adv, later)}
     spot_check = evaluation.spot_check
     about = {
         "key": key,
@@ -88,7 +90,7 @@ def load_result(path: Path, checkpoint: Path, key: str) -> NetworkResult | None:
             with understood(path):
                 x_adv = load_x_adv(checkpoint)
                 if content_hash(x_adv) == about["x_adv"]:
-                    x_adv[tensors.pop(_ROWS)] = tensors.pop(_IMAGES)
+                    x_adv = with_rows(x_adv, tensors.pop(_ROWS), tensors.pop(_IMAGES))
                     return _read({**tensors, "x_adv": x_adv}, about)
     return None
 

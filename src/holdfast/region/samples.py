@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import Data, pixels
 from ..errors import UserError
+from ..mapped import take
 from ..noise import Noise
 from ..outputs import Model, Outputs, check_samples, frozen_eval
 from ..queries import CountingModel, device_of, exact_float32
@@ -82,7 +83,7 @@ def choose_samples(
     rows = choose(y, index, limit, seed)
     device = device_of(model, Data(x, y, index))
     with torch.inference_mode(False):  # gradients are needed, whatever mode the caller is in
-        clean, adversarial, labels = (part[rows.to(part.device)].to(device) for part in (x, x_adv, y))
+        clean, adversarial, labels = (take(part, rows.to(part.device)).to(device) for part in (x, x_adv, y))
         return Samples(pixels(clean), pixels(adversarial), labels, index[rows], rows)
 
 

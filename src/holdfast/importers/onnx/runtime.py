@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -24,18 +25,18 @@ def onnx_part(model: Model) -> OnnxNet | None:
     return found[0] if len(found) == 1 else None
 
 
-def runtime_predictions(model: nn.Module, x: Tensor, batch_size: int = 64) -> Tensor | str:
+def runtime_predictions(model: nn.Module, x: Tensor | Iterable[Tensor], batch_size: int = 64) -> Tensor | str:
     """The classes that the module predicts with onnxruntime's answers, from the file, in place of its network's.
 
     Whatever the module does before and after its network, it does here too: preprocessing, the order of the classes.
 
     Args:
         model: holds one OnnxNet, maybe behind preprocessing.
-        x: (N, C, H, W) images in [0, 1].
-        batch_size: images at a time.
+        x: (N, C, H, W) images in [0, 1], or batches of them.
+        batch_size: images at a time, of those that are in one tensor.
 
     Returns:
-        (N,) int64 on x's device; or a text that says why onnxruntime has no answer.
+        (N,) int64 on the model's device; or a text that says why onnxruntime has no answer.
     """
     net = onnx_part(model)
     if net is None:
@@ -44,20 +45,21 @@ def runtime_predictions(model: nn.Module, x: Tensor, batch_size: int = 64) -> Te
         import onnxruntime
     except ImportError:
         return "onnxruntime is not installed: pip install onnxruntime"
-    device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), x.device)
+    device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+    batches = x.split(batch_size) if isinstance(x, Tensor) else x
     hook = None
     try:
         session = onnxruntime.InferenceSession(net.path, providers=["CPUExecutionProvider"])
         hook = net.register_forward_hook(lambda _, given, out: runtime_outputs(session, net, given[0], out))
         with torch.no_grad():
-            parts = [as_outputs(model(part.to(device))).logits.argmax(1) for part in x.split(batch_size)]
+            parts = [as_outputs(model(part.to(device))).logits.argmax(1) for part in batches]
     except Exception as error:  # whatever onnxruntime refuses: no answer is no doubt
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         return f"onnxruntime cannot run {net.path}: {reason[:200]}"
     finally:
         if hook is not None:
             hook.remove()
-    return torch.cat(parts).to(x.device)
+    return torch.cat(parts)
 
 
 def runtime_outputs(session: Any, net: OnnxNet, x: Tensor, out: Tensor) -> Tensor:
