@@ -6,10 +6,12 @@ in ``chunks``, or reads rows by ``take`` and writes them by ``put``: these give 
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -84,12 +86,12 @@ def create(path: Path | None, shape: Sequence[int], dtype: torch.dtype, *, folde
     Raises:
         UserError: the file cannot be written, or the disk is too small.
     """
-    kind, where = np.dtype(_TYPES[dtype]), path or folder
+    kind = np.dtype(_TYPES[dtype])
+    where = Path(folder or tempfile.gettempdir()) if path is None else path.parent
     need = math.prod(shape) * kind.itemsize
     file: Any = None
     try:
-        if where is not None:
-            (where if path is None else where.parent).mkdir(parents=True, exist_ok=True)
+        where.mkdir(parents=True, exist_ok=True)
         if path is not None:
             path.unlink(missing_ok=True)  # whoever has mapped it keeps the old one
         file = tempfile.TemporaryFile(dir=folder) if path is None else path.open("w+b")  # noqa: SIM115
@@ -97,6 +99,8 @@ def create(path: Path | None, shape: Sequence[int], dtype: torch.dtype, *, folde
         np.lib.format.write_array_header_1_0(file, about)
         file.flush()
         offset = file.tell()
+        if need > shutil.disk_usage(where).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # a hole in the file that the disk has no room for would end the process when it is written
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, offset + need)
@@ -109,7 +113,7 @@ def create(path: Path | None, shape: Sequence[int], dtype: torch.dtype, *, folde
             with suppress(OSError):
                 path.unlink(missing_ok=True)
         raise UserError(
-            f"{need / 2**30:,.2f} GiB of images cannot be written to {where or tempfile.gettempdir()} "
+            f"{need / 2**30:,.2f} GiB of images cannot be written to {where} "
             f"({error.strerror or error}): make room there, or use fewer images."
         ) from error
     return _map(file, kind, shape, offset, "r+")

@@ -12,7 +12,7 @@ import typer
 from ..errors import UserError
 from . import options as o
 from .app import app, exits
-from .common import best_device, print_json, say_files
+from .common import best_device, print_json, reading_of, say_files
 from .display import Display, aside, errors, screen
 from .evaluate import default_folder, subject_of
 from .gate import THREE, apply_gate, check_bounds, check_names, read_gate
@@ -24,7 +24,7 @@ STATUS = {"unsat": 0, "sat": 1, "timeout": 3, "unknown": 3}
 # Which options each way of the command takes, beside those that all of them do.
 DATA = {
     "threat", "limit", "device", "data", "weights", "input_range", "mean", "std", "input_layout", "loss", "run_code",
-    "image_column", "label_column", "convert", "resize", "output", "classes",
+    "image_column", "label_column", "convert", "resize", "skip_corrupt", "output", "classes",
 }  # fmt: skip
 ALL = {"run", "seed", "out", "quiet", "as_json"}
 WAYS = {
@@ -76,6 +76,7 @@ def bracket(
     label_column: o.LabelColumn = "",
     convert: o.Convert = "",
     resize: o.Resize = 0,
+    skip_corrupt: o.SkipCorrupt = False,
     run_code: o.RunCode = False,
     output: o.ModelOutput = "",
     classes: o.ModelClasses = "",
@@ -113,7 +114,7 @@ def bracket(
         "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
         "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
     }  # fmt: skip
-    reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
+    reading = reading_of(image_column, label_column, convert, resize, skip_corrupt)
     allowed = _seconds(budget)
     open_subject = subject_of(run, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     folder = out or default_folder(run, f"{way or 'bracket'}-THREAT", threat)

@@ -14,7 +14,7 @@ from ..spec import name_list, numbers, share, split, threat_file_name
 from ..user_input import path
 from . import options as o
 from .app import app, exits
-from .common import asked_of_pgd50, run_evaluation, say_files, show
+from .common import asked_of_pgd50, reading_of, run_evaluation, say_files, show
 from .display import errors, screen
 from .gate import THREE, apply_gate, read_gate
 from .options import option
@@ -74,6 +74,7 @@ def evaluate(
     label_column: o.LabelColumn = "",
     convert: o.Convert = "",
     resize: o.Resize = 0,
+    skip_corrupt: o.SkipCorrupt = False,
     run_code: o.RunCode = False,
     output: o.ModelOutput = "",
     classes: o.ModelClasses = "",
@@ -91,8 +92,7 @@ def evaluate(
     build() takes no arguments and returns a module from images to logits; your code is executed. Images are in [0, 1]:
     --input-range, --mean, --std and --input-layout say what your model expects instead.
 
-    PGD-50 is the accuracy as usually reported, and robust is an upper bound. Each has a verdict; see `holdfast compare
-    --help`. --no-pgd50 leaves the first one out, and --precision says how sure the second one is to be.
+    PGD-50 is the accuracy as usually reported, robust an upper bound, to --precision. Verdicts: `holdfast compare -h`.
 
     An interrupted command resumes when it is rerun. Under torchrun (`torchrun --nproc-per-node 2 -m holdfast evaluate
     ...`) the processes share the samples and give the same answer as one.
@@ -104,7 +104,7 @@ def evaluate(
         "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
         "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
     }  # fmt: skip
-    reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
+    reading = reading_of(image_column, label_column, convert, resize, skip_corrupt)
     sizes: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked_of_pgd50(pgd50, no_pgd50)}
     subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     added = split(attack) if attack else []

@@ -206,6 +206,14 @@ Resize = Annotated[
         rich_help_panel=OWN_DATA,
     ),
 ]
+SkipCorrupt = Annotated[
+    bool,
+    option(
+        "Leave out images that cannot be decoded, and name them. Default: they are refused.",
+        "--skip-corrupt",
+        rich_help_panel=OWN_DATA,
+    ),
+]
 # Of `holdfast evaluate` for a network of the user's own.
 OwnData = Annotated[
     str,

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..user_input import read_number
 from . import options as o
 from .app import app, exits
-from .common import best_device, print_json, say_files
+from .common import best_device, print_json, reading_of, say_files
 from .display import Display, aside, screen
 from .evaluate import default_folder, subject_of
 from .options import NETWORK, option
@@ -59,6 +59,7 @@ def smooth(
     label_column: o.LabelColumn = "",
     convert: o.Convert = "",
     resize: o.Resize = 0,
+    skip_corrupt: o.SkipCorrupt = False,
     run_code: o.RunCode = False,
     output: o.ModelOutput = "",
     classes: o.ModelClasses = "",
@@ -84,7 +85,7 @@ def smooth(
         "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
         "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
     }  # fmt: skip
-    reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
+    reading = reading_of(image_column, label_column, convert, resize, skip_corrupt)
     value = read_number(sigma.strip())
     if value is None:
         raise UserError(f"cannot read --sigma '{sigma}': expected a number such as 0.25 or 64/255.")

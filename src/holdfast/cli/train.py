@@ -30,6 +30,7 @@ def train(
     label_column: o.LabelColumn = "",
     convert: o.Convert = "",
     resize: o.Resize = 0,
+    skip_corrupt: o.SkipCorrupt = False,
     model: o.Network = "",
     batch_size: o.BatchSize = None,
     optimizer: o.Optimizer = None,
@@ -63,7 +64,8 @@ def train(
     fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint, fit_settings, freeze)
     comparison = Comparison(
         data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit,
-        image_column=image_column, label_column=label_column, convert=convert, resize=resize, init_from=init_from,
+        image_column=image_column, label_column=label_column, convert=convert, resize=resize,
+        skip_corrupt=skip_corrupt, init_from=init_from,
     ).checked()  # fmt: skip
     Threat.parse(threat)  # one, unlike a comparison's
     if fold and comparison.folds <= 1:

@@ -21,7 +21,7 @@ import torch
 
 from .. import user_input
 from ..errors import UserError, unknown
-from ..user_input import typed
+from ..user_input import flag, typed
 from .arrays import check_arrays, check_source
 from .dataset import Data, DataWarning, Source, Split, augment, pixels, standardisation
 from .folders import IMAGE_SUFFIXES, SPLITS, find
@@ -149,6 +149,7 @@ def load(
     label_column: str = "",
     convert: str = "",
     resize: int = 0,
+    skip_corrupt: bool = False,
 ) -> Split:
     """Read, check and split a data set.
 
@@ -173,9 +174,12 @@ def load(
         label_column: of a table, the column with the labels; "" to find it by type and name.
         convert: "rgb" or "grey" to convert all images; "" refuses images of several modes.
         resize: N to resize all images to N x N, whatever their proportions; 0 refuses images of several sizes.
+        skip_corrupt: leave out images that cannot be decoded, and name them in ``notes``; False refuses them.
 
     Returns:
-        Tensors on ``device``, each part in source order.
+        Tensors on ``device``, each part in source order. Images that do not fit in memory are mapped from a file, to
+        which they are decoded once: test images of more than 256 MiB, training images of more than an eighth of this
+        machine's memory. The environment variable HOLDFAST_MEMORY sets another size for both, such as 64M.
 
     Raises:
         UserError: the data cannot be found or read, its content is invalid, or an argument is.
@@ -187,9 +191,9 @@ def load(
     name = os.fspath(name) if isinstance(name, os.PathLike) else name
     user_input.path("the data set", name)
     word = (convert or "").lower()
-    reading = Reading(
-        image_column or "", label_column or "", {"gray": "grey", "l": "grey"}.get(word, word), resize or 0
-    )
+    word = {"gray": "grey", "l": "grey"}.get(word, word)
+    skip = flag("skip_corrupt", skip_corrupt)
+    reading = Reading(image_column or "", label_column or "", word, resize or 0, skip)
     source = partial(_find, name, reading)
     split = split_source(
         name, source, device=device, fold=fold, val=val, seed=seed, limit=limit, limit_train=limit_train, whole=whole,

@@ -110,7 +110,14 @@ def choose(schema: pa.Schema, reading: Reading, what: str) -> Columns:
     return Columns(tuple(pixels), chosen[0], grid, named, tuple(notes))
 
 
-def extract(table: pa.Table, columns: Columns, folders: Sequence[Path], what: str, shard: str = "") -> Encoded:
+def extract(
+    table: pa.Table,
+    columns: Columns,
+    folders: Sequence[Path],
+    what: str,
+    shard: str = "",
+    x: Sequence[bytes | Path] | np.ndarray | None = None,
+) -> Encoded:
     """Read images and labels of a table.
 
     Args:
@@ -119,6 +126,7 @@ def extract(table: pa.Table, columns: Columns, folders: Sequence[Path], what: st
         folders: image files must lie in one of these; relative paths start in the first.
         what: name of the data, for errors.
         shard: the table's file, where there are several.
+        x: the images, where the table holds labels alone.
 
     Returns:
         The images, encoded or as numbers, and the labels.
@@ -127,13 +135,14 @@ def extract(table: pa.Table, columns: Columns, folders: Sequence[Path], what: st
         UserError: an entry is empty, rows differ in shape, a label is not whole, or a file lies elsewhere.
     """
     where, folders = shard or what, [folder.resolve() for folder in folders]
-    images, column = _images(table, columns, folders, where), table.column(columns.y)
+    column = table.column(columns.y)
+    x = images_of(table, columns, folders, where) if x is None else x
     y, classes = _labels(column, columns, where), _class_names(table.schema, columns.y)
-    return Encoded(images, y, classes, f"column {columns.y}", columns.notes)
+    return Encoded(x, y, classes, f"column {columns.y}", columns.notes)
 
 
-def _images(table: pa.Table, columns: Columns, folders: Sequence[Path], what: str) -> list[bytes | Path] | np.ndarray:
-    """Encoded images, files, or numbers."""
+def images_of(table: pa.Table, columns: Columns, folders: Sequence[Path], what: str) -> list[bytes | Path] | np.ndarray:
+    """Encoded images, files, or numbers: those of a table, as for ``extract``."""
     first = table.column(columns.x[0])
     kind = _kind(first.type, {})
     if len(columns.x) > 1 or kind in ("whole", "number", "flag"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -99,12 +100,31 @@ class Split:
 
 
 class Source(NamedTuple):
-    """A data set as it was read: checked, not yet split; test is None without an official test split."""
+    """A data set as it was read: checked, not yet split; test is None without an official test split.
+
+    With ``decode``, images are decoded once it is known which of them are needed. ``x`` of train and test then holds
+    their numbers, (N,) int64, and ``decode(numbers, most)`` returns them: in memory up to ``most`` bytes, else mapped.
+    """
 
     train: Data
     test: Data | None
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    decode: Callable[..., Chosen] | None = None
+
+
+class Chosen(NamedTuple):
+    """Images of a source that were decoded.
+
+    Attributes:
+        x: (N, C, H, W), as they were asked for; of no use where some are damaged.
+        notes: what was assumed.
+        damaged: numbers of those that cannot be decoded, which are to be left out.
+    """
+
+    x: Tensor
+    notes: tuple[str, ...]
+    damaged: tuple[int, ...]
 
 
 def pixels(x: Tensor) -> Tensor:

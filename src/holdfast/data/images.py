@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from .. import mapped
 from ..errors import UserError
 from .labels import count
 
@@ -38,6 +42,7 @@ class Reading:
         label_column: the column that holds the labels; "" to find it.
         convert: "rgb" or "grey": convert all images to it; "" refuses images that differ.
         resize: N: resize all images to N x N, bilinear, whatever their proportions; 0 refuses images that differ.
+        skip_corrupt: leave out images that cannot be decoded, and say so; otherwise they are refused.
 
     Raises:
         UserError: convert or resize has another value.
@@ -47,6 +52,7 @@ class Reading:
     label_column: str = ""
     convert: str = ""
     resize: int = 0
+    skip_corrupt: bool = False
 
     def __post_init__(self) -> None:
         if self.convert not in ("", "rgb", "grey"):
@@ -90,7 +96,9 @@ class Encoded:
     @property
     def refers(self) -> bool:
         """Whether images are files of their own, which may change while the table does not."""
-        return not isinstance(self.x, np.ndarray) and any(isinstance(image, Path) for image in self.x)
+        if isinstance(self.x, np.ndarray):
+            return False
+        return any(isinstance(image, Path) for image in (self.x if isinstance(self.x, list) else self.x[:1]))
 
 
 def machine_memory() -> int:
@@ -101,7 +109,7 @@ def machine_memory() -> int:
         return 32 * 2**30
 
 
-def check_memory(size: int, what: str, hint: str, share: str = "half") -> None:
+def check_memory(size: int, what: str, hint: str, share: str = "half", where: Path | None = None) -> None:
     """Refuse what does not fit before it is allocated.
 
     Args:
@@ -109,10 +117,16 @@ def check_memory(size: int, what: str, hint: str, share: str = "half") -> None:
         what: what takes them, for the error.
         hint: what to do.
         share: "half" or "a quarter" of this machine's memory is the limit.
+        where: an existing folder that they are written to: its disk is the limit then.
 
     Raises:
         UserError: it is more.
     """
+    if where is not None:
+        if size > (free := shutil.disk_usage(where).free):
+            need, have = size / 2**30, free / 2**30
+            raise UserError(f"{what} need {need:,.1f} GiB on the disk of {where}, which has {have:,.1f} left: {hint}")
+        return
     limit = machine_memory() // {"half": 2, "a quarter": 4}[share]
     if size > limit:
         need, have = size / 2**30, limit / 2**30
@@ -193,7 +207,54 @@ def is_encoded(content: bytes) -> bool:
     return True
 
 
-def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tensor, list[str]]:
+class Some(Sequence[Any]):
+    """Some of many encoded images, which are read only when they are asked for.
+
+    Args:
+        x: all of them.
+        rows: (M,) the numbers of those that are meant.
+    """
+
+    def __init__(self, x: Sequence[Any] | np.ndarray, rows: np.ndarray) -> None:
+        self.x, self.rows = x, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.x[int(self.rows[place])]
+
+
+def decoded_size(x: Sequence[bytes | Path], reading: Reading) -> int:
+    """About how many bytes images take once they are decoded, by the header of the first one that has any."""
+    for i in range(min(16, len(x))):
+        try:
+            image = x[i]
+            with Image.open(image if isinstance(image, Path) else BytesIO(image), formats=FORMATS) as opened:
+                width, height = (reading.resize, reading.resize) if reading.resize else opened.size
+                return len(x) * width * height * (1 if _target(opened, reading) == "L" else 3)
+        except Exception:  # it is named when it is decoded
+            continue
+    return 0
+
+
+class Decoded(NamedTuple):
+    """Decoded images.
+
+    Attributes:
+        x: (N, C, H, W) uint8; what stands at damaged images means nothing.
+        notes: what was assumed.
+        damaged: numbers of the images that cannot be decoded, where these are to be skipped.
+    """
+
+    x: Tensor
+    notes: list[str]
+    damaged: list[int]
+
+
+def decode(
+    x: Sequence[bytes | Path], what: str, reading: Reading, *, path: Path | None = None, skip: bool = False
+) -> Decoded:
     """Decode images to one tensor.
 
     Read as they are: grey, RGB, and what is one of them in another form (black and white, palette, opaque alpha).
@@ -203,9 +264,11 @@ def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tens
         x: encoded images, or their files.
         what: name of the data, for errors and notes.
         reading: how to convert and resize.
+        path: a .npy file that the tensor is mapped from; None to hold it in memory.
+        skip: leave out images that cannot be decoded.
 
     Returns:
-        ((N, C, H, W) uint8, notes on what was assumed).
+        The tensor, with what was assumed.
 
     Raises:
         UserError: there is no image, one cannot be decoded, they differ in size or mode, or they need too much memory.
@@ -213,17 +276,18 @@ def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tens
 
     def name(i: int) -> str:
         image = x[i]
-        return f"image '{image}'" if isinstance(image, Path) else f"the image in row {i} of {what}"
+        row = x.rows[i] if isinstance(x, Some) else i
+        return f"image '{image}'" if isinstance(image, Path) else f"the image in row {row} of {what}"
 
     kinds: list[Kind | None] = [None] * len(x)  # as they are
     bad: dict[int, _Bad] = {}
-    out = np.empty(0, dtype=np.uint8)
+    kept, out = torch.empty(0), np.empty(0, dtype=np.uint8)
     wanted: Kind | None = None
 
     def read(i: int, seen: Counter[str] | None = None) -> Kind | None:
         """What image i is to become, by its header; with ``seen`` it is decoded, if that is what is wanted."""
-        image = x[i]
         try:
+            image = x[i]
             with Image.open(image if isinstance(image, Path) else BytesIO(image), formats=FORMATS) as opened:
                 size, mode = opened.size, _target(opened, reading)
                 kinds[i] = (mode or opened.mode, size)
@@ -248,6 +312,7 @@ def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tens
         seen: Counter[str] = Counter()
         for i in rows:
             read(i, seen)
+        mapped.release(kept)
         return seen
 
     if not len(x):
@@ -259,17 +324,27 @@ def decode(x: Sequence[bytes | Path], what: str, reading: Reading) -> tuple[Tens
             raise _refusal(bad, name)
         mode, (width, height) = wanted
         channels = {"L": 1, "RGB": 3}[mode]
-        size = len(x) * channels * height * width
+        shape = (len(x), channels, height, width)
         hint = "use --resize N (in Python resize=N), or fewer images."
-        check_memory(size, f"the {len(x):,} images of {what}, if all are {width}x{height} like {name(first)},", hint)
-        out = np.empty((len(x), channels, height, width), dtype=np.uint8)
+        said = f"the {len(x):,} images of {what}, if all are {width}x{height} like {name(first)},"
+        check_memory(math.prod(shape), said, hint, where=None if path is None else path.parent)
+        kept = torch.empty(shape, dtype=torch.uint8) if path is None else mapped.create(path, shape, torch.uint8)
+        out = kept.numpy()
         # small images decode faster than threads can hand over the interpreter lock; a pool pays from about 64x64
         with ThreadPoolExecutor(1 if out[0].size < 64 * 64 and not reading.resize else os.cpu_count()) as pool:
             parts = list(pool.map(fill, (range(i, min(i + 256, len(out))) for i in range(0, len(out), 256))))
-    if bad:
+    damaged = sorted(i for i, one in bad.items() if skip and one.cause == "file")
+    if len(damaged) < len(bad) or len(damaged) == len(x):
         raise _refusal(bad, name)
+    for i in damaged:
+        kinds[i] = wanted
     _same_kind(kinds, wanted, name, reading)
-    return torch.from_numpy(out), _notes(parts, mode, what, reading)
+    notes = _notes(parts, mode, what, reading)
+    if damaged:
+        left_out = count(len(damaged), "image cannot be decoded and is", "images cannot be decoded and are")
+        named = [f"{name(i)} ({bad[i].reason})" for i in damaged[:3]]
+        notes.append(f"{what}: {left_out} left out: {', '.join(named)}{', ...' if len(damaged) > 3 else ''}.")
+    return Decoded(kept, notes, damaged)
 
 
 def _refusal(bad: dict[int, _Bad], name: Callable[[int], str]) -> UserError:

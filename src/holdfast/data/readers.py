@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,21 +20,24 @@ import safetensors.torch
 import torch
 
 from ..errors import UserError
+from ..mapped import RESIDENT, resident_bytes
 from .arrays import check_labels, check_source, class_names, given_names
 from .dataset import Data, DataWarning, Source
 from .folders import SPLIT_NAMES, by_class, by_split, find, notes_on, skipped, subfolders, train_and_test
 from .images import AS_IS, Encoded, Reading, arrange, decode, refit
 from .labels import encode, same_names
+from .late import decodes_late, late_source
 
 T = TypeVar("T")
 
 
 def _assemble(
-    splits: Mapping[str, T], read: Callable[[T, str], Encoded], what: str, reading: Reading
+    splits: Mapping[str, T], read: Callable[[T, str], Encoded], what: str, reading: Reading, *, late: bool = True
 ) -> tuple[Source, bool]:
     """Choose train and test, read them, number their classes alike, decode, check; (source, whether it may be cached).
 
     What refers to image files of its own is not cached: they may change while the table that names them does not.
+    With ``late``, images that do not fit in memory are decoded once it is known which of them are needed.
     """
     chosen, notes = train_and_test(splits, what)
     parts = [read(split, name) for name, split in chosen]
@@ -56,17 +59,20 @@ def _assemble(
         if len(y):
             checked = check_labels(torch.from_numpy(y), len(part.x), names, name)
             names = class_names(checked, names, what) if part is train else names
+    cacheable = not any(part.refers for part in parts)
+    if late and decodes_late(parts, reading):
+        return late_source(parts, labels, what, [name for name, _ in chosen], names or (), reading, notes), cacheable
     images: list[torch.Tensor] = []
     for part, (name, _) in zip(parts, chosen, strict=True):
         if isinstance(part.x, np.ndarray):
             x, more = arrange(part.x, name, reading)
         else:
-            x, more = decode(part.x, name, reading)
+            x, more, _ = decode(part.x, name, reading)
         images.append(x)
         notes += more
     pairs: list[tuple[Any, Any]] = list(zip(images, labels, strict=True))
     source = check_source(pairs[0], pairs[1] if test else None, classes, what, list(dict.fromkeys(notes)))
-    return source, not any(part.refers for part in parts)
+    return source, cacheable
 
 
 def cache_folder() -> Path:
@@ -97,9 +103,10 @@ def _cached(
     """
     origin = str(root.resolve()) if isinstance(root, Path) else root
     stats = [(os.path.relpath(f, root), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(
-        json.dumps(["2", origin, stats, asdict(reading)]).encode()
-    ).hexdigest()  # "2": increment when the format changes
+    how = {name: value for name, value in asdict(reading).items() if name != "skip_corrupt" or value}
+    # what was decoded to be held in memory is not read back where less may be held; hub data always is
+    held = [] if origin == root or resident_bytes() == RESIDENT else [resident_bytes()]
+    key = hashlib.sha256(json.dumps(["2", origin, stats, how, *held]).encode()).hexdigest()  # "2": the format
     path = cache_file(origin)
     try:
         with safetensors.safe_open(path, "pt") as cached:
@@ -113,6 +120,9 @@ def _cached(
     except (OSError, KeyError, ValueError, safetensors.SafetensorError):
         pass  # missing or damaged: build it again
     source, may_be_cached = build()
+    if source.decode is not None:
+        kept = path.with_name(f"{path.stem}.{key[:8]}") if may_be_cached else None
+        return source._replace(decode=partial(source.decode, folder=cache_folder(), kept=kept))
     if not may_be_cached:
         return source
     parts = {k: d for k, d in (("train", source.train), ("test", source.test)) if d is not None}
@@ -203,7 +213,7 @@ def hub(repo: str, reading: Reading = AS_IS) -> Source:
                 return from_hub(split, what, reading, folders)
 
             # downloaded files are the hub's own, and do not change behind the cache
-            return _assemble(by_split(loaded.items(), repo), read, repo, reading)[0], True
+            return _assemble(by_split(loaded.items(), repo), read, repo, reading, late=False)[0], True
 
     return _cached(f"hub:{repo}", [], reading, build)
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 
 from ..errors import UserError
-from ..mapped import chunks
+from ..mapped import chunks, resident_bytes
 from ..user_input import any_seed, flag, of_type
 from ..user_input import whole as whole_number
-from .dataset import Data, Source, Split
+from .arrays import assumptions
+from .dataset import Chosen, Data, Source, Split
+from .images import machine_memory
+from .labels import some
 
 FOLD_SEED, LIMIT_SEED = -1, -2  # independent of the user's seed, so that runs with different seeds stay paired
 
@@ -111,9 +114,72 @@ def split_source(
     if eval_split == "val" and (whole or not val):
         raise UserError("eval_split is 'val', but nothing is held out for validation: use val > 0 and not whole.")
 
-    train, test, classes, notes = source()
-    if test is not None and fold is not None:
+    read = source()
+    if read.test is not None and fold is not None:
         raise UserError(f"fold is {fold}, but {name} has an official test split: leave fold out.")
+    how = partial(_cut, name, fold=fold, val=val, seed=seed, limit=limit, limit_train=limit_train, whole=whole)
+    cut = partial(how, eval_split=eval_split)
+    parts, notes = (cut(read), ()) if read.decode is None else _decoded(read, read.decode, cut, name)
+    test, known = parts[2], read.classes if named else ()
+    digest = hashlib.sha256(f"{tuple(test.x.shape)} {test.x.dtype}".encode())
+    for part in chunks(test.x):
+        digest.update(part.numpy().data)
+    digest.update(test.y.numpy().data)
+    train, validation, test = (replace(part.to(device), classes=known, source=name) for part in parts)
+    return Split(name, train, validation, test, read.classes, digest.hexdigest()[:16], (*read.notes, *notes))
+
+
+def _decoded(
+    read: Source, decode: Callable[..., Chosen], cut: Callable[[Source], tuple[Data, ...]], name: str
+) -> tuple[tuple[Data, ...], tuple[str, ...]]:
+    """The parts with their images decoded, and what was assumed.
+
+    Where images are damaged and to be left out, the source is cut again without them, as if they had never been there.
+    """
+    skipped: list[str] = []
+    while True:
+        parts = cut(read)
+        # training asks for single images in any order, an evaluation takes 20 times their memory
+        most = (resident_bytes(machine_memory() // 8),) * 2 + (resident_bytes(),)
+        chosen = [decode(part.x, size) if len(part) else None for part, size in zip(parts, most, strict=True)]
+        found = [one for one in chosen if one is not None]
+        damaged = [number for one in found for number in one.damaged]
+        notes = [note for one in found for note in one.notes]
+        if not damaged:
+            break
+        skipped += notes
+        train, test = (
+            None if part is None else part.take(~torch.isin(part.x, torch.tensor(damaged)))
+            for part in (read.train, read.test)
+        )
+        read = read._replace(train=train or read.train, test=test)
+    shapes = sorted({tuple(one.x.shape[1:]) for one in found})
+    if len(shapes) != 1:
+        raise UserError(
+            f"images of {name} have the shapes {some(shapes)} in train and test: resize or convert them. For files: "
+            "--resize N, --convert rgb or --convert grey."
+        )
+    empty = torch.empty(0, *shapes[0], dtype=torch.uint8)
+    images = [empty if one is None else one.x for one in chosen]
+    notes += [note for one in found[-1:] for note in assumptions(one.x, name)]
+    whole = tuple(replace(part, x=x) for part, x in zip(parts, images, strict=True))
+    return whole, tuple(dict.fromkeys((*skipped, *notes)))
+
+
+def _cut(
+    name: str,
+    read: Source,
+    *,
+    fold: tuple[int, int] | None,
+    val: float,
+    seed: int,
+    limit: int | None,
+    limit_train: int | None,
+    whole: bool,
+    eval_split: str,
+) -> tuple[Data, ...]:
+    """(train, val, test) of a source; the arguments have been checked."""
+    train, test, classes = read.train, read.test, read.classes
     present = set(train.y.tolist())
     if whole:
         test, train = train if test is None else test, train.take(slice(0, 0))
@@ -136,12 +202,4 @@ def split_source(
         raise UserError(f"{why}: lower val or raise limit_train.")
     if eval_split == "val":
         test = _limited(validation, limit)
-    digest = hashlib.sha256(f"{tuple(test.x.shape)} {test.x.dtype}".encode())
-    for some in chunks(test.x):
-        digest.update(some.numpy().data)
-    digest.update(test.y.numpy().data)
-    known = classes if named else ()
-    train, validation, test = (
-        replace(part.to(device), classes=known, source=name) for part in (train, validation, test)
-    )
-    return Split(name, train, validation, test, classes, digest.hexdigest()[:16], notes)
+    return train, validation, test

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,13 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from ..errors import UserError
-from .columns import Columns, choose, extract
+from ..mapped import resident_bytes
+from .columns import Columns, choose, extract, images_of
 from .images import Encoded, Reading, check_memory
 from .labels import some
 
 ROWS = 1024  # read at a time
+GROUPS = 8  # row groups of a table larger than memory that are held at a time
 
 
 def from_parquet(files: Sequence[Path], what: str, reading: Reading) -> Encoded:
@@ -35,6 +39,8 @@ def from_parquet(files: Sequence[Path], what: str, reading: Reading) -> Encoded:
     parts: list[Encoded] = []
     columns, size, shard = None, 0, files[0]
     try:
+        if (late := _late(files, what, reading)) is not None:
+            return late
         for shard in files:
             with pq.ParquetFile(shard, page_checksum_verification=True) as file:
                 columns = columns or choose(file.schema_arrow, reading, what)
@@ -57,6 +63,72 @@ def from_parquet(files: Sequence[Path], what: str, reading: Reading) -> Encoded:
         hint = "it may be cut short, or differ from the files beside it. Download it again."
         raise UserError(f"'{shard}' cannot be read as parquet ({str(error)[:300]}): {hint}") from error
     return _joined(parts, what)
+
+
+def _late(files: Sequence[Path], what: str, reading: Reading) -> Encoded | None:
+    """The split with images that are read as they are asked for; None where all of them fit in memory or are numbers.
+
+    Labels are read now, and checked with the images of the first row group.
+    """
+    columns, size, parts = None, 0, []
+    for shard in files:
+        with pq.ParquetFile(shard) as file:
+            columns = columns or choose(file.schema_arrow, reading, what)
+            groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
+            every = (group.column(place) for group in groups for place in range(group.num_columns))
+            size += sum(one.total_uncompressed_size for one in every if one.path_in_schema.split(".")[0] in columns.x)
+    if columns is None or len(columns.x) > 1 or size <= resident_bytes():
+        return None
+    images = ParquetImages(files, columns, what)
+    if not len(images) or isinstance(images.group(0), np.ndarray):
+        return None
+    for shard in files:
+        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+            table = file.read(columns=[columns.y]).replace_schema_metadata(file.schema_arrow.metadata)
+        parts.append(extract(table, columns, [], what, str(shard) if len(files) > 1 else what, x=[]))
+    return replace(_joined(parts, what), x=images)
+
+
+class ParquetImages(Sequence[Any]):
+    """The encoded images of parquet files, of which a row group is read when one of its images is asked for.
+
+    Args:
+        files: parquet files, >= 1; image files that they name must lie in their own folder.
+        columns: which column holds the images.
+        what: name of the split, for errors.
+    """
+
+    def __init__(self, files: Sequence[Path], columns: Columns, what: str) -> None:
+        self.columns, self.what, self.lock = columns, what, Lock()
+        self.groups: list[tuple[Path, int]] = []
+        sizes = []
+        for file in files:
+            about = pq.read_metadata(file)
+            self.groups += [(file, number) for number in range(about.num_row_groups)]
+            sizes += [about.row_group(number).num_rows for number in range(about.num_row_groups)]
+        self.starts = np.cumsum([0, *sizes])
+        self.recent: dict[int, Sequence[bytes | Path] | np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.group(number)[row - int(self.starts[number])]
+
+    def group(self, number: int) -> Sequence[bytes | Path] | np.ndarray:
+        """The images of a row group; the last few are kept, since several threads go through the rows in order."""
+        with self.lock:
+            if number not in self.recent:
+                shard, place = self.groups[number]
+                with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+                    table = file.read_row_group(place, columns=list(self.columns.x))
+                while len(self.recent) >= GROUPS:
+                    self.recent.pop(next(iter(self.recent)))
+                self.recent[number] = images_of(table, self.columns, [shard.resolve().parent], str(shard))
+            return self.recent[number]
 
 
 def from_hub(split: Any, what: str, reading: Reading, folders: Sequence[Path]) -> Encoded:

@@ -30,7 +30,8 @@ from .loss_spec import LossSpec
 
 MOST_SEEDS = 10_000  # networks per loss
 # Settings that a stored comparison names only where they are not the default: folders of before they were there resume.
-_LATER = ("proofs", "precision", "pgd50", "image_column", "label_column", "convert", "resize", "init_from")
+_READING = ("image_column", "label_column", "convert", "resize", "skip_corrupt")
+_LATER = ("proofs", "precision", "pgd50", *_READING, "init_from")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class DataCut:
         label_column: of a table; "" to find it.
         convert: "rgb" or "grey", or "" for images as they are.
         resize: N for images of N x N, or 0 for images as they are.
+        skip_corrupt: leave out images that cannot be decoded.
     """
 
     fold: tuple[int, int] | None = None
@@ -58,6 +60,7 @@ class DataCut:
     label_column: str = ""
     convert: str = ""
     resize: int = 0
+    skip_corrupt: bool = False
 
     def load(self, name: str) -> data.Split:
         """The data set of this name, cut. Raises UserError as ``data.load`` does."""
@@ -99,10 +102,11 @@ class Comparison:
         limit: at most so many test images, >= 0; 0 for all.
         limit_train: at most so many training images, >= 0; 0 for all.
         eval_split: "test", or "val" to evaluate on the validation images, for model selection.
-        image_column: of a table of images; "" to find it. This and the next three as for ``data.load``.
+        image_column: of a table of images; "" to find it. This and the next four as for ``data.load``.
         label_column: of a table of images; "" to find it.
         convert: "rgb" or "grey", or "" for images as they are.
         resize: N for images of N x N, or 0 for images as they are.
+        skip_corrupt: leave out images that cannot be decoded.
         init_from: a run folder or a weights file whose weights every network begins with, as for ``load_initial``; ""
             for weights drawn from the seed.
         fit: how each network is trained.
@@ -127,6 +131,7 @@ class Comparison:
     label_column: str = ""
     convert: str = ""
     resize: int = 0
+    skip_corrupt: bool = False
     init_from: str = ""
     fit: FitConfig = field(default_factory=FitConfig)
 
@@ -208,8 +213,7 @@ class Comparison:
     @property
     def reading(self) -> dict[str, Any]:
         """How files are read where they leave a choice: those settings of ``DataCut`` that are not the default."""
-        named = ("image_column", "label_column", "convert", "resize")
-        return {name: getattr(self, name) for name in named if getattr(self, name)}
+        return {name: getattr(self, name) for name in _READING if getattr(self, name)}
 
     def to_json(self) -> dict[str, Any]:
         """What identifies the comparison, as its folder keeps it; without later settings that are the default."""

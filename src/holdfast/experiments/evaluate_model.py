@@ -182,7 +182,7 @@ def from_file(
         limit: at most so many test images, >= 0; 0 for all.
         seed: of the evaluation.
         device: where the model goes.
-        reading: image_column, label_column, convert and resize, as for ``data.load``.
+        reading: image_column, label_column, convert, resize and skip_corrupt, as for ``data.load``.
         classes: the model's class names in the order of its logits; empty where they are the data's.
 
     Returns:
