@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attacks.base import all_rows
 from ..bounds import METHODS, ROWS, CannotBound, Certified, certify
 from ..data import pixels
-from ..mapped import rows_at_a_time
+from ..mapped import CHUNK, is_mapped, rows_at_a_time
 from ..results import PROOF_METHODS, ProofCost, total_proofs
 from .costs import add_cost, seconds_spent, waits_for_branch
 from .distributed import PROOF_COLUMNS, Processes, exchange
@@ -54,6 +54,8 @@ def certified(task: Task, rows: Tensor, method: str, seconds: float = math.inf) 
         return None
 
     size = min(ROWS, task.batches.size)
+    if is_mapped(task.data.x):  # bounds hold many copies of the images, in float64
+        size = min(size, max(1, CHUNK // (8 * data.x[:1].numel())))
     try:
         found = certify(model, data, task.threat, method=method, seconds=seconds, batch_size=size)
     except CannotBound:
