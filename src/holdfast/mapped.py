@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,41 @@ def stored(x: Tensor, path: Path | None = None) -> Tensor:
     return copy
 
 
+def gathered(parts: Iterable[Tensor]) -> Tensor:
+    """Parts of a tensor in one: in memory as far as ``resident_bytes`` allows, else mapped from a temporary file.
+
+    Args:
+        parts: (n, ...) on the CPU, at least one, of the same shape but for n, and of the same type.
+
+    Raises:
+        UserError: the file cannot be written.
+
+    >>> gathered([torch.zeros(2, 3), torch.ones(1, 3)]).sum(1).tolist()
+    [0.0, 0.0, 3.0]
+    """
+    held: list[Tensor] = []
+    limit, size, count, file = resident_bytes(), 0, 0, None
+    for part in parts:
+        held.append(part.contiguous())
+        size, count = size + part.nbytes, count + len(part)
+        if size > limit or file is not None:
+            try:
+                file = file or tempfile.TemporaryFile()  # noqa: SIM115
+                while held:
+                    file.write(held.pop(0).numpy().data)
+            except OSError as error:
+                if file is not None:
+                    file.close()
+                raise UserError(
+                    f"{size / 2**30:,.2f} GiB of images cannot be written to {tempfile.gettempdir()} "
+                    f"({error.strerror}): make room there, set TMPDIR to another folder, or use fewer images."
+                ) from error
+    if file is None:
+        return torch.cat(held)
+    file.flush()
+    return _map(file, np.dtype(_TYPES[part.dtype]), (count, *part.shape[1:]), 0, "c")
+
+
 def opened(path: Path, *, writable: bool = False) -> Tensor:
     """The tensor in a .npy file, mapped.
 
@@ -240,11 +275,11 @@ def rows_at_a_time(x: Tensor) -> int:
     return max(1, CHUNK // max(1, x[:1].nbytes)) if is_mapped(x) else max(1, len(x))
 
 
-def take(x: Tensor, rows: Tensor, device: torch.device | None = None) -> Tensor:
+def take(x: Tensor, rows: Tensor | slice, device: torch.device | None = None) -> Tensor:
     """(M, ...) rows of a tensor, where it is; of a mapped one, copied to a device."""
     if not is_mapped(x):
         return x[rows]
-    values = x[rows.cpu()]
+    values = x[rows].clone() if isinstance(rows, slice) else x[rows.cpu()]
     release(x)
     return values if device is None else values.to(device)
 

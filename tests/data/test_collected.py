@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
+from holdfast import mapped
 from holdfast.data import load
 from holdfast.data.arguments import as_data
 from holdfast.errors import UserError
@@ -40,6 +41,24 @@ def of_the_hub():
     images = [Image.fromarray(x[0].numpy()) for x in X]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
     return datasets.Dataset.from_dict({"image": images, "label": Y.tolist()}, features=features)
+
+
+class Short(Stream):
+    """Says that it has more samples than it gives."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+
+class Floats(Stream):
+    def __init__(self, low=0.0, high=1.0):
+        self.low, self.high = low, high
+
+    def __iter__(self):
+        return ((self.low + (self.high - self.low) * x / 255.0, y) for x, y in zip(X, Y, strict=True))
 
 
 def by_name(batch):
@@ -121,3 +140,38 @@ class Palette(Pictures):
 def test_what_cannot_be_samples_is_refused_in_a_sentence(given, said):
     with pytest.raises(UserError, match=said):
         as_data(given)
+
+
+@pytest.mark.parametrize("kind", [Stream(), Pictures(), Floats(), DataLoader(Floats(), batch_size=4), of_the_hub()])
+def test_what_does_not_fit_in_memory_goes_to_a_file(monkeypatch, kind):
+    whole = as_data(kind)
+    monkeypatch.setenv(mapped.VARIABLE, "500")
+    found = as_data(kind)
+    assert mapped.is_mapped(found.x)
+    assert not mapped.is_mapped(whole.x)
+    for name in ("x", "y", "index"):
+        assert torch.equal(getattr(whole, name), getattr(found, name)), name
+    assert found.classes == whole.classes
+
+
+@pytest.mark.parametrize("size", ["500", ""])
+def test_values_are_looked_at_in_a_file_too(monkeypatch, size):
+    monkeypatch.setenv(mapped.VARIABLE, size)
+    with pytest.raises(UserError, match=r"run from -2 to 2: expected \[0, 1\]. If its transform"):
+        as_data(Floats(-2.0, 2.0))
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        as_data(Floats(0.0, float("nan")))
+    rounded = as_data(Floats(-1e-7, 1 + 1e-7))
+    assert mapped.extremes(rounded.x)[0] >= 0
+
+
+@pytest.mark.parametrize("size", ["500", ""])
+def test_a_source_that_ends_early_is_refused(monkeypatch, size):
+    monkeypatch.setenv(mapped.VARIABLE, size)
+    for given in (Short(31), DataLoader(Short(31), batch_size=4)):
+        with pytest.raises(UserError, match=r"ends after 30 samples, though its length is 31: .*Mend the source"):
+            as_data(given)
+    with pytest.raises(UserError, match=r"gives 30 samples, though its length is 29"):
+        as_data(Short(29))
+    assert len(as_data(Short(30))) == 30
+    assert len(as_data(DataLoader(TENSORS, batch_size=7, drop_last=True))) == 28

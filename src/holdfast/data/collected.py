@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from .. import mapped
 from ..errors import UserError, type_of
 from . import load
 from .arrays import ROUNDING, check_arrays, check_labels, given_names
@@ -51,14 +54,14 @@ def collect(data: Any, name: str, which: str) -> Any:
         return check_arrays(*data, what=name)
     if isinstance(data, DataLoader):
         _check_fixed(data.dataset, data.sampler, name)
-        return _stack(_batches(data, name), _class_names(data.dataset), name)
+        return _stack(_batches(data, name), _class_names(data.dataset), name, _expected(data))
     if hasattr(data, "column_names") and hasattr(data, "features") and isinstance(data, Iterable):  # Hugging Face
         _check_fixed(data, None, name)
-        return _stack((_single(item, name) for item in data), _class_names(data), name)
+        return _stack((_single(item, name) for item in data), _class_names(data), name, _length(data))
     if isinstance(data, Dataset):
         _check_fixed(data, None, name)
         items: Iterable[Any] = data if isinstance(data, IterableDataset) else _items(data)
-        return _stack((_single(item, name) for item in items), _class_names(data), name)
+        return _stack((_single(item, name) for item in items), _class_names(data), name, _length(data))
     return data
 
 
@@ -66,7 +69,8 @@ def _check_fixed(dataset: Any, sampler: Any, name: str) -> None:
     """Refuse a source that gives other samples each time it is read: adversarial examples are stored by number."""
     if isinstance(sampler, SHUFFLES):
         raise UserError(f"{name} is a DataLoader that shuffles, so its samples have no number: pass shuffle=False.")
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
+    numbered = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)  # which has one that raises
+    if not numbered or not _length(dataset):
         return
     first, again = _guarded(lambda: [_single(dataset[0], name)[0] for _ in range(2)], name)
     if first.shape != again.shape or not torch.equal(first, again):
@@ -78,6 +82,23 @@ def _check_fixed(dataset: Any, sampler: Any, name: str) -> None:
 def _items(dataset: Any) -> Iterator[Any]:
     """The samples by number: a plain loop would read on past the end of a data set that never raises IndexError."""
     return (dataset[i] for i in range(len(dataset)))
+
+
+def _length(dataset: Any) -> int | None:
+    """How many samples a source says that it has; None where it does not say."""
+    try:
+        return len(dataset)
+    except Exception:  # a user's code may raise anything, and a stream need not know
+        return None
+
+
+def _expected(loader: DataLoader[Any]) -> int | None:
+    """How many samples a loader is to give; None where nobody knows."""
+    if isinstance(loader.dataset, IterableDataset):
+        count = _length(loader.dataset)
+    else:
+        count = _length(loader.sampler) if loader.batch_size else None
+    return count - count % loader.batch_size if count and loader.batch_size and loader.drop_last else count
 
 
 def _batches(loader: Iterable[Any], name: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -119,26 +140,64 @@ def _pair(item: Any, name: str) -> tuple[Any, Any]:
     raise UserError(f"{name} gives {type_of(item)}: expected (image, label), or a dict with 'image' and 'label'.")
 
 
-def _stack(parts: Iterator[tuple[Tensor, Tensor]], classes: Any, name: str) -> Data:
-    """All parts in one."""
-    pairs = _guarded(lambda: list(parts), name)
-    if not pairs:
+def _stack(parts: Iterator[tuple[Tensor, Tensor]], classes: Any, name: str, expected: int | None) -> Data:
+    """All parts in one; the images in a file where they do not fit in memory."""
+    labels: list[Tensor] = []
+    shapes: list[tuple[int, ...]] = []
+
+    def images() -> Iterator[Tensor]:
+        for x, y in _guarded_parts(parts, name):
+            labels.append(y)
+            shapes.append(tuple(x.shape[1:]))
+            if shapes[-1] != shapes[0]:
+                one, other = sorted({shapes[0], shapes[-1]})
+                raise UserError(f"{name} has images of different sizes ({one}, {other}): resize them to one.")
+            yield _clipped(x.detach().cpu())
+
+    first = next(parts_of := images(), None)
+    if first is None:
         raise UserError(f"{name} is empty: expected at least one sample.")
-    shapes = sorted({tuple(x.shape[1:]) for x, _ in pairs})
-    if len(shapes) > 1:
-        raise UserError(f"{name} has images of different sizes ({shapes[0]}, {shapes[1]}): resize them to one.")
-    x = torch.cat([x for x, _ in pairs])
-    if x.is_floating_point() and (float(x.min()) < -ROUNDING or float(x.max()) > 1 + ROUNDING):
+    x = mapped.gathered(chain([first], parts_of))
+    if expected is not None and len(x) != expected:
+        ends = f"ends after {len(x):,} samples" if len(x) < expected else f"gives {len(x):,} samples"
         raise UserError(
-            f"images of {name} run from {float(x.min()):g} to {float(x.max()):g}: expected [0, 1]. If its transform "
-            "normalises, leave that out and put it into the model: holdfast.importers.wrap(model, mean=..., std=...)."
+            f"{name} {ends}, though its length is {expected:,}: is a file cut short or read twice, or does each worker "
+            "read its share? Mend the source, or its length."
         )
-    data = check_arrays(x, torch.cat([y for _, y in pairs]), what=name)
+    if x.is_floating_point():
+        low, high = mapped.extremes(x)
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise UserError(
+                f"images of {name} run from {low:g} to {high:g}: expected [0, 1]. If its transform normalises, leave "
+                "that out and put it into the model: holdfast.importers.wrap(model, mean=..., std=...)."
+            )
+    y = torch.cat(labels)
+    if mapped.is_mapped(x):
+        few = check_arrays(x[:1], y[:1], what=name)  # of their type and range; all values have been looked at
+        if x.is_floating_point() and not math.isfinite(low + high):
+            raise UserError(f"x of {name} holds NaN or infinity: float must lie in [0, 1]. Clean the source first.")
+        data = Data(x, check_labels(y, len(x), None, name), torch.arange(len(x)), few.classes)
+    else:
+        data = check_arrays(x, y, what=name)
     names = given_names(classes, name) if classes else None
     if names is None:
         return data
     check_labels(data.y, len(data), names, name)
     return Data(data.x, data.y, data.index, tuple(names))
+
+
+def _clipped(x: Tensor) -> Tensor:
+    """Images as they are kept: floats as float32, and what rounding took out of [0, 1] put back."""
+    if not x.is_floating_point():
+        return x
+    low, high = mapped.extremes(x) if x.numel() else (0.0, 1.0)
+    return x.to(torch.float32).clamp(0, 1) if low >= -ROUNDING and high <= 1 + ROUNDING else x.to(torch.float32)
+
+
+def _guarded_parts(parts: Iterator[tuple[Tensor, Tensor]], name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parts; an error of the user's own data set in one sentence."""
+    while part := _guarded(lambda: list(islice(parts, 1)), name):
+        yield part[0]
 
 
 def _guarded(read: Callable[[], list[Any]], name: str) -> list[Any]:

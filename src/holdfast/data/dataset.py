@@ -55,11 +55,11 @@ class Data:
         x = mapped.take(self.x, rows, self.y.device)
         return replace(self, x=x, y=self.y[rows], index=self.index[rows])
 
-    def pixels(self, rows: Tensor) -> Tensor:
+    def pixels(self, rows: Tensor | slice) -> Tensor:
         """(M, C, H, W): images of some samples as a model takes them, on the device of the labels.
 
         Args:
-            rows: (M,) int64.
+            rows: (M,) int64, or a slice.
         """
         return pixels(mapped.take(self.x, rows, self.y.device))
 

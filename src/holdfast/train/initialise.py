@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..data import Data, pixels
+from ..data import Data
 from ..user_input import typed
 
 AFFINE = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -67,8 +67,8 @@ def measure_batch_norm(model: nn.Module, train: Data, batch_size: int, weights: 
 
 def _batches(train: Data, batch_size: int) -> Iterator[Tensor]:
     """Batches of about one size: a small rest would count as much as a full batch."""
-    for part in train.x.tensor_split(max(1, len(train) // batch_size)):
-        yield pixels(part)
+    for rows in torch.arange(len(train)).tensor_split(max(1, len(train) // batch_size)):
+        yield train.pixels(slice(int(rows[0]), int(rows[-1]) + 1))
 
 
 @contextmanager

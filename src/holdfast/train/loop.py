@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..data import Data, augment, pixels
 from ..data.arguments import AnyData
+from ..mapped import is_mapped, take
 from ..noise import Noise, TrainingStream
 from ..objectives import Schedule
 from ..progress import Progress, as_progress
@@ -220,11 +222,11 @@ def _epoch(
     means: list[Tensor] = []
     losses: list[Tensor] = []
     indices: list[Tensor] = []
-    for step, batch in enumerate(batches):
+    for step, (batch, x) in enumerate(zip(batches, _read_ahead(train, batches), strict=True)):
         fraction = (epoch + step / len(batches)) / config.epochs
         for group in optimizer.param_groups:
             group["lr"] = config.lr * SCHEDULES[config.schedule](fraction)
-        x, y = pixels(train.x.index_select(0, batch)), train.y[batch]
+        y = train.y[batch]
         if config.pad or config.flip:
             x = augment(x, rng, pad=config.pad, flip=config.flip)
         own = slice(rank, None, world)
@@ -249,6 +251,21 @@ def _epoch(
         indices.append(index)
     stacked = torch.stack(means)
     return stacked.to(torch.promote_types(stacked.dtype, torch.float32)), losses, indices  # bf16 is too coarse to log
+
+
+def _read_ahead(train: Data, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The images of each batch; those in a file are read while the network is at the batch before."""
+    if not is_mapped(train.x):
+        yield from (train.pixels(batch) for batch in batches)
+        return
+    on_cpu = [batch.cpu() for batch in batches]
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(take, train.x, on_cpu[0])
+        for batch in [*on_cpu[1:], None]:
+            x = ahead.result()
+            if batch is not None:
+                ahead = reader.submit(take, train.x, batch)
+            yield pixels(x.to(train.y.device))
 
 
 def _validated(

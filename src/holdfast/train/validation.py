@@ -50,9 +50,10 @@ def accuracy(model: Model, data: Data, batch_size: int = 1024) -> float:
     whole("batch_size", batch_size, 1)
     queried, correct = Queried(model), torch.zeros((), dtype=torch.int64, device=data.y.device)
     with frozen_eval(model), torch.no_grad():
-        for x, y in zip(data.x.split(batch_size), data.y.split(batch_size), strict=True):
-            logits = queried(pixels(x)).logits
-            correct += ((logits.argmax(1) == y) & logits.isfinite().all(1)).sum()
+        for start in range(0, len(data), batch_size):
+            rows = slice(start, start + batch_size)
+            logits = queried(data.pixels(rows)).logits
+            correct += ((logits.argmax(1) == data.y[rows]) & logits.isfinite().all(1)).sum()
     return float(correct) / len(data)
 
 
@@ -86,7 +87,7 @@ def robust_accuracy(
     queried = Queried(model)
     for start in range(0, len(data), batch_size):
         rows = slice(start, start + batch_size)
-        x, y = pixels(data.x[rows]), data.y[rows]
+        x, y = data.pixels(rows), data.y[rows]
         with fast_input_gradients(x.device):
             x_adv = pgd(model, x, y, threat, score=negative_margin, noise=noise[rows], steps=steps)
         with frozen_eval(model), torch.no_grad():
