@@ -13,11 +13,12 @@ from ..attacks.base import all_rows, score_and_grad
 from ..evaluation import differs_off_grid, is_8bit
 from ..importers.onnx import runtime_predictions
 from ..losses import Loss, negative_log_odds, negative_margin
+from ..mapped import is_mapped, take
 from ..noise import AuditStream
 from ..outputs import Model, Outputs, as_outputs
 from ..threat import Threat, column
 from .findings import CheckCount
-from .probe import Probe, Recapture, rescaled_cross_entropy
+from .probe import BATCH, Probe, Recapture, rescaled_cross_entropy
 
 NO_SURVIVOR = "there is no survivor without a certificate to try it on"
 FEW = 20  # survivors that a costly check looks at
@@ -215,12 +216,17 @@ def transfer_is_not_stronger(probe: Probe) -> CheckCount | str:
     """Adversarial images of the SCE network of the same seed break no survivor."""
     if probe.transfer_source is None:
         return "there is no SCE network of the same seed to take adversarial images from"
-    source = probe.transfer_source.to(probe.data.y.device)
-    survivors = torch.nonzero(~probe.broken)[:, 0]
-    rows = survivors[(source[survivors] != probe.x(survivors)).flatten(1).any(1)]
-    if len(rows) == 0:
+    source, device, parts = probe.transfer_source, probe.data.y.device, []
+    in_a_file, survivors = is_mapped(source), torch.nonzero(~probe.broken)[:, 0]
+    source = source if in_a_file else source.to(device)
+    for rows in survivors.split(BATCH if in_a_file else max(1, len(survivors))):
+        x, x_adv = probe.x(rows), take(source, rows, device)
+        moved = (x_adv != x).flatten(1).any(1)
+        if bool(moved.any()):
+            parts.append(probe.verify_candidates(rows[moved], x[moved], x_adv[moved]))
+    if not parts:
         return NO_SURVIVOR
-    broken = probe.verify_candidates(rows, probe.x(rows), source[rows])
+    broken = torch.cat(parts)
     k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"adversarial images of an SCE network break {k} of {n} survivors")
 

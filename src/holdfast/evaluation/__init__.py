@@ -143,7 +143,7 @@ def evaluate(
         proofs=proofs,
         precision=precision,
         pgd50=pgd50,
-        candidates=None if candidates is None else candidates.to(data.x.device),
+        candidates=candidates if candidates is None or is_mapped(candidates) else candidates.to(data.y.device),
         progress=report if Processes.current().is_first else silent,
         x_adv_file=None if file is None else images_file(file),
     )

@@ -47,14 +47,21 @@ def try_candidates(task: Task, state: State, processes: Processes) -> None:
     given = task.candidates
     if given is None or state.tried:
         return
-    changed = task.batches.map(
-        all_rows(task.data.y), lambda rows: (given[rows] != task.data.pixels(rows).to(given)).flatten(1).any(1)
-    )
+
+    def images(rows: Tensor) -> tuple[Tensor, Tensor]:
+        x = task.data.pixels(rows)
+        return x, mapped.take(given, rows, x.device).to(x)
+
+    def moved(rows: Tensor) -> Tensor:
+        x, candidates = images(rows)
+        return (candidates != x).flatten(1).any(1)
+
+    changed = task.batches.map(all_rows(task.data.y), moved)
     rows = torch.nonzero(state.open & torch.cat(changed))[:, 0]
 
     def batch(some: Tensor) -> None:
-        began, x = time.perf_counter(), task.data.pixels(some)
-        _, broken, outside = judge(task, state, BY_CANDIDATE, some, x, task.data.y[some], given[some].to(x))
+        began, (x, candidates) = time.perf_counter(), images(some)
+        _, broken, outside = judge(task, state, BY_CANDIDATE, some, x, task.data.y[some], candidates)
         counts = {"attacked": len(some), "broken": broken, "outside": outside, "candidates": len(some)}
         add_cost(task, state, "given", began, **counts)
 
