@@ -83,6 +83,8 @@ class DataCut:
 class Comparison:
     """What is compared, and how. Equal comparisons share an output folder and resume each other's work.
 
+    One with more losses or more seeds goes on in the folder of a smaller one, where that is named.
+
     Args:
         data: a name or path for ``data.load``.
         losses: loss specs such as "isce:s=10"; one row of the table each.
