@@ -33,8 +33,9 @@ def evaluate(
     attack: Annotated[
         str,
         option(
-            "Attacks that come after the suite, on what it left: an attack of yours, mine.py:step, or one of `holdfast "
-            "list`; settings after a colon, comma-separated: mine.py:step:steps=20,fab."
+            "Attacks that come after the suite, on what it left: an attack of yours, mine.py:step; one of `holdfast "
+            "list`; one of foolbox or torchattacks, foolbox:LinfPGD. Settings after a colon, comma-separated: "
+            "mine.py:step:steps=20,fab."
         ),
     ] = "",
     budget: Annotated[
