@@ -30,14 +30,7 @@ def evaluate(
     ],
     threat: o.OneThreat = "linf:0.1",
     suite: o.Suite = "standard",
-    attack: Annotated[
-        str,
-        option(
-            "Attacks that come after the suite, on what it left: an attack of yours, mine.py:step; one of `holdfast "
-            "list`; one of foolbox or torchattacks, foolbox:LinfPGD. Settings after a colon, comma-separated: "
-            "mine.py:step:steps=20,fab."
-        ),
-    ] = "",
+    attack: o.AddedAttacks = "",
     budget: Annotated[
         str,
         option(

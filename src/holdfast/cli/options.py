@@ -48,6 +48,15 @@ Suite = Annotated[
         "code of I-SCE, in the ball)."
     ),
 ]
+AddedAttacks = Annotated[
+    str,
+    option(
+        "Attacks that come after the suite, on what it left: an attack of yours, mine.py:step; one of `holdfast list`; "
+        "one of foolbox or torchattacks, foolbox:LinfPGD. Settings after a colon, comma-separated: "
+        "mine.py:step:steps=20,fab.",
+        "--attack",
+    ),
+]
 Proofs = Annotated[
     str,
     option(
