@@ -155,7 +155,7 @@ def _config(comparison: Comparison, split: Split) -> dict[str, Any]:
     if comparison.init_from:
         initial, place = initial_identity(comparison.init_from)
         config, paths = config | initial, paths | place
-    if models.is_own(comparison.model):
+    if models.is_own(comparison.model) or models.is_pretrained(comparison.model):
         config["model"], code, found = own_model_identity(comparison.model)
         config, paths = config | code, paths | found
     return {**config, **data, **({run_folder.PATHS: paths} if paths else {})}
