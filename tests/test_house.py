@@ -29,6 +29,7 @@ LAYERS = (
         "process_pool",
         "environment",
         "straight_through",
+        "optional_package",
     ),  # "": its version
     ("user_input",),
     ("threat", "spec", "io", "importers", "losses", "data"),

@@ -9,7 +9,8 @@ import typer
 
 OWN_MODEL = "Your own model"
 NETWORK = (
-    "A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2, with --data."
+    "A run folder of `holdfast train` or `compare`; or your own model with --data: mymodel.py:build, a .onnx, a .pt2, "
+    "timm:NAME, hf:NAME or hf:FOLDER."
 )
 RUN = "A run folder: the --out of `holdfast train`, or a folder in DIR/runs of `holdfast compare`."
 
@@ -46,6 +47,15 @@ Suite = Annotated[
         "Attack suite, by strength: quick, standard, paranoid. Also standard+loss (attacks the training loss too), "
         "per-attack (each attack on all images), explain (one change at a time), as-coded (the attack of the public "
         "code of I-SCE, in the ball)."
+    ),
+]
+AddedAttacks = Annotated[
+    str,
+    option(
+        "Attacks that come after the suite, on what it left: an attack of yours, mine.py:step; one of `holdfast list`; "
+        "one of foolbox or torchattacks, foolbox:LinfPGD. Settings after a colon, comma-separated: "
+        "mine.py:step:steps=20,fab.",
+        "--attack",
     ),
 ]
 Proofs = Annotated[
@@ -110,7 +120,11 @@ Folds = Annotated[
     int, option("Cross-validation folds. 0: the default of the data, 5 for digits and a single test set for others.")
 ]
 Network = Annotated[
-    str, option("A model of `holdfast list`, or mymodel.py:backbone. Default: by image size and device")
+    str,
+    option(
+        "A model of `holdfast list`; mymodel.py:backbone; or a pretrained one without its last layer, timm:NAME, "
+        "hf:NAME or hf:FOLDER. Default: by image size and device."
+    ),
 ]
 BatchSize = Annotated[int | None, option("Training batch size. Default: by data set.")]
 Optimizer = Annotated[str | None, option("adam, sgd (Nesterov) or momentum (classical). Default: by data set.")]
