@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ..progress import Progress, as_progress
 from ..run_folder import reserve
 from ..threat import Threat
 from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint, save_final, write_log
-from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config
+from .config import SCHEDULES, CollapseWarning, FitConfig, Fitted, best_epoch, collapse, expected_config
 from .distributed import accelerator_on, group_errors
 from .fast_kernels import InBfloat16, fast_input_gradients
 from .freeze import frozen_parts
@@ -79,6 +80,9 @@ def fit(
             folder holds another configuration or a checkpoint of another version, a loss is not finite (the message
             names the samples, and the last good checkpoint stays), the device cannot be used, a tracker is not
             installed or cannot start, or another process of the group was lost.
+
+    Warns:
+        CollapseWarning: robust validation accuracy fell in an epoch to less than half of what an earlier one had.
     """
     start_time, progress = time.perf_counter(), as_progress(progress)
     train, val, val_threat, out = check_arguments(train, val, objective, config, val_threat, out)
@@ -122,15 +126,16 @@ def fit(
             if accelerator.is_main_process:
                 tracked.epoch(line)
                 progress(_in_words(line), epoch + 1, config.epochs)
+                _warn_of_collapse(history, out)
         best = best_epoch(history)
-        weights = {"last": state.validated_weights(), **({"best": state.best} if best else {})}
-        epochs = {"last": config.epochs, "best": best or config.epochs}
-        state.model.load_state_dict(weights[config.checkpoint])
+        kept = best if best and config.checkpoint == "best" else config.epochs
+        weights = state.best if config.checkpoint == "best" else state.validated_weights()
+        state.model.load_state_dict(weights)
         state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as a loaded model is
         if out is not None and accelerator.is_main_process:
-            save_final(out, weights[config.checkpoint], epochs[config.checkpoint], seconds())
+            save_final(out, weights, kept, seconds())
         accelerator.wait_for_everyone()
-        return Fitted(out, tuple(history), seconds(), best, epochs[config.checkpoint])
+        return Fitted(out, tuple(history), seconds(), best, kept)
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,12 @@ def _resumed(out: Path | None, settings: dict[str, Any], state: _TrainingState) 
     return history, seconds
 
 
+def _warn_of_collapse(history: Sequence[dict[str, Any]], out: Path | None) -> None:
+    fallen = collapse(history)
+    if fallen is not None:
+        warnings.warn(f"{out.name}: {fallen}" if out else fallen, CollapseWarning, stacklevel=3)
+
+
 def _in_words(line: dict[str, Any]) -> str:
     """An epoch's log line, for a progress display."""
     text = f"epoch {line['epoch']}, loss {line['loss']:.4g}"
@@ -210,7 +221,8 @@ def _epoch(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One pass over the data; every random number depends on (seed, epoch) only.
 
-    Returns, without synchronising: (steps,) mean losses; and for each step its samples' losses and their numbers.
+    Returns, without synchronising: (steps,) mean losses; and for each step of the optimiser its samples' losses and
+    their numbers.
     """
     accelerator, optimizer = state.accelerator, state.optimizer
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -233,20 +245,25 @@ def _epoch(
         attacked, perturbed, parallel = _with_noise(state, config.noise_sigma, x, noise)
         with fast_input_gradients(device):
             x_adv = problem.perturb(attacked, x, y, noise)
-        with problem.weight_context(perturbed, x, x_adv, y):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = problem.loss(parallel, x, x_adv, y)
-            mean = loss.sum() * world / len(batch)  # gradients are averaged over processes: this is the batch's mean
-            if config.l1:
-                mean = mean + config.l1 * sum(p.abs().sum() for p in _decayed(state.model))
-            optimizer.zero_grad()
-            mean.backward()  # bf16 needs no loss scaling
-        optimizer.step()
-        if state.ema:
-            _update_ema(state.ema, state.model, config.ema)
-        means.append(mean.detach())
-        losses.append(loss.detach())
-        indices.append(index)
+        for replay in range(problem.replays):
+            if problem.replays > 1:  # its gradient comes with the weights'
+                x_adv = x_adv.detach().requires_grad_()
+            with problem.weight_context(perturbed, x, x_adv, y):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss = problem.loss(parallel, x, x_adv, y)
+                mean = loss.sum() * world / len(batch)  # gradients are averaged over processes: the batch's mean
+                if config.l1:
+                    mean = mean + config.l1 * sum(p.abs().sum() for p in _decayed(state.model))
+                optimizer.zero_grad()
+                mean.backward()  # bf16 needs no loss scaling
+            optimizer.step()
+            if state.ema:
+                _update_ema(state.ema, state.model, config.ema)
+            means.append(mean.detach())
+            losses.append(loss.detach())
+            indices.append(index)
+            if replay + 1 < problem.replays and x_adv.grad is not None:
+                x_adv = problem.advance(x_adv.detach(), x_adv.grad, x)
     stacked = torch.stack(means)
     return stacked.to(torch.promote_types(stacked.dtype, torch.float32)), losses, indices  # bf16 is too coarse to log
 
