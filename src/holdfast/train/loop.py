@@ -64,7 +64,7 @@ def fit(
         objective: the min-max problem, as a function of training progress in [0, 1).
         config: hyperparameters.
         val_threat: measure robust accuracy on val after each epoch (PGD-10 on the margin, first 1,000 images), log it
-            as val_robust, and choose the best epoch by it.
+            as val_robust, and choose the best epoch by it. CollapseWarning: it fell to less than half of the best.
         out: the run folder; without one nothing is written and nothing can be resumed.
         about: further entries of config.json, such as how the model is built (``run_folder.load`` reads "model").
         progress: None, or called after each epoch with its log line in words, the epochs done and all epochs.
@@ -80,9 +80,6 @@ def fit(
             folder holds another configuration or a checkpoint of another version, a loss is not finite (the message
             names the samples, and the last good checkpoint stays), the device cannot be used, a tracker is not
             installed or cannot start, or another process of the group was lost.
-
-    Warns:
-        CollapseWarning: robust validation accuracy fell in an epoch to less than half of what an earlier one had.
     """
     start_time, progress = time.perf_counter(), as_progress(progress)
     train, val, val_threat, out = check_arguments(train, val, objective, config, val_threat, out)
@@ -114,8 +111,8 @@ def fit(
             lr = config.lr * SCHEDULES[config.schedule](epoch / config.epochs)
             line = {"epoch": epoch + 1, "loss": float(means.mean()), "lr": lr, **measured}
             line["seconds"] = round(time.perf_counter() - epoch_start - measured.get("val_seconds", 0.0), 3)
-            line["best_epoch"] = best_epoch([*history, line])
             history.append(line)
+            line["best_epoch"] = best_epoch(history)
             if line["best_epoch"] == epoch + 1:
                 state.best.update(state.validated_weights())
             last = epoch + 1 == config.epochs
