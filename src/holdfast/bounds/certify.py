@@ -34,6 +34,7 @@ from .linear import (
     least,
     optimised,
     others,
+    put,
     take,
     upper_differences,
 )
@@ -408,14 +409,15 @@ class _Ladder:
     def crown(self, some: Tensor, part: Forward, inside: Region) -> None:
         """Lines over boxes that lines have tightened."""
         steps, margins = self.work.steps, self.margins[some]
-        tight = forward(steps, inside, refine=True, until=self.until)
+        tight = forward(steps, inside, refine=True, known=part, until=self.until)
+        self.found = put(self.found, some, tight)
         low = least(steps, tight, all_lines(steps, tight), inside, len(steps) - 1, margins)
         self.raise_to(some, low, tight, "crown")
 
     def alpha(self, some: Tensor, part: Forward, inside: Region) -> None:
-        """The same with optimised slopes, of inner operations too."""
+        """The same with optimised slopes, of inner operations too; it starts from the boxes of crown."""
         steps, margins = self.work.steps, self.margins[some]
-        tight = forward(steps, inside, refine=True, iterations=INNER, until=self.until)
+        tight = forward(steps, inside, refine=True, iterations=INNER, known=part, until=self.until)
         low = optimised(steps, tight, all_lines(steps, tight), inside, len(steps) - 1, margins)
         self.raise_to(some, low, tight, "alpha")
         if self.branches:
