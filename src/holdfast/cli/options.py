@@ -85,8 +85,8 @@ NoPgd50 = Annotated[bool, option("Leave PGD-50 and its column out.", "--no-pgd50
 Objective = Annotated[
     str,
     option(
-        "Training objective: standard, adversarial:steps=10, fast, trades:beta=6, mart, interval. Those that attack "
-        "also take awp=0.01 (adversarial weight perturbation)."
+        "Training objective: standard, adversarial:steps=10, fast, free:replays=4, friendly, trades:beta=6, mart, "
+        "interval. Those with an attack, but free, also take awp=0.01 (adversarial weight perturbation)."
     ),
 ]
 Information = Annotated[
