@@ -223,6 +223,9 @@ def _trained(config: dict[str, Any]) -> tuple[str, int] | None:
 
     A user's own model stands under the name of its file, with the seed of the evaluation.
     """
+    if run_folder.ENSEMBLE in config:
+        name, seed = config[run_folder.ENSEMBLE].get("name"), config.get("seed")
+        return (name, seed) if isinstance(name, str) and isinstance(seed, int) else None
     own = run_folder.MODEL_FILE in config
     loss = model_name(config.get(run_folder.PATHS, {}).get("model", "")) if own else config.get("loss")
     seed = config.get("seed") if own else config.get("fit", {}).get("seed")

@@ -25,6 +25,8 @@ from .io import RESTORE, inside, load_tensors, read_json, understood, write_atom
 from .user_input import typed
 
 MODEL_FILE = "model_file"  # the key of config.json that holds the ModelSource of a user's own model
+ENSEMBLE = "ensemble"  # the key of config.json for the members of several networks that were evaluated as one
+MEMBERS = "members"  # the folder of those networks' own folders, by number
 PATHS = "paths"  # the key of config.json for where data and code were found: no part of what the run is
 _FILES = (  # of a run, an evaluation or a bracket; env.json may be there first
     "checkpoint.safetensors", "model.safetensors", "log.jsonl", "train.json", "results.json", "witnesses.safetensors",
@@ -171,6 +173,7 @@ class RunConfig(TypedDict, total=False):
 
     model: _ModelArguments
     model_file: dict[str, Any]
+    ensemble: dict[str, Any]
     paths: _Paths
     code: str
     loss: str
@@ -211,7 +214,7 @@ def load(folder: str | Path, *, device: str = "cpu", run_code: bool = False) -> 
     """The network in a run folder, and its configuration.
 
     The folder is one that ``fit`` wrote with ``about["model"]``, the arguments of ``models.build``; or one that an
-    evaluation of a user's own model wrote: then that model is opened again.
+    evaluation of a user's own model or of an ensemble wrote: then that model, or its members, are opened again.
 
     Args:
         folder: the run folder.
@@ -229,6 +232,14 @@ def load(folder: str | Path, *, device: str = "cpu", run_code: bool = False) -> 
     folder = Path(folder)
     config = read_config(folder)
     path = folder / "config.json"
+    if ENSEMBLE in config:
+        with understood(path):
+            mean, count = config[ENSEMBLE]["mean"], len(config[ENSEMBLE]["members"])
+        folders = [folder / MEMBERS / str(k) for k in range(count)]
+        if any(ENSEMBLE in read_config(one) for one in folders):
+            raise UserError(f"{path} names an ensemble of ensembles, which holdfast does not write. {RESTORE}")
+        members = [load(one, device=device, run_code=run_code)[0] for one in folders]
+        return models.ensemble(members, mean).eval(), config
     if MODEL_FILE in config:
         return _open_model_file(folder, config, device, run_code), config
     if not (folder / "model.safetensors").exists():

@@ -23,10 +23,10 @@ from .options import option
 @app.command(rich_help_panel="Step by step", epilog=exits(three=THREE))
 def evaluate(
     model: Annotated[
-        str,
+        list[str],
         typer.Argument(
             help="A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2, "
-            "timm:NAME, hf:NAME or hf:FOLDER."
+            "timm:NAME, hf:NAME or hf:FOLDER. Several are evaluated as one, their average.",
         ),
     ],
     threat: o.OneThreat = "linf:0.1",
@@ -60,6 +60,7 @@ def evaluate(
     ] = None,
     data: o.OwnData = "",
     weights: o.Weights = "",
+    average: o.Average = "",
     input_range: o.InputRange = "",
     mean: o.Mean = "",
     std: o.Std = "",
@@ -101,7 +102,7 @@ def evaluate(
     }  # fmt: skip
     reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
     sizes: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked_of_pgd50(pgd50, no_pgd50)}
-    subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
+    subject = subjects_of(model, average, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     added = split(attack) if attack else []
     folder = out or default_folder(model, f"evaluation-THREAT-{suite}{names_of(added)}", threat)
     answer = run_evaluation(
@@ -161,6 +162,26 @@ def subject_of(
     )
 
 
+def subjects_of(
+    models: list[str], average: str, options: dict[str, str], *more: Any, seed: int, **settings: Any
+) -> Any:
+    """What opens one network, or the average of several; the options are those of each.
+
+    Raises:
+        UserError: as ``subject_of`` does; or weights for several networks, or what to average for a single one.
+    """
+    from ..experiments.evaluate_model import from_several
+
+    if len(models) == 1:
+        if average:
+            raise UserError("--average is for several networks, and one is named: leave it out, or name more.")
+        return subject_of(models[0], options, *more, seed=seed, **settings)
+    if options["weights"]:
+        raise UserError("--weights is for one network: write a build() for each that loads its own weights.")
+    opened = [subject_of(model, options, *more, seed=seed, **settings) for model in models]
+    return partial(from_several, opened, average or "probabilities", seed=seed)
+
+
 def names_of(added: list[str]) -> str:
     """Added attacks as a part of a folder's name, without the folders of their files.
 
@@ -170,13 +191,23 @@ def names_of(added: list[str]) -> str:
     return "".join("+" + re.sub(r"[^\w.=,-]", "_", re.sub(r"^.*/(?=[^/]*\.py)", "", one)) for one in added)
 
 
-def default_folder(model: str, what: str, threat: str) -> Path:
-    """Where the answer goes without --out: into the run folder, or for one's own model to out/NAME-WHAT."""
+def default_folder(model: str | list[str], what: str, threat: str) -> Path:
+    """Where the answer goes without --out: into the run folder, or for one's own model to out/NAME-WHAT.
+
+    For several networks it is out/NAME+NAME-WHAT, cut at 80 characters.
+    """
     from ..importers.model_file import is_model_file
     from ..importers.pretrained import is_pretrained, short_reference
 
-    name = threat_file_name(threat)
-    if is_model_file(model):
-        stem = re.sub(r"[:/]", "-", short_reference(model)) if is_pretrained(model) else Path(model).stem
-        return Path("out") / f"{stem}-{what.replace('THREAT', name).removeprefix('evaluation-')}"
-    return path("the run folder", model) / what.replace("THREAT", name)
+    ending = what.replace("THREAT", threat_file_name(threat))
+
+    def stem(one: str) -> str:
+        if is_pretrained(one):
+            return re.sub(r"[:/]", "-", short_reference(one))
+        return Path(one).stem if is_model_file(one) else Path(one).name
+
+    several = [model] if isinstance(model, str) else model
+    if len(several) > 1 or is_model_file(several[0]):
+        name = "+".join(stem(one) for one in several)[:80]
+        return Path("out") / f"{name}-{ending.removeprefix('evaluation-')}"
+    return path("the run folder", several[0]) / ending

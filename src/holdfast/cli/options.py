@@ -232,6 +232,10 @@ OwnData = Annotated[
 Weights = Annotated[
     str, option("A .safetensors file, or a .pt file (only its tensors are read).", rich_help_panel=OWN_MODEL)
 ]
+Average = Annotated[
+    str,
+    option("Of several networks: probabilities, or logits. Default: probabilities.", rich_help_panel=OWN_MODEL),
+]
 InputRange = Annotated[
     str,
     option("Range of the pixels that it expects: 0,1 or 0,255 or -1,1. Default: 0,1.", rich_help_panel=OWN_MODEL),

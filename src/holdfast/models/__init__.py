@@ -23,6 +23,7 @@ from ..user_input import text as checked_text
 from .cifar_preactresnet import CifarPreActResNet, with_statistics
 from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet, StepNet
 from .densenet import DenseNet
+from .ensemble import Ensemble, ensemble
 from .fastconvnet import FastConvNet
 from .fractalnet import FractalNet
 from .heads import HEADS
@@ -34,8 +35,8 @@ from .user_backbone import is_own, measured, own_backbone, own_code_hash
 from .wideresnet import WideResNet
 
 __all__ = [
-    "MODELS", "Classifier", "LogitsOnly", "build", "check", "default_model", "is_own", "is_pretrained", "logits_only",
-    "own_code_hash", "with_statistics",
+    "MODELS", "Classifier", "Ensemble", "LogitsOnly", "build", "check", "default_model", "ensemble", "is_own",
+    "is_pretrained", "logits_only", "own_code_hash", "with_statistics",
 ]  # fmt: skip
 
 MOST_PARAMETERS = 10**9  # 4 GB of weights, and three times that to train them
