@@ -10,6 +10,7 @@ kind of layer a Lipschitz constant, add a class and a line to ``LAYERS`` in ``la
 
 from __future__ import annotations
 
+from .cache import ProofCache
 from .certify import METHODS, ROWS, Certified, certify, cheaply_proved, why_not, worst_logit_difference
 from .graph import CannotBound
 from .interval import box_of, crown_ibp_bounds, interval_growth, logit_difference_bounds
@@ -22,6 +23,7 @@ __all__ = [
     "ROWS",
     "CannotBound",
     "Certified",
+    "ProofCache",
     "Smoothed",
     "box_of",
     "certify",
