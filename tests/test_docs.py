@@ -44,7 +44,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 FREE = {"tight", "loose", "refuted", "void"}  # words that may change with a machine's rounding
 INTERNAL = {
-    "__main__", "cli", "environment", "io", "outputs", "process_pool", "queries", "spec", "straight_through",
+    "__main__", "cli", "doctor", "environment", "io", "outputs", "process_pool", "queries", "spec", "straight_through",
     "user_input",
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ LAYERS = (
     ("user_input",),
     ("threat", "spec", "io", "importers", "losses", "data"),
     ("results", "attacks", "models", "queries"),
-    ("report", "bounds", "milp", "region", "run_folder"),
+    ("report", "bounds", "milp", "region", "run_folder", "doctor"),
     ("evaluation", "information", "replay"),
     ("checks", "objectives"),
     ("train",),

@@ -155,6 +155,8 @@ class _Paths(TypedDict, total=False):
     model: str
     weights: str
     data: str
+    init_from: str
+    loss: str
 
 
 class _Fit(TypedDict, total=False):
@@ -286,6 +288,32 @@ def own_code(config: dict[str, Any]) -> str:
     """The hash of the user's code that a loaded network consists of, as it is now; "" where there is none."""
     name = config["model"]["name"] if "model" in config else ""
     return models.own_code_hash(config.get(PATHS, {}).get("model", name)) if models.is_own(name) else ""
+
+
+def loss_of(folder: str | Path, config: dict[str, Any], run_code: bool) -> str:
+    """The spec of the loss that a run folder names, as ``experiments.loss_spec.parse`` takes it.
+
+    Args:
+        folder: the run folder.
+        config: as ``load`` returned it.
+        run_code: as for ``load``: a loss of the user's own is Python code, which parsing executes.
+
+    Returns:
+        The spec, with the path of the user's file where it has one.
+
+    Raises:
+        UserError: it names a file and ``run_code`` is False, or does not say where the file is.
+    """
+    path = Path(folder) / "config.json"
+    if "loss_code" not in config:
+        if ".py" in config["loss"].partition("+")[0]:
+            raise UserError(f"{path} names a loss of a file, {config['loss']}, and lacks its hash. {RESTORE}")
+        return str(config["loss"])
+    file = config.get(PATHS, {}).get("loss", "")
+    if not file or Path(file).name != config["loss"].partition(":")[0]:
+        raise UserError(f"{path} does not say where the file of the loss {config['loss']} is. {RESTORE}")
+    _allow_code(path, file, run_code)
+    return str(Path(file).parent / config["loss"])
 
 
 def _allow_code(config: Path, reference: str, run_code: bool) -> None:

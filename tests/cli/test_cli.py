@@ -45,6 +45,7 @@ COMMANDS = (
     "report",
     "replay",
     "list",
+    "doctor",
 )
 SMALL = ("--epochs", "2", "--batch-size", "32", "--suite", "tiny", "--device", "cpu")
 TINY_SUITE = (Stage("apgd", "apgd", settings={"steps": 3}),)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
 
 from holdfast.data import load
 from holdfast.data.arguments import as_data
@@ -100,6 +100,8 @@ class Palette(Pictures):
     ("given", "said"),
     [
         (DataLoader(TENSORS, shuffle=True), "pass shuffle=False"),
+        (DataLoader(TENSORS, sampler=SubsetRandomSampler(range(9))), "pass shuffle=False"),
+        (of_the_hub().with_transform(lambda rows: rows | {"image": [torch.rand(1, 8, 8)]}), "random augmentation"),
         (Augmented(), "random augmentation"),
         (DataLoader(Augmented()), "random augmentation"),
         (Broken(), "cannot be read: KeyError"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class Reading:
         shape: of an image.
         graph: of the network.
         steps: of the graph, in float64.
+        weights: copies of the model's parameters and buffers at that time, by name.
     """
 
     model: nn.Module
@@ -32,6 +34,25 @@ class Reading:
     shape: tuple[int, ...]
     graph: Graph
     steps: list[Step]
+    weights: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", {name: each.detach().clone() for name, each in _weights(self.model)})
+
+    def is_of(self, model: nn.Module, shape: tuple[int, ...], device: torch.device) -> bool:
+        """Whether it is still what reading this model for images of this shape on this device would give."""
+        if self.model is not model or self.shape != shape or self.graph.device != device:
+            return False
+        now = dict(_weights(model))
+        return now.keys() == self.weights.keys() and all(_same(now[name], old) for name, old in self.weights.items())
+
+
+def _weights(model: nn.Module) -> chain[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
 
 
 @dataclass(frozen=True)
@@ -70,9 +91,10 @@ class ProofCache:
 
     A stronger method then goes on where a weaker one ended: the network is read once, and no bound is computed twice.
     Give later calls what is left, since samples that are decided are not kept.
-    Samples are known by ``Data.index``; the boxes of another image, label or threat are never taken. The weights must
-    not change between the calls. Boxes are kept up to a number of bytes; those of the weakest methods are dropped
-    first, and what was dropped is computed again.
+    Samples are known by ``Data.index``; the boxes of another image, label or threat are never taken. Where a parameter
+    or a buffer of the model has changed, all is computed again; other state of the model must not change between the
+    calls. Boxes are kept up to a number of bytes; those of the weakest methods are dropped first, and what was dropped
+    is computed again.
 
     Args:
         most: bytes of boxes, at most.
@@ -86,7 +108,7 @@ class ProofCache:
     def read(self, model: nn.Module, shape: tuple[int, ...], device: torch.device) -> Reading | None:
         """The network as it was read for images of this shape on this device; None, and nothing is kept, otherwise."""
         known = self.reading
-        if known is not None and known.model is model and known.shape == shape and known.graph.device == device:
+        if known is not None and known.is_of(model, shape, device):
             return known
         self.reading = None
         self._places.clear()

@@ -29,6 +29,7 @@ from .linear import (
     least,
     optimised,
     others,
+    put,
     take,
     upper_differences,
 )
@@ -145,7 +146,6 @@ class Ladder:
         self.seconds = torch.zeros(len(rows), dtype=torch.float64)
         self.ended = torch.ones(len(rows), dtype=torch.bool)
         self.news = False  # whether anything is known that the cache does not hold
-        self.shared = True  # whether tensors of ``found`` may share memory, so that they are not written to
         self.x_adv: dict[int, Tensor] = {}
         self.costs: dict[str, ProofCost] = {}
         splits = any(isinstance(step, ReluStep) for step in work.steps)
@@ -159,6 +159,9 @@ class Ladder:
     def begin(self) -> None:
         """What earlier calls found of these images; and the boxes of the others, with what follows from them alone."""
         began, work, every = time.monotonic(), self.work, torch.arange(len(self.rows), device=self.x.device)
+        # Known images too: a network that answers otherwise than before is none that their boxes are of.
+        finite, logits, compared = compare_answers(work.asked, work.steps, work.graph.classes, self.x, self.region)
+        self.finite, self.correct = finite, logits.argmax(1) == self.y
         at, known = (every[:0], None) if work.cache is None else work.cache.get(self.index, self.y, self.region)
         if known is not None:
             self.bounds[at], self.level[at.cpu()] = known.low, known.level
@@ -166,14 +169,12 @@ class Ladder:
         if len(new) or known is None:
             self.news = True
             region = work.region(self.rows[new.cpu()])
-            finite, logits, compared = compare_answers(work.asked, work.steps, work.graph.classes, self.x[new], region)
-            self.finite[new], self.correct[new] = finite, logits.argmax(1) == self.y[new]
             boxes = forward(work.steps, region)
             self.cheap(new, boxes, region, compared, began)
             fresh = Undecided(self.y[new], self.bounds[new], self.level[new.cpu()], boxes, region)
             known = fresh if known is None else joined([known, fresh]).take(torch.cat([at, new]).argsort())
-            self.seconds[new.cpu()] += (time.monotonic() - began) / max(1, len(new))
         self.found = known.found
+        self.seconds += (time.monotonic() - began) / max(1, len(self.rows))
 
     def keep(self) -> None:
         """Leave to later calls what is known of the images that are left."""
@@ -235,7 +236,7 @@ class Ladder:
             part, inside = take(self.found, self.region, some)
             tight = method(some, part, inside, until)
             if tight is not part:
-                self.tighten(some, tight)
+                self.found = put(self.found, some, tight)
             if time.monotonic() > until:  # it was cut short, or would have been
                 self.ended[some.cpu()] = (self.bounds[some].amin(1) > 0).cpu()
             else:
@@ -243,18 +244,6 @@ class Ladder:
             numbers = some.tolist()
             self.seconds[numbers] += (time.monotonic() - start) / len(some)
             self.count(METHODS[level], numbers, start)
-
-    def tighten(self, some: Tensor, tight: Forward) -> None:
-        """Keep tighter boxes of some images, for the methods after this one."""
-        if self.shared:
-            self.found, _ = take(self.found, self.region, torch.arange(len(self.rows), device=self.x.device))
-            self.shared = False
-        for box, better in zip(self.found.boxes, tight.boxes, strict=True):
-            box.lo[some], box.hi[some] = better.lo, better.hi
-        for error, smaller in zip(self.found.errors, tight.errors, strict=True):
-            if error is not None and smaller is not None:
-                error[some] = smaller
-        self.found.unbounded[some] = tight.unbounded
 
     def linear(self, some: Tensor, part: Forward, inside: Region, until: float) -> Forward:
         """Lines over boxes."""

@@ -339,6 +339,22 @@ def take(found: Forward, region: Region, chosen: Tensor) -> tuple[Forward, Regio
     return part, inside
 
 
+def put(found: Forward, chosen: Tensor, part: Forward) -> Forward:
+    """The boxes of all images, with those of a part in the place of the chosen ones."""
+
+    def placed(whole: Tensor, new: Tensor) -> Tensor:
+        return whole.index_copy(0, chosen, new)
+
+    boxes = [
+        Box(placed(one.lo, new.lo), placed(one.hi, new.hi)) for one, new in zip(found.boxes, part.boxes, strict=True)
+    ]
+    errors = [
+        one if one is None or new is None else placed(one, new)
+        for one, new in zip(found.errors, part.errors, strict=True)
+    ]
+    return Forward(boxes, errors, placed(found.unbounded, part.unbounded))
+
+
 def take_lines(lines: Lines, chosen: Tensor) -> Lines:
     """The lines of some images."""
     return Lines(

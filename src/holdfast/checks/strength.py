@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from .findings import CheckCount
 from .probe import Probe, Recapture, rescaled_cross_entropy
 
 NO_SURVIVOR = "there is no survivor without a certificate to try it on"
-FEW, FIRST = 20, 8  # survivors that a costly check looks at: the first ones, and the others if one of these breaks
+FEW = 20  # survivors that a costly check looks at
 RAYS_STEPS, SQUARE_STEPS, NOISE_STEPS = 200, 100, 40  # queries of the attacks without gradients
 MD_TARGETS = 9  # likeliest wrong classes that margin decomposition tries
 MOST_FEATURES = 2**24  # numbers that the planted examples hold at once, 128 MiB in float64
@@ -115,9 +114,7 @@ def labels_alone_break_no_survivor(probe: Probe) -> CheckCount | str:
         return NO_SURVIVOR
     if probe.threat.norm not in ATTACKS["rays"].norms:
         return f"rays is not defined for {probe.threat.norm}"
-    broken = _first_then_all(
-        rows, FIRST, lambda some: probe.attack("rays", some, SCORES["margin"], AuditStream.RAYS, steps=RAYS_STEPS)
-    )
+    broken = probe.attack("rays", rows, SCORES["margin"], AuditStream.RAYS, steps=RAYS_STEPS)
     k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"RayS, which reads labels alone, breaks {k} of {n} survivors")
 
@@ -131,25 +128,10 @@ def decomposing_the_margin_breaks_no_survivor(probe: Probe) -> CheckCount | str:
     rows = probe.survivors[:FEW]
     if len(rows) == 0:
         return NO_SURVIVOR
-
-    def breaks(some: Tensor) -> Tensor:
-        return _towards_each(
-            probe, "md", some, SCORES["margin"], AuditStream.MARGIN_DECOMPOSITION, MD_TARGETS, steps=10
-        )
-
-    broken = _first_then_all(rows, FIRST, breaks)
+    stream = AuditStream.MARGIN_DECOMPOSITION
+    broken = _towards_each(probe, "md", rows, SCORES["margin"], stream, MD_TARGETS, steps=10)
     k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"margin decomposition towards every class breaks {k} of {n} survivors")
-
-
-def _first_then_all(rows: Tensor, first: int, breaks: Callable[[Tensor], Tensor]) -> Tensor:
-    """Which samples an attack breaks: the first ones are tried, and the others only if one of these breaks.
-
-    Returns:
-        bool, one entry for each sample tried.
-    """
-    broken = breaks(rows[:first])
-    return torch.cat([broken, breaks(rows[first:])]) if len(rows) > first and bool(broken.any()) else broken
 
 
 def _towards_each(
@@ -402,15 +384,15 @@ def recapture(probe: Probe) -> Recapture:
 def _recapture(probe: Probe) -> Recapture:
     if len(probe.survivors) == 0:
         return Recapture(0, 0, 0, 0)
-    runs: list[Tensor] = []
 
     def both(rows: Tensor) -> Tensor:
         first = _towards_each(probe, "apgd", rows, SCORES["dlr"], AuditStream.RECAPTURE_APGD, 2, steps=25)
         stream, step = AuditStream.RECAPTURE_PGD, probe.threat.eps / 8
         second = probe.attack("pgd", rows, negative_log_odds, stream, steps=25, step_size=step, restarts=2)
-        runs.append(torch.stack([first, second]))
-        return first | second
+        return torch.stack([first, second])
 
-    tested = _first_then_all(probe.survivors, probe.tested, both)
-    first, second = torch.cat(runs, 1)
-    return Recapture(int(first.sum()), int(second.sum()), int((first & second).sum()), len(tested))
+    runs, rest = both(probe.survivors[: probe.tested]), probe.survivors[probe.tested :]
+    if len(rest) and bool(runs.any()):
+        runs = torch.cat([runs, both(rest)], 1)
+    first, second = runs
+    return Recapture(int(first.sum()), int(second.sum()), int((first & second).sum()), runs.shape[1])

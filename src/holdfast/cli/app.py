@@ -43,6 +43,7 @@ Existing results
   holdfast report DIR DIR        one page for several results
   holdfast replay DIR            re-check the stored adversarial examples
   holdfast list                  losses, attacks, models, data sets, checks
+  holdfast doctor                what is installed, which device, what to do
 
 All options: holdfast --help, holdfast COMMAND --help
 """

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ def fit_from(
     augment: str | None,
     checkpoint: str | None,
     settings: str = "",
+    freeze: str = "",
 ) -> FitConfig:
     """The data set's default training configuration, with the options that were given in place of its own."""
     from ..experiments.config import changed_fit
@@ -58,7 +59,7 @@ def fit_from(
     from ..spec import augmentation, parse
 
     given = {"epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr, "weight_decay": weight_decay}
-    fit = override(fit_for(data), **given, checkpoint=checkpoint, **augmentation(augment))
+    fit = override(fit_for(data), **given, checkpoint=checkpoint, freeze=freeze or None, **augmentation(augment))
     return changed_fit(fit, parse(f"fit:{settings}")[1], "--fit") if settings else fit
 
 
@@ -141,6 +142,7 @@ def run_evaluation(
     pgd50: int | None = None,
     batch_size: int | None = None,
     gate: Gate | None = None,
+    added: Sequence[str] = (),
 ) -> tuple[Results, OutputFile, str] | None:
     """Evaluate one network and show its progress.
 
@@ -159,6 +161,7 @@ def run_evaluation(
         pgd50: how many samples PGD-50 attacks; None for all, 0 for none.
         batch_size: of the attacks.
         gate: what is required of the answer; refused before the work where the answer cannot have it.
+        added: attacks that come after the suite.
 
     Returns:
         (results, its page, why nothing is certified or ""); None in all but the first of several torchrun processes.
@@ -190,6 +193,7 @@ def run_evaluation(
             precision=precision,
             pgd50=pgd50,
             batch_size=batch_size,
+            added=added,
             progress=partial(display.progress, subject.name),
             command=command_line(),
         )

@@ -40,6 +40,8 @@ def compare(
     augment: o.Augment = None,
     checkpoint: o.Checkpoint = None,
     fit_settings: o.FitSettings = "",
+    init_from: o.InitFrom = "",
+    freeze: o.Freeze = "",
     jobs: o.Jobs = 0,
     device: o.Device = "auto",
     out: o.Out = None,
@@ -73,7 +75,7 @@ def compare(
     from ..results import rows
 
     gate = read_gate("compare", require, junit)
-    fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint, fit_settings)
+    fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint, fit_settings, freeze)
     chosen: dict[str, Any] = {"losses": tuple(spec.split(losses))} if losses else {}
     comparison = Comparison(
         data=data,
@@ -94,6 +96,7 @@ def compare(
         label_column=label_column,
         convert=convert,
         resize=resize,
+        init_from=init_from,
         fit=fit,
         **chosen,
     ).checked()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..spec import name_list, numbers, share, threat_file_name
+from ..spec import name_list, numbers, share, split, threat_file_name
 from ..user_input import path
 from . import options as o
 from .app import app, exits
@@ -29,6 +30,13 @@ def evaluate(
     ],
     threat: o.OneThreat = "linf:0.1",
     suite: o.Suite = "standard",
+    attack: Annotated[
+        str,
+        option(
+            "Attacks that come after the suite, on what it left: an attack of yours, mine.py:step, or one of `holdfast "
+            "list`; settings after a colon, comma-separated: mine.py:step:steps=20,fab."
+        ),
+    ] = "",
     budget: Annotated[
         str,
         option(
@@ -99,11 +107,11 @@ def evaluate(
     reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
     sizes: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked_of_pgd50(pgd50, no_pgd50)}
     subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
-    folder = out or default_folder(model, f"evaluation-THREAT-{suite}", threat)
+    added = split(attack) if attack else []
+    folder = out or default_folder(model, f"evaluation-THREAT-{suite}{names_of(added)}", threat)
     answer = run_evaluation(
-        subject, threat, suite, folder,
-        seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget, proofs=proofs, batch_size=batch_size,
-        gate=gate, **sizes,
+        subject, threat, suite, folder, seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget,
+        proofs=proofs, batch_size=batch_size, gate=gate, added=added, **sizes,
     )  # fmt: skip
     if answer is None:
         return
@@ -155,6 +163,15 @@ def subject_of(
     return partial(
         from_file, source, options["data"], loss=loss, limit=limit, seed=seed, reading=reading, classes=classes
     )
+
+
+def names_of(added: list[str]) -> str:
+    """Added attacks as a part of a folder's name, without the folders of their files.
+
+    >>> names_of(["lib/mine.py:step:steps=3", "fab"])
+    '+mine.py_step_steps=3+fab'
+    """
+    return "".join("+" + re.sub(r"[^\w.=,-]", "_", re.sub(r"^.*/(?=[^/]*\.py)", "", one)) for one in added)
 
 
 def default_folder(model: str, what: str, threat: str) -> Path:

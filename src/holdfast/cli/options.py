@@ -31,10 +31,13 @@ Losses = Annotated[
     str | None,
     option(
         "Loss specs, comma-separated: sce,isce:s=10,mmc,cosface:m=0.2,scale=15. A part with = continues the spec "
-        "before it. Braces try values in turn: 'isce:s={0,1,3,10}'. Default: seven losses."
+        "before it. Braces try values in turn: 'isce:s={0,1,3,10}'. A loss of yours: mine.py:hinge. Default: seven "
+        "losses."
     ),
 ]
-OneLoss = Annotated[str, option("Loss spec: isce:s=10; with another head after @: isce:s=2@cosine.")]
+OneLoss = Annotated[
+    str, option("Loss spec: isce:s=10; with another head after @: isce:s=2@cosine; a loss of yours: mine.py:hinge.")
+]
 OneThreat = Annotated[str, option(THREAT + "Examples: linf:0.1, linf:8/255, l2:1.5.")]
 Threats = Annotated[str, option(THREAT + "Comma-separated for several: linf:0.1,l2:1.5.")]
 Suite = Annotated[
@@ -128,11 +131,24 @@ FitSettings = Annotated[
         "--fit",
     ),
 ]
+InitFrom = Annotated[
+    str,
+    option(
+        "Begin with the weights of a run folder or a weights file. The backbone must fit; another head stays new.",
+    ),
+]
+Freeze = Annotated[
+    str,
+    option(
+        "Leave parameters of these names as they are, and the statistics of their batch norms: 'backbone.*'. Several "
+        "with | between."
+    ),
+]
 Jobs = Annotated[int, option("Networks trained in parallel; 0: one per CPU core, or one on a GPU.")]
 Quiet = Annotated[bool, option("Print the result only, no progress.", "--quiet", "-q")]
 AsJson = Annotated[bool, option("Print one JSON document on stdout; progress goes to stderr.", "--json")]
 RunCode = Annotated[
-    bool, option("Execute the Python file that the folder names, such as mymodel.py. Read it first.", "--run-code")
+    bool, option("Execute the Python files that the folder names, such as mymodel.py. Read them first.", "--run-code")
 ]
 Device = Annotated[str, option("cpu, cuda, cuda:1 or mps. auto: cuda if available, else cpu.")]
 Out = Annotated[

@@ -38,6 +38,8 @@ def train(
     augment: o.Augment = None,
     checkpoint: o.Checkpoint = None,
     fit_settings: o.FitSettings = "",
+    init_from: o.InitFrom = "",
+    freeze: o.Freeze = "",
     device: o.Device = "auto",
     track: o.Track = "",
     quiet: o.Quiet = False,
@@ -58,10 +60,10 @@ def train(
         if loss not in ("sce", "isce"):
             raise UserError(f"--s belongs to I-SCE: leave --loss out, or write isce:s={s}@HEAD, not --loss {loss}.")
         loss = f"isce:s={s}"
-    fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint, fit_settings)
+    fit = fit_from(data, epochs, batch_size, optimizer, lr, weight_decay, augment, checkpoint, fit_settings, freeze)
     comparison = Comparison(
         data=data, losses=(loss,), threat=threat, objective=objective, model=model, limit_train=limit_train, fit=fit,
-        image_column=image_column, label_column=label_column, convert=convert, resize=resize,
+        image_column=image_column, label_column=label_column, convert=convert, resize=resize, init_from=init_from,
     ).checked()  # fmt: skip
     Threat.parse(threat)  # one, unlike a comparison's
     if fold and comparison.folds <= 1:
@@ -74,13 +76,13 @@ def train(
     with aside(as_json), Display(quiet) as display, tracking_of(job, trackers) as tracked:
         _, trained, _ = train_network(job, progress=partial(display.progress, out.name), track=tracked)
     if as_json:
-        print_json({"run": str(out), "loss": loss, **asdict(trained)})
+        print_json({"run": str(out), "loss": job.loss.text, **asdict(trained)})
         return
     screen.print(
-        f"{loss}: train accuracy {percent_text(trained.accuracy)}, validation {percent_text(trained.val)}, "
+        f"{job.loss.text}: train accuracy {percent_text(trained.accuracy)}, validation {percent_text(trained.val)}, "
         f"{trained.epochs} epochs in {trained.seconds} s.",
         soft_wrap=True,
     )
     if not quiet:
-        code = " --run-code" if models.is_own(trained.model or "") else ""
+        code = " --run-code" if models.is_own(trained.model or "") or job.loss.file else ""
         screen.print(f"next: holdfast evaluate {shlex.quote(str(out))} --threat {threat}{code}", soft_wrap=True)

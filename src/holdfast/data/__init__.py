@@ -26,7 +26,7 @@ from .arrays import check_arrays, check_source
 from .dataset import Data, DataWarning, Source, Split, augment, pixels, standardisation
 from .folders import IMAGE_SUFFIXES, SPLITS, find
 from .images import Reading
-from .readers import digits, hub, image_folder, moons, parquet
+from .readers import cache_file, digits, hub, image_folder, moons, parquet
 from .splits import FOLD_SEED, LIMIT_SEED, split_source
 
 __all__ = [
@@ -89,6 +89,7 @@ class DatasetEntry:
         pad: suitable augmentation: pixels of padding before a random crop.
         flip: suitable augmentation: mirror images.
         folds: number of folds that test every sample once; 1 with an official test split.
+        repo: "owner/name" on the hub; "" for data that needs no download.
     """
 
     read: Callable[[Reading], Source]
@@ -96,6 +97,16 @@ class DatasetEntry:
     pad: int
     flip: bool
     folds: int = 1
+    repo: str = ""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it can be read without a network: embedded, or downloaded and decoded before."""
+        return not self.repo or cache_file(f"hub:{self.repo}").exists()
+
+
+def _from_hub(repo: str, about: str, pad: int, flip: bool) -> DatasetEntry:
+    return DatasetEntry(partial(hub, repo), about, pad, flip, repo=repo)
 
 
 DATASETS: dict[str, DatasetEntry] = {
@@ -105,12 +116,8 @@ DATASETS: dict[str, DatasetEntry] = {
     "moons": DatasetEntry(
         moons, "3,000 points of two half circles, as images of 1x2 pixels, for plots; no download", 0, False
     ),
-    "mnist": DatasetEntry(
-        lambda reading: hub("ylecun/mnist", reading), "70,000 handwritten digits, 28x28 grey, from the hub", 2, False
-    ),
-    "cifar10": DatasetEntry(
-        lambda reading: hub("uoft-cs/cifar10", reading), "60,000 photographs, 32x32 RGB, from the hub", 4, True
-    ),
+    "mnist": _from_hub("ylecun/mnist", "70,000 handwritten digits, 28x28 grey, from the hub", 2, False),
+    "cifar10": _from_hub("uoft-cs/cifar10", "60,000 photographs, 32x32 RGB, from the hub", 4, True),
 }
 
 

@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from ..errors import UserError, type_of
 from . import load
@@ -18,6 +25,7 @@ from .arrays import ROUNDING, check_arrays, check_labels, given_names
 from .columns import IMAGE_NAMES, LABEL_NAMES
 from .dataset import Data, Split
 
+SHUFFLES = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 IMAGE_KEYS = (*IMAGE_NAMES, "pixel_values")  # the last as Hugging Face processors name it
 
 
@@ -45,6 +53,7 @@ def collect(data: Any, name: str, which: str) -> Any:
         _check_fixed(data.dataset, data.sampler, name)
         return _stack(_batches(data, name), _class_names(data.dataset), name)
     if hasattr(data, "column_names") and hasattr(data, "features") and isinstance(data, Iterable):  # Hugging Face
+        _check_fixed(data, None, name)
         return _stack((_single(item, name) for item in data), _class_names(data), name)
     if isinstance(data, Dataset):
         _check_fixed(data, None, name)
@@ -55,9 +64,9 @@ def collect(data: Any, name: str, which: str) -> Any:
 
 def _check_fixed(dataset: Any, sampler: Any, name: str) -> None:
     """Refuse a source that gives other samples each time it is read: adversarial examples are stored by number."""
-    if isinstance(sampler, RandomSampler | WeightedRandomSampler):
+    if isinstance(sampler, SHUFFLES):
         raise UserError(f"{name} is a DataLoader that shuffles, so its samples have no number: pass shuffle=False.")
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__") or not len(dataset):
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not len(dataset):
         return
     first, again = _guarded(lambda: [_single(dataset[0], name)[0] for _ in range(2)], name)
     if first.shape != again.shape or not torch.equal(first, again):

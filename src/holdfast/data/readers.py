@@ -69,6 +69,24 @@ def _assemble(
     return source, not any(part.refers for part in parts)
 
 
+def cache_folder() -> Path:
+    """Where decoded data is cached: $HOLDFAST_CACHE, by default ~/.cache/holdfast."""
+    return Path(os.environ.get("HOLDFAST_CACHE") or "~/.cache/holdfast").expanduser()
+
+
+def cache_file(origin: str) -> Path:
+    """The file that a data set is cached in.
+
+    Args:
+        origin: the absolute path of the source, or hub:owner/name.
+
+    Returns:
+        The path; nothing need be there.
+    """
+    stem = re.sub(r"[^\w.-]+", "-", Path(origin).name) + "-" + hashlib.sha256(os.fsencode(origin)).hexdigest()[:12]
+    return cache_folder() / f"{stem}.safetensors"
+
+
 def _cached(
     root: str | Path, files: Sequence[Path], reading: Reading, build: Callable[[], tuple[Source, bool]]
 ) -> Source:
@@ -82,8 +100,7 @@ def _cached(
     key = hashlib.sha256(
         json.dumps(["2", origin, stats, asdict(reading)]).encode()
     ).hexdigest()  # "2": increment when the format changes
-    stem = re.sub(r"[^\w.-]+", "-", Path(origin).name) + "-" + hashlib.sha256(os.fsencode(origin)).hexdigest()[:12]
-    path = Path(os.environ.get("HOLDFAST_CACHE") or "~/.cache/holdfast").expanduser() / f"{stem}.safetensors"
+    path = cache_file(origin)
     try:
         with safetensors.safe_open(path, "pt") as cached:
             meta = cached.metadata() or {}

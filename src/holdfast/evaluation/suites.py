@@ -63,7 +63,7 @@ class Stage:
             the stage a stream of its own.
         subset: a key of SUBSETS: which samples are attacked.
         fraction: for "nearest", "next" and "escalated", the fraction of survivors in (0, 1] that is taken.
-        round: a stage of round r > 1 runs only if a stage of round r - 1, broke a sample.
+        round: a stage of round r > 1 runs only if a stage of round r - 1 broke a sample.
         after: name of a stage or a key of SUBSETS: this one runs only if that stage, or a stage on that subset, broke a
             sample. "" for no condition.
         on_grid: query the model at points rounded to the 8-bit grid; gradients pass through the rounding.

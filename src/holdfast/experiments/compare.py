@@ -6,6 +6,7 @@ Every network has a run folder of its own. What was finished when a command was 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..user_input import typed
 from .collect import TrainedNetwork, collect
 from .config import Comparison, DataCut, Job, default_out, own_model_identity
 from .expected import expected_of_all
+from .initial_weights import InitialWeightsWarning, initial_identity, initialise
 from .pipeline import (
     EVALUATED_FILE,
     EVALUATION_FILE,
@@ -112,6 +114,8 @@ def _try_out(comparison: Comparison, device: str) -> Split:
     run_folder.check_device(device)
     split = comparison.cut(0).load(comparison.data)
     models.build(comparison.model or models.default_model(split.shape, device), split.shape, len(split.classes))
+    for job in comparison.jobs("", device)[: len(comparison.losses)] if comparison.init_from else ():
+        initialise(models.build(**job.model_arguments(split)), comparison.init_from)
     return split
 
 
@@ -143,6 +147,11 @@ def _config(comparison: Comparison, split: Split) -> dict[str, Any]:
     config: dict[str, Any] = comparison.to_json()
     data, paths = run_folder.data_identity(comparison.data, split)
     del config["data"]
+    if codes := {row.text: row.code for row in comparison.loss_specs if row.file}:
+        config["loss_code"] = codes
+    if comparison.init_from:
+        initial, place = initial_identity(comparison.init_from)
+        config, paths = config | initial, paths | place
     if models.is_own(comparison.model):
         config["model"], code, found = own_model_identity(comparison.model)
         config, paths = config | code, paths | found
@@ -176,8 +185,9 @@ def _train_and_evaluate(job: Job, progress: JobProgress, tracked: Tracking) -> N
     def report(what: str, done: int, total: int) -> None:
         progress(job.name, what, done, total)
 
-    # ``compare`` has said how long all of them take.
-    model, _, split = train_network(job, progress=report, announce=False, track=tracked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InitialWeightsWarning)  # ``compare`` has said it of all, and how long they take
+        model, _, split = train_network(job, progress=report, announce=False, track=tracked)
     comparison, key = job.comparison, _key(job, split)
     sce = _transfer_job(job)
     answers: dict[Threat, NetworkResult] = {}

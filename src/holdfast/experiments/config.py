@@ -25,11 +25,12 @@ from ..threat import Threat
 from ..train import FitConfig, fit_to_json
 from ..user_input import MOST, check_fields, number, typed, whole
 from . import loss_spec
+from .initial_weights import initial_identity
 from .loss_spec import LossSpec
 
 MOST_SEEDS = 10_000  # networks per loss
 # Settings that a stored comparison names only where they are not the default: folders of before they were there resume.
-_LATER = ("proofs", "precision", "pgd50", "image_column", "label_column", "convert", "resize")
+_LATER = ("proofs", "precision", "pgd50", "image_column", "label_column", "convert", "resize", "init_from")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Comparison:
         label_column: of a table of images; "" to find it.
         convert: "rgb" or "grey", or "" for images as they are.
         resize: N for images of N x N, or 0 for images as they are.
+        init_from: a run folder or a weights file whose weights every network begins with, as for ``load_initial``; ""
+            for weights drawn from the seed.
         fit: how each network is trained.
     """
 
@@ -124,6 +127,7 @@ class Comparison:
     label_column: str = ""
     convert: str = ""
     resize: int = 0
+    init_from: str = ""
     fit: FitConfig = field(default_factory=FitConfig)
 
     @cached_property
@@ -179,6 +183,8 @@ class Comparison:
         number("precision", self.precision, 0, 1, above=True)
         if self.pgd50 is not None:
             whole("pgd50", self.pgd50)
+        if self.init_from and any(fit_config(self, row).init != "default" for row in self.loss_specs):
+            raise UserError("init=interval draws weights anew, and init_from brings some: leave one of them out.")
         if self.model:
             models.check(self.model)
         if self.eval_split not in ("test", "val"):
@@ -187,7 +193,11 @@ class Comparison:
             whole(name, getattr(self, name), int(name == "seeds"), MOST_SEEDS if name == "seeds" else MOST)
         for row in self.loss_specs:
             fit_config(self, row, self.first_seed + self.seeds)  # the last seed is one too
-        return replace(self, losses=tuple(names), folds=self.folds or data.default_folds(self.data))
+        return replace(
+            self,
+            losses=tuple(row.reference for row in self.loss_specs),
+            folds=self.folds or data.default_folds(self.data),
+        )
 
     def cut(self, fold: int) -> DataCut:
         """How the data of a fold is cut. Cross-validated data is evaluated whole: each sample is once a test sample."""
@@ -203,7 +213,8 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """What identifies the comparison, as its folder keeps it; without later settings that are the default."""
-        every = {**asdict(self), "fit": fit_to_json(self.fit)}
+        losses = [row.text for row in self.loss_specs]
+        every = {**asdict(self), "losses": losses, "fit": fit_to_json(self.fit)}
         later = {f.name: f.default for f in fields(self) if f.name in _LATER}
         return {
             key: value
@@ -280,16 +291,21 @@ class Job:
         """
         model = self.model_arguments(split)
         data, paths = run_folder.data_identity(self.comparison.data, split)
+        initial, place = initial_identity(self.comparison.init_from)
+        paths = paths | place
         code: dict[str, str] = {}
+        if self.loss.file:
+            code, paths = {"loss_code": self.loss.code}, paths | {"loss": self.loss.file}
         if models.is_own(model["name"]):
-            model["name"], code, found = own_model_identity(model["name"])
-            paths = paths | found
+            model["name"], own, found = own_model_identity(model["name"])
+            code, paths = code | own, paths | found
         return {
             "model": model,
             "loss": self.loss.text,
             "objective": self.loss.objective or self.comparison.objective,
             **data,
             **code,
+            **initial,
             "cut": self.cut.to_json(),
             **({"threat": self.comparison.threat} if self.is_adversarial else {}),
             **({} if self.loss.logit_scale == 1 else {"logit_scale": self.loss.logit_scale}),

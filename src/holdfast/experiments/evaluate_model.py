@@ -31,6 +31,7 @@ from ..results import PRECISION, Results
 from ..threat import Threat
 from ..user_input import number, typed, whole
 from . import loss_spec
+from .added_attacks import added_stages, try_stages
 from .collect import TrainedNetwork, collect
 from .config import DataCut
 from .loss_spec import LossSpec
@@ -125,9 +126,10 @@ def from_run(run: str | Path, *, limit: int = 1000, device: str = "cpu", run_cod
     if not {"cut", "loss", "fit"} <= config.keys():
         raise UserError(f"{run / 'config.json'} does not say which data and loss the network was trained with.")
     data = run_folder.data_of(run, config)
+    reference = run_folder.loss_of(run, config, run_code)
     with understood(run / "config.json"):
         cut = replace(DataCut.from_json(config["cut"]), eval_split="test")  # chosen on val, evaluated on test
-        loss = loss_spec.parse(config["loss"])
+        loss = loss_spec.parse(reference)
     if cut.fold is None:
         cut = replace(cut, limit=limit or None)
     split = cut.load(data)
@@ -143,17 +145,18 @@ def from_run(run: str | Path, *, limit: int = 1000, device: str = "cpu", run_cod
         cut=cut,
         split=split,
         folder=run,
-        about=_identity(model, split, code),
-        code=code,
+        about=_identity(model, split, code, loss),
+        code=f"{code} {loss.code}".strip(),
         trained=TrainSummary.load(run),
     )
 
 
-def _identity(model: nn.Module, split: Split, code: str) -> dict[str, Any]:
-    """What identifies a network and its data, wherever they are."""
+def _identity(model: nn.Module, split: Split, code: str, loss: LossSpec) -> dict[str, Any]:
+    """What identifies a network and its data, wherever they are; and the loss, where it is the user's own."""
     return {
         "weights": run_folder.weights_hash(model),
         **({"code": code} if code else {}),
+        **({"loss_code": loss.code} if loss.code else {}),
         "fingerprint": split.fingerprint,
     }
 
@@ -214,12 +217,12 @@ def from_file(
         folder=None,
         about={
             run_folder.MODEL_FILE: settings,
-            **_identity(model, split, code),
+            **_identity(model, split, code, trained_with),
             **identity,
-            "loss": loss,
+            "loss": trained_with.text,
             run_folder.PATHS: found,
         },
-        code=code,
+        code=f"{code} {trained_with.code}".strip(),
     )
 
 
@@ -297,6 +300,7 @@ def evaluate_model(
     precision: float = PRECISION,
     pgd50: int | None = None,
     batch_size: int | None = None,
+    added: Sequence[str] = (),
     progress: Progress | None = None,
     command: str = "",
 ) -> Results | None:
@@ -315,6 +319,7 @@ def evaluate_model(
         precision: as for ``evaluate``.
         pgd50: as for ``evaluate``.
         batch_size: of the attacks; default by image size.
+        added: attacks that come after the suite, as for ``added_stages``.
         progress: called with (what is being done, units done, units in all).
         command: the command line, for the report.
 
@@ -332,6 +337,7 @@ def evaluate_model(
     number("precision", precision, 0, 1, above=True)
     if pgd50 is not None:
         whole("pgd50", pgd50)
+    stages, codes = added_stages(added)
     settings = {**subject.about, "threat": threat, "suite": suite, "seed": seed, "cut": subject.cut.to_json()}
     if budget:
         settings["budget"] = {name: value for name, value in asdict(budget).items() if value < math.inf}
@@ -341,19 +347,24 @@ def evaluate_model(
         settings["precision"] = precision
     if pgd50 is not None:
         settings["pgd50"] = pgd50
+    if codes:
+        settings["attacks"] = codes
     check_classes(subject)  # nor must a model that cannot answer
-    key = f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {subject.code}".strip()
+    try_stages(stages, codes, subject.model, subject.split.test, against)
+    code = " ".join(filter(None, (subject.code, *codes.values())))
+    key = f"{subject.split.fingerprint} {run_folder.weights_hash(subject.model)} {code}".strip()
+    attacks = (*SUITES[suite], *stages) if stages else suite
     arguments: Any = {
         "trained_with": subject.loss.loss, "seed": seed, "batch_size": batch_size, "budget": budget, "key": key,
         "proofs": proofs, "precision": precision, "pgd50": pgd50,
     }  # fmt: skip
     if not Processes.current().is_first:
-        evaluate(subject.model, subject.split.test, against, suite, checkpoint=out / EVALUATION_FILE, **arguments)
+        evaluate(subject.model, subject.split.test, against, attacks, checkpoint=out / EVALUATION_FILE, **arguments)
         return None
     run_folder.reserve(out, settings)
     note_size(subject.split.test, out)
     result = evaluate_network(
-        subject.model, subject.split.test, against, suite, s=subject.loss.s, cache=out, progress=progress, **arguments
+        subject.model, subject.split.test, against, attacks, s=subject.loss.s, cache=out, progress=progress, **arguments
     )
     network = TrainedNetwork(
         subject.loss,

@@ -1,6 +1,7 @@
 """The loss spec: how a user writes a loss, its head, and the settings that hold for this row of a comparison alone.
 
-``isce:s=10``, ``isce:s=2@cosine:scale=10``, ``sce*100``, ``isce:s=3+trades:beta=2+wideresnet:depth=16+fit:lr=0.01``.
+``isce:s=10``, ``isce:s=2@cosine:scale=10``, ``sce*100``, ``isce:s=3+trades:beta=2+wideresnet:depth=16+fit:lr=0.01``;
+and a loss of the user's own, ``mine.py:hinge:width=2``.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import math
 import re
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError, unknown
 from ..information.sources import SOURCES
-from ..losses import LOSSES, Loss
+from ..losses import LOSSES, Loss, LossEntry, OwnLoss, load_own_loss
+from ..models import is_own
 from ..models.heads import HEADS
 from ..objectives import OBJECTIVES
 from ..outputs import Outputs
@@ -30,7 +33,7 @@ class LossSpec:
     """A parsed loss spec. Two are equal when their texts are; pickled, it travels as its text.
 
     Args:
-        text: the spec as written; the name of its row.
+        text: the spec as written, a user's own file without its folder; the name of its row.
         loss: (out, y) -> (N,).
         score: (out, y) -> (N,), the loss without its monotone link, which attacks maximise.
         head: a key of HEADS.
@@ -41,6 +44,8 @@ class LossSpec:
         model: the spec of this row's own network, or "".
         fit: changes to the training configuration.
         s: the constant inference information in units of the logits; None where the loss has none, or no constant one.
+        file: the path of the user's file that the loss comes from, or "".
+        code: hash of that file and of what it imports, or "".
     """
 
     text: str
@@ -54,9 +59,16 @@ class LossSpec:
     model: str = field(default="", compare=False)
     fit: dict[str, Any] = field(default_factory=dict, compare=False)
     s: float | None = field(default=None, compare=False)
+    file: str = field(default="", compare=False)
+    code: str = field(default="", compare=False)
+
+    @property
+    def reference(self) -> str:
+        """The spec with the whole path of the user's file: what can be parsed anywhere on this machine."""
+        return str(Path(self.file).parent / self.text) if self.file else self.text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return parse, (self.text,)  # a worker process has its own functions
+        return parse, (self.reference,)  # a worker process has its own functions
 
 
 @typed
@@ -69,6 +81,8 @@ def parse(text: str) -> LossSpec:
 
     ``sce*100`` trains with SCE and multiplies the logits by 100 afterwards. No prediction changes, hence no robustness:
     it is the control experiment for losses that make logits large.
+
+    A loss of the user's own is ``mine.py:hinge``, see ``losses.load_own_loss``. The file is executed.
 
     Args:
         text: the spec.
@@ -100,10 +114,7 @@ def parse(text: str) -> LossSpec:
     before, at, after = (trained if times else row).partition("@")
     if at and not after.strip():
         raise UserError(f"'{text}' names no head after its @: leave the @ out, or write one, as in isce:s=2@cosine.")
-    name, settings = parse_spec(before)
-    if name not in LOSSES:
-        raise unknown("loss", name, LOSSES)
-    entry = LOSSES[name]
+    name, settings, entry = _entry(before)
     source = str(settings.pop("s")) if name == "isce" and isinstance(settings.get("s"), str) else ""
     if source and source.partition(":")[0] not in SOURCES:
         raise unknown("source of s", source, [*SOURCES, "a number"])
@@ -127,7 +138,26 @@ def parse(text: str) -> LossSpec:
         raise UserError(f"loss '{name}' returned shape {tuple(values.shape)} for 2 samples: a loss must return (N,).")
     s = None if source else _constant(name, {key: p.default for key, p in parameters.items()} | settings)
     s = None if s is None else s * scale
-    return LossSpec(text, chosen, entry.score, head, head_settings, scale, source, objective, model, fit, s)
+    own = entry.loss if isinstance(entry.loss, OwnLoss) else None
+    if own is not None:
+        text = text.replace(before.strip(), f"{name}{before.strip().partition(name)[2]}", 1)
+    file, code = (str(own.path), own.code) if own else ("", "")
+    return LossSpec(text, chosen, entry.score, head, head_settings, scale, source, objective, model, fit, s, file, code)
+
+
+def _entry(text: str) -> tuple[str, dict[str, Any], LossEntry]:
+    """(name, settings, entry) of a loss: of LOSSES, or of a user's file."""
+    own = re.fullmatch(r"(.+\.py)(?::(\w*)(:.*)?)?", text.strip())
+    if own is None:
+        name, settings = parse_spec(text)
+        if name not in LOSSES:
+            raise unknown("loss", name, LOSSES)
+        return name, settings, LOSSES[name]
+    file, name = own[1], own[2]
+    if not name:
+        raise UserError(f"'{file}' alone is not enough: name the loss in it, such as {file}:hinge.")
+    entry = load_own_loss(file, name)
+    return f"{Path(file).name}:{name}", parse_spec(f"loss{own[3] or ''}")[1], entry
 
 
 def _constant(name: str, settings: dict[str, Any]) -> float | None:
@@ -141,7 +171,7 @@ def _parts(text: str, parts: list[str]) -> tuple[str, str, dict[str, Any]]:
     """(objective, model, training settings) from the parts after the plus signs."""
     objective, model, fit = "", "", {}
     for part in parts:
-        name, settings = parse_spec(part)
+        name, settings = ("", {}) if is_own(part.strip()) else parse_spec(part)
         if name == "fit":
             fit = settings
         elif name in OBJECTIVES and not objective:

@@ -20,6 +20,7 @@ from ..train import Tracking, accuracy, expected_config, fit, tracking
 from ..train.checkpoint import read_log
 from .config import Job, schedule_of
 from .expected import expected_of
+from .initial_weights import initialise
 
 SUMMARY_FILE = "train.json"
 
@@ -120,6 +121,7 @@ def train_network(
     mean, std = standardisation(split.train)
     arguments = job.model_arguments(split)
     model = models.build(**arguments, mean=mean, std=std)
+    initialise(model, job.comparison.init_from)
     what = f"training {arguments['name']}"
     ahead = expected_of(job, split, model, evaluated=False).words() if announce else ""
     if ahead:

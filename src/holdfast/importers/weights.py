@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,10 @@ def load_weights(model: Model, path: str) -> list[str]:
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"weights ({path}) need a torch module, and the code returned {type_of(model)}.")
-    tensors, notes = _unnest(_read(existing_file(path)), path)
     expected = model.state_dict()
-    for _ in range(len(PREFIXES)):
-        prefix = next((p for p in PREFIXES if tensors and all(key.startswith(p) for key in tensors)), None)
-        if prefix is None or set(tensors) == set(expected) or all(key.startswith(prefix) for key in expected):
-            break
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-        notes.append(f"removed the prefix '{prefix}' from every name")
+    tensors, notes = read_weights(path)
+    tensors, removed = without_prefix(tensors, expected)
+    notes += removed
     tried = f" (tried: {'; '.join(notes)})" if notes else ""
     for key in tensors.keys() & expected.keys():
         if tensors[key].shape != expected[key].shape:
@@ -60,6 +57,44 @@ def load_weights(model: Model, path: str) -> list[str]:
         reason = "; ".join(f"{what}: '{keys[0]}' ({len(keys)} in all)" for what, keys in different.items() if keys)
         raise UserError(f"the weights in {path} are of another network: {reason or error}{tried}.") from None
     return notes
+
+
+def read_weights(path: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights in a file.
+
+    Args:
+        path: as for ``load_weights``.
+
+    Returns:
+        (the tensors by name, notes on where they were in it).
+
+    Raises:
+        UserError: the file is missing, damaged or holds more than tensors.
+    """
+    return _unnest(_read(existing_file(path)), path)
+
+
+def without_prefix(tensors: dict[str, Tensor], expected: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Names without what wrappers put before them, unless the network's own names begin so.
+
+    Args:
+        tensors: weights by name.
+        expected: the network's own, by name.
+
+    Returns:
+        (the same weights, a note for each prefix that was removed).
+
+    >>> without_prefix({"module.weight": torch.zeros(1)}, {"weight": None})
+    ({'weight': tensor([0.])}, ["removed the prefix 'module.' from every name"])
+    """
+    notes: list[str] = []
+    for _ in range(len(PREFIXES)):
+        prefix = next((p for p in PREFIXES if tensors and all(key.startswith(p) for key in tensors)), None)
+        if prefix is None or set(tensors) == set(expected) or all(key.startswith(prefix) for key in expected):
+            break
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+        notes.append(f"removed the prefix '{prefix}' from every name")
+    return tensors, notes
 
 
 def _read(path: Path) -> Any:

@@ -6,13 +6,13 @@ losses as drop-ins for ``nn.CrossEntropyLoss``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from ..errors import UserError, type_of, unknown
 from ..spec import accepts, parse
 from .embedding import center, contrastive, lgm, mmc, triplet
+from .entry import LossEntry
 from .modules import (
     ArcFaceLoss,
     CenterLoss,
@@ -26,6 +26,7 @@ from .modules import (
     MMCLoss,
     TripletLoss,
 )
+from .own import OwnLoss, load_own_loss
 from .reading_c import isce_c, reading_c_logits
 from .scores import dlr, is_targeted, negative_margin, targeted, targeted_dlr
 from .softmax import (
@@ -55,6 +56,7 @@ __all__ = [
     "LossEntry",
     "LossModule",
     "MMCLoss",
+    "OwnLoss",
     "TripletLoss",
     "arcface",
     "as_loss",
@@ -67,6 +69,7 @@ __all__ = [
     "isce_b",
     "isce_c",
     "lgm",
+    "load_own_loss",
     "loss_name",
     "mmc",
     "negative_log_odds",
@@ -82,25 +85,6 @@ __all__ = [
     "targeted_dlr",
     "triplet",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LossEntry:
-    """One line of LOSSES.
-
-    Args:
-        loss: (out, y, **settings) -> (N,).
-        score: what attacks maximise.
-        head: the key of HEADS that the loss needs, or its default.
-        about: one line for users.
-        coupled: whether a sample's loss depends on the rest of its batch.
-    """
-
-    loss: Loss
-    score: Loss
-    head: str
-    about: str
-    coupled: bool = False
 
 
 LOSSES: dict[str, LossEntry] = {
@@ -187,6 +171,8 @@ def score_of(loss: Loss | str) -> Loss:
     function: Any = loss
     while isinstance(function, partial):
         function = function.func
+    if isinstance(function, OwnLoss):
+        return function.score
     for name, entry in LOSSES.items():
         if function is entry.loss or function == name:
             return entry.score

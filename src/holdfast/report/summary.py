@@ -45,9 +45,8 @@ def finding(results: Results) -> str:
         if pgd50.value > robust.value and figure != bound:
             sentences = [f"{worst.label}: PGD-50 reports {figure}%, but robust accuracy is at most {bound}%."]
     threats = list(dict.fromkeys(row.threat for row, _ in valid))
-    for threat in (
-        threats if len(valid) > 1 or not reported else ()
-    ):  # accuracies under different threats are not compared
+    named = len(valid) > 1 or not reported
+    for threat in threats if named else ():  # accuracies under different threats are not compared
         here = [v for v in valid if v[0].threat == threat]
         best = max((r for _, r in here), key=lambda r: r.value)
         names = " and ".join(row.label for row, r in here if r.value == best.value)

@@ -6,6 +6,7 @@ No test data enters here.
 from __future__ import annotations
 
 from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config, fit_to_json
+from .freeze import frozen_names
 from .initialise import initialise_for_bounds
 from .loop import fit
 from .trackers import TRACKERS, Tracking, tracker_names, tracking
@@ -22,6 +23,7 @@ __all__ = [
     "expected_config",
     "fit",
     "fit_to_json",
+    "frozen_names",
     "initialise_for_bounds",
     "robust_accuracy",
     "tracker_names",

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..threat import Threat
-from ..user_input import flag, number, text, whole
+from ..user_input import flag, number, of_type, text, whole
 
 MOST_SIGMA = 10.0  # of noise on pixels in [0, 1]: more hides every image
 MOST_SEED = 2**43  # torch's generator takes 1,000,003 times as much
@@ -39,6 +39,8 @@ class FitConfig:
         l1: coefficient of the sum of absolute weights that is added to the loss, >= 0; of what weight_decay applies to.
         init: weights before the first step: "default", as the model was built, or "interval", for training on interval
             bounds (``initialise_for_bounds``).
+        freeze: globs of names of parameters that stay as they are, such as ("backbone.*",), with the statistics of
+            their batch norms; a text holds several with | between.
         precise_batch_norm: statistics of batch norms are those of all training images under the epoch's last weights,
             measured after each epoch without augmentation, in place of the running ones.
         precision: "no" (float32) or "bf16" for the forward passes of training, including the inner attack's.
@@ -64,6 +66,7 @@ class FitConfig:
     noise_sigma: float = 0.0
     l1: float = 0.0
     init: str = "default"
+    freeze: tuple[str, ...] = ()
     precise_batch_norm: bool = False
     precision: str = "no"
     seed: int = 0
@@ -85,6 +88,7 @@ class FitConfig:
             number("checkpoint_seconds", self.checkpoint_seconds, 0)
         for name in ("optimizer", "schedule", "init", "precision", "checkpoint"):
             text(name, getattr(self, name))
+        object.__setattr__(self, "freeze", _patterns(self.freeze))
         checks = {
             "optimizer": (self.optimizer in ("adam", "sgd", "momentum"), "'adam', 'sgd' or 'momentum'"),
             "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
@@ -97,6 +101,16 @@ class FitConfig:
         for name, (valid, expected) in checks.items():
             if not valid:
                 raise UserError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
+
+
+def _patterns(freeze: Any) -> tuple[str, ...]:
+    """Globs of names, from a list of them or a text with | between."""
+    listed = freeze.split("|") if isinstance(freeze, str) and freeze else freeze or ()
+    of_type("freeze", listed, Sequence)
+    patterns = tuple(text("freeze", pattern).strip() for pattern in listed)
+    if not all(patterns):
+        raise UserError(f"freeze must be names of parameters, with * for any text, got {freeze!r}.")
+    return patterns
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # progress in [0, 1) -> factor on lr
@@ -126,7 +140,7 @@ class Fitted:
     kept_epoch: int
 
 
-LATER = {"noise_sigma", "l1", "init", "precise_batch_norm"}  # settings that folders of earlier versions lack
+LATER = {"noise_sigma", "l1", "init", "freeze", "precise_batch_norm"}  # settings that folders of earlier versions lack
 
 
 def fit_to_json(config: FitConfig) -> dict[str, Any]:

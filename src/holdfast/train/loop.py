@@ -25,6 +25,7 @@ from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint, save_
 from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config
 from .distributed import accelerator_on, group_errors
 from .fast_kernels import InBfloat16, fast_input_gradients
+from .freeze import frozen_parts
 from .initialise import initialise_for_bounds, measure_batch_norm
 from .noise_augmentation import WithNoise
 from .trackers import Tracking, tracking
@@ -53,8 +54,7 @@ def fit(
 
     Every module is trained in the mode it is in: a batch norm in eval mode stays frozen. (``run_folder.load`` returns a
     network in eval mode: call ``model.train()`` before training it further.) Torch's global random state is afterwards
-    what it was before. Under torchrun every process takes its share of each batch; the gradient is that of the whole
-    batch.
+    what it was before. Under torchrun every process takes its share of each batch; the gradient is the whole batch's.
 
     Args:
         model: images to Outputs.
@@ -75,10 +75,10 @@ def fit(
         History, time, and the best epoch.
 
     Raises:
-        UserError: the data is empty, a label has no logit, the folder holds another configuration or a checkpoint of
-            another version, a loss is not finite (the message names the samples, and the last good checkpoint stays),
-            the device cannot be used, a tracker is not installed or cannot start, or another process of the group was
-            lost.
+        UserError: the data is empty, a label has no logit, ``config.freeze`` chooses no parameter or all of them, the
+            folder holds another configuration or a checkpoint of another version, a loss is not finite (the message
+            names the samples, and the last good checkpoint stays), the device cannot be used, a tracker is not
+            installed or cannot start, or another process of the group was lost.
     """
     start_time, progress = time.perf_counter(), as_progress(progress)
     train, val, val_threat, out = check_arguments(train, val, objective, config, val_threat, out)
@@ -88,7 +88,7 @@ def fit(
     settings = expected_config(config, val_threat, about)
     accelerator = accelerator_on(device)
     own_state, errors = _own_torch_state(accelerator.device), group_errors(accelerator.num_processes, out)
-    with tracking(track, out, settings) as tracked, own_state, errors:
+    with frozen_parts(model, config.freeze), tracking(track, out, settings) as tracked, own_state, errors:
         state = _set_up(model, config, accelerator)
         history, earlier_seconds = _resumed(out, settings, state)
         if accelerator.is_main_process:
