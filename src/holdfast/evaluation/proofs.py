@@ -53,10 +53,9 @@ def certified(task: Task, rows: Tensor, method: str, seconds: float = math.inf) 
         return None
 
     size = min(ROWS, task.batches.size)
+    cache = task.cache if task.proofs != CHEAP else None  # no later call would take the boxes from it
     try:
-        found = certify(
-            model, data, task.threat, method=method, seconds=seconds, batch_size=size, cache=task.cache
-        )  # fmt: skip
+        found = certify(model, data, task.threat, method=method, seconds=seconds, batch_size=size, cache=cache)
     except CannotBound:
         return None
     task.model.forwards += found.forwards  # a hook that counts would make the model another one
