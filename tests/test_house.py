@@ -56,6 +56,7 @@ KNOWS = {
 # but the probability that a certificate is wrong; and the slope of a line under a ReLU in bounds.
 MEANT = {
     "alpha": (
+        "bounds/ladder.py",
         "bounds/linear.py",
         "bounds/steps.py",
         "bounds/branch.py",

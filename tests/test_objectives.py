@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from tests.helpers import training_state
 from torch import nn
 
 from holdfast.attacks import pgd
-from holdfast.bounds import box_of, interval_growth, logit_difference_bounds
+from holdfast.bounds import box_of, crown_ibp_bounds, interval_growth, logit_difference_bounds
 from holdfast.errors import UserError
 from holdfast.information.sources import SOURCES, source
 from holdfast.losses import LOSSES, isce, mmc, negative_log_odds, negative_margin, sce
@@ -439,6 +440,56 @@ def test_interval_training_goes_from_lines_to_intervals():
     assert torch.allclose(bounds("crown-interval", 0.5), half)
     assert torch.allclose(bounds("crown", 0.5), 0.5 * sce(model(x), y) + 0.5 * sce(by_lines, y))
     assert torch.allclose(bounds("crown-interval", 1.0), bounds("interval", 1.0))
+
+
+@pytest.mark.parametrize("name", ["interval", "smallconv", "lipconv"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_lines_and_intervals_of_one_step_share_their_boxes(name, share, monkeypatch):
+    """The same bounds, growth and gradients as by one call for each, from boxes that are computed once."""
+    model = network("interval") if name == "interval" else build(name, SHAPE, 4)
+    model, (x, y, _) = model.double().eval().requires_grad_(True), batch(torch.float64)
+    lo, hi = box_of(x, Threat("linf", 0.02))
+    intervals, growth = interval_growth(model, lo, hi, y)
+    crown = logit_difference_bounds(model, lo, hi, y, "crown")
+    expected = share * crown + (1 - share) * intervals
+    weights = torch.rand(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def grads(bounds, growth):
+        weighted = (weights * bounds).sum() + growth
+        found = torch.autograd.grad(weighted, list(model.parameters()), allow_unused=True)
+        return [
+            torch.zeros_like(weight) if grad is None else grad
+            for grad, weight in zip(found, model.parameters(), strict=True)
+        ]
+
+    module, passes = importlib.import_module("holdfast.bounds.interval"), []
+    for pass_ in ("forward", "upper_differences"):
+        real = getattr(module, pass_)
+        monkeypatch.setattr(module, pass_, lambda *args, real=real, **more: passes.append(1) or real(*args, **more))
+    found, grown = crown_ibp_bounds(model, lo, hi, y, share, tolerance=0.5)
+    assert len(passes) == 1
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grown, growth, rtol=1e-9, atol=1e-9)
+    for mine, theirs in zip(grads(found, grown), grads(expected, growth), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+    bounds, none = crown_ibp_bounds(model, lo, hi, y, share)
+    assert torch.equal(bounds, found)
+    assert float(none) == 0.0
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("bound", ["crown", "crown-interval"])
+def test_a_step_of_interval_training_computes_boxes_once(bound, monkeypatch):
+    model, (x, y, _) = network("interval"), batch()
+    module, passes = importlib.import_module("holdfast.bounds.interval"), []
+    for pass_ in ("forward", "upper_differences"):
+        real = getattr(module, pass_)
+        monkeypatch.setattr(module, pass_, lambda *args, real=real, **more: passes.append(1) or real(*args, **more))
+    objective = interval(sce, Threat("linf", 0.1), ramp=1.0, bound=bound, regulariser=0.5)(0.4)
+    objective.loss(model, x, x, y).sum().backward()
+    assert len(passes) == 1
+    with pytest.raises(UserError, match=r"share, .* must lie in \[0, 1\], got 1.5"):
+        crown_ibp_bounds(model, x, x, y, 1.5)
 
 
 def test_s_from_the_attack_is_adversarial_training_and_s_from_intervals_is_interval_training():
