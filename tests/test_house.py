@@ -35,6 +35,7 @@ LAYERS = (
     ("results", "attacks", "models", "queries"),
     ("report", "bounds", "milp", "region", "run_folder", "doctor"),
     ("evaluation", "information", "replay"),
+    ("transforms",),
     ("checks", "objectives"),
     ("train",),
     ("experiments",),

@@ -202,6 +202,41 @@ def run_evaluation(
     return (results, page([results], folder / "report.html"), why_uncertified(subject, results)) if results else None
 
 
+def run_transforms(
+    open_subject: Callable[..., ModelUnderTest],
+    threat: str,
+    folder: Path,
+    *,
+    seed: int,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    batch_size: int | None,
+    gate: Gate,
+) -> tuple[Results, OutputFile, str]:
+    """Evaluate one network under corruptions, rotations or patches, and show its progress.
+
+    Args and results are those of ``run_evaluation``; nothing is said of certificates.
+    """
+    from ..experiments.transformed import evaluate_transforms
+    from ..transforms import parse
+
+    parse(threat)
+    if gate.needs("certified"):
+        check_bounds(gate, f"nothing is proved under {threat}")
+    own_folder(folder)
+    with aside(as_json), Display(quiet) as display:
+        subject = open_subject(device=best_device(device))
+        check_names(gate, [subject.row_name])
+        for note in getattr(subject.model, "notes", ()) if not quiet else ():
+            errors.print(note, soft_wrap=True)
+        results = evaluate_transforms(
+            subject, threat, folder, seed=seed, batch_size=batch_size,
+            progress=partial(display.progress, subject.name), command=command_line(),
+        )  # fmt: skip
+    return results, page([results], folder / "report.html"), ""
+
+
 def say_precision(results: Results, precision: float) -> None:
     """Print on stderr what the attacks on a sample of the survivors cost."""
     from ..results import precision_text

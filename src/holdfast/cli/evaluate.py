@@ -14,7 +14,7 @@ from ..spec import name_list, numbers, share, split, threat_file_name
 from ..user_input import path
 from . import options as o
 from .app import app, exits
-from .common import asked_of_pgd50, run_evaluation, say_files, show
+from .common import asked_of_pgd50, run_evaluation, run_transforms, say_files, show
 from .display import errors, screen
 from .gate import THREE, apply_gate, read_gate
 from .options import option
@@ -28,7 +28,7 @@ def evaluate(
             help="A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2."
         ),
     ],
-    threat: o.OneThreat = "linf:0.1",
+    threat: o.AnyThreat = "linf:0.1",
     suite: o.Suite = "standard",
     attack: Annotated[
         str,
@@ -94,12 +94,21 @@ def evaluate(
     PGD-50 is the accuracy as usually reported, and robust is an upper bound. Each has a verdict; see `holdfast compare
     --help`. --no-pgd50 leaves the first one out, and --precision says how sure the second one is to be.
 
+    A threat may also be corruptions:3 (15 kinds in the manner of ImageNet-C; without the severity, all five), one kind
+    (fog:3), rotation:30,translation:3 or patch:5x5, both in the worst case. These have no suite, verdict or proofs.
+
     An interrupted command resumes when it is rerun. Under torchrun (`torchrun --nproc-per-node 2 -m holdfast evaluate
     ...`) the processes share the samples and give the same answer as one.
     """  # fmt: skip
     from ..results import rows
+    from ..transforms import is_transform
 
     gate = read_gate("evaluate", require, junit)
+    if transform := is_transform(threat):
+        check_unused(
+            threat, suite=suite != "standard", attack=attack, budget=budget, proofs=proofs != "linear",
+            precision=precision != "1%", pgd50=pgd50, no_pgd50=no_pgd50,
+        )  # fmt: skip
     own = {
         "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
         "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
@@ -108,11 +117,17 @@ def evaluate(
     sizes: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked_of_pgd50(pgd50, no_pgd50)}
     subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     added = split(attack) if attack else []
-    folder = out or default_folder(model, f"evaluation-THREAT-{suite}{names_of(added)}", threat)
-    answer = run_evaluation(
-        subject, threat, suite, folder, seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget,
-        proofs=proofs, batch_size=batch_size, gate=gate, added=added, **sizes,
-    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "seed": seed, "device": device, "quiet": quiet, "as_json": as_json, "batch_size": batch_size, "gate": gate,
+    }  # fmt: skip
+    if transform:
+        folder = out or default_folder(model, "evaluation-THREAT", threat)
+        answer = run_transforms(subject, threat, folder, **shared)
+    else:
+        folder = out or default_folder(model, f"evaluation-THREAT-{suite}{names_of(added)}", threat)
+        answer = run_evaluation(
+            subject, threat, suite, folder, budget=budget, proofs=proofs, added=added, **shared, **sizes
+        )
     if answer is None:
         return
     results, page, uncertified = answer
@@ -121,6 +136,16 @@ def evaluate(
         screen.print(uncertified, soft_wrap=True)
     say_files([folder / "results.json", page], quiet, as_json)
     apply_gate(gate, rows(results), quiet, as_json)
+
+
+def check_unused(threat: str, **given: Any) -> None:
+    """Raise UserError where an option was given that belongs to attacks in a norm."""
+    for name, value in given.items():
+        if value:
+            raise UserError(
+                f"--{name.replace('_', '-')} is for threats in a norm, such as linf:0.1: {threat} has one search of its "
+                "own, and nothing of it is proved or audited."
+            )
 
 
 def subject_of(
