@@ -222,8 +222,6 @@ def run_transforms(
     from ..transforms import parse
 
     parse(threat)
-    if gate.needs("certified"):
-        check_bounds(gate, f"nothing is proved under {threat}")
     own_folder(folder)
     with aside(as_json), Display(quiet) as display:
         subject = open_subject(device=best_device(device))
@@ -255,11 +253,14 @@ def say_files(files: list[Path | OutputFile], quiet: bool, as_json: bool) -> Non
 def show(results: Results, as_json: bool) -> None:
     """Print the table, what is in doubt, what sums it up, what may be claimed, and what is proved; or JSON."""
     from .. import report as reporting
-    from ..results import bracket_text, doubts, significance, table, to_json
+    from ..results import bracket_text, corruption_prints, doubts, significance, table, to_json
 
     if as_json:
         print_json(to_json(results))
         return
+    for one in corruption_prints(results):
+        screen.print(one)
+        screen.print()
     screen.print(table(results))
     for line in doubts(results):
         screen.print(line, soft_wrap=True)

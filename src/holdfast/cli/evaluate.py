@@ -103,8 +103,9 @@ def evaluate(
     from ..results import rows
     from ..transforms import is_transform
 
-    gate = read_gate("evaluate", require, junit)
-    if transform := is_transform(threat):
+    transform = is_transform(threat)
+    gate = read_gate("evaluate", require, junit, lacks=("pgd50", "certified", "verdict") if transform else ())
+    if transform:
         check_unused(
             threat, suite=suite != "standard", attack=attack, budget=budget, proofs=proofs != "linear",
             precision=precision != "1%", pgd50=pgd50, no_pgd50=no_pgd50,
@@ -122,12 +123,11 @@ def evaluate(
     }  # fmt: skip
     if transform:
         folder = out or default_folder(model, "evaluation-THREAT", threat)
-        answer = run_transforms(subject, threat, folder, **shared)
+        run: Any = run_transforms
     else:
         folder = out or default_folder(model, f"evaluation-THREAT-{suite}{names_of(added)}", threat)
-        answer = run_evaluation(
-            subject, threat, suite, folder, budget=budget, proofs=proofs, added=added, **shared, **sizes
-        )
+        run = partial(run_evaluation, suite=suite, budget=budget, proofs=proofs, added=added, **sizes)
+    answer = run(subject, threat, folder=folder, **shared)
     if answer is None:
         return
     results, page, uncertified = answer
@@ -143,8 +143,8 @@ def check_unused(threat: str, **given: Any) -> None:
     for name, value in given.items():
         if value:
             raise UserError(
-                f"--{name.replace('_', '-')} is for threats in a norm, such as linf:0.1: {threat} has one search of its "
-                "own, and nothing of it is proved or audited."
+                f"--{name.replace('_', '-')} is for threats in a norm, such as linf:0.1. {threat} has one search of "
+                "its own, and nothing of it is proved or audited: leave it out."
             )
 
 

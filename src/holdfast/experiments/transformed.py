@@ -10,7 +10,7 @@ from .. import run_folder, transforms
 from ..errors import UserError
 from ..evaluation.distributed import Processes
 from ..progress import Progress
-from ..results import Cost, Results, Run, Samples, proportion, save
+from ..results import Cost, Results, Run, Samples, proportion, save, total_cost
 from ..transforms import Transformed
 from ..transforms.evaluation import check_data
 from ..user_input import typed
@@ -89,7 +89,7 @@ def _run(subject: ModelUnderTest, found: Transformed) -> Run:
             backwards=sum(stage.backwards for stage in found.stages),
             seconds=round(sum(stage.seconds for stage in found.stages), 2),
         ),
-        stages=tuple(replace(stage, seconds=round(stage.seconds, 3)) for stage in found.stages),
+        stages=tuple(replace(total_cost([stage]), seconds=round(stage.seconds, 3)) for stage in found.stages),
         samples=Samples(**columns, pgd50=None),
         examples=tuple(examples(found, subject.split, lambda rows: found.images(subject.split.test.x, rows))),
         train=training_of([subject.trained]),

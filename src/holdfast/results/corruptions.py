@@ -94,6 +94,6 @@ def corruption_sentence(table: CorruptionTable) -> str:
     if len(table.accuracy) == 1:
         return f"{table.label}: mean accuracy under {kind} {100 * table.mean:.1f}% (severity {each})."
     return (
-        f"{table.label}: mean accuracy under {len(table.accuracy)} kinds of corruption {100 * table.mean:.1f}% (severity "
-        f"{each}), lowest under {kind}, {100 * least:.1f}%."
+        f"{table.label}: mean accuracy under {len(table.accuracy)} kinds of corruption {100 * table.mean:.1f}% "
+        f"(severity {each}), lowest under {kind}, {100 * least:.1f}%."
     )
