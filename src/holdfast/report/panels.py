@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from ..results import Results, corruption_tables, rows
 from ..user_input import typed
-from .figures import CLEAN, INK, MUTED, PGD50, RULE, WIDTH, legend, short
+from .figures import INK, MUTED, PGD50, RULE, WIDTH, legend, short
 from .summary import EpsCurve, class_name, confusion, eps_curves
 
 MOST_CLASSES, MOST_PANELS, MOST_POINTS, ACROSS = 20, 24, 120, 3
@@ -96,7 +96,7 @@ def _fading(colour: str) -> Any:
 
 @typed
 def draw_corruptions(results: Results) -> Figure | None:
-    """Accuracy under each kind of corruption at each severity, a panel for each row; None without corruptions."""
+    """Accuracy under each kind of corruption at each severity, a panel for each row, the errors shaded; else None."""
     tables = corruption_tables(results)[:MOST_PANELS]
     if not tables:
         return None
@@ -104,7 +104,7 @@ def draw_corruptions(results: Results) -> Figure | None:
     def draw(i: int, ax: Axes) -> None:
         table = tables[i]
         values = 100 * np.array(list(table.accuracy.values()))
-        ax.imshow(values, cmap=_fading(CLEAN), vmin=0, vmax=100, aspect="auto")
+        ax.imshow(100 - values, cmap=_fading(PGD50), vmin=0, vmax=140, aspect="auto")  # faint below the numbers
         for (line, column), value in np.ndenumerate(values):
             ax.text(column, line, f"{value:.0f}", ha="center", va="center", fontsize=6, color=INK)
         ax.set_xticks(range(len(table.severities)), [str(severity) for severity in table.severities], fontsize=6)
