@@ -236,6 +236,23 @@ class CorruptionStream(Stream):
     JPEG_COMPRESSION = 14
 
 
+class CorruptionPart(Stream):
+    """Of the noise of one kind of corruption, beside what it draws from its own."""
+
+    DOWN = 0
+    RIGHT = 1
+    POINTS = 2
+    WHITE = 3
+    ANGLE = 4
+
+
+class PatchStream(Stream):
+    """Of the noise of the search for a patch."""
+
+    PLACE = 0
+    BEST = 1
+
+
 class TrainingStream(Stream):
     """Of the noise of an epoch of training. Smaller keys belong to the inner attack."""
 

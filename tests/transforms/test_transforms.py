@@ -177,7 +177,7 @@ def test_what_was_found_is_made_again_and_fools(digits, threat):
     found = evaluate(net, data_of(x, y), threat)[0]
     broken = torch.nonzero(found.broken_by >= 0)[:, 0]
     assert len(broken)
-    images = found.images(x, broken)
+    images = found.x_adv(x, broken)
     with torch.no_grad():
         assert net(images).argmax(1).tolist() == found.prediction_adv[broken].tolist()
     assert bool((found.prediction_adv[broken] != y[broken]).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,33 +102,18 @@ def evaluate(
     ...`) the processes share the samples and give the same answer as one.
     """  # fmt: skip
     from ..results import rows
-    from ..transforms import is_transform
 
-    transform = is_transform(threat)
-    gate = read_gate("evaluate", require, junit, lacks=("pgd50", "certified", "verdict") if transform else ())
-    if transform:
-        check_unused(
-            threat, suite=suite != "standard", attack=attack, budget=budget, proofs=proofs != "linear",
-            precision=precision != "1%", pgd50=pgd50, no_pgd50=no_pgd50,
-        )  # fmt: skip
+    run, what, lacks = search_of(threat, suite, attack, budget, proofs, precision, pgd50, no_pgd50)
+    gate = read_gate("evaluate", require, junit, lacks=lacks)
     own = {
         "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
         "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
     }  # fmt: skip
     reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
-    sizes: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked_of_pgd50(pgd50, no_pgd50)}
     subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
-    added = split(attack) if attack else []
-    shared: dict[str, Any] = {
-        "seed": seed, "device": device, "quiet": quiet, "as_json": as_json, "batch_size": batch_size, "gate": gate,
-    }  # fmt: skip
-    if transform:
-        folder = out or default_folder(model, "evaluation-THREAT", threat)
-        run: Any = run_transforms
-    else:
-        folder = out or default_folder(model, f"evaluation-THREAT-{suite}{names_of(added)}", threat)
-        run = partial(run_evaluation, suite=suite, budget=budget, proofs=proofs, added=added, **sizes)
-    answer = run(subject, threat, folder=folder, **shared)
+    folder = out or default_folder(model, what, threat)
+    settings = {"batch_size": batch_size, "gate": gate, "quiet": quiet, "as_json": as_json}
+    answer = run(subject, threat, folder=folder, seed=seed, device=device, **settings)
     if answer is None:
         return
     results, page, uncertified = answer
@@ -138,14 +124,39 @@ def evaluate(
     apply_gate(gate, rows(results), quiet, as_json)
 
 
-def check_unused(threat: str, **given: Any) -> None:
-    """Raise UserError where an option was given that belongs to attacks in a norm."""
+def search_of(
+    threat: str,
+    suite: str,
+    attack: str,
+    budget: str,
+    proofs: str,
+    precision: str,
+    pgd50: int | None,
+    no_pgd50: bool,
+) -> tuple[Callable[..., Any], str, tuple[str, ...]]:
+    """What evaluates under a threat: (the function, the name of its folder, the columns that its rows lack).
+
+    Raises:
+        UserError: an option cannot be read, or is for threats in a norm and this is none.
+    """
+    from ..transforms import is_transform
+
+    added, asked = split(attack) if attack else [], asked_of_pgd50(pgd50, no_pgd50)
+    if not is_transform(threat):
+        settings: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked, "added": added}
+        run = partial(run_evaluation, suite=suite, budget=budget, proofs=proofs, **settings)
+        return run, f"evaluation-THREAT-{suite}{names_of(added)}", ()
+    given = {
+        "suite": suite != "standard", "attack": attack, "budget": budget, "proofs": proofs != "linear",
+        "precision": precision != "1%", "pgd50": pgd50, "no-pgd50": no_pgd50,
+    }  # fmt: skip
     for name, value in given.items():
         if value:
             raise UserError(
-                f"--{name.replace('_', '-')} is for threats in a norm, such as linf:0.1. {threat} has one search of "
-                "its own, and nothing of it is proved or audited: leave it out."
+                f"--{name} is for threats in a norm, such as linf:0.1. {threat} has one search of its own, and nothing "
+                "of it is proved or audited: leave the option out."
             )
+    return run_transforms, "evaluation-THREAT", ("pgd50", "certified", "verdict")
 
 
 def subject_of(

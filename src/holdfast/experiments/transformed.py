@@ -91,6 +91,6 @@ def _run(subject: ModelUnderTest, found: Transformed) -> Run:
         ),
         stages=tuple(replace(total_cost([stage]), seconds=round(stage.seconds, 3)) for stage in found.stages),
         samples=Samples(**columns, pgd50=None),
-        examples=tuple(examples(found, subject.split, lambda rows: found.images(subject.split.test.x, rows))),
+        examples=tuple(examples(found, subject.split, lambda rows: found.x_adv(subject.split.test.x, rows))),
         train=training_of([subject.trained]),
     )

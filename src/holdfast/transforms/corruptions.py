@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, unknown
-from ..noise import CorruptionStream, Noise
+from ..noise import CorruptionPart, CorruptionStream, Noise
 from ..threat import column
 from ..user_input import typed, whole
 from .filters import (
@@ -39,6 +39,7 @@ LARGE = 100  # pixels: from this shorter side on, the constants of ImageNet-C
 LEAST_SIDE = 8  # pixels: one block of JPEG
 GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue
 FROST = (0.85, 0.93, 1.0)  # the colour of frost, as red, green and blue
+AXES = (CorruptionPart.DOWN, CorruptionPart.RIGHT)
 FIVE = tuple[Any, Any, Any, Any, Any]
 
 
@@ -69,7 +70,7 @@ def _shot_noise(x: Tensor, noise: Noise, photons: float) -> Tensor:
 
 def _impulse_noise(x: Tensor, noise: Noise, share: float) -> Tensor:
     shape = tuple(x.shape[1:])
-    hit, white = noise.uniform(shape, x.dtype) < share, noise.fold(1).uniform(shape, x.dtype) < 0.5
+    hit, white = noise.uniform(shape, x.dtype) < share, noise.fold(CorruptionPart.WHITE).uniform(shape, x.dtype) < 0.5
     return torch.where(hit, white.to(x.dtype), x)
 
 
@@ -80,7 +81,7 @@ def _defocus_blur(x: Tensor, noise: Noise, radius: float, sigma: float) -> Tenso
 def _glass_blur(x: Tensor, noise: Noise, sigma: float, far: int, times: int) -> Tensor:
     x = gaussian_blur(x, sigma)
     for time in range(times):
-        down, right = (noise.fold(time, axis).integers(2 * far, tuple(x.shape[-2:])) - far for axis in (0, 1))
+        down, right = (noise.fold(time, axis).integers(2 * far, tuple(x.shape[-2:])) - far for axis in AXES)
         x = displaced(x, down, right)
     return gaussian_blur(x, sigma)
 
@@ -98,7 +99,7 @@ def _snow(
 ) -> Tensor:
     flakes = zoomed(mean + std * noise.normal((1, *x.shape[-2:]), x.dtype), zoom)
     flakes = flakes.masked_fill(flakes < least, 0.0).clamp(0, 1)
-    flakes = motion_blur(flakes, radius, sigma, -135 + 90 * noise.fold(1).uniform((), x.dtype))
+    flakes = motion_blur(flakes, radius, sigma, -135 + 90 * noise.fold(CorruptionPart.ANGLE).uniform((), x.dtype))
     white = share * x + (1 - share) * torch.maximum(x, _grey(x) * 1.5 + 0.5)
     return white + flakes + flakes.rot90(2, (-2, -1))
 
@@ -130,13 +131,13 @@ def _elastic_transform(x: Tensor, noise: Noise, far: float, sigma: float, corner
     side, third = min(h, w), min(h, w) // 3
     rows, cols = pixel_grid(x)
     smooth = [
-        gaussian_blur(2 * noise.fold(axis).uniform((1, h, w), x.dtype) - 1, sigma * side, 3.0)[:, 0] for axis in (0, 1)
+        gaussian_blur(2 * noise.fold(axis).uniform((1, h, w), x.dtype) - 1, sigma * side, 3.0)[:, 0] for axis in AXES
     ]
     rows, cols = rows + far * side * smooth[0], cols + far * side * smooth[1]
     middle = (h // 2, w // 2)
     fixed = [[middle[0] + a * third, middle[1] + b * third, 1.0] for a, b in ((1, 1), (1, -1), (-1, -1))]
     points = torch.tensor(fixed, dtype=x.dtype, device=x.device)
-    moved = points[:, :2] + corner * side * (2 * noise.fold(2).uniform((3, 2), x.dtype) - 1)
+    moved = points[:, :2] + corner * side * (2 * noise.fold(CorruptionPart.POINTS).uniform((3, 2), x.dtype) - 1)
     affine = torch.linalg.solve(points, moved)  # (N, 3, 2): what takes the three points to where they were moved
     affine = affine.mT[..., None, None]
     from_rows, from_cols = (affine[:, k, 0] * rows + affine[:, k, 1] * cols + affine[:, k, 2] for k in (0, 1))

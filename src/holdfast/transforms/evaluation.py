@@ -89,7 +89,7 @@ class Transformed:
         shares = [float(correct.double().mean()) for correct in self.correct.values()]
         return sum(shares) / len(shares) if shares else None
 
-    def images(self, x: Tensor, rows: Tensor) -> Tensor:
+    def x_adv(self, x: Tensor, rows: Tensor) -> Tensor:
         """The worst image found of some broken samples, made again.
 
         Args:

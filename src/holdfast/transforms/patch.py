@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attacks import apgd
 from ..attacks.base import predict
 from ..losses import negative_margin
-from ..noise import Noise
+from ..noise import Noise, PatchStream
 from ..outputs import Model, Outputs, Queried, frozen_eval
 from ..threat import Threat, column
 from ..user_input import whole
@@ -104,14 +104,16 @@ def worst_patch(
     with frozen_eval(model):
         rows = torch.arange(len(x), device=x.device)
         for number, place in enumerate(tried):
-            scores[rows, number] = attack(rows, place.expand(len(rows), 2), noise.fold(number), SHORT)
+            scores[rows, number] = attack(
+                rows, place.expand(len(rows), 2), noise.fold(PatchStream.PLACE, number), SHORT
+            )
             rows = rows[best_score[rows] <= 0]
             if not len(rows):
                 return best, found
         order = scores.topk(min(BEST, len(tried)), dim=1).indices
         for number in range(order.shape[1]):
             if len(rows):
-                attack(rows, tried[order[rows, number]], noise.fold(len(tried) + number), steps)
+                attack(rows, tried[order[rows, number]], noise.fold(PatchStream.BEST, number), steps)
                 rows = rows[best_score[rows] <= 0]
     return best, found
 
