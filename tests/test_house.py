@@ -39,7 +39,7 @@ LAYERS = (
     ("checks", "objectives"),
     ("train",),
     ("experiments",),
-    ("bracket", "smoothing"),
+    ("bracket", "smoothing", "targeted"),
     ("cli",),
     ("__main__",),
 )

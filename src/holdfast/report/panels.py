@@ -68,7 +68,7 @@ def draw_confusion(results: Results) -> Figure | None:
     most = max(0.01, float(np.nanmax(shares)))
 
     def draw(i: int, ax: Axes) -> None:
-        ax.imshow(100 * shares[i], cmap=_fading(PGD50), vmin=0, vmax=100 * most)
+        ax.imshow(100 * shares[i], cmap=fading(PGD50), vmin=0, vmax=100 * most)
         step = 1 if k <= 10 else 2
         ax.set_xticks(range(0, k, step), names[::step], fontsize=6, rotation=90 * (k > 10))
         ax.set_yticks(range(0, k, step), names[::step], fontsize=6)
@@ -88,7 +88,7 @@ def draw_confusion(results: Results) -> Figure | None:
     return figure
 
 
-def _fading(colour: str) -> Any:
+def fading(colour: str) -> Any:
     """A colour map from transparent to a colour, for light and dark pages; NaN is transparent."""
     r, g, b, _ = to_rgba(colour)
     return ListedColormap([(r, g, b, a) for a in np.linspace(0, 1, 64)])
@@ -104,7 +104,7 @@ def draw_corruptions(results: Results) -> Figure | None:
     def draw(i: int, ax: Axes) -> None:
         table = tables[i]
         values = 100 * np.array(list(table.accuracy.values()))
-        ax.imshow(100 - values, cmap=_fading(PGD50), vmin=0, vmax=140, aspect="auto")  # faint below the numbers
+        ax.imshow(100 - values, cmap=fading(PGD50), vmin=0, vmax=140, aspect="auto")  # faint below the numbers
         for (line, column), value in np.ndenumerate(values):
             ax.text(column, line, f"{value:.0f}", ha="center", va="center", fontsize=6, color=INK)
         ax.set_xticks(range(len(table.severities)), [str(severity) for severity in table.severities], fontsize=6)
