@@ -62,10 +62,11 @@ def test_the_two_logits_of_a_target():
 
 
 def test_a_class_without_samples_has_no_share():
-    data = Data(torch.tensor([0.9, 0.1, 0.85]).view(1, 3, 1, 1), torch.tensor([0]), torch.arange(1), ("a", "b", "c"))
+    x = torch.tensor([0.9, 0.1, 0.85, 0.1, 0.1]).view(1, 1, 1, 5)
+    data = Data(x, torch.tensor([0]), torch.arange(1), tuple("abcde"))
     found = targeted_matrix(pixels_net, data, "linf:0.1")
     assert found.shares[1].isnan().all()
-    assert found.any_other.isnan().tolist() == [False, True, True]
+    assert found.any_other.isnan().tolist() == [False, True, True, True, True]
     assert "a into c" in sentence(found)
     none = targeted_matrix(pixels_net, data, "linf:0.001")
     assert sentence(none).startswith("No sample was turned")

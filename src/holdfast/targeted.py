@@ -166,9 +166,9 @@ def targeted_matrix(
             work.
 
     >>> net = lambda x: x.flatten(1)  # the largest pixel
-    >>> data = (torch.tensor([[1.0, 0.8, 0.9], [0.5, 1.0, 0.6], [0.0, 0.0, 1.0]]).view(3, 3, 1, 1), [0, 1, 2])
+    >>> data = (torch.tensor([[1.0, 0.8], [0.5, 1.0]]).view(2, 1, 1, 2), [0, 1])
     >>> targeted_matrix(net, data, "linf:0.15").reached.tolist()
-    [[True, True, True], [False, True, False], [False, False, True]]
+    [[True, True], [False, True]]
     """
     data, threat, tell = as_data(data), as_threat(threat), as_progress(progress)
     note_assumptions(data, unit_box=(threat.lo, threat.hi) == (0, 1))
