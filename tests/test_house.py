@@ -29,6 +29,7 @@ LAYERS = (
         "process_pool",
         "environment",
         "straight_through",
+        "optional_package",
     ),  # "": its version
     ("user_input",),
     ("threat", "spec", "io", "importers", "losses", "data"),
@@ -56,6 +57,7 @@ KNOWS = {
 # but the probability that a certificate is wrong; and the slope of a line under a ReLU in bounds.
 MEANT = {
     "alpha": (
+        "bounds/ladder.py",
         "bounds/linear.py",
         "bounds/steps.py",
         "bounds/branch.py",

@@ -20,6 +20,7 @@ from . import results, run_folder
 from .bounds import CannotBound, certify
 from .data import Data, Split, load, pixels
 from .errors import UserError
+from .importers.model_file import model_name
 from .io import decode, inside, load_tensors, understood
 from .losses import negative_margin
 from .outputs import frozen_eval
@@ -228,7 +229,7 @@ def _trained(config: dict[str, Any]) -> tuple[str, int] | None:
     A user's own model stands under the name of its file, with the seed of the evaluation.
     """
     own = run_folder.MODEL_FILE in config
-    loss = Path(config.get(run_folder.PATHS, {}).get("model", "")).name if own else config.get("loss")
+    loss = model_name(config.get(run_folder.PATHS, {}).get("model", "")) if own else config.get("loss")
     seed = config.get("seed") if own else config.get("fit", {}).get("seed")
     return (loss, seed) if loss and isinstance(seed, int) else None
 

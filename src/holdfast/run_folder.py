@@ -19,6 +19,7 @@ from .data import DATASETS, Split, local_path
 from .environment import environment
 from .errors import UserError
 from .importers.model_file import ModelSource, code_hash, open_model
+from .importers.pretrained import pretrained_hash
 from .importers.python_code import split_reference
 from .io import RESTORE, inside, load_tensors, read_json, understood, write_atomic
 from .user_input import typed
@@ -237,8 +238,14 @@ def load(folder: str | Path, *, device: str = "cpu", run_code: bool = False) -> 
             f"{path} does not say how the model is built (no key 'model'): build it and load the weights yourself."
         )
     arguments = dict(config["model"])
-    if models.is_own(arguments["name"]):
+    external = models.is_own(arguments["name"]) or models.is_pretrained(arguments["name"])
+    if external:
         arguments["name"] = config.get(PATHS, {}).get("model", arguments["name"])
+    if models.is_pretrained(arguments["name"]) and pretrained_hash(arguments["name"])[0] != config.get("code"):
+        raise UserError(
+            f"{path} names the network {arguments['name']}, which has changed since it was trained: bring it back."
+        )
+    if models.is_own(arguments["name"]):
         _allow_code(path, arguments["name"], run_code)
     tensors, _ = load_tensors(folder / "model.safetensors", "model", 1)
     sizes = {size for tensor in tensors.values() for size in tensor.shape}
@@ -265,7 +272,8 @@ def _open_model_file(folder: Path, config: dict[str, Any], device: str, run_code
         settings = {key: value for key, value in config[MODEL_FILE].items() if key != "name"}
         source = ModelSource(**{**_own_paths(config), **settings})
         file = Path(split_reference(source.path)[0])
-    if file.suffix.lower() != ".onnx":  # torch opens .pt2 files by pickle
+    pretrained = models.is_pretrained(source.path)
+    if file.suffix.lower() != ".onnx" and not pretrained:  # torch opens .pt2 files by pickle
         _allow_code(path, source.path, run_code)
     if file.suffix.lower() != ".py" and code_hash(source) != config.get("code"):
         raise UserError(f"{path} names the network {file}, but that is not the file that was evaluated (hash).")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import UserError, type_of, unknown
 from .noise import Noise, StartStream
-from .user_input import number, read_number, text
+from .user_input import eps_text, number, read_number, text
 
 NORMS = ("linf", "l2", "l1")
 _WRITTEN = {"inf": "linf", "l_inf": "linf", "l-inf": "linf", "2": "l2", "l_2": "l2", "1": "l1", "l_1": "l1"}
@@ -96,7 +96,7 @@ class Threat:
         return threat
 
     def __str__(self) -> str:
-        return f"{self.norm} {self.eps:.4g}"
+        return f"{self.norm} {eps_text(self.eps)}"
 
     def size(self, delta: Tensor) -> Tensor:
         """||delta|| of each sample: (N, ...) -> (N,).

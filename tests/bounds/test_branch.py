@@ -13,9 +13,9 @@ from torch import nn
 
 from holdfast.bounds import METHODS, certify, linear
 from holdfast.bounds import branch as branch_module
-from holdfast.bounds.certify import region_of
 from holdfast.bounds.graph import read
 from holdfast.bounds.linear import forward, optimised
+from holdfast.bounds.regions import region_of
 from holdfast.bounds.steps import ReluStep, bind
 from holdfast.data import Data
 from holdfast.milp import decide, layers_of

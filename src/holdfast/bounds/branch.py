@@ -209,7 +209,7 @@ def _bounded(
 ) -> tuple[_Pool, Tensor | None]:
     """The pool with the bounds of the slopes and multipliers that Adam finds; and a counterexample, if the minimum of
     a bound is one."""
-    kept = _optimised(problem.light, pool)
+    kept = _improved(problem.light, pool)
     proposed: list[Tensor] = []
 
     def visit(number: int, rows: Tensor) -> None:
@@ -225,6 +225,19 @@ def _bounded(
         wrong = misclassified(corner)
         point = corner[wrong][0] if bool(wrong.any()) else None
     return kept, point
+
+
+def _improved(light: _Asked, pool: _Pool) -> _Pool:
+    """The pool with optimised slopes and multipliers where those that it has prove nothing."""
+    some = (light.least(pool, pool.alphas, pool.betas) <= ENOUGH).nonzero()[:, 0]
+    if not len(some):
+        return pool
+    better = _optimised(light, pool.take(some))
+    alphas, betas = (
+        {n: whole.index_copy(0, some, part[n]) for n, whole in parts.items()}
+        for parts, part in ((pool.alphas, better.alphas), (pool.betas, better.betas))
+    )
+    return _Pool(pool.bounds, pool.rows, pool.signs, alphas, betas)
 
 
 def _optimised(light: _Asked, pool: _Pool) -> _Pool:

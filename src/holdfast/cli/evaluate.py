@@ -26,18 +26,13 @@ def evaluate(
     model: Annotated[
         str,
         typer.Argument(
-            help="A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2."
+            help="A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2, "
+            "timm:NAME, hf:NAME or hf:FOLDER."
         ),
     ],
     threat: o.AnyThreat = "linf:0.1",
     suite: o.Suite = "standard",
-    attack: Annotated[
-        str,
-        option(
-            "Attacks that come after the suite, on what it left: an attack of yours, mine.py:step, or one of `holdfast "
-            "list`; settings after a colon, comma-separated: mine.py:step:steps=20,fab."
-        ),
-    ] = "",
+    attack: o.AddedAttacks = "",
     budget: Annotated[
         str,
         option(
@@ -176,6 +171,7 @@ def subject_of(
     """
     from ..experiments.evaluate_model import from_file, from_run
     from ..importers.model_file import ModelSource, is_model_file
+    from ..importers.pretrained import is_pretrained
 
     reading = {name: value for name, value in (reading or {}).items() if value}
     if not is_model_file(model):
@@ -193,7 +189,7 @@ def subject_of(
     )
     output = options.get("output", "")
     source = ModelSource(model, options["weights"], input_range, mean, std, options["input-layout"], output)
-    if not quiet:
+    if not quiet and not is_pretrained(model):
         errors.print(f"opening {model}: code in it is executed.", soft_wrap=True)
     loss, classes = options["loss"] or "sce", name_list("--classes", options.get("classes", ""))
     return partial(
@@ -213,8 +209,10 @@ def names_of(added: list[str]) -> str:
 def default_folder(model: str, what: str, threat: str) -> Path:
     """Where the answer goes without --out: into the run folder, or for one's own model to out/NAME-WHAT."""
     from ..importers.model_file import is_model_file
+    from ..importers.pretrained import is_pretrained, short_reference
 
     name = threat_file_name(threat)
     if is_model_file(model):
-        return Path("out") / f"{Path(model).stem}-{what.replace('THREAT', name).removeprefix('evaluation-')}"
+        stem = re.sub(r"[:/]", "-", short_reference(model)) if is_pretrained(model) else Path(model).stem
+        return Path("out") / f"{stem}-{what.replace('THREAT', name).removeprefix('evaluation-')}"
     return path("the run folder", model) / what.replace("THREAT", name)

@@ -9,7 +9,8 @@ import typer
 
 OWN_MODEL = "Your own model"
 NETWORK = (
-    "A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2, with --data."
+    "A run folder of `holdfast train` or `compare`; or your own model with --data: mymodel.py:build, a .onnx, a .pt2, "
+    "timm:NAME, hf:NAME or hf:FOLDER."
 )
 RUN = "A run folder: the --out of `holdfast train`, or a folder in DIR/runs of `holdfast compare`."
 
@@ -55,6 +56,15 @@ Suite = Annotated[
         "code of I-SCE, in the ball)."
     ),
 ]
+AddedAttacks = Annotated[
+    str,
+    option(
+        "Attacks that come after the suite, on what it left: an attack of yours, mine.py:step; one of `holdfast list`; "
+        "one of foolbox or torchattacks, foolbox:LinfPGD. Settings after a colon, comma-separated: "
+        "mine.py:step:steps=20,fab.",
+        "--attack",
+    ),
+]
 Proofs = Annotated[
     str,
     option(
@@ -82,8 +92,8 @@ NoPgd50 = Annotated[bool, option("Leave PGD-50 and its column out.", "--no-pgd50
 Objective = Annotated[
     str,
     option(
-        "Training objective: standard, adversarial:steps=10, fast, trades:beta=6, mart, interval. Those that attack "
-        "also take awp=0.01 (adversarial weight perturbation)."
+        "Training objective: standard, adversarial:steps=10, fast, free:replays=4, friendly, trades:beta=6, mart, "
+        "interval. Those with an attack, but free, also take awp=0.01 (adversarial weight perturbation)."
     ),
 ]
 Information = Annotated[
@@ -117,7 +127,11 @@ Folds = Annotated[
     int, option("Cross-validation folds. 0: the default of the data, 5 for digits and a single test set for others.")
 ]
 Network = Annotated[
-    str, option("A model of `holdfast list`, or mymodel.py:backbone. Default: by image size and device")
+    str,
+    option(
+        "A model of `holdfast list`; mymodel.py:backbone; or a pretrained one without its last layer, timm:NAME, "
+        "hf:NAME or hf:FOLDER. Default: by image size and device."
+    ),
 ]
 BatchSize = Annotated[int | None, option("Training batch size. Default: by data set.")]
 Optimizer = Annotated[str | None, option("adam, sgd (Nesterov) or momentum (classical). Default: by data set.")]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attacks import ATTACKS
+from ..bounds import ProofCache
 from ..data import Data
 from ..errors import UserError, unknown
 from ..losses import Loss
@@ -62,6 +63,7 @@ class Task:
         pgd50: how many samples PGD-50 attacks; None for all, 0 where it is left out.
         candidates: (N, C, H, W), images that may be adversarial, tried on the survivors; None for none.
         grid: whether the images are 8-bit: candidates are then judged on the 8-bit grid as well.
+        cache: what the proofs of this process computed, for the stronger ones.
         batches: the batch size in use, which shrinks where memory runs out.
         progress: see ``evaluate``.
     """
@@ -82,6 +84,7 @@ class Task:
     pgd50: int | None = None
     candidates: Tensor | None = None
     grid: bool = False
+    cache: ProofCache = field(default_factory=ProofCache)
 
     @property
     def pgd50_sample(self) -> Tensor | None:
@@ -178,7 +181,6 @@ class State:
         given: cost of trying the candidates.
         tried: whether they have been tried.
         branched: whether it has had its share of the budget, in this run.
-        bounds: seconds that the bounds before it took for one sample, the last one; 0 before the first.
         until: seconds spent at which the share of the budget of bounds, and then of attacks, ends; infinite at first.
         budget_spent: whether the budget has ended the evaluation.
     """
@@ -199,7 +201,6 @@ class State:
     given: StageCost = field(default_factory=lambda: StageCost(CANDIDATES))
     tried: bool = False
     branched: bool = False
-    bounds: float = 0.0
     until: float = math.inf
     budget_spent: bool = field(default=False)
 

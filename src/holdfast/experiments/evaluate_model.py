@@ -21,7 +21,8 @@ from ..errors import UserError, unknown
 from ..evaluation import Budget, check_proofs, evaluate
 from ..evaluation.distributed import Processes
 from ..evaluation.suites import SUITES
-from ..importers.model_file import ModelSource, class_order, code_hash, open_model
+from ..importers.model_file import ModelSource, class_order, code_hash, model_name, open_model
+from ..importers.pretrained import full_reference, is_pretrained, pretrained_classes
 from ..importers.python_code import split_reference
 from ..io import understood
 from ..outputs import frozen_eval
@@ -183,7 +184,8 @@ def from_file(
         seed: of the evaluation.
         device: where the model goes.
         reading: image_column, label_column, convert and resize, as for ``data.load``.
-        classes: the model's class names in the order of its logits; empty where they are the data's.
+        classes: the model's class names in the order of its logits; empty where they are the data's, or those that a
+            model of transformers names.
 
     Returns:
         The model and its data.
@@ -194,20 +196,22 @@ def from_file(
     _check_limit(limit)
     trained_with = loss_spec.parse(loss)
     # Absolute paths: the folder of results can then be read from anywhere.
-    source = replace(source, path=os.path.abspath(source.path))
+    pretrained = is_pretrained(source.path)
+    source = replace(source, path=full_reference(source.path) if pretrained else os.path.abspath(source.path))
     source = replace(source, weights=os.path.abspath(source.weights) if source.weights else "")
     cut = DataCut(limit=limit or None, whole=True, **(reading or {}))
     split = cut.load(data)
-    if classes:
-        source = replace(source, class_order=class_order(classes, split.classes))
+    named = pretrained_classes(source.path) if pretrained and not classes else ()
+    if classes or set(split.classes) <= set(named):
+        source = replace(source, class_order=class_order(classes or named, split.classes))
     model = open_model(source, device)
     identity, paths = run_folder.data_identity(data, split)
     settings = {key: value for key, value in _described(source).items() if key not in ("path", "weights")}
     found = {"model": source.path, **({"weights": source.weights} if source.weights else {}), **paths}
     code = code_hash(source)
-    settings["name"] = split_reference(source.path)[1]
+    settings["name"] = model_name(source.path) if pretrained else split_reference(source.path)[1]
     return ModelUnderTest(
-        name=Path(source.path).name,
+        name=model_name(source.path),
         model=model,
         loss=trained_with,
         seed=seed,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError, unknown
+from ..user_input import eps_text
 from .region import Passes, Projection, RegionMeasures
 from .remaining import Remaining
 
@@ -472,7 +473,4 @@ def threat_text(threat: dict[str, Any]) -> str:
     """
     if isinstance(threat.get("text"), str):
         return threat["text"]
-    eps = float(threat["eps"])
-    short, whole = f"{eps:g}", round(eps * 255)
-    pixels = len(short) > 5 and abs(eps * 255 - whole) < 1e-5
-    return f"{threat['norm']} {f'{whole}/255' if pixels else short}"
+    return f"{threat['norm']} {eps_text(float(threat['eps']))}"
