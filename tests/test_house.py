@@ -36,10 +36,11 @@ LAYERS = (
     ("results", "attacks", "models", "queries"),
     ("report", "bounds", "milp", "region", "run_folder", "doctor"),
     ("evaluation", "information", "replay"),
+    ("transforms",),
     ("checks", "objectives"),
     ("train",),
     ("experiments",),
-    ("bracket", "smoothing"),
+    ("bracket", "smoothing", "targeted"),
     ("cli",),
     ("__main__",),
 )

@@ -26,7 +26,7 @@ from .losses import negative_margin
 from .outputs import frozen_eval
 from .queries import LOGIT_TOLERANCE, CountingModel, exact_float32, is_misclassified, majority_vote
 from .results import Run, Samples
-from .threat import Threat
+from .threat import NORMS, Threat
 from .user_input import typed
 
 WITNESSES, WITNESSES_VERSION = "witnesses", 1
@@ -134,6 +134,11 @@ def replay(folder: str | Path, *, device: str = "cpu", batch_size: int = 1024, r
     folder = Path(folder)
     folder = folder.parent if folder.name == results.FILE else folder
     stored, path = results.load(folder), folder / "witnesses.safetensors"
+    if other := [run.threat_text for run in stored.runs if run.threat["norm"] not in NORMS]:
+        raise UserError(
+            f"{folder} was evaluated under {other[0]}, and replay recounts threats in a norm alone. The same `holdfast "
+            "evaluate` with another --out repeats it: it draws nothing but what its seed says."
+        )
     witnesses, header = load_tensors(path, WITNESSES, WITNESSES_VERSION, _Header)
     with understood(path):
         threats = [Threat(**network["threat"]) for network in header["networks"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from ..spec import name_list, numbers, share, split, threat_file_name
 from ..user_input import path
 from . import options as o
 from .app import app, exits
-from .common import asked_of_pgd50, run_evaluation, say_files, show
+from .common import asked_of_pgd50, run_evaluation, run_transforms, say_files, show
 from .display import errors, screen
 from .gate import THREE, apply_gate, read_gate
 from .options import option
@@ -29,7 +30,7 @@ def evaluate(
             "timm:NAME, hf:NAME or hf:FOLDER. Several are evaluated as one, their average.",
         ),
     ],
-    threat: o.OneThreat = "linf:0.1",
+    threat: o.AnyThreat = "linf:0.1",
     suite: o.Suite = "standard",
     attack: o.AddedAttacks = "",
     budget: Annotated[
@@ -90,25 +91,25 @@ def evaluate(
     PGD-50 is the accuracy as usually reported, and robust is an upper bound. Each has a verdict; see `holdfast compare
     --help`. --no-pgd50 leaves the first one out, and --precision says how sure the second one is to be.
 
+    A threat may also be corruptions:3 (15 kinds in the manner of ImageNet-C; without the severity, all five), one kind
+    (fog:3), rotation:30,translation:3 or patch:5x5, both in the worst case. These have no suite, verdict or proofs.
+
     An interrupted command resumes when it is rerun. Under torchrun (`torchrun --nproc-per-node 2 -m holdfast evaluate
     ...`) the processes share the samples and give the same answer as one.
     """  # fmt: skip
     from ..results import rows
 
-    gate = read_gate("evaluate", require, junit)
+    run, what, lacks = search_of(threat, suite, attack, budget, proofs, precision, pgd50, no_pgd50)
+    gate = read_gate("evaluate", require, junit, lacks=lacks)
     own = {
         "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
         "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
     }  # fmt: skip
     reading = {"image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize}
-    sizes: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked_of_pgd50(pgd50, no_pgd50)}
     subject = subjects_of(model, average, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
-    added = split(attack) if attack else []
-    folder = out or default_folder(model, f"evaluation-THREAT-{suite}{names_of(added)}", threat)
-    answer = run_evaluation(
-        subject, threat, suite, folder, seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget,
-        proofs=proofs, batch_size=batch_size, gate=gate, added=added, **sizes,
-    )  # fmt: skip
+    folder = out or default_folder(model, what, threat)
+    settings = {"batch_size": batch_size, "gate": gate, "quiet": quiet, "as_json": as_json}
+    answer = run(subject, threat, folder=folder, seed=seed, device=device, **settings)
     if answer is None:
         return
     results, page, uncertified = answer
@@ -117,6 +118,41 @@ def evaluate(
         screen.print(uncertified, soft_wrap=True)
     say_files([folder / "results.json", page], quiet, as_json)
     apply_gate(gate, rows(results), quiet, as_json)
+
+
+def search_of(
+    threat: str,
+    suite: str,
+    attack: str,
+    budget: str,
+    proofs: str,
+    precision: str,
+    pgd50: int | None,
+    no_pgd50: bool,
+) -> tuple[Callable[..., Any], str, tuple[str, ...]]:
+    """What evaluates under a threat: (the function, the name of its folder, the columns that its rows lack).
+
+    Raises:
+        UserError: an option cannot be read, or is for threats in a norm and this is none.
+    """
+    from ..transforms import is_transform
+
+    added, asked = split(attack) if attack else [], asked_of_pgd50(pgd50, no_pgd50)
+    if not is_transform(threat):
+        settings: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked, "added": added}
+        run = partial(run_evaluation, suite=suite, budget=budget, proofs=proofs, **settings)
+        return run, f"evaluation-THREAT-{suite}{names_of(added)}", ()
+    given = {
+        "suite": suite != "standard", "attack": attack, "budget": budget, "proofs": proofs != "linear",
+        "precision": precision != "1%", "pgd50": pgd50, "no-pgd50": no_pgd50,
+    }  # fmt: skip
+    for name, value in given.items():
+        if value:
+            raise UserError(
+                f"--{name} is for threats in a norm, such as linf:0.1. {threat} has one search of its own, and nothing "
+                "of it is proved or audited: leave the option out."
+            )
+    return run_transforms, "evaluation-THREAT", ("pgd50", "certified", "verdict")
 
 
 def subject_of(

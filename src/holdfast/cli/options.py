@@ -40,6 +40,13 @@ OneLoss = Annotated[
     str, option("Loss spec: isce:s=10; with another head after @: isce:s=2@cosine; a loss of yours: mine.py:hinge.")
 ]
 OneThreat = Annotated[str, option(THREAT + "Examples: linf:0.1, linf:8/255, l2:1.5.")]
+AnyThreat = Annotated[
+    str,
+    option(
+        THREAT + "Examples: linf:0.1, linf:8/255, l2:1.5. Or corruptions:3, rotation:30,translation:3, patch:5x5: see "
+        "above."
+    ),
+]
 Threats = Annotated[str, option(THREAT + "Comma-separated for several: linf:0.1,l2:1.5.")]
 Suite = Annotated[
     str,
