@@ -66,7 +66,11 @@ def cr(
         for restart in range(restarts):
             if len(rows):
                 start = threat.random_start(x[rows], noise[rows].fold(number, restart)) if restart else x_adv[rows]
-                rows = _towards(model, x, threat, noise.fold(number, restart), rows, start, candidate, best, steps)
+                rows, near = _towards(
+                    model, x, threat, noise.fold(number, restart), rows, start, candidate, best, steps
+                )
+                if restart + 1 < restarts:
+                    (rows,) = those(near, rows)
     return best.x
 
 
@@ -80,8 +84,8 @@ def _towards(
     target: Tensor,
     best: MostAdversarial,
     steps: int,
-) -> Tensor:
-    """Ascend z_t - z_y of some samples, (M,), from x_adv, (M, ...). Returns the rows of those that nearly succeeded."""
+) -> tuple[Tensor, Tensor]:
+    """Ascend z_t - z_y of some samples, (M,), from x_adv, (M, ...). Returns those left, and which nearly succeeded."""
     base, score = x[rows], targeted(negative_margin)
     least = gap = torch.full(rows.shape, torch.inf, dtype=x.dtype, device=x.device)
     for step in range(steps):
@@ -105,11 +109,11 @@ def _towards(
         if should_drop_fooled(step, x):
             rows, base, x_adv, grad, least, gap = those(unbroken, rows, base, x_adv, grad, least, gap)
             if len(rows) == 0:
-                return rows
+                return rows, rows > 0
         x_adv = ball.project(x_adv + relaxed / 2 * threat.ascent(grad, x_adv), base)
     x_adv = threat.project(x_adv, base)
     unbroken = best.update(rows, x_adv, predict(model, x_adv).logits)
-    return rows[unbroken & (least <= NEAR * gap)]
+    return rows, unbroken & (least <= NEAR * gap)
 
 
 def _radius(threat: Threat, eps: float) -> Threat:
