@@ -44,8 +44,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 FREE = {"tight", "loose", "refuted", "void"}  # words that may change with a machine's rounding
 INTERNAL = {
-    "__main__", "cli", "doctor", "environment", "io", "outputs", "process_pool", "queries", "spec", "straight_through",
-    "user_input",
+    "__main__", "cli", "doctor", "environment", "io", "optional_package", "outputs", "process_pool", "queries", "spec",
+    "straight_through", "user_input",
 }  # fmt: skip
 
 

@@ -210,10 +210,13 @@ def noise_is_not_stronger(probe: Probe) -> CheckCount | str:
     return CheckCount(k, n, 0.02, f"random noise breaks {k} of {n} survivors of the gradient attacks")
 
 
+NO_TRANSFER_SOURCE = "there is no SCE network of the same seed to take adversarial images from"
+
+
 def transfer_is_not_stronger(probe: Probe) -> CheckCount | str:
     """Adversarial images of the SCE network of the same seed break no survivor."""
     if probe.transfer_source is None:
-        return "there is no SCE network of the same seed to take adversarial images from"
+        return NO_TRANSFER_SOURCE
     source = probe.transfer_source.to(probe.data.y.device)
     survivors = torch.nonzero(~probe.broken)[:, 0]
     rows = survivors[(source[survivors] != probe.x(survivors)).flatten(1).any(1)]

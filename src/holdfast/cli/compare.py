@@ -68,7 +68,8 @@ def compare(
     A spec in --losses can name its own head after @, and its own objective, model and training settings after +:
     isce:s=2@cosine+adversarial:steps=5+fit:lr=5e-3.
 
-    Writes results.json, report.html and the adversarial examples. An interrupted command resumes when it is rerun.
+    Writes results.json, report.html and the adversarial examples. An interrupted command resumes when it is rerun. With
+    more losses or seeds it goes on in the same --out.
     """
     from .. import spec
     from ..experiments.config import Comparison
