@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from goals import goal
 from holdfast import Threat, data, evaluate, losses, objectives
 from holdfast.bounds import METHODS, ProofCache, certify
 from holdfast.environment import environment
@@ -139,6 +140,21 @@ class Measured:
         decided = {number for step in self.done.values() for number in step["proved"] + step["broke"]}
         return [number for number in self.found["standing"] if number not in decided]
 
+    def proved(self, last: str = STEPS[-1]) -> int:
+        """How many images the methods up to this one proved."""
+        upto = STEPS[: STEPS.index(last) + 1]
+        return sum(len(step["proved"]) for method, step in self.done.items() if method in upto)
+
+    @property
+    def attacked(self) -> int:
+        """How many images nothing broke."""
+        return len(self.found["standing"]) - sum(len(step["broke"]) for step in self.done.values())
+
+    @property
+    def gap(self) -> float:
+        """Points between what is attacked and what is proved."""
+        return 100 * (self.attacked - self.proved()) / self.row.samples
+
     def keep(self, **more: object) -> None:
         self.found |= more
         self.file.write_text(json.dumps(self.found))
@@ -189,17 +205,15 @@ def table(lines: list[Measured]) -> str:
     names = ["clean", *STEPS, "proved, 95%", "attacked, 95%", "gap, points", "exact"]
     out = ["| network | threat | n | " + " | ".join(names) + " |", "|---|---|---:|" + "---:|" * len(names)]
     for line in lines:
-        n, proved, broken, cells = line.row.samples, 0, 0, [str(line.found["clean"])]
+        n, cells = line.row.samples, [str(line.found["clean"])]
         for method in STEPS:
             step = line.done.get(method)
             if step is None:
                 cells.append("-")
                 continue
-            proved, broken = proved + len(step["proved"]), broken + len(step["broke"])
             cost = f" ({step['seconds'] / step['tried']:.2g} s)" if step["tried"] else ""
-            cells.append(f"{proved}{cost}")
-        attacked = len(line.found["standing"]) - broken
-        cells += [_percent(proved, n), _percent(attacked, n), f"{100 * (attacked - proved) / n:.0f}"]
+            cells.append(f"{line.proved(method)}{cost}")
+        cells += [_percent(line.proved(), n), _percent(line.attacked, n), f"{line.gap:.0f}"]
         cells.append(str(len(line.found["exact"])) if "exact" in line.found else "-")
         out.append(f"| {line.name} | {line.threat} | {n} | " + " | ".join(cells) + " |")
     return "\n".join(out)
@@ -208,6 +222,21 @@ def table(lines: list[Measured]) -> str:
 def _percent(k: int, n: int) -> str:
     share = proportion(k, n)
     return f"{100 * share.value:.0f} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+
+
+def goals(lines: list[Measured]) -> None:
+    """Print those whose rows are measured."""
+    digits = [line for line in lines if "exact" in line.found]
+    if digits:
+        exact = sum(len(line.found["exact"]) for line in digits)
+        share = 100 * sum(line.proved("alpha") for line in digits) / exact
+        goal("digits: alpha, of the exactly robust images", share, 90, unit="%", larger=True)
+    for line in (line for line in lines if STEPS[-1] in line.found):
+        if line.name == "mnist-6x256":
+            share = 100 * line.proved() / line.attacked
+            goal(f"6x256, {line.threat}: proved, of those that stand", share, 50, unit="%", larger=True)
+        if line.name == "cifar-conv-at2":
+            goal("PGD-trained convnet, linf 2/255: gap in points", line.gap, 10)
 
 
 if __name__ == "__main__":
@@ -220,5 +249,7 @@ if __name__ == "__main__":
         for line in lines:
             if line.name in (sys.argv[1:] or every):
                 line.run(steps)
-    print(table([line for line in lines if "standing" in line.found]))
+    measured = [line for line in lines if "standing" in line.found]
+    print(table(measured))
+    goals(measured)
     print(environment())
