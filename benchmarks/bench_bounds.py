@@ -15,12 +15,14 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from goals import goal
 from holdfast import Threat, data, evaluate, losses, objectives
 from holdfast.bounds import METHODS, ProofCache, certify
 from holdfast.environment import environment
@@ -89,13 +91,13 @@ def rows() -> dict[str, Row]:
         "digits-2x32": Row(mlp(64, 32, 32), "digits", ("linf:0.05", "linf:0.1"), epochs=60, samples=100, exact=True),
         "digits-2x32-at": Row(mlp(64, 32, 32), "digits", ("linf:0.1",), "linf:0.1", 60, samples=100, exact=True),
         "mnist-2x256": Row(mlp(784, 256, 256), "mnist", ("linf:0.02", "linf:0.03")),
-        "mnist-4x256": Row(mlp(784, *[256] * 4), "mnist", ("linf:0.02",)),
-        "mnist-6x256": Row(mlp(784, *[256] * 6), "mnist", ("linf:0.01", "linf:0.02")),
-        "mnist-6x100": Row(mlp(784, *[100] * 6), "mnist", ("linf:0.026",)),
-        "mnist-conv-at0.1": Row(conv_small(1, 28), "mnist", ("linf:0.1",), "linf:0.1", 5, 20_000),
-        "mnist-conv-at0.3": Row(conv_small(1, 28), "mnist", ("linf:0.3",), "linf:0.3", 10, 20_000),
-        "cifar-conv-at2": Row(conv_small(3, 32), "cifar10", ("linf:2/255",), "linf:2/255", 10, 20_000),
-        "cifar-resnet-at2": Row(small_resnet(3), "cifar10", ("linf:1/255", "linf:2/255"), "linf:2/255", 10, 20_000),
+        "mnist-4x256": Row(mlp(784, *[256] * 4), "mnist", ("linf:0.02",), samples=20),
+        "mnist-6x256": Row(mlp(784, *[256] * 6), "mnist", ("linf:0.01", "linf:0.02"), samples=20),
+        "mnist-6x100": Row(mlp(784, *[100] * 6), "mnist", ("linf:0.026",), samples=20),
+        "mnist-conv-at0.1": Row(conv_small(1, 28), "mnist", ("linf:0.1",), "linf:0.1", 5, 10_000),
+        "mnist-conv-at0.3": Row(conv_small(1, 28), "mnist", ("linf:0.3",), "linf:0.3", 8, 10_000, 20),
+        "cifar-conv-at2": Row(conv_small(3, 32), "cifar10", ("linf:2/255",), "linf:2/255", 15, 10_000),
+        "cifar-resnet-at2": Row(small_resnet(3), "cifar10", ("linf:1/255", "linf:2/255"), "linf:2/255", 15, 10_000),
     }
 
 
@@ -106,7 +108,7 @@ def trained(name: str, row: Row) -> tuple[nn.Module, data.Split]:
     objective = (
         objectives.adversarial(losses.sce, threat, steps=3, ramp=0.5) if threat else objectives.standard(losses.sce)
     )
-    batch = 64 if row.source == "digits" else 256
+    batch = 256 if row.source == "mnist" else 64
     config = FitConfig(epochs=row.epochs, batch_size=batch, lr=2e-3, schedule="onecycle", seed=0)
     torch.manual_seed(0)
     some, fewer = (part.take(slice(0, most)) for part, most in ((split.train, row.images), (split.val, 1_000)))
@@ -138,14 +140,29 @@ class Measured:
         decided = {number for step in self.done.values() for number in step["proved"] + step["broke"]}
         return [number for number in self.found["standing"] if number not in decided]
 
+    def proved(self, last: str = STEPS[-1]) -> int:
+        """How many images the methods up to this one proved."""
+        upto = STEPS[: STEPS.index(last) + 1]
+        return sum(len(step["proved"]) for method, step in self.done.items() if method in upto)
+
+    @property
+    def attacked(self) -> int:
+        """How many images nothing broke."""
+        return len(self.found["standing"]) - sum(len(step["broke"]) for step in self.done.values())
+
+    @property
+    def gap(self) -> float:
+        """Points between what is attacked and what is proved."""
+        return 100 * (self.attacked - self.proved()) / self.row.samples
+
     def keep(self, **more: object) -> None:
         self.found |= more
         self.file.write_text(json.dumps(self.found))
         print(self.name, self.threat, {key: _short(value) for key, value in more.items()}, flush=True)
 
-    def run(self) -> None:
-        """All steps that are not done."""
-        wanted = [step for step in (*STEPS, *(["exact"] if self.row.exact else [])) if step not in self.found]
+    def run(self, steps: Sequence[str]) -> None:
+        """Those of these steps, from the first method, that are not done; and the exact answer."""
+        wanted = [step for step in (*steps, *(["exact"] if self.row.exact else [])) if step not in self.found]
         if not wanted:
             return
         model, split = trained(self.name, self.row)
@@ -157,7 +174,7 @@ class Measured:
         if self.done and self.left:  # boxes that an earlier run computed, and no step is charged for
             last = [step for step in self.done if not step.startswith("branch")][-1]
             certify(model, some.take(torch.tensor(self.left)), threat, method=last, cache=cache)
-        for step in (step for step in STEPS if step not in self.found):
+        for step in (step for step in steps if step not in self.found):
             self.keep(**{step: self.prove(model, some, threat, step, cache)})
         if "exact" in wanted:
             with frozen_eval(model):
@@ -188,17 +205,15 @@ def table(lines: list[Measured]) -> str:
     names = ["clean", *STEPS, "proved, 95%", "attacked, 95%", "gap, points", "exact"]
     out = ["| network | threat | n | " + " | ".join(names) + " |", "|---|---|---:|" + "---:|" * len(names)]
     for line in lines:
-        n, proved, broken, cells = line.row.samples, 0, 0, [str(line.found["clean"])]
+        n, cells = line.row.samples, [str(line.found["clean"])]
         for method in STEPS:
             step = line.done.get(method)
             if step is None:
                 cells.append("-")
                 continue
-            proved, broken = proved + len(step["proved"]), broken + len(step["broke"])
             cost = f" ({step['seconds'] / step['tried']:.2g} s)" if step["tried"] else ""
-            cells.append(f"{proved}{cost}")
-        attacked = len(line.found["standing"]) - broken
-        cells += [_percent(proved, n), _percent(attacked, n), f"{100 * (attacked - proved) / n:.0f}"]
+            cells.append(f"{line.proved(method)}{cost}")
+        cells += [_percent(line.proved(), n), _percent(line.attacked, n), f"{line.gap:.0f}"]
         cells.append(str(len(line.found["exact"])) if "exact" in line.found else "-")
         out.append(f"| {line.name} | {line.threat} | {n} | " + " | ".join(cells) + " |")
     return "\n".join(out)
@@ -209,14 +224,32 @@ def _percent(k: int, n: int) -> str:
     return f"{100 * share.value:.0f} [{100 * share.low:.0f}, {100 * share.high:.0f}]"
 
 
+def goals(lines: list[Measured]) -> None:
+    """Print those whose rows are measured."""
+    digits = [line for line in lines if "exact" in line.found]
+    if digits:
+        exact = sum(len(line.found["exact"]) for line in digits)
+        share = 100 * sum(line.proved("alpha") for line in digits) / exact
+        goal("digits: alpha, of the exactly robust images", share, 90, unit="%", larger=True)
+    for line in (line for line in lines if STEPS[-1] in line.found):
+        if line.name == "mnist-6x256":
+            share = 100 * line.proved() / line.attacked
+            goal(f"6x256, {line.threat}: proved, of those that stand", share, 50, unit="%", larger=True)
+        if line.name == "cifar-conv-at2":
+            goal("PGD-trained convnet, linf 2/255: gap in points", line.gap, 10)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     time.monotonic = time.process_time  # the limits of branch and bound count CPU seconds
     OUT.mkdir(parents=True, exist_ok=True)
     every = rows()
     lines = [Measured(name, row, threat) for name, row in every.items() for threat in row.threats]
-    for line in lines:
-        if line.name in (sys.argv[1:] or every):
-            line.run()
-    print(table([line for line in lines if "standing" in line.found]))
+    for steps in (STEPS[:-1], STEPS):  # the longest last
+        for line in lines:
+            if line.name in (sys.argv[1:] or every):
+                line.run(steps)
+    measured = [line for line in lines if "standing" in line.found]
+    print(table(measured))
+    goals(measured)
     print(environment())
