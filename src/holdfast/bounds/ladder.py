@@ -152,38 +152,44 @@ class Ladder:
         self.branches = splits and work.level >= BRANCH
 
     @property
-    def left(self) -> Tensor:
+    def left(self) -> list[int]:
         """The numbers of the images that are answered right and not proved."""
-        return ((self.bounds.amin(1) <= 0) & self.finite & self.correct).nonzero()[:, 0]
+        open_ = (self.bounds.amin(1) <= 0) & self.finite & self.correct
+        return [number for number, is_open in enumerate(open_.tolist()) if is_open]
+
+    def there(self, numbers: Sequence[int]) -> Tensor:
+        """Numbers of images on their device."""
+        return torch.tensor(numbers, dtype=torch.int64, device=self.x.device)
 
     def begin(self) -> None:
         """What earlier calls found of these images; and the boxes of the others, with what follows from them alone."""
-        began, work, every = time.monotonic(), self.work, torch.arange(len(self.rows), device=self.x.device)
+        began, work = time.monotonic(), self.work
         # Known images too: a network that answers otherwise than before is none that their boxes are of.
         finite, logits, compared = compare_answers(work.asked, work.steps, work.graph.classes, self.x, self.region)
         self.finite, self.correct = finite, logits.argmax(1) == self.y
-        at, known = (every[:0], None) if work.cache is None else work.cache.get(self.index, self.y, self.region)
+        at, known = self.there([]), None
+        if work.cache is not None:
+            at, known = work.cache.get(self.index, self.y, self.region)
         if known is not None:
             self.bounds[at], self.level[at.cpu()] = known.low, known.level
-        new = every[~torch.isin(every, at)]
-        if len(new) or known is None:
+        new = sorted({*range(len(self.rows))} - {*at.tolist()})
+        if new or known is None:
             self.news = True
-            region = work.region(self.rows[new.cpu()])
+            some, region = self.there(new), work.region(self.rows[new])
             boxes = forward(work.steps, region)
             self.cheap(new, boxes, region, compared, began)
-            fresh = Undecided(self.y[new], self.bounds[new], self.level[new.cpu()], boxes, region)
-            known = fresh if known is None else joined([known, fresh]).take(torch.cat([at, new]).argsort())
+            fresh = Undecided(self.y[some], self.bounds[some], self.level[new], boxes, region)
+            known = fresh if known is None else joined([known, fresh]).take(torch.cat([at, some]).argsort())
         self.found = known.found
         self.seconds += (time.monotonic() - began) / max(1, len(self.rows))
 
     def keep(self) -> None:
         """Leave to later calls what is known of the images that are left."""
         rows = self.rows.tolist()
-        left = [place for place in self.left.tolist() if rows[place] not in self.x_adv]
+        left = [place for place in self.left if rows[place] not in self.x_adv]
         if self.work.cache is not None and (self.news or len(left) < len(rows)):
-            some = torch.tensor(left, dtype=torch.int64, device=self.x.device)
             known = Undecided(self.y, self.bounds, self.level, self.found, self.region)
-            self.work.cache.put(self.index, left, known.take(some))
+            self.work.cache.put(self.index, left, known.take(self.there(left)))
 
     def count(self, method: str, some: Sequence[int], start: float) -> None:
         """Add to a method's cost what it did since ``start`` for these images."""
@@ -197,20 +203,23 @@ class Ladder:
         )
 
     def raise_to(self, some: Tensor, low: Tensor, found: Forward, method: str) -> None:
-        """Take lower bounds (n, K - 1) of these images, where they exist and are better."""
+        """Take lower bounds (n, K - 1) of these images, where they exist and are better; one wait for the device."""
         low = low.masked_fill(low.isnan() | (found.unbounded | ~self.finite[some])[:, None], -math.inf)
         before = self.bounds[some].amin(1)
         self.bounds[some] = torch.maximum(self.bounds[some], low)
-        for number in some[(before <= 0) & (self.bounds[some].amin(1) > 0)].tolist():
-            self.by[number] = method
-        proved = int((self.bounds.amin(1) > 0).sum())
+        now = (before <= 0) & (self.bounds[some].amin(1) > 0)
+        for number, is_new in torch.stack([some, now.long()], 1).tolist():
+            if is_new:
+                self.by[number] = method
+        proved = len(self.by) - self.by.count("")
         self.report(method, int(self.rows[0]) + proved, len(self.work.y))
 
     def cheap(
-        self, some: Tensor, boxes: Forward, region: Region, compared: list[tuple[Tensor, Tensor]], began: float
+        self, numbers: list[int], boxes: Forward, region: Region, compared: list[tuple[Tensor, Tensor]], began: float
     ) -> None:
         """What boxes of some images, begun then, and Lipschitz constants say."""
-        x, y, numbers = self.x[some], self.y[some], some.tolist()
+        some = self.there(numbers)
+        x, y = self.x[some], self.y[some]
         high = upper_differences(self.work.steps, boxes, region, y)
         self.raise_to(some, -high.gather(1, others(y, self.work.graph.classes)), boxes, "interval")
         self.count("interval", numbers, began)
@@ -225,24 +234,22 @@ class Ladder:
         self, level: int, method: Callable[[Tensor, Forward, Region, float], Forward], share: int, until: float
     ) -> None:
         """A method for what is left and has not had it, in parts that fit in memory; it returns the boxes it used."""
-        left = self.left
-        left = left[(self.level[left.cpu()] < level).to(left.device)]
-        for some in left.split(share) if len(left) else ():
-            start = time.monotonic()
+        left = [number for number in self.left if self.level[number] < level]
+        for begin in range(0, len(left), share):
+            start, numbers = time.monotonic(), left[begin : begin + share]
             if start > until:
-                self.ended[some.cpu()] = False
+                self.ended[numbers] = False
                 continue
-            self.news = True
+            self.news, some = True, self.there(numbers)
             part, inside = take(self.found, self.region, some)
             tight = method(some, part, inside, until)
             if tight is not part:
                 self.found = put(self.found, some, tight)
             if time.monotonic() > until:  # it was cut short, or would have been
-                self.ended[some.cpu()] = (self.bounds[some].amin(1) > 0).cpu()
+                self.ended[numbers] = torch.tensor([bool(self.by[number]) for number in numbers])
             else:
-                self.level[some.cpu()] = level
-            numbers = some.tolist()
-            self.seconds[numbers] += (time.monotonic() - start) / len(some)
+                self.level[numbers] = level
+            self.seconds[numbers] += (time.monotonic() - start) / len(numbers)
             self.count(METHODS[level], numbers, start)
 
     def linear(self, some: Tensor, part: Forward, inside: Region, until: float) -> Forward:
@@ -270,13 +277,13 @@ class Ladder:
 
     def branch(self) -> None:
         """Branch and bound, one image after another; each may take its share of the time that is left."""
-        left = self.left.tolist()
+        left = self.left
         for place, number in enumerate(left):
             start = time.monotonic()
             if start > self.until:
                 self.ended[number] = False
                 continue
-            part, inside = take(self.found, self.region, torch.tensor([number], device=self.x.device))
+            part, inside = take(self.found, self.region, self.there([number]))
             if bool(part.unbounded.any()):
                 continue
             share = (self.until - start) / (len(left) - place)
@@ -290,7 +297,7 @@ class Ladder:
             else:
                 self.ended[number] = answer.ended
                 low = self.bounds[number].clamp_min(min(answer.bound, LEAST))  # a proof is of the sign alone
-                self.raise_to(torch.tensor([number]), low[None], part, "branch")
+                self.raise_to(self.there([number]), low[None], part, "branch")
             self.seconds[number] += time.monotonic() - start
             self.count("branch", [number], start)
 
