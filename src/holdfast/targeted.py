@@ -93,6 +93,11 @@ class TargetedMatrix:
     seconds: float
 
     @property
+    def counts(self) -> Tensor:
+        """(K,) int64: how many samples each class has."""
+        return torch.bincount(self.y, minlength=len(self.classes))
+
+    @property
     def shares(self) -> Tensor:
         """(K, K) float64: the share of each class, a line, that was turned into each other, a column.
 
@@ -100,7 +105,7 @@ class TargetedMatrix:
         """
         k = len(self.classes)
         counts = torch.zeros(k, k, dtype=torch.float64).index_add_(0, self.y, self.reached.double())
-        shares = counts / torch.bincount(self.y, minlength=k)[:, None]
+        shares = counts / self.counts[:, None]
         return shares.masked_fill(torch.eye(k, dtype=torch.bool), torch.nan)
 
     @property
@@ -109,7 +114,7 @@ class TargetedMatrix:
         k = len(self.classes)
         other = self.reached.scatter(1, self.y[:, None], torch.zeros_like(self.y, dtype=torch.bool)[:, None]).any(1)
         counts = torch.zeros(k, dtype=torch.float64).index_add_(0, self.y, other.double())
-        return counts / torch.bincount(self.y, minlength=k)
+        return counts / self.counts
 
     def frame(self) -> pd.DataFrame:
         """``shares`` as a pandas frame: a line for each class, a column for each target."""
@@ -313,8 +318,10 @@ def table(found: TargetedMatrix, name: str = "") -> Printed:
     texts = [["-" if math.isnan(v) else f"{100 * v:.0f}" for v in line] for line in found.shares.tolist()]
     short = [report.short(one, 6) for one in found.classes]
     other = ["-" if math.isnan(v) else f"{100 * v:.0f}" for v in found.any_other.tolist()]
-    lines_ = [(one, *line, last) for one, line, last in zip(found.classes, texts, other, strict=True)]
-    return Printed(("class", *short, "any"), tuple(lines_), caption)
+    columns = zip(found.classes, map(str, found.counts.tolist()), texts, other, strict=True)
+    return Printed(
+        ("class", "n", *short, "any"), tuple((one, n, *line, last) for one, n, line, last in columns), caption
+    )
 
 
 @typed
@@ -340,7 +347,8 @@ def figure(found: TargetedMatrix, name: str = "") -> Figure:
                     ax.text(at, line, f"{value:.0f}", ha="center", va="center", fontsize=7, color=report.INK)
         step = max(1, k // 25)
         ax.set_xticks(range(0, k, step), names[::step], fontsize=7, rotation=90 * (k > SHOWN_CLASSES))
-        ax.set_yticks(range(0, k, step), names[::step], fontsize=7)
+        lines = [f"{one} (n={n})" for one, n in zip(names, found.counts.tolist(), strict=True)]
+        ax.set_yticks(range(0, k, step), lines[::step], fontsize=7)
         ax.tick_params(length=0)
         ax.set_xlabel("turned into, % of the class")
         ax.set_ylabel("class")

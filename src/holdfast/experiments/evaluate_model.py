@@ -261,18 +261,17 @@ def from_several(
                 f"{first.name}. Networks of one fold and one data set can be averaged."
             )
     model = ensemble([one.model for one in members], mean)
-    same_loss = all(one.loss.text == first.loss.text for one in members)
+    loss = first.loss if all(one.loss.text == first.loss.text for one in members) else loss_spec.parse("sce")
     name = f"ensemble({', '.join(one.name for one in members)})"
     code = " ".join(filter(None, (one.code for one in members)))
     identity, paths = run_folder.data_identity(first.data, first.split)
     abouts = [{key: value for key, value in one.about.items() if key != run_folder.PATHS} for one in members]
     about = {
         run_folder.ENSEMBLE: {"mean": mean, "name": name, "members": abouts},
-        **_identity(model, first.split, code, first.loss if same_loss else loss_spec.parse("sce")),
+        **_identity(model, first.split, code, loss),
         **identity,
         run_folder.PATHS: paths,
     }
-    loss = first.loss if same_loss else loss_spec.parse("sce")
     return ModelUnderTest(
         name, model, loss, seed, first.data, first.cut, first.split, None, about, code, members=members
     )

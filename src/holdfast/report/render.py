@@ -40,6 +40,7 @@ from ..results import (
     significance,
     status_text,
 )
+from ..results.corruptions import CORRUPTIONS
 from ..user_input import typed
 from .figures import (
     DEAD_ALL,
@@ -229,6 +230,7 @@ def _part(results: Results, prefix: str, baseline: str) -> dict[str, Any]:
         "notes": caption_notes(shown),
         "certified": any_certified(shown),
         "pgd50": any(row.pgd50 for row in shown),
+        "searched": any(row.norm != CORRUPTIONS for row in shown),
         "attacks": cells(shown) if attack_columns(shown) else [],
         "proofs": proof_table(results),
         "corruptions": inline(draw_corruptions, results, prefix + "k"),

@@ -90,6 +90,8 @@ def corruption_sentence(table: CorruptionTable) -> str:
     'sce: mean accuracy under 2 kinds of corruption 60.0% (severity 1: 85.0%, 5: 35.0%), lowest under snow, 50.0%.'
     """
     each = ", ".join(f"{s}: {100 * mean:.1f}%" for s, mean in zip(table.severities, table.means, strict=True))
+    if len(table.severities) == 1:  # its mean is the mean
+        each = str(table.severities[0])
     kind, least = table.lowest
     if len(table.accuracy) == 1:
         return f"{table.label}: mean accuracy under {kind} {100 * table.mean:.1f}% (severity {each})."

@@ -125,8 +125,9 @@ def fit(
                 progress(_in_words(line), epoch + 1, config.epochs)
                 _warn_of_collapse(history, out)
         best = best_epoch(history)
-        kept = best if best and config.checkpoint == "best" else config.epochs
-        weights = state.best if config.checkpoint == "best" else state.validated_weights()
+        kept, weights = config.epochs, state.validated_weights()
+        if best is not None and config.checkpoint == "best":
+            kept, weights = best, state.best
         state.model.load_state_dict(weights)
         state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as a loaded model is
         if out is not None and accelerator.is_main_process:
