@@ -125,11 +125,7 @@ def fit(
                 progress(_in_words(line), epoch + 1, config.epochs)
                 _warn_of_collapse(history, out)
         best = best_epoch(history)
-        kept, weights = config.epochs, state.validated_weights()
-        if best is not None and config.checkpoint == "best":
-            kept, weights = best, state.best
-        state.model.load_state_dict(weights)
-        state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as a loaded model is
+        kept, weights = _keep(state, best, config)
         if out is not None and accelerator.is_main_process:
             save_final(out, weights, kept, seconds())
         accelerator.wait_for_everyone()
@@ -182,6 +178,16 @@ def _resumed(out: Path | None, settings: dict[str, Any], state: _TrainingState) 
     if is_main:
         write_log(out, history)
     return history, seconds
+
+
+def _keep(state: _TrainingState, best: int | None, config: FitConfig) -> tuple[int, dict[str, Tensor]]:
+    """Load the weights that ``config.checkpoint`` chooses: (their epoch, the weights)."""
+    kept, weights = config.epochs, state.validated_weights()
+    if best is not None and config.checkpoint == "best":
+        kept, weights = best, state.best
+    state.model.load_state_dict(weights)
+    state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as a loaded model is
+    return kept, weights
 
 
 def _warn_of_collapse(history: Sequence[dict[str, Any]], out: Path | None) -> None:
