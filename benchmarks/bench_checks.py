@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from goals import goal
 from holdfast import models
 from holdfast.checks import audit
 from holdfast.data import Data, default_folds, load, standardisation
@@ -51,6 +52,7 @@ def main(name: str = "digits") -> None:
             f"{label}, linf {eps}: {robust:.1%} robust; evaluation {passes:,} passes in {evaluation.seconds:.1f} s, "
             f"audit {more:,} in {audited.cost.seconds:.1f} s: {more / passes:.3f} ({word} {GOAL})"
         )
+        goal(f"passes of the audit over the evaluation's, {label}, linf {eps}", more / passes, GOAL)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.checks.test_remaining_vulnerable import CASCADES, left
 from tests.milp import make_exact_fixture
 
+from goals import goal
 from holdfast.attacks import ATTACKS, SCORES
 from holdfast.checks import audit
 from holdfast.data import pixels
@@ -72,6 +73,8 @@ def main() -> None:
     unknown, robust, broken = (sum(int(getattr(t, k).sum()) for t in truths) for k in ("unknown", "robust", "broken"))
     print(f"in all: {robust} proved robust, {broken} breakable, {unknown} unknown; broken: {totals}")
     print(f"adversarial examples for samples that are proved robust: {contradicted}")
+    goal("adversarial examples for samples that are proved robust", contradicted, 0, peer="exact proofs")
+    goal("breakable samples that standard breaks", totals["standard"], broken, peer="exact proofs", larger=True)
     print(
         f"the interval contains the exact number of missed samples: after audits {sum(strong)} of {len(strong)} (none "
         f"is missed in {none_missed}), after weak runs {sum(weak)} of {len(weak)}"

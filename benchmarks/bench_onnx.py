@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from goals import goal
 from holdfast.data import Data
 from holdfast.evaluation import evaluate
 from holdfast.importers.model_file import ModelSource, open_model
@@ -74,6 +75,7 @@ def compare_and_attack(file: Path) -> None:
             f"{label}, {len(z)}: max |difference of probabilities| {largest:.1e} ({word} {GOAL:g}), same class on "
             f"{same:.1%}; {between - began:.2f} s, onnxruntime {ended - between:.2f} s"
         )
+        goal(f"difference of probabilities, {label}", largest, GOAL, peer="onnxruntime")
     with torch.no_grad():
         correct = model(x).argmax(1) == y
     for label, rows in (("upright", y == 0), ("rotated", y == 1)):

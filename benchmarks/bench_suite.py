@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goals import goal
 from holdfast.data import pixels
 from holdfast.outputs import as_outputs, fooled
 from holdfast.threat import Threat
@@ -178,6 +179,24 @@ def table(suite: str, samples: int) -> None:
             f"\nover networks and seeds: only the peer breaks {lost}, only ours {won}, only a second run of the peer "
             f"{itself:.1f}; at worst {1000 * worst:.1f} of 1,000 on one network; {pb / pa:.1f}x fewer passes, "
             f"{sb / sa:.1f}x less time"
+        )
+        goal(
+            "passes of the suite",
+            pb / pa,
+            10,
+            ours=f"{pa:,.0f}",
+            peer=f"{pb:,.0f}, AutoAttack",
+            unit="x fewer",
+            larger=True,
+        )
+        goal(
+            "time of the suite",
+            sb / sa,
+            8,
+            ours=f"{sa:.0f} s",
+            peer=f"{sb:.0f} s, AutoAttack",
+            unit="x less",
+            larger=True,
         )
 
 

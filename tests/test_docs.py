@@ -44,8 +44,8 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 FREE = {"tight", "loose", "refuted", "void"}  # words that may change with a machine's rounding
 INTERNAL = {
-    "__main__", "cli", "doctor", "environment", "io", "mapped", "outputs", "process_pool", "queries", "spec",
-    "straight_through", "user_input", "witness_files",
+    "__main__", "cli", "doctor", "environment", "io", "mapped", "optional_package", "outputs", "process_pool",
+    "queries", "spec", "straight_through", "user_input", "witness_files",
 }  # fmt: skip
 
 

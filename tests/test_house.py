@@ -30,16 +30,18 @@ LAYERS = (
         "environment",
         "straight_through",
         "mapped",
+        "optional_package",
     ),  # "": its version
     ("user_input",),
     ("threat", "spec", "io", "importers", "losses", "data"),
     ("results", "attacks", "models", "queries", "witness_files"),
     ("report", "bounds", "milp", "region", "run_folder", "doctor"),
     ("evaluation", "information", "replay"),
+    ("transforms",),
     ("checks", "objectives"),
     ("train",),
     ("experiments",),
-    ("bracket", "smoothing"),
+    ("bracket", "smoothing", "targeted"),
     ("cli",),
     ("__main__",),
 )
@@ -56,6 +58,7 @@ KNOWS = {
 # but the probability that a certificate is wrong; and the slope of a line under a ReLU in bounds.
 MEANT = {
     "alpha": (
+        "bounds/ladder.py",
         "bounds/linear.py",
         "bounds/steps.py",
         "bounds/branch.py",

@@ -204,7 +204,7 @@ def test_streams_keep_their_values():
     """Records were drawn with them."""
     values = {p.__name__: [(s.value, s.count) if s.count > 1 else s.value for s in p] for p in Stream.__subclasses__()}
     assert values == {
-        "EvaluationStream": [10_000, 20_000, 30_000, 31_000, 32_000],
+        "EvaluationStream": [10_000, 20_000, 30_000, 31_000, 32_000, 33_000],
         "AuditStream": [
             *range(1, 10), *range(11, 15), (15, 2), 20, 30, 31, 32, (40, 9), 90, 91, 92,
         ],
@@ -212,6 +212,9 @@ def test_streams_keep_their_values():
         "StartStream": [1, 2],
         "GridStream": [3],
         "SmoothingStream": [0, 1, 2, 3, 4, (100, 1000)],
+        "CorruptionStream": [*range(15)],
+        "CorruptionPart": [0, 1, 2, 3, 4],
+        "PatchStream": [0, 1],
         "TrainingStream": [10_000],
         "SquareStream": [0],
         "SquareQueryStream": [1, 2, 3, 4],

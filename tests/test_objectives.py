@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 from dataclasses import replace
 from functools import partial
@@ -13,13 +14,24 @@ from tests.helpers import training_state
 from torch import nn
 
 from holdfast.attacks import pgd
-from holdfast.bounds import box_of, interval_growth, logit_difference_bounds
+from holdfast.bounds import box_of, crown_ibp_bounds, interval_growth, logit_difference_bounds
 from holdfast.errors import UserError
 from holdfast.information.sources import SOURCES, source
 from holdfast.losses import LOSSES, isce, mmc, negative_log_odds, negative_margin, sce
 from holdfast.models import build
 from holdfast.noise import Noise
-from holdfast.objectives import OBJECTIVES, Objective, adversarial, fast, interval, mart, standard, trades
+from holdfast.objectives import (
+    OBJECTIVES,
+    Objective,
+    adversarial,
+    fast,
+    free,
+    friendly,
+    interval,
+    mart,
+    standard,
+    trades,
+)
 from holdfast.threat import Threat
 
 SHAPE, N = (1, 6, 6), 8
@@ -133,7 +145,7 @@ def test_the_model_comes_back_when_perturb_fails(name):
     except ZeroDivisionError:
         pass
     else:
-        assert name in ("standard", "interval")
+        assert name in ("standard", "interval", "free")
     assert before[:2] == training_state(model)[:2]
 
 
@@ -249,6 +261,69 @@ def test_fast_is_one_step_from_a_wide_start():
     (grad,) = torch.autograd.grad(negative_log_odds(model(begin), y).sum(), begin)
     expected = (begin + 0.1 * grad.sign()).clamp(0, 1).detach()
     assert torch.allclose(fast(sce, threat)(0.0).perturb(model, x, y, noise), expected, atol=1e-6)
+
+
+def test_free_starts_at_random_and_steps_with_the_projected_gradient():
+    (x, y, noise), threat = batch(), Threat("linf", 0.1)
+    objective = free(sce, threat, replays=3, step=0.5)(0.0)
+    assert objective.replays == 3
+    model = build("mlp", SHAPE, 4)
+    x_adv = objective.perturb(model, x, y, noise)
+    assert torch.equal(x_adv, threat.random_start(x, noise))
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.min(torch.max(x_adv + 0.05 * grad.sign(), x - 0.1), x + 0.1).clamp(0, 1)
+    assert torch.allclose(objective.advance(x_adv, grad, x), expected, atol=1e-7)
+    ramped = free(sce, threat, ramp=0.5, factor=2.0)(0.25)
+    assert torch.equal(ramped.perturb(model, x, y, noise), threat.random_start(x, noise))
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2])
+def test_friendly_leaves_a_sample_so_many_steps_after_its_first_mistake(extra):
+    """One sample at a time, as the paper's loop does it."""
+    model, (x, y, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("linf", 0.4)
+    start, expected, taken = threat.random_start(x, noise), [], []
+    for i in range(N):
+        x_adv, left, steps = start[i : i + 1], extra, 0
+        for _ in range(12):
+            point = x_adv.detach().requires_grad_()
+            z = model(point).logits
+            if int(z.argmax(1)) != y[i]:
+                if left == 0:
+                    break
+                left -= 1
+            (grad,) = torch.autograd.grad(negative_log_odds(model(point), y[i : i + 1]).sum(), point)
+            x_adv = torch.min(torch.max(point + 0.02 * grad.sign(), x[i] - 0.4), x[i] + 0.4).clamp(0, 1).detach()
+            steps += 1
+        expected.append(x_adv)
+        taken.append(steps)
+    objective = friendly(sce, threat, steps=12, step_size=0.02, extra=extra)(0.0)
+    rows = []
+    hook = model.register_forward_hook(lambda module, images, out: rows.append(len(images[0])))
+    assert torch.allclose(objective.perturb(model, x, y, noise), torch.cat(expected), atol=1e-6)
+    hook.remove()
+    assert min(taken) == extra < max(taken), "the network should be wrong on some samples at the start, and not on all"
+    assert sum(rows) <= sum(taken) + N, "samples that are done were computed along"
+
+
+def test_friendly_without_mistakes_is_adversarial():
+    model, (x, _, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("linf", 0.001)
+    with torch.no_grad():
+        y = model(x).logits.argmax(1)
+    one, other = (make(sce, threat, steps=3)(0.0).perturb(model, x, y, noise) for make in (friendly, adversarial))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("progress", "steps"), [(0.0, 1), (0.19, 1), (0.2, 2), (0.45, 3), (0.8, 4), (1.0, 4)])
+def test_a_curriculum_increases_the_steps(progress, steps):
+    model, (x, y, noise), threat = build("mlp", SHAPE, 4), batch(), Threat("linf", 0.1)
+    expected = adversarial(sce, threat, steps=steps)(0.0).perturb(model, x, y, noise)
+    for make in (adversarial, friendly):
+        passes = []
+        hook = model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        x_adv = make(sce, threat, steps=4, curriculum=0.8)(progress).perturb(model, x, y, noise)
+        hook.remove()
+        assert len(passes) == steps
+        assert make is friendly or torch.equal(x_adv, expected)
 
 
 @pytest.mark.parametrize("name", ["adversarial", "trades", "mart"])
@@ -367,6 +442,56 @@ def test_interval_training_goes_from_lines_to_intervals():
     assert torch.allclose(bounds("crown-interval", 1.0), bounds("interval", 1.0))
 
 
+@pytest.mark.parametrize("name", ["interval", "smallconv", "lipconv"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_lines_and_intervals_of_one_step_share_their_boxes(name, share, monkeypatch):
+    """The same bounds, growth and gradients as by one call for each, from boxes that are computed once."""
+    model = network("interval") if name == "interval" else build(name, SHAPE, 4)
+    model, (x, y, _) = model.double().eval().requires_grad_(True), batch(torch.float64)
+    lo, hi = box_of(x, Threat("linf", 0.02))
+    intervals, growth = interval_growth(model, lo, hi, y)
+    crown = logit_difference_bounds(model, lo, hi, y, "crown")
+    expected = share * crown + (1 - share) * intervals
+    weights = torch.rand(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def grads(bounds, growth):
+        weighted = (weights * bounds).sum() + growth
+        found = torch.autograd.grad(weighted, list(model.parameters()), allow_unused=True)
+        return [
+            torch.zeros_like(weight) if grad is None else grad
+            for grad, weight in zip(found, model.parameters(), strict=True)
+        ]
+
+    module, passes = importlib.import_module("holdfast.bounds.interval"), []
+    for pass_ in ("forward", "upper_differences"):
+        real = getattr(module, pass_)
+        monkeypatch.setattr(module, pass_, lambda *args, real=real, **more: passes.append(1) or real(*args, **more))
+    found, grown = crown_ibp_bounds(model, lo, hi, y, share, tolerance=0.5)
+    assert len(passes) == 1
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grown, growth, rtol=1e-9, atol=1e-9)
+    for mine, theirs in zip(grads(found, grown), grads(expected, growth), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+    bounds, none = crown_ibp_bounds(model, lo, hi, y, share)
+    assert torch.equal(bounds, found)
+    assert float(none) == 0.0
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("bound", ["crown", "crown-interval"])
+def test_a_step_of_interval_training_computes_boxes_once(bound, monkeypatch):
+    model, (x, y, _) = network("interval"), batch()
+    module, passes = importlib.import_module("holdfast.bounds.interval"), []
+    for pass_ in ("forward", "upper_differences"):
+        real = getattr(module, pass_)
+        monkeypatch.setattr(module, pass_, lambda *args, real=real, **more: passes.append(1) or real(*args, **more))
+    objective = interval(sce, Threat("linf", 0.1), ramp=1.0, bound=bound, regulariser=0.5)(0.4)
+    objective.loss(model, x, x, y).sum().backward()
+    assert len(passes) == 1
+    with pytest.raises(UserError, match=r"share, .* must lie in \[0, 1\], got 1.5"):
+        crown_ibp_bounds(model, x, x, y, 1.5)
+
+
 def test_s_from_the_attack_is_adversarial_training_and_s_from_intervals_is_interval_training():
     model, (x, y, noise), threat = build("mlp", SHAPE, 4).double(), batch(torch.float64), Threat("linf", 0.05)
     x_adv = adversarial(sce, threat)(1.0).perturb(model, x, y, noise)
@@ -403,7 +528,9 @@ def test_a_source_that_needs_an_attack_says_so():
 @pytest.mark.parametrize(("name", "settings", "message"), [
     ("adversarial", {"awp": -0.1}, "awp must be >= 0"), ("mart", {"batch_norm": "both"}, "'eval' or 'train'"),
     ("trades", {"ramp": 1.5}, "ramp"), ("fast", {"step": 0.0}, "step must be > 0"),
-    ("interval", {"kappa": 2.0}, "kappa"),
+    ("interval", {"kappa": 2.0}, "kappa"), ("free", {"replays": 0}, "replays"), ("free", {"step": 0.0}, "step must be"),
+    ("free", {"ramp": -0.5}, "ramp"), ("free", {"factor": 0.0}, "factor"), ("friendly", {"extra": -1}, "extra"),
+    ("friendly", {"steps": 0}, "steps >= 1"), ("adversarial", {"curriculum": 1.5}, "curriculum"),
     ("interval", {"bound": "crwon"}, "crown"),
     ("interval", {"regulariser": -0.5}, "regulariser"),
     ("interval", {"warmup": 1.5}, "warmup"),
@@ -415,7 +542,9 @@ def test_what_cannot_work_is_refused_at_once(name, settings, message):
         OBJECTIVES[name](sce, Threat("linf", 0.1), **settings)
 
 
-def test_mart_takes_no_s_that_its_attack_measures():
+def test_mart_and_free_take_no_s_that_an_attack_measures():
     threat = Threat("linf", 0.1)
+    with pytest.raises(UserError, match=r"at x_adv.*take 'adversarial'"):
+        free(isce, threat, s=source("attack", threat))
     with pytest.raises(UserError, match=r"at x_adv.*take 'adversarial'"):
         mart(isce, threat, s=source("attack", threat))

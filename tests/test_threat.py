@@ -484,7 +484,7 @@ def test_parse_reads_what_people_write(text, threat):
 
 def test_threats_are_values():
     threat = Threat("linf", 8 / 255)
-    assert str(threat) == "linf 0.03137"
+    assert str(threat) == "linf 8/255"
     assert threat.describe() == {"norm": "linf", "eps": 8 / 255, "lo": 0.0, "hi": 1.0}
     assert Threat(**threat.describe()) == threat
     assert len({threat, Threat("linf", 8 / 255), Threat("l2", 8 / 255)}) == 2

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .experiments.compare import compare
     from .experiments.config import Comparison
     from .experiments.pipeline import NetworkResult, evaluate_network
+    from .models.ensemble import ensemble
     from .results import load as load_results
     from .threat import Threat
     from .train import FitConfig, fit
@@ -21,7 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Comparison", "Display", "FitConfig", "NetworkResult", "Threat", "__version__", "audit", "compare", "data",
-    "evaluate", "evaluate_network", "fit", "load_results", "losses", "models", "objectives",
+    "ensemble", "evaluate", "evaluate_network", "fit", "load_results", "losses", "models", "objectives",
 ]  # fmt: skip
 
 # name -> (module, name in it); imported on first use, so that ``import holdfast`` stays fast and needs no torch.
@@ -34,6 +35,7 @@ _LAZY = {
     "audit": ("checks", "audit"),
     "compare": ("experiments.compare", "compare"),
     "data": ("data", ""),
+    "ensemble": ("models", "ensemble"),
     "evaluate": ("evaluation", "evaluate"),
     "evaluate_network": ("experiments.pipeline", "evaluate_network"),
     "fit": ("train", "fit"),

@@ -155,6 +155,7 @@ class EvaluationStream(Stream):
     RANDOM_TARGET = 30_000
     GRID = 31_000
     PGD50_SAMPLE = 32_000
+    TRANSFORMS = 33_000
 
 
 class AuditStream(Stream):
@@ -213,6 +214,43 @@ class SmoothingStream(Stream):
     COPIES = 3
     START = 4
     ATTACKED = 100, 1000  # the votes at adversarial images, by the number of the radius
+
+
+class CorruptionStream(Stream):
+    """Of the noise that corrupts images: one for each kind."""
+
+    GAUSSIAN_NOISE = 0
+    SHOT_NOISE = 1
+    IMPULSE_NOISE = 2
+    DEFOCUS_BLUR = 3
+    GLASS_BLUR = 4
+    MOTION_BLUR = 5
+    ZOOM_BLUR = 6
+    SNOW = 7
+    FROST = 8
+    FOG = 9
+    BRIGHTNESS = 10
+    CONTRAST = 11
+    ELASTIC_TRANSFORM = 12
+    PIXELATE = 13
+    JPEG_COMPRESSION = 14
+
+
+class CorruptionPart(Stream):
+    """Of the noise of one kind of corruption, beside what it draws from its own."""
+
+    DOWN = 0
+    RIGHT = 1
+    POINTS = 2
+    WHITE = 3
+    ANGLE = 4
+
+
+class PatchStream(Stream):
+    """Of the noise of the search for a patch."""
+
+    PLACE = 0
+    BEST = 1
 
 
 class TrainingStream(Stream):

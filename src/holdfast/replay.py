@@ -20,13 +20,14 @@ from . import results, run_folder
 from .bounds import CannotBound, certify
 from .data import Data, Split, load, pixels
 from .errors import UserError
+from .importers.model_file import model_name
 from .io import decode, inside, load_tensors, understood
 from .losses import negative_margin
 from .mapped import rows_at_a_time, take
 from .outputs import frozen_eval
 from .queries import LOGIT_TOLERANCE, CountingModel, exact_float32, is_misclassified, majority_vote
 from .results import Run, Samples
-from .threat import Threat
+from .threat import NORMS, Threat
 from .user_input import typed
 from .witness_files import open_apart, witnesses_file
 
@@ -136,6 +137,11 @@ def replay(folder: str | Path, *, device: str = "cpu", batch_size: int = 1024, r
     folder = Path(folder)
     folder = folder.parent if folder.name == results.FILE else folder
     stored, path = results.load(folder), folder / "witnesses.safetensors"
+    if other := [run.threat_text for run in stored.runs if run.threat["norm"] not in NORMS]:
+        raise UserError(
+            f"{folder} was evaluated under {other[0]}, and replay recounts threats in a norm alone. The same `holdfast "
+            "evaluate` with another --out repeats it: it draws nothing but what its seed says."
+        )
     witnesses, header = load_tensors(path, WITNESSES, WITNESSES_VERSION, _Header)
     with understood(path):
         threats = [Threat(**network["threat"]) for network in header["networks"]]
@@ -225,8 +231,11 @@ def _trained(config: dict[str, Any]) -> tuple[str, int] | None:
 
     A user's own model stands under the name of its file, with the seed of the evaluation.
     """
+    if run_folder.ENSEMBLE in config:
+        name, seed = config[run_folder.ENSEMBLE].get("name"), config.get("seed")
+        return (name, seed) if isinstance(name, str) and isinstance(seed, int) else None
     own = run_folder.MODEL_FILE in config
-    loss = Path(config.get(run_folder.PATHS, {}).get("model", "")).name if own else config.get("loss")
+    loss = model_name(config.get(run_folder.PATHS, {}).get("model", "")) if own else config.get("loss")
     seed = config.get("seed") if own else config.get("fit", {}).get("seed")
     return (loss, seed) if loss and isinstance(seed, int) else None
 

@@ -19,12 +19,15 @@ from .data import DATASETS, Split, local_path
 from .environment import environment
 from .errors import UserError
 from .importers.model_file import ModelSource, code_hash, open_model
+from .importers.pretrained import pretrained_hash
 from .importers.python_code import split_reference
 from .io import RESTORE, inside, load_tensors, read_json, understood, write_atomic
 from .mapped import chunks
 from .user_input import typed
 
 MODEL_FILE = "model_file"  # the key of config.json that holds the ModelSource of a user's own model
+ENSEMBLE = "ensemble"  # the key of config.json for the members of several networks that were evaluated as one
+MEMBERS = "members"  # the folder of those networks' own folders, by number
 PATHS = "paths"  # the key of config.json for where data and code were found: no part of what the run is
 _FILES = (  # of a run, an evaluation or a bracket; env.json may be there first
     "checkpoint.safetensors", "model.safetensors", "log.jsonl", "train.json", "results.json", "witnesses.safetensors",
@@ -171,6 +174,7 @@ class RunConfig(TypedDict, total=False):
 
     model: _ModelArguments
     model_file: dict[str, Any]
+    ensemble: dict[str, Any]
     paths: _Paths
     code: str
     loss: str
@@ -211,7 +215,7 @@ def load(folder: str | Path, *, device: str = "cpu", run_code: bool = False) -> 
     """The network in a run folder, and its configuration.
 
     The folder is one that ``fit`` wrote with ``about["model"]``, the arguments of ``models.build``; or one that an
-    evaluation of a user's own model wrote: then that model is opened again.
+    evaluation of a user's own model or of an ensemble wrote: then that model, or its members, are opened again.
 
     Args:
         folder: the run folder.
@@ -229,6 +233,14 @@ def load(folder: str | Path, *, device: str = "cpu", run_code: bool = False) -> 
     folder = Path(folder)
     config = read_config(folder)
     path = folder / "config.json"
+    if ENSEMBLE in config:
+        with understood(path):
+            mean, count = config[ENSEMBLE]["mean"], len(config[ENSEMBLE]["members"])
+        folders = [folder / MEMBERS / str(k) for k in range(count)]
+        if any(ENSEMBLE in read_config(one) for one in folders):
+            raise UserError(f"{path} names an ensemble of ensembles, which holdfast does not write. {RESTORE}")
+        members = [load(one, device=device, run_code=run_code)[0] for one in folders]
+        return models.ensemble(members, mean).eval(), config
     if MODEL_FILE in config:
         return _open_model_file(folder, config, device, run_code), config
     if not (folder / "model.safetensors").exists():
@@ -238,8 +250,14 @@ def load(folder: str | Path, *, device: str = "cpu", run_code: bool = False) -> 
             f"{path} does not say how the model is built (no key 'model'): build it and load the weights yourself."
         )
     arguments = dict(config["model"])
-    if models.is_own(arguments["name"]):
+    external = models.is_own(arguments["name"]) or models.is_pretrained(arguments["name"])
+    if external:
         arguments["name"] = config.get(PATHS, {}).get("model", arguments["name"])
+    if models.is_pretrained(arguments["name"]) and pretrained_hash(arguments["name"])[0] != config.get("code"):
+        raise UserError(
+            f"{path} names the network {arguments['name']}, which has changed since it was trained: bring it back."
+        )
+    if models.is_own(arguments["name"]):
         _allow_code(path, arguments["name"], run_code)
     tensors, _ = load_tensors(folder / "model.safetensors", "model", 1)
     sizes = {size for tensor in tensors.values() for size in tensor.shape}
@@ -266,7 +284,8 @@ def _open_model_file(folder: Path, config: dict[str, Any], device: str, run_code
         settings = {key: value for key, value in config[MODEL_FILE].items() if key != "name"}
         source = ModelSource(**{**_own_paths(config), **settings})
         file = Path(split_reference(source.path)[0])
-    if file.suffix.lower() != ".onnx":  # torch opens .pt2 files by pickle
+    pretrained = models.is_pretrained(source.path)
+    if file.suffix.lower() != ".onnx" and not pretrained:  # torch opens .pt2 files by pickle
         _allow_code(path, source.path, run_code)
     if file.suffix.lower() != ".py" and code_hash(source) != config.get("code"):
         raise UserError(f"{path} names the network {file}, but that is not the file that was evaluated (hash).")

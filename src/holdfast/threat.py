@@ -12,10 +12,11 @@ from torch import Tensor
 from .errors import UserError, type_of, unknown
 from .mapped import extremes
 from .noise import Noise, StartStream
-from .user_input import number, read_number, text
+from .user_input import eps_text, number, read_number, text
 
 NORMS = ("linf", "l2", "l1")
 _WRITTEN = {"inf": "linf", "l_inf": "linf", "l-inf": "linf", "2": "l2", "l_2": "l2", "1": "l1", "l_1": "l1"}
+NO_NORMS = ("corruptions", "rotation", "translation", "patch")  # threats of ``transforms``
 LEAST_EPS = 1.2e-38  # float32 has no smaller number of full precision
 TOLERANCE = 1e-5  # relative to eps: what `violation` forgives, besides the rounding of float32 pixels
 SPARSITY = 0.02  # the fraction of pixels that one l1 step moves
@@ -82,6 +83,11 @@ class Threat:
         """
         norm, _, eps = text("threat", written).partition(":")
         value, norm = read_number(eps.strip()), norm.strip().lower()
+        if norm in NO_NORMS:
+            raise UserError(
+                f"'{written}' is no norm ball, but a threat of `holdfast evaluate` and holdfast.transforms alone. Here "
+                "it must be one such as linf:0.1."
+            )
         if value is None:
             raise UserError(
                 f"cannot read the threat '{written}': expected norm:eps, such as linf:0.1, linf:8/255 or l2:0.5."
@@ -91,7 +97,7 @@ class Threat:
         return threat
 
     def __str__(self) -> str:
-        return f"{self.norm} {self.eps:.4g}"
+        return f"{self.norm} {eps_text(self.eps)}"
 
     def size(self, delta: Tensor) -> Tensor:
         """||delta|| of each sample: (N, ...) -> (N,).

@@ -120,6 +120,16 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def eps_text(eps: float) -> str:
+    """eps in words: as a fraction of 255 where it is one, of at most two decimals, and its own decimals are long.
+
+    >>> eps_text(0.1), eps_text(8 / 255), eps_text(0.25 / 255), eps_text(1 / 7)
+    ('0.1', '8/255', '0.25/255', '0.142857')
+    """
+    short, levels = f"{eps:g}", round(eps * 255, 2)
+    return f"{levels:g}/255" if len(short) > 5 and levels and abs(eps * 255 - levels) < 1e-5 else short
+
+
 def read_number(text: str) -> float | None:
     """The number that a text is: a decimal, or a fraction of two.
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from holdfast.attacks import pgd
-from holdfast.bounds.certify import region_of
 from holdfast.bounds.graph import read
 from holdfast.bounds.linear import all_lines, forward, least
+from holdfast.bounds.regions import region_of
 from holdfast.bounds.steps import bind
 from holdfast.losses import negative_margin
 from holdfast.noise import Noise

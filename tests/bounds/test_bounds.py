@@ -23,6 +23,7 @@ from holdfast.bounds import (
     cheaply_proved,
     interval_growth,
     l2_radius,
+    ladder,
     lipschitz_constant,
     lipschitz_s,
     logit_difference_bounds,
@@ -373,13 +374,15 @@ def test_a_method_that_time_cut_short_has_not_ended(monkeypatch):
     """It came back with nothing proved and "ended": more time would have proved it."""
     clock, slow = [0.0], []
     certificates = importlib.import_module("holdfast.bounds.certify")  # whose name in the package is the function
-    monkeypatch.setattr(certificates, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for module in (certificates, ladder):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
-    def linear(self, some, part, inside):
+    def linear(self, some, part, inside, until):
         slow.append(len(some))
         clock[0] += 10.0
+        return part
 
-    monkeypatch.setattr(certificates._Ladder, "linear", linear)
+    monkeypatch.setattr(ladder.Ladder, "linear", linear)
     net = build("mlp:width=8", (1, 4, 4), 3)
     x = torch.full((2, 1, 4, 4), 0.5)
     data = Data(x, net.eval()(x).logits.argmax(1), torch.arange(2))

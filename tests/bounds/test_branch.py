@@ -13,9 +13,9 @@ from torch import nn
 
 from holdfast.bounds import METHODS, certify, linear
 from holdfast.bounds import branch as branch_module
-from holdfast.bounds.certify import region_of
 from holdfast.bounds.graph import read
 from holdfast.bounds.linear import forward, optimised
+from holdfast.bounds.regions import region_of
 from holdfast.bounds.steps import ReluStep, bind
 from holdfast.data import Data
 from holdfast.milp import decide, layers_of
@@ -263,3 +263,53 @@ def test_domains_that_do_not_fit_in_memory_end_branch_and_bound(trained, monkeyp
     assert not (found.proved & ~whole.proved).any()
     assert (~found.ended & whole.ended).any()
     assert (found.bound <= attacked_margins(net, x, y, threat)).all()
+
+
+@pytest.fixture
+def undecided(trained):
+    """(problem, pool): an image that crown leaves, and the nine domains without a sign."""
+    net, x, y = trained
+    threat = Threat("linf", 0.08)
+    left = (~certify(net, Data(x, y, torch.arange(len(y))), threat, method="crown").proved).nonzero()[0]
+    steps = bind(read(net, tuple(x.shape[1:])), torch.float64)
+    region = region_of(x[left], threat)
+    found = forward(steps, region, refine=True)
+    problem = branch_module._Problem.of(*branch_module.compact(steps, found), region)
+    rows = linear.against(y[left], 10, torch.float64)[0]
+    shapes = {number: (len(rows), *problem.steps[number].shape) for number in problem.relus}
+    signs = {n: torch.zeros(shape, dtype=torch.int8) for n, shape in shapes.items()}
+    alphas, betas = ({n: torch.full(shape, start) for n, shape in shapes.items()} for start in (0.5, 0.0))
+    pool = branch_module._Pool(torch.full((len(rows),), -torch.inf, dtype=torch.float64), rows, signs, alphas, betas)
+    return problem, pool
+
+
+@pytest.mark.parametrize("batch", [2, 40, 4096])
+def test_a_domain_is_split_where_its_worse_child_is_best(undecided, batch, monkeypatch):
+    """Whatever the number of candidates whose children are bounded at a time."""
+    problem, pool = undecided
+    monkeypatch.setattr(branch_module, "FILTERED", 10_000)
+    count, light = len(pool.rows), problem.light
+    children, whole = branch_module._split(problem, pool, batch)
+    assert not len(whole.rows)
+    chosen = light.least(children, children.alphas, children.betas).view(2, count).amin(0)
+    sizes = [pool.signs[number].shape[1:].numel() for number in pool.signs]
+    best = torch.full((count,), -torch.inf)
+    for place in range(sum(sizes)):
+        every = branch_module._children(pool, list(pool.signs), sizes, torch.full((count,), place))
+        best = torch.maximum(best, light.least(every, every.alphas, every.betas).view(2, count).amin(0))
+    torch.testing.assert_close(chosen, best, rtol=1e-4, atol=1e-4)
+    assert (best > light.least(pool, pool.alphas, pool.betas)).any()
+
+
+def test_a_domain_that_is_proved_by_what_it_inherits_is_not_optimised(undecided, monkeypatch):
+    problem, pool = undecided
+    whole, optimised_rows = branch_module._optimised(problem.light, pool), []
+    before = problem.light.least(whole, whole.alphas, whole.betas)
+    real = branch_module._optimised
+    monkeypatch.setattr(
+        branch_module, "_optimised", lambda light, some: optimised_rows.append(len(some.rows)) or real(light, some)
+    )
+    after, _ = branch_module._bounded(problem, whole, None)
+    assert optimised_rows == [int((before <= branch_module.ENOUGH).sum())]
+    assert 0 < optimised_rows[0] < len(pool.rows)
+    assert (after.bounds >= before - 1e-2).all(), "but for the rounding that a proof counts"

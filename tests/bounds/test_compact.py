@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from holdfast.bounds.branch import _bounded, _children, _Pool, _Problem
-from holdfast.bounds.certify import region_of
 from holdfast.bounds.compact import DenseStep, compact
 from holdfast.bounds.graph import read
 from holdfast.bounds.linear import all_lines, forward, least, relus_of
+from holdfast.bounds.regions import region_of
 from holdfast.bounds.steps import bind
 from holdfast.threat import Threat
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from holdfast.bounds import CannotBound, certify, cheaply_proved, linear, propagation, why_not
-from holdfast.bounds.certify import region_of
 from holdfast.bounds.graph import read
+from holdfast.bounds.regions import region_of
 from holdfast.bounds.rules import AFFINE, CURVED
 from holdfast.bounds.steps import Box, bind
 from holdfast.data import Data

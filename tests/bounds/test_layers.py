@@ -253,12 +253,12 @@ def test_a_class_that_computes_something_else_than_it_did_is_no_chain(monkeypatc
     """Lipschitz constants are those of the classes: where the operators give other logits they are left out."""
     net = network(nn.Linear(4, 3))
     x = torch.rand(8, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    assert margins_by_lipschitz(net, x, net(x).argmax(1), Threat("l2", 0.1)) is not None
+    assert margins_by_lipschitz(net, x, net(x).argmax(1), torch.full((len(x),), 0.1)) is not None
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x.flip(1) @ self.weight.T + self.bias)
     holds(net, x, Threat("l2", 0.1))
     with torch.no_grad():
         logits = net(x).double()
-    assert margins_by_lipschitz(net, x, logits.argmax(1), Threat("l2", 0.1), [(x, logits)]) is None
+    assert margins_by_lipschitz(net, x, logits.argmax(1), torch.full((len(x),), 0.1), [(x, logits)]) is None
     found = certify(net, Data(x, logits.argmax(1), torch.arange(8)), Threat("l2", 0.01), method="interval")
     assert found.proved.any()
     assert "lipschitz" not in found.by

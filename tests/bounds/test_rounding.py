@@ -11,9 +11,9 @@ from tests.bounds.helpers import Net, least_margins
 from torch import nn
 
 from holdfast.bounds import certify, cheaply_proved, why_not
-from holdfast.bounds.certify import region_of
 from holdfast.bounds.graph import read
 from holdfast.bounds.linear import all_lines, forward, least
+from holdfast.bounds.regions import region_of
 from holdfast.bounds.steps import Box, CurvedStep, bind
 from holdfast.data import Data
 from holdfast.threat import Threat

@@ -169,7 +169,7 @@ def test_bounds_that_were_cut_short_are_tried_again(truth, found, no_attacks, mo
     few, real = data.take(~broken), proving.certify
     arguments = {"method": "crown", "checkpoint": tmp_path / "a.safetensors", "key": "mine"}
 
-    def cut(*given, method, seconds):
+    def cut(*given, method, seconds, cache):
         answer = real(*given, method="interval")
         proving.time.sleep(seconds if method == "crown" else 0)
         return answer
@@ -190,7 +190,7 @@ def test_hard_samples_share_the_time(truth, no_attacks, monkeypatch):
     clock, hard = [0.0], int(few.index[0])
     monkeypatch.setattr(proving.time, "monotonic", lambda: clock[0])
 
-    def slow(model, data, threat, method, seconds):
+    def slow(model, data, threat, method, seconds, cache):
         n, easy, blank = len(data), data.index != hard, torch.zeros(len(data), dtype=torch.float64)
         if method != "branch":
             return Certified(blank.bool(), ("",) * n, blank - 1, {}, blank, ~blank.bool())

@@ -94,7 +94,7 @@ def test_a_claim_is_refuted_by_samples_that_surely_fell():
     correct = [1] * 1000
     assert judge(Claim(PGD50, correct), [1] * 983 + [0] * 17, []).status == "tight"  # 17 of 1,000: low 0.0087
     assert judge(Claim(PGD50, correct), [1] * 980 + [0] * 20, []).status == "refuted"  # 20 of 1,000: low 0.0108
-    assert judge(Claim(PGD50, [0] * 1000), [0] * 1000, []).status == "tight"
+    assert judge(Claim(PGD50, [1] + [0] * 999), [1] + [0] * 999, []).status == "tight"
     why = judge(Claim(PGD50, correct), [1] * 483 + [0] * 517, []).why
     assert why == "51.7 points too high (95% interval 48.6 to 54.8; other attacks broke 517 more of 1000 samples)"
 
@@ -130,6 +130,21 @@ def test_what_is_certified_is_exact():
         assert judge(Claim(ROBUST, correct), correct, [harmless], **certified).status == "exact"  # no name is compared
     assert judge(Claim(PGD50, [1] * 3), correct, [], certified=[True, True, False]).status == "tight"  # one fell
     assert judge(Claim(PGD50, [1] * 99), [1] * 66 + [0] * 33, [], certified=[1] * 66 + [0] * 33).status == "refuted"
+
+
+@pytest.mark.parametrize("certified", [None, [False] * 3])
+@pytest.mark.parametrize("claim", [ROBUST, PGD50])
+def test_what_no_sample_survives_is_exact(claim, certified):
+    """Each has a witness, so nothing is left to prove or to break. Void and chance come first, as for proofs."""
+    nothing = [0, 0, 0]
+    found = judge(Claim(claim, nothing), nothing, [finding()], certified=certified)
+    assert found.status == "exact"
+    assert found.why == "each of these 3 samples is misclassified or has an adversarial example"
+    assert judge(Claim(claim, nothing), nothing, [finding(void=True)], certified=certified).status == "void"
+    assert judge(Claim(claim, nothing), nothing, [finding(vacuous=True)], certified=certified).status == "loose"
+    assert judge(Claim(claim, [1, 0, 0]), [1, 0, 0], [], certified=certified).status == "tight"
+    assert judge(Claim(claim, [1, 0, 0]), nothing, [], certified=certified).status != "exact"
+    assert judge(Claim(claim, []), [], [], certified=[]).status == "tight"
 
 
 def test_the_same_gap_is_refuted_on_many_samples_and_too_few_to_tell_on_few():

@@ -131,7 +131,7 @@ def test_list_json_is_what_the_dicts_hold(holdfast_):
         "losses": LOSSES, "heads": HEADS, "attacks": ATTACKS, "objectives": OBJECTIVES, "models": MODELS,
         "datasets": DATASETS, "recipes": RECIPES, "sources": SOURCES,
     }  # fmt: skip
-    assert set(found) == {*dicts, "checks"}
+    assert set(found) == {*dicts, "checks", "corruptions"}
     for kind, named in dicts.items():
         assert found[kind] == sorted(named), kind
     assert all(isinstance(name, str) for name in found["checks"])

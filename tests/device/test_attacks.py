@@ -23,12 +23,13 @@ def most_waits(name, steps):
     """How often the host may wait in a call of so many steps.
 
     At every fifth step fooled samples leave the batch, which asks once who is left; minimal-norm attacks drop nobody. A
-    second restart asks once more. RayS is steered by labels: it asks for them at every step, and in bisections.
+    second restart asks once more, and cr before each of its two targets. RayS is steered by labels: it asks for them at
+    every step, and in bisections.
     """
     drops = steps // 5
     if name in ("cw", "lbfgs", "fmn", "fab"):
         return 0
-    return {"md": 2 * drops + 1, "rays": 1 + 10 * steps + drops}.get(name, drops)
+    return {"md": 2 * drops + 1, "cr": 2 * (drops + 1), "rays": 1 + 10 * steps + drops}.get(name, drops)
 
 
 @pytest.fixture(scope="module")

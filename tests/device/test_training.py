@@ -20,6 +20,8 @@ OBJECTIVES = {
     "adversarial": objectives.adversarial(sce, THREAT, steps=6),
     "awp": objectives.adversarial(sce, THREAT, steps=1, awp=0.01),
     "fast": objectives.fast(sce, THREAT),
+    "free": objectives.free(sce, THREAT, replays=2),
+    "friendly": objectives.friendly(sce, THREAT, steps=6),
     "trades": objectives.trades(sce, THREAT, steps=2),
     "mart": objectives.mart(sce, THREAT, steps=2),
     "interval": objectives.interval(sce, THREAT),

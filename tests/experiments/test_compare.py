@@ -331,9 +331,8 @@ def test_lost_results_are_assembled_from_what_is_there(original, copied):
 @pytest.mark.parametrize(
     "change",
     [
-        {"losses": ("sce",)}, {"losses": ("isce:s=10", "sce")}, {"threat": "linf:0.2"}, {"suite": "quick"},
-        {"seeds": 2}, {"folds": 3}, {"limit_train": 100}, {"objective": "adversarial:steps=2"}, {"model": "mlp"},
-        {"fit": dataclasses.replace(FIT, epochs=4)},
+        {"threat": "linf:0.2"}, {"suite": "quick"}, {"folds": 3}, {"limit_train": 100},
+        {"objective": "adversarial:steps=2"}, {"model": "mlp"}, {"fit": dataclasses.replace(FIT, epochs=4)},
     ],
 )  # fmt: skip
 def test_another_comparison_in_the_same_folder_is_refused(change, copied):
@@ -341,6 +340,96 @@ def test_another_comparison_in_the_same_folder_is_refused(change, copied):
     with pytest.raises(UserError, match=rf"another configuration \(they differ in {next(iter(change))}\)"):
         compare(dataclasses.replace(TINY, **change), copied)
     assert before == {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+
+
+SMALL = dataclasses.replace(TINY, losses=("isce:s=10",), folds=1, limit=40, limit_train=60)
+
+
+@pytest.mark.parametrize(
+    ("change", "lacks"),
+    [({"losses": ("sce",)}, r"the loss 'isce:s=10'"), ({"losses": ("sce", "mmc")}, r"the loss 'isce:s=10'"),
+     ({"first_seed": 1}, "the seed 0"),
+     ({"first_seed": 1, "seeds": 4, "losses": ("sce",)}, "the loss 'isce:s=10', the seed 0")],
+)  # fmt: skip
+def test_a_folder_is_not_left_with_fewer_rows_or_seeds(change, lacks, copied):
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"holds a comparison with {lacks}, which this one lacks: .* not with fewer"):
+        compare(dataclasses.replace(TINY, **change), copied)
+    assert before == {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("content", ['{"losses": 3}', '{"losses": [], "seeds": "x"}'])
+def test_a_damaged_config_of_a_comparison_is_refused(content, copied):
+    (copied / "config.json").write_text(
+        json.dumps({**json.loads((copied / "config.json").read_text()), **json.loads(content)})
+    )
+    with pytest.raises(UserError, match=r"config\.json"):
+        compare(TINY, copied)
+
+
+def ran(monkeypatch):
+    """The names of the networks that are run from now on."""
+    names = []
+    monkeypatch.setattr(comparing, "run_job", lambda one, progress: (names.append(one.name), run_job(one, progress)))
+    return names
+
+
+def test_more_rows_and_seeds_go_on_in_the_folder(original, copied, monkeypatch):
+    """What is there is reused; the answer is the one that the whole comparison gives in a folder of its own."""
+    names = ran(monkeypatch)
+    found = compare(dataclasses.replace(TINY, losses=("isce:s=10", "sce")), copied)
+    assert names == []
+    assert [run.loss for run in found.runs] == ["isce:s=10", "sce"]
+    found = compare(dataclasses.replace(TINY, losses=("mmc", "sce", "isce:s=10")), copied)
+    assert names == ["mmc-seed0-fold0", "mmc-seed0-fold1"]
+    assert [run.loss for run in found.runs] == ["mmc", "sce", "isce:s=10"]
+    assert [run.samples for run in found.runs[1:]] == [run.samples for run in original[0].runs]
+    assert json.loads((copied / "config.json").read_text())["losses"] == ["mmc", "sce", "isce:s=10"]
+    with pytest.raises(UserError, match="the loss 'mmc', which this one lacks"):
+        compare(TINY, copied)
+    assert all(proof.holds for proof in replay(copied))
+
+
+@pytest.mark.usefixtures("short_audits")
+def test_seeds_before_and_after_are_added(tmp_path, monkeypatch):
+    one = dataclasses.replace(SMALL, first_seed=1)
+    before = compare(one, tmp_path)
+    names = ran(monkeypatch)
+    after = compare(dataclasses.replace(one, first_seed=0, seeds=3), tmp_path)
+    assert names == ["isce_s=10-seed0-fold0", "isce_s=10-seed2-fold0"]
+    assert [run.seed for run in after.runs] == [0, 1, 2]
+    assert after.runs[1].samples == before.runs[0].samples
+
+
+class Stopped(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.mark.usefixtures("short_audits")
+def test_a_row_that_the_sce_network_joins_later_is_audited_with_its_adversarial_examples(tmp_path, monkeypatch):
+    """Stopped in between, it goes on; no network is trained or attacked twice, and the end is that of the whole."""
+    whole = dataclasses.replace(SMALL, losses=("isce:s=10", "sce"))
+    expected = compare(whole, tmp_path / "whole")
+
+    def transfer(found):
+        return next(f for f in by_loss(found, "isce:s=10").checks if f.name == "transfer is not stronger")
+
+    first = compare(SMALL, tmp_path / "out")
+    assert transfer(first).status == "not run"
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "run_job", lambda *_: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            compare(whole, tmp_path / "out")
+    assert [run.loss for run in results.load(tmp_path / "out").runs] == ["isce:s=10"]  # what was there is left
+    trained = []
+    fit = training.fit
+    monkeypatch.setattr(training, "fit", lambda *a, **k: (trained.append(k["out"].name), fit(*a, **k))[1])
+    with pytest.raises(UserError, match="the loss 'sce', which this one lacks"):
+        compare(SMALL, tmp_path / "out")
+    found = compare(whole, tmp_path / "out")
+    assert trained == ["sce-seed0-fold0"]
+    assert [run.samples for run in found.runs] == [run.samples for run in expected.runs]
+    assert transfer(found).status == transfer(expected).status == "holds"
 
 
 def test_two_workers_find_what_one_finds(parquet, tmp_path):

@@ -338,6 +338,7 @@ def test_chance_is_looked_for_everywhere_and_rounding_is_none():
     assert findings[name].fires
     assert robust.status == "loose"  # judged by the majority of many answers
     rounding = partial(jitter, size=1e-4)
+    torch.manual_seed(0)  # however many numbers the suite drew above
     assert (F.normalize(rounding(first)) - F.normalize(rounding(first))).norm(dim=1).max() > 1e-4
     assert not checked(rounding, model.data, model.threat)[1][name].fires
 

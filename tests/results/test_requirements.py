@@ -86,11 +86,20 @@ def test_the_end_of_the_interval_decides():
     assert ends[0][0] != ends[0][1]
 
 
-def test_over_seeds_it_is_the_interval_over_seeds():
-    runs = [make_run(seed=seed, robust=robust) for seed, robust in enumerate((0.3, 0.31, 0.32))]
-    low = R.over_seeds([0.3, 0.31, 0.32]).low
+@pytest.mark.parametrize("figures", [(0.2, 0.3, 0.4), (0.3, 0.31, 0.32), (0.3, 0.3, 0.3)])
+def test_over_seeds_it_holds_both_intervals(figures):
+    runs = [make_run(seed=seed, robust=robust) for seed, robust in enumerate(figures)]
+    seeds, samples = R.over_seeds(figures), R.proportion(round(sum(figures) / 3 * runs[0].n), runs[0].n)
+    low, high = min(seeds.low, samples.low), max(seeds.high, samples.high)
+    assert low < 0.3 < high
     assert outcome(f"robust>={low - 1e-9}", *runs).met
     assert not outcome(f"robust>={low + 1e-9}", *runs).met
+    assert outcome(f"robust<={high + 1e-9}", *runs).met
+    assert not outcome(f"robust<={high - 1e-9}", *runs).met
+
+
+def test_a_void_seed_meets_nothing():
+    runs = [make_run(seed=seed, robust=robust) for seed, robust in enumerate((0.3, 0.31, 0.32))]
     runs[1] = dataclasses.replace(runs[1], robust=None, verdict=R.Verdict("void", "NaN"))
     assert not outcome("robust>=0", *runs).met
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -27,11 +28,12 @@ from holdfast.data import Data, load, pixels, standardisation
 from holdfast.errors import UserError
 from holdfast.evaluation import evaluate
 from holdfast.noise import Noise
-from holdfast.objectives import Objective, adversarial, standard
+from holdfast.objectives import Objective, adversarial, free, standard
 from holdfast.progress import silent
 from holdfast.threat import Threat
 from holdfast.train import (
     SCHEDULES,
+    CollapseWarning,
     FitConfig,
     accuracy,
     fast_kernels,
@@ -115,6 +117,7 @@ CASES = {
     "for bounds": {"l1": 1e-4, "init": "interval", "precise_batch_norm": True, "ema": 0.5},
     "everything": {"ema": 0.8, "pad": 1, "flip": True, "weight_decay": 0.01, "schedule": "constant", "seed": 7},
     "adversarial": {},
+    "free": {"ema": 0.8},
 }
 
 
@@ -124,6 +127,8 @@ def test_four_epochs_are_two_and_two_bit_for_bit(case, split, tmp_path):
     objective = standard(losses.sce)
     if case == "adversarial":
         objective = adversarial(losses.sce, Threat("linf", 0.1), steps=2)
+    if case == "free":
+        objective = free(losses.sce, Threat("linf", 0.1), replays=2)
     whole = network(split)
     one = fit_digits(split, whole, objective=objective, config=config, out=tmp_path / "whole")
 
@@ -720,6 +725,25 @@ def test_the_chosen_weights_are_the_models_and_the_checkpoint_keeps_the_others(
     ]
 
 
+@pytest.mark.parametrize(
+    ("robust", "epochs"),
+    [
+        ((0.2, 0.5, 0.26, 0.4), ()),  # worse, but not half
+        ((0.2, 0.5, 0.24, 0.1), (3,)),  # said once while it stays down
+        ((0.5, 0.0, 0.4, 0.1), (2, 4)),
+        ((0.19, 0.0, 0.19, 0.0), ()),
+    ],
+)
+def test_a_collapse_of_robust_accuracy_is_said_when_it_happens(robust, epochs, split, tmp_path, monkeypatch):
+    fix_validation(monkeypatch, robust)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit_digits(split, network(split), out=tmp_path / "mine")
+    said = [str(one.message) for one in said if one.category is CollapseWarning]
+    assert [int(re.search(r"in epoch (\d)", text)[1]) for text in said] == list(epochs)
+    assert all(text.startswith("mine: robust") and "checkpoint=best" in text for text in said)
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.8])
 def test_resumed_at_any_epoch_the_best_weights_are_the_same_bit_for_bit(ema, split, tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, checkpoint="best", ema=ema)
@@ -825,6 +849,31 @@ def test_weight_context_is_entered_with_the_batch_and_left_before_the_step(split
     )
     assert events == ["enter", "loss", "leave"] * 4
     assert not same(weights(model), start)
+
+
+def test_free_training_takes_the_steps_that_are_written_by_hand(split):
+    """Two batches of an epoch, three replays each: one backward pass moves the weights and x_adv."""
+    model, threat = network(split), Threat("linf", 0.1)
+    config = FitConfig(epochs=1, batch_size=100, optimizer="momentum", lr=0.05, momentum=0.9, schedule="constant")
+    done = fit_digits(split, model, objective=free(losses.sce, threat, replays=3, step=0.5), config=config)
+    by_hand, losses_by_hand = network(split), []
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.05, momentum=0.9)
+    order = torch.randperm(len(split.train), generator=torch.Generator().manual_seed(0))
+    for rows in order.split(100):
+        x, y = pixels(split.train.x[rows]), split.train.y[rows]
+        x_adv = threat.random_start(x, Noise(0, split.train.index[rows]).fold(0))
+        for _ in range(3):
+            x_adv.requires_grad_()
+            loss = nn.functional.cross_entropy(by_hand(x_adv).logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses_by_hand.append(loss.item())
+            x_adv = torch.min(torch.max(x_adv.detach() + 0.05 * x_adv.grad.sign(), x - 0.1), x + 0.1).clamp(0, 1)
+    assert done.history[0]["loss"] == pytest.approx(sum(losses_by_hand) / len(losses_by_hand), rel=1e-4)
+    for mine, expected in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert torch.allclose(mine, expected, atol=1e-4)
+    assert losses_by_hand[1] != pytest.approx(losses_by_hand[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])

@@ -30,6 +30,7 @@ from .minimal_norm import distances
 from .pgd import bim, fgsm, least_likely, mim, pgd
 from .random_noise import random_noise
 from .rays import rays
+from .relaxed_ball import cr
 from .spsa import spsa
 from .square import square
 
@@ -43,6 +44,7 @@ __all__ = [
     "as_coded",
     "attack",
     "bim",
+    "cr",
     "cross_entropy",
     "cw",
     "deepfool",
@@ -92,6 +94,7 @@ ATTACKS: dict[str, AttackEntry] = {
     "pgd": AttackEntry(pgd, "projected gradient ascent, random starts (Madry 2018)"),
     "apgd": AttackEntry(apgd, "pgd with an adaptive step size (Croce 2020)"),
     "md": AttackEntry(md, "one term of the margin first, then the margin (Ma 2020)"),
+    "cr": AttackEntry(cr, "margin steps in a wider and a narrower ball in turn (FastAT 2026)", per_step=6.0),
     "as_coded": AttackEntry(
         as_coded, "bim away from the predicted class, last point, as the public code of I-SCE has it", ("linf",)
     ),

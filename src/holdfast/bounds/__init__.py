@@ -10,9 +10,10 @@ kind of layer a Lipschitz constant, add a class and a line to ``LAYERS`` in ``la
 
 from __future__ import annotations
 
+from .cache import ProofCache
 from .certify import METHODS, ROWS, Certified, certify, cheaply_proved, why_not, worst_logit_difference
 from .graph import CannotBound
-from .interval import box_of, interval_growth, logit_difference_bounds
+from .interval import box_of, crown_ibp_bounds, interval_growth, logit_difference_bounds
 from .lipschitz import l2_radius, lipschitz_constant, lipschitz_s, s_lipschitz_pairwise
 from .smoothing import ABSTAIN, Smoothed, certify_smoothed
 
@@ -22,11 +23,13 @@ __all__ = [
     "ROWS",
     "CannotBound",
     "Certified",
+    "ProofCache",
     "Smoothed",
     "box_of",
     "certify",
     "certify_smoothed",
     "cheaply_proved",
+    "crown_ibp_bounds",
     "interval_growth",
     "l2_radius",
     "lipschitz_constant",

@@ -29,7 +29,7 @@ from .steps import Box, Lines, Step
 
 Visit = Callable[[int, Tensor], None] | None
 
-FILTERED = 4  # how many ReLUs the score proposes for each domain
+FILTERED = 16  # how many ReLUs the score proposes for each domain
 ITERATIONS = 12  # steps of Adam on the slopes and multipliers of new domains
 LARGEST = 1e4  # of the multipliers of a linear program: where its signs contradict each other, they grow without end
 RATE, DECAY = 0.2, 0.97
@@ -117,7 +117,7 @@ def branch(
     while len(pool.bounds) and point is None and time.monotonic() < until and len(pool.bounds) < most:
         order = pool.bounds.argsort()
         some, pool = pool.take(order[: batch // 2]), pool.take(order[batch // 2 :])
-        children, whole = _split(problem, some)
+        children, whole = _split(problem, some, batch)
         if len(whole.bounds):  # every ReLU has its sign: what is left is to find the multipliers
             whole = _solved(problem, whole)
             if bool((whole.bounds <= 0).any()):
@@ -209,7 +209,7 @@ def _bounded(
 ) -> tuple[_Pool, Tensor | None]:
     """The pool with the bounds of the slopes and multipliers that Adam finds; and a counterexample, if the minimum of
     a bound is one."""
-    kept = _optimised(problem.light, pool)
+    kept = _improved(problem.light, pool)
     proposed: list[Tensor] = []
 
     def visit(number: int, rows: Tensor) -> None:
@@ -225,6 +225,19 @@ def _bounded(
         wrong = misclassified(corner)
         point = corner[wrong][0] if bool(wrong.any()) else None
     return kept, point
+
+
+def _improved(light: _Asked, pool: _Pool) -> _Pool:
+    """The pool with optimised slopes and multipliers where those that it has prove nothing."""
+    some = (light.least(pool, pool.alphas, pool.betas) <= ENOUGH).nonzero()[:, 0]
+    if not len(some):
+        return pool
+    better = _optimised(light, pool.take(some))
+    alphas, betas = (
+        {n: whole.index_copy(0, some, part[n]) for n, whole in parts.items()}
+        for parts, part in ((pool.alphas, better.alphas), (pool.betas, better.betas))
+    )
+    return _Pool(pool.bounds, pool.rows, pool.signs, alphas, betas)
 
 
 def _optimised(light: _Asked, pool: _Pool) -> _Pool:
@@ -318,7 +331,7 @@ def _prices(objective: Tensor, slopes: Tensor, offsets: Tensor, box: Box) -> Ten
     return torch.as_tensor(-answer.ineqlin.marginals, dtype=objective.dtype).clamp_min(0).to(objective.device)
 
 
-def _split(problem: _Problem, pool: _Pool) -> tuple[_Pool, _Pool]:
+def _split(problem: _Problem, pool: _Pool, batch: int) -> tuple[_Pool, _Pool]:
     """Both children of each domain, at the ReLU whose worse child has the better bound; and the domains without one."""
     count, light = len(pool.rows), problem.light
     at_relus: dict[int, Tensor] = {}
@@ -344,17 +357,15 @@ def _split(problem: _Problem, pool: _Pool) -> tuple[_Pool, _Pool]:
     if not bool(divisible.all()):
         rest = divisible.nonzero()[:, 0]
         whole = pool.take((~divisible).nonzero()[:, 0])
-        return (_split(problem, pool.take(rest))[0] if len(rest) else pool.take(rest)), whole
-    filtered = every.topk(min(FILTERED, every.shape[1]), 1)
-    best = torch.full((count,), -torch.inf, device=pool.rows.device)
-    chosen = filtered.indices[:, 0]
-    for place in range(filtered.indices.shape[1]):
-        candidate, valid = filtered.indices[:, place], filtered.values[:, place] >= 0
-        children = _children(pool, numbers, sizes, candidate)
-        bound = light.least(children, children.alphas, children.betas)
-        worse = torch.minimum(bound[:count], bound[count:])
-        better = valid & (worse > best)
-        best, chosen = torch.where(better, worse, best), torch.where(better, candidate, chosen)
+        return (_split(problem, pool.take(rest), batch)[0] if len(rest) else pool.take(rest)), whole
+    scored, filtered = every.topk(min(FILTERED, every.shape[1]), 1)
+    worse = []
+    for some in filtered.split(max(1, batch // (2 * count)), 1):
+        parents = torch.arange(count, device=some.device).repeat_interleave(some.shape[1])
+        children = _children(pool.take(parents), numbers, sizes, some.flatten())
+        worse.append(light.least(children, children.alphas, children.betas).view(2, *some.shape).amin(0))
+    chosen = torch.cat(worse, 1).masked_fill(scored < 0, -torch.inf).argmax(1)
+    chosen = filtered.gather(1, chosen[:, None])[:, 0]
     return _children(pool, numbers, sizes, chosen), pool.take(chosen[:0])
 
 

@@ -8,20 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..threat import Threat
 from .chain import ROWS, LogitLayer, chain_of
 from .graph import CannotBound
 from .layers import Layer
-from .lipschitz import l2_radius, layer_constants
+from .lipschitz import layer_constants
 from .rounding import HUGE, gamma, underflow
 
 AGREES = 1e-6  # how far a chain may be from the graph of the network, both in float64, relative to its largest logit
 
 
 def margins_by_lipschitz(
-    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, answers: Sequence[tuple[Tensor, Tensor]] = ()
+    model: nn.Module, x: Tensor, y: Tensor, distance: Tensor, answers: Sequence[tuple[Tensor, Tensor]] = ()
 ) -> Tensor | None:
-    """Lower bounds of the smallest margin over the threat by Lipschitz constants, (N,); None if a layer has none.
+    """Lower bounds of the smallest margin within an l2 distance, (N,) each; None if a layer has no Lipschitz constant.
 
     Layer by layer, with L the layer's constant: h is its output at x, in exact arithmetic; no x_adv's exact output is
     farther from h than ``radius``; no float32 output is farther from the exact one than ``rounding_error``, where
@@ -33,7 +32,6 @@ def margins_by_lipschitz(
     A chain is what the classes of modules say. ``answers`` are images and the logits (N, K) that the network's own
     operators give there: where the layers compute others, the chain is of another function, and None is returned.
     """
-    dim = math.prod(x.shape[1:])
     try:
         layers, last = chain_of(model)
         constants = layer_constants(layers, x[:1].double(), proved=True)
@@ -44,10 +42,8 @@ def margins_by_lipschitz(
     weight, bias = last.parameters(torch.float64)
     distances, lengths = (weight[None] - weight[:, None]).norm(dim=2), weight.norm(dim=1)
     least = []
-    for rows, labels in zip(x.split(ROWS), y.split(ROWS), strict=True):
+    for rows, labels, radius in zip(x.split(ROWS), y.split(ROWS), distance.double().split(ROWS), strict=True):
         h = rows.double()
-        farthest = l2_radius(threat, dim, threat.farthest(dim))
-        radius = torch.full((len(h),), farthest, dtype=h.dtype, device=h.device)
         rounding_error = torch.zeros_like(radius)
         for layer, constant in zip(layers, constants, strict=True):
             before, rounding_error = rounding_error, rounding_error * constant

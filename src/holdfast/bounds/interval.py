@@ -16,7 +16,7 @@ from ..threat import Threat
 from ..user_input import typed
 from .graph import CannotBound, Graph, read
 from .linear import Region, against, all_lines, forward, least, others
-from .propagation import Plan, plan_of, upper_differences
+from .propagation import Plan, Span, constants_of, plan_of, through_tail, upper_differences
 from .steps import Box, bind
 
 TRAINING_METHODS = ("interval", "crown")
@@ -66,7 +66,7 @@ def logit_difference_bounds(model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor,
         raise unknown("method", method, TRAINING_METHODS)
     with _full_precision(lo.device):
         graph, plan = _read(model, tuple(lo.shape[1:]), lo)
-        return upper_differences(plan, lo, hi, y) if method == "interval" else _by_lines(graph, lo, hi, y)
+        return upper_differences(plan, lo, hi, y) if method == "interval" else _by_lines(graph, plan, lo, hi, y)
 
 
 @typed
@@ -103,10 +103,52 @@ def interval_growth(
     at_least("tolerance", tolerance, above=True)
     if tolerance > 1:
         raise UserError(f"tolerance must lie in (0, 1], got {tolerance}.")
-    before: list[tuple[Tensor, Tensor]] = []
+    return crown_ibp_bounds(model, lo, hi, y, 0.0, tolerance=tolerance)
+
+
+@typed
+def crown_ibp_bounds(
+    model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, share: float, *, tolerance: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """A share of the bounds by lines and the rest of those by intervals, with the boxes of all layers computed once.
+
+        share crown + (1 - share) interval,   each as ``logit_difference_bounds`` gives it
+
+    Args:
+        model: as for ``logit_difference_bounds``.
+        lo: the lower corners.
+        hi: the upper corners.
+        y: labels.
+        share: of the bounds by lines, in [0, 1].
+        tolerance: of ``interval_growth``, which is computed from the same boxes; None where it is not wanted.
+
+    Returns:
+        (N, K) upper bounds, 0 at y; and the 0-dim growth, 0 without a tolerance.
+
+    Raises:
+        CannotBound: as ``logit_difference_bounds`` does.
+        UserError: share or tolerance out of range.
+
+    Source: Zhang et al. 2020 (CROWN-IBP).
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    >>> _ = net[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))     # logit_1 - logit_0 = -2 x
+    >>> lo, hi = torch.tensor([[[[0.2]]]]), torch.tensor([[[[0.4]]]])
+    >>> bounds, growth = crown_ibp_bounds(net, lo, hi, torch.tensor([0]), 0.5)
+    >>> bounds.detach(), growth
+    (tensor([[ 0.0000, -0.4000]]), tensor(0.))
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"share, of the bounds by lines, must lie in [0, 1], got {share}.")
     with _full_precision(lo.device):
-        _, plan = _read(model, tuple(lo.shape[1:]), lo)
-        bounds = upper_differences(plan, lo, hi, y, before)
+        graph, plan = _read(model, tuple(lo.shape[1:]), lo)
+        before: list[tuple[Tensor, Tensor]] | None = None if tolerance is None else []
+        if share == 0:
+            bounds = upper_differences(plan, lo, hi, y, before)
+        else:
+            bounds = _by_lines(graph, plan, lo, hi, y, share, before)
+        if before is None or tolerance is None:
+            return bounds, bounds.new_zeros(())
         width = ((hi - lo) / 2).mean()
         terms = [term for each in before for term in _out_of_order(*each, width, tolerance)]
         return bounds, sum(terms, bounds.new_zeros(())) / max(1, len(before))
@@ -137,15 +179,38 @@ def _balance(a: Tensor, b: Tensor) -> Tensor:
     return torch.minimum(a, b) / torch.maximum(a, b).clamp_min(SMALLEST)
 
 
-def _by_lines(graph: Graph, lo: Tensor, hi: Tensor, y: Tensor) -> Tensor:
-    """CROWN-IBP."""
+def _by_lines(
+    graph: Graph,
+    plan: Plan,
+    lo: Tensor,
+    hi: Tensor,
+    y: Tensor,
+    share: float = 1.0,
+    before_relus: list[tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """CROWN-IBP, or a share of it and the rest by the intervals that it starts from.
+
+    ``before_relus`` is given the (center, radius) of each ReLU's input.
+    """
     steps = bind(graph, lo.dtype)
     lo, hi = lo[:, None], hi[:, None]
     region = Region(Box(lo, hi), (lo + hi) / 2, Threat("linf", 1.0), 0.0)  # the box alone counts
     found = forward(steps, region, rounding=False)
     rows = against(y, graph.classes, lo.dtype)
-    bounds = -least(steps, found, all_lines(steps, found), region, len(steps) - 1, rows, rounding=False)
-    return bounds.new_zeros(len(y), graph.classes).scatter(1, others(y, graph.classes), bounds)
+    lines = -least(steps, found, all_lines(steps, found), region, len(steps) - 1, rows, rounding=False)
+    bounds = lines.new_zeros(len(y), graph.classes).scatter(1, others(y, graph.classes), lines)
+
+    def span(number: int) -> Span:
+        of_images = graph.operations[number].shape[:1] == (1,)  # there is no such dimension in a batch
+        return Span(box=Box(*(side.squeeze(1) if of_images else side for side in found.boxes[number])))
+
+    if before_relus is not None:
+        relus = (reads[0] for number, reads, _ in plan.rules if graph.operations[number].name == "relu")
+        before_relus += [span(number).ball for number in relus]
+    if share == 1:
+        return bounds
+    sources = {number: span(number) for number in plan.sources}
+    return share * bounds + (1 - share) * through_tail(plan, constants_of(graph, lo.dtype), sources, y)
 
 
 def _read(model: nn.Module, shape: tuple[int, ...], like: Tensor) -> tuple[Graph, Plan]:

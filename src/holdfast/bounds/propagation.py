@@ -215,11 +215,8 @@ def upper_differences(
     """Upper bounds of logit_j - logit_y over boxes of images (N, C, H, W): (N, K), 0 at y.
 
     ``before_relus`` is given the (center, radius) of each ReLU's input.
-
-    The tail is one affine map W: a difference has the weights W_j - W_y. W is the gradient of the logits, for K copies
-    of one point: it depends on no image.
     """
-    dtype, classes = lo.dtype, plan.graph.classes
+    dtype = lo.dtype
     constants = constants_of(plan.graph, dtype)
     spans = {0: Span(box=Box(lo, hi))}
     for (number, reads, rule), done in zip(plan.rules, plan.last_reads, strict=True):
@@ -228,14 +225,25 @@ def upper_differences(
         spans[number] = rule(constants, dtype, [spans[source] for source in reads])
         for source in done:
             del spans[source]
-    eye = torch.eye(classes, dtype=dtype, device=lo.device)
+    return through_tail(plan, constants, spans, y)
+
+
+def through_tail(plan: Plan, constants: Sequence[Tensor], spans: dict[int, Span], y: Tensor) -> Tensor:
+    """Upper bounds of logit_j - logit_y over boxes of what the tail reads: (N, K), 0 at y.
+
+    The tail is one affine map W: a difference has the weights W_j - W_y. W is the gradient of the logits, for K copies
+    of one point: it depends on no image.
+    """
+    like = spans[plan.sources[0]].ball[0]
+    dtype, device, classes = like.dtype, like.device, plan.graph.classes
+    eye = torch.eye(classes, dtype=dtype, device=device)
     centers = {source: spans[source].ball[0] for source in plan.sources}
     logits = _through(plan, constants, dtype, centers)
     weights = [eye]
     if plan.tail:
         with torch.enable_grad():
             points = {
-                n: torch.zeros(classes, *at.shape[1:], dtype=dtype, device=lo.device, requires_grad=True)
+                n: torch.zeros(classes, *at.shape[1:], dtype=dtype, device=device, requires_grad=True)
                 for n, at in centers.items()
             }
             reached = _through(plan, constants, dtype, points)

@@ -182,7 +182,7 @@ def certify_smoothed(
     with exact_float32(), frozen_eval(model), torch.no_grad():
         probe = Probe(model, data, vote, noise, batches)
         work = Work(checkpoint, {"key": key, "what": "clean", **settings_of(vote, data, seed)}, probe)
-        work.open_votes(len(data), probe.classes, data.x.device)
+        work.open_votes(len(data), probe.classes, data.y.device)
         counted = count_votes(work, data, noise, vote, batches, report)
         cost = work.finish()
         probe.repeat()

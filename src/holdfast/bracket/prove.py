@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..attacks import ATTACKS
-from ..bounds import METHODS, CannotBound, certify
-from ..data import Data, pixels
+from ..bounds import METHODS, CannotBound, ProofCache, certify
+from ..data import Data
 from ..data.arguments import AnyData, as_data, check_logits, note_assumptions
 from ..errors import UserError, unknown
 from ..evaluation import SUITES, Stage
@@ -120,7 +120,7 @@ def bracket_accuracy(
     data = data.to(device_of(model, data))
     work = _Work(
         CountingModel(model), data, threat, Noise(any_seed(seed), data.index), stage_scores(trained_with), method,
-        seconds, report,
+        seconds, report, ProofCache(),
     )  # fmt: skip
     identity = {
         "key": key, "threat": threat.describe(), "seed": seed, "n": len(data), "loss": loss_name(trained_with),
@@ -148,10 +148,11 @@ class _Work:
     method: str
     seconds: float
     progress: Progress
+    cache: ProofCache
 
     def images(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         there = rows.to(self.data.y.device)
-        return pixels(self.data.x[there]), self.data.y[there]
+        return self.data.pixels(there), self.data.y[there]
 
 
 class _About(TypedDict):
@@ -424,9 +425,9 @@ def _waiting(state: _State, method: str, until: float) -> Tensor:
 def _certify(work: _Work, state: _State, method: str, rows: Tensor, seconds: float) -> None:
     """One call of certify, and what follows from it for these samples."""
     there = rows.to(work.data.y.device)
-    some, began = replace(work.data.take(there), x=pixels(work.data.x[there])), time.monotonic()
+    some, began = replace(work.data.take(there), x=work.data.pixels(there)), time.monotonic()
     try:
-        found = certify(work.model.model, some, work.threat, method=method, seconds=seconds)
+        found = certify(work.model.model, some, work.threat, method=method, seconds=seconds, cache=work.cache)
     except CannotBound as error:
         state.why_not = str(error)
         return

@@ -23,6 +23,7 @@ from ..bounds.branch import branch
 from ..bounds.certify import read_network
 from ..bounds.graph import Operation, Value
 from ..bounds.linear import Region, all_lines, forward, least, optimised
+from ..bounds.regions import INSIDE
 from ..bounds.rounding import DOUBLE
 from ..bounds.steps import AffineStep, Box, ReluStep, Step, bind
 from ..errors import UserError
@@ -31,7 +32,6 @@ from ..importers.onnx.runtime import runtime_outputs
 from ..outputs import as_outputs, frozen_eval
 from ..progress import Progress, as_progress
 from ..queries import exact_float32
-from ..threat import Threat
 from ..user_input import any_seed, number, typed
 from .vnnlib import Case, Property
 
@@ -43,7 +43,6 @@ BOXES = 64  # that are bounded at a time then
 AGREES = 1e-3  # how far the network, its graph and onnxruntime may be apart, relative to the largest output
 ATTACK_SHARE = 0.2  # of the time, at most
 WAYS = ("", "linear", "crown", "alpha", "branch", "inputs")  # of proof
-INSIDE = Threat("linf", 1.0)  # the norm whose ball is a box; eps and box of the region come from the property
 
 
 @dataclass(frozen=True)
@@ -393,7 +392,7 @@ class _Work:
             return True, "linear", True
         if self.wanted.n_inputs <= SPLIT_INPUTS:
             return self._split_inputs(steps, group, until)
-        found = forward(steps, region, refine=True, until=until)
+        found = forward(steps, region, refine=True, known=found, until=until)
         for method, bound in (("crown", None), ("alpha", optimised)):
             if bound is None:
                 more = least(steps, found, all_lines(steps, found), region, last, every)

@@ -212,10 +212,13 @@ def noise_is_not_stronger(probe: Probe) -> CheckCount | str:
     return CheckCount(k, n, 0.02, f"random noise breaks {k} of {n} survivors of the gradient attacks")
 
 
+NO_TRANSFER_SOURCE = "there is no SCE network of the same seed to take adversarial images from"
+
+
 def transfer_is_not_stronger(probe: Probe) -> CheckCount | str:
     """Adversarial images of the SCE network of the same seed break no survivor."""
     if probe.transfer_source is None:
-        return "there is no SCE network of the same seed to take adversarial images from"
+        return NO_TRANSFER_SOURCE
     source, device, parts = probe.transfer_source, probe.data.y.device, []
     in_a_file, survivors = is_mapped(source), torch.nonzero(~probe.broken)[:, 0]
     source = source if in_a_file else source.to(device)

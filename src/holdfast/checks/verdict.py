@@ -43,7 +43,9 @@ def judge(
     * void: a check found the evaluation invalid.
     * refuted: attacks broke samples that the claim counts as correct: significantly more than 1% of all samples, at
       99% confidence (Clopper-Pearson).
-    * exact: every sample that the claim counts is certified, a proof; unless a check that makes proofs vacuous fires.
+    * exact: every sample is decided. Those that the claim counts are certified, a proof, and the others misclassified
+      or broken by an adversarial example; a claim that counts none needs no proof. Unless a check that makes proofs
+      vacuous fires.
     * loose: neither of these, but a check that applies to the claim fires, or more than 1% of the samples are expected
       to be breakable still.
     * tight: none of these. It is empirical, of these samples and these attacks; only a certificate is a proof.
@@ -74,6 +76,8 @@ images to tell whether it is more than 1 point'
     'empirical: no attack of 3 kinds broke more of these 2 samples'
     >>> judge(Claim("robust", [1, 0]), [1, 0], [], certified=[1, 0])
     Verdict(status='exact', why='proved: all that survive of these 2 samples are certified')
+    >>> judge(Claim("robust", [0, 0]), [0, 0], [])
+    Verdict(status='exact', why='each of these 2 samples is misclassified or has an adversarial example')
     """
     invalid = [finding for finding in findings if finding.fires and finding.void]
     if invalid:
@@ -82,10 +86,12 @@ images to tell whether it is more than 1 point'
     broken = sum(bool(claimed) and not survived for claimed, survived in zip(claim.correct, robust, strict=True))
     if lower_bound_99(broken, n) > TOLERANCE:
         return Verdict("refuted", _gap(broken, n))
-    proofs = () if certified is None else tuple(zip(claim.correct, certified, strict=True))
+    proofs = zip(claim.correct, [False] * n if certified is None else certified, strict=True)
     vacuous = any(finding.fires and finding.vacuous for finding in findings)
-    if any(claim.correct) and proofs and all(proof for claimed, proof in proofs if claimed) and not vacuous:
-        return Verdict("exact", f"proved: all that survive of these {n} samples are certified")
+    if n and all(proof for claimed, proof in proofs if claimed) and not vacuous:
+        if any(claim.correct):
+            return Verdict("exact", f"proved: all that survive of these {n} samples are certified")
+        return Verdict("exact", f"each of these {n} samples is misclassified or has an adversarial example")
     firing = [finding for finding in findings if finding.fires and claim.name in finding.claims]
     if firing:
         others = f", and {len(firing) - 1} more checks fire" if len(firing) > 1 else ""

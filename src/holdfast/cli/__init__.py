@@ -6,7 +6,7 @@ from __future__ import annotations
 # isort: off
 from . import compare, recipe  # noqa: F401
 from . import train, evaluate, export  # noqa: F401
-from . import explain, bracket, smooth, curves, report, replay, list_names, doctor  # noqa: F401
+from . import explain, bracket, smooth, targeted, curves, report, replay, list_names, doctor  # noqa: F401
 from .app import app, main
 
 # isort: on

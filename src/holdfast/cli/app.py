@@ -34,6 +34,7 @@ One network
   holdfast explain runs/mine     which change of the attack broke how many samples
   holdfast bracket runs/mine     prove what attacks leave: certified <= truth <= attacked
   holdfast smooth runs/mine      certified and attacked accuracy of its smoothed classifier
+  holdfast targeted runs/mine    which class an attack turns into which other
   holdfast export runs/mine      as ONNX, torch.export program or weights, for other tools
 
 Your own model

@@ -14,6 +14,7 @@ from ..losses import LOSSES
 from ..models import MODELS
 from ..models.heads import HEADS
 from ..objectives import OBJECTIVES
+from ..transforms import CORRUPTIONS
 
 
 def catalogue() -> dict[str, dict[str, str]]:
@@ -23,7 +24,7 @@ def catalogue() -> dict[str, dict[str, str]]:
         kind -> name -> one line about it.
 
     >>> sorted(catalogue())
-    ['attacks', 'checks', 'datasets', 'heads', 'losses', 'models', 'objectives', 'recipes', 'sources']
+    ['attacks', 'checks', 'corruptions', 'datasets', 'heads', 'losses', 'models', 'objectives', 'recipes', 'sources']
     """
     return {
         "losses": {name: entry.about for name, entry in LOSSES.items()},
@@ -33,6 +34,7 @@ def catalogue() -> dict[str, dict[str, str]]:
         "sources": {name: about for name, (_, about) in SOURCES.items()},
         "models": _first_lines(MODELS),
         "datasets": {name: entry.about for name, entry in DATASETS.items()},
+        "corruptions": {name: entry.about for name, entry in CORRUPTIONS.items()},
         "checks": {check.function.__name__: (check.function.__doc__ or "").splitlines()[0] for check in CHECKS},
         "recipes": {name: recipe().about for name, recipe in RECIPES.items()},
     }

@@ -212,6 +212,39 @@ def run_evaluation(
     return (results, page([results], folder / "report.html"), why_uncertified(subject, results)) if results else None
 
 
+def run_transforms(
+    open_subject: Callable[..., ModelUnderTest],
+    threat: str,
+    folder: Path,
+    *,
+    seed: int,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    batch_size: int | None,
+    gate: Gate,
+) -> tuple[Results, OutputFile, str]:
+    """Evaluate one network under corruptions, rotations or patches, and show its progress.
+
+    Args and results are those of ``run_evaluation``; nothing is said of certificates.
+    """
+    from ..experiments.transformed import evaluate_transforms
+    from ..transforms import parse
+
+    parse(threat)
+    own_folder(folder)
+    with aside(as_json), Display(quiet) as display:
+        subject = open_subject(device=best_device(device))
+        check_names(gate, [subject.row_name])
+        for note in getattr(subject.model, "notes", ()) if not quiet else ():
+            errors.print(note, soft_wrap=True)
+        results = evaluate_transforms(
+            subject, threat, folder, seed=seed, batch_size=batch_size,
+            progress=partial(display.progress, subject.name), command=command_line(),
+        )  # fmt: skip
+    return results, page([results], folder / "report.html"), ""
+
+
 def say_precision(results: Results, precision: float) -> None:
     """Print on stderr what the attacks on a sample of the survivors cost."""
     from ..results import precision_text
@@ -230,11 +263,14 @@ def say_files(files: list[Path | OutputFile], quiet: bool, as_json: bool) -> Non
 def show(results: Results, as_json: bool) -> None:
     """Print the table, what is in doubt, what sums it up, what may be claimed, and what is proved; or JSON."""
     from .. import report as reporting
-    from ..results import bracket_text, doubts, significance, table, to_json
+    from ..results import bracket_text, corruption_prints, doubts, significance, table, to_json
 
     if as_json:
         print_json(to_json(results))
         return
+    for one in corruption_prints(results):
+        screen.print(one)
+        screen.print()
     screen.print(table(results))
     for line in doubts(results):
         screen.print(line, soft_wrap=True)

@@ -60,7 +60,7 @@ def compare(
     Each of the two has a verdict. *refuted*: stronger attacks broke significantly more than 1% of the samples beyond
     this figure. *loose*: not refuted, but a trust check fired, or more than 1% of the samples are estimated to have
     survived although they can be broken. *tight*: none of these, which is empirical and no proof. *exact*:
-    every survivor is certified, which is a proof. *void*: the measurement is invalid. The
+    every survivor is certified, which is a proof, or there is none. *void*: the measurement is invalid. The
     estimate comes from a sample of the survivors, as large as --precision needs.
 
     *certified* is the share of samples proved correct under the whole threat (a lower bound); --proofs says how hard it
@@ -69,7 +69,8 @@ def compare(
     A spec in --losses can name its own head after @, and its own objective, model and training settings after +:
     isce:s=2@cosine+adversarial:steps=5+fit:lr=5e-3.
 
-    Writes results.json, report.html and the adversarial examples. An interrupted command resumes when it is rerun.
+    Writes results.json, report.html and the adversarial examples. An interrupted command resumes when it is rerun. With
+    more losses or seeds it goes on in the same --out.
     """
     from .. import spec
     from ..experiments.config import Comparison

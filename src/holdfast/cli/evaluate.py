@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from ..spec import name_list, numbers, share, split, threat_file_name
 from ..user_input import path
 from . import options as o
 from .app import app, exits
-from .common import asked_of_pgd50, reading_of, run_evaluation, say_files, show
+from .common import asked_of_pgd50, reading_of, run_evaluation, run_transforms, say_files, show
 from .display import errors, screen
 from .gate import THREE, apply_gate, read_gate
 from .options import option
@@ -23,20 +24,15 @@ from .options import option
 @app.command(rich_help_panel="Step by step", epilog=exits(three=THREE))
 def evaluate(
     model: Annotated[
-        str,
+        list[str],
         typer.Argument(
-            help="A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2."
+            help="A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2, "
+            "timm:NAME, hf:NAME or hf:FOLDER. Several are evaluated as one, their average.",
         ),
     ],
-    threat: o.OneThreat = "linf:0.1",
+    threat: o.AnyThreat = "linf:0.1",
     suite: o.Suite = "standard",
-    attack: Annotated[
-        str,
-        option(
-            "Attacks that come after the suite, on what it left: an attack of yours, mine.py:step, or one of `holdfast "
-            "list`; settings after a colon, comma-separated: mine.py:step:steps=20,fab."
-        ),
-    ] = "",
+    attack: o.AddedAttacks = "",
     budget: Annotated[
         str,
         option(
@@ -65,6 +61,7 @@ def evaluate(
     ] = None,
     data: o.OwnData = "",
     weights: o.Weights = "",
+    average: o.Average = "",
     input_range: o.InputRange = "",
     mean: o.Mean = "",
     std: o.Std = "",
@@ -94,25 +91,25 @@ def evaluate(
 
     PGD-50 is the accuracy as usually reported, robust an upper bound, to --precision. Verdicts: `holdfast compare -h`.
 
+    A threat may also be corruptions:3 (15 kinds in the manner of ImageNet-C; without the severity, all five), one kind
+    (fog:3), rotation:30,translation:3 or patch:5x5, both in the worst case. These have no suite, verdict or proofs.
+
     An interrupted command resumes when it is rerun. Under torchrun (`torchrun --nproc-per-node 2 -m holdfast evaluate
     ...`) the processes share the samples and give the same answer as one.
     """  # fmt: skip
     from ..results import rows
 
-    gate = read_gate("evaluate", require, junit)
+    run, what, lacks = search_of(threat, suite, attack, budget, proofs, precision, pgd50, no_pgd50)
+    gate = read_gate("evaluate", require, junit, lacks=lacks)
     own = {
         "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
         "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
     }  # fmt: skip
     reading = reading_of(image_column, label_column, convert, resize, skip_corrupt)
-    sizes: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked_of_pgd50(pgd50, no_pgd50)}
-    subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
-    added = split(attack) if attack else []
-    folder = out or default_folder(model, f"evaluation-THREAT-{suite}{names_of(added)}", threat)
-    answer = run_evaluation(
-        subject, threat, suite, folder, seed=seed, device=device, quiet=quiet, as_json=as_json, budget=budget,
-        proofs=proofs, batch_size=batch_size, gate=gate, added=added, **sizes,
-    )  # fmt: skip
+    subject = subjects_of(model, average, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
+    folder = out or default_folder(model, what, threat)
+    settings = {"batch_size": batch_size, "gate": gate, "quiet": quiet, "as_json": as_json}
+    answer = run(subject, threat, folder=folder, seed=seed, device=device, **settings)
     if answer is None:
         return
     results, page, uncertified = answer
@@ -121,6 +118,41 @@ def evaluate(
         screen.print(uncertified, soft_wrap=True)
     say_files([folder / "results.json", page], quiet, as_json)
     apply_gate(gate, rows(results), quiet, as_json)
+
+
+def search_of(
+    threat: str,
+    suite: str,
+    attack: str,
+    budget: str,
+    proofs: str,
+    precision: str,
+    pgd50: int | None,
+    no_pgd50: bool,
+) -> tuple[Callable[..., Any], str, tuple[str, ...]]:
+    """What evaluates under a threat: (the function, the name of its folder, the columns that its rows lack).
+
+    Raises:
+        UserError: an option cannot be read, or is for threats in a norm and this is none.
+    """
+    from ..transforms import is_transform
+
+    added, asked = split(attack) if attack else [], asked_of_pgd50(pgd50, no_pgd50)
+    if not is_transform(threat):
+        settings: dict[str, Any] = {"precision": share("precision", precision), "pgd50": asked, "added": added}
+        run = partial(run_evaluation, suite=suite, budget=budget, proofs=proofs, **settings)
+        return run, f"evaluation-THREAT-{suite}{names_of(added)}", ()
+    given = {
+        "suite": suite != "standard", "attack": attack, "budget": budget, "proofs": proofs != "linear",
+        "precision": precision != "1%", "pgd50": pgd50, "no-pgd50": no_pgd50,
+    }  # fmt: skip
+    for name, value in given.items():
+        if value:
+            raise UserError(
+                f"--{name} is for threats in a norm, such as linf:0.1. {threat} has one search of its own, and nothing "
+                "of it is proved or audited: leave the option out."
+            )
+    return run_transforms, "evaluation-THREAT", ("pgd50", "certified", "verdict")
 
 
 def subject_of(
@@ -140,6 +172,7 @@ def subject_of(
     """
     from ..experiments.evaluate_model import from_file, from_run
     from ..importers.model_file import ModelSource, is_model_file
+    from ..importers.pretrained import is_pretrained
 
     reading = {name: value for name, value in (reading or {}).items() if value}
     if not is_model_file(model):
@@ -157,12 +190,32 @@ def subject_of(
     )
     output = options.get("output", "")
     source = ModelSource(model, options["weights"], input_range, mean, std, options["input-layout"], output)
-    if not quiet:
+    if not quiet and not is_pretrained(model):
         errors.print(f"opening {model}: code in it is executed.", soft_wrap=True)
     loss, classes = options["loss"] or "sce", name_list("--classes", options.get("classes", ""))
     return partial(
         from_file, source, options["data"], loss=loss, limit=limit, seed=seed, reading=reading, classes=classes
     )
+
+
+def subjects_of(
+    models: list[str], average: str, options: dict[str, str], *more: Any, seed: int, **settings: Any
+) -> Any:
+    """What opens one network, or the average of several; the options are those of each.
+
+    Raises:
+        UserError: as ``subject_of`` does; or weights for several networks, or what to average for a single one.
+    """
+    from ..experiments.evaluate_model import from_several
+
+    if len(models) == 1:
+        if average:
+            raise UserError("--average is for several networks, and one is named: leave it out, or name more.")
+        return subject_of(models[0], options, *more, seed=seed, **settings)
+    if options["weights"]:
+        raise UserError("--weights is for one network: write a build() for each that loads its own weights.")
+    opened = [subject_of(model, options, *more, seed=seed, **settings) for model in models]
+    return partial(from_several, opened, average or "probabilities", seed=seed)
 
 
 def names_of(added: list[str]) -> str:
@@ -174,11 +227,23 @@ def names_of(added: list[str]) -> str:
     return "".join("+" + re.sub(r"[^\w.=,-]", "_", re.sub(r"^.*/(?=[^/]*\.py)", "", one)) for one in added)
 
 
-def default_folder(model: str, what: str, threat: str) -> Path:
-    """Where the answer goes without --out: into the run folder, or for one's own model to out/NAME-WHAT."""
-    from ..importers.model_file import is_model_file
+def default_folder(model: str | list[str], what: str, threat: str) -> Path:
+    """Where the answer goes without --out: into the run folder, or for one's own model to out/NAME-WHAT.
 
-    name = threat_file_name(threat)
-    if is_model_file(model):
-        return Path("out") / f"{Path(model).stem}-{what.replace('THREAT', name).removeprefix('evaluation-')}"
-    return path("the run folder", model) / what.replace("THREAT", name)
+    For several networks it is out/NAME+NAME-WHAT, cut at 80 characters.
+    """
+    from ..importers.model_file import is_model_file
+    from ..importers.pretrained import is_pretrained, short_reference
+
+    ending = what.replace("THREAT", threat_file_name(threat))
+
+    def stem(one: str) -> str:
+        if is_pretrained(one):
+            return re.sub(r"[:/]", "-", short_reference(one))
+        return Path(one).stem if is_model_file(one) else Path(one).name
+
+    several = [model] if isinstance(model, str) else model
+    if len(several) > 1 or is_model_file(several[0]):
+        name = "+".join(stem(one) for one in several)[:80]
+        return Path("out") / f"{name}-{ending.removeprefix('evaluation-')}"
+    return path("the run folder", several[0]) / ending

@@ -11,7 +11,7 @@ import typer
 
 from . import options as o
 from .app import app, exits
-from .common import print_json, run_evaluation, say_files
+from .common import print_json, reading_of, run_evaluation, say_files
 from .display import screen
 from .evaluate import default_folder, subject_of
 from .options import NETWORK, option
@@ -40,7 +40,14 @@ def explain(
     std: o.Std = "",
     input_layout: o.InputLayout = "",
     loss: o.TrainedWith = "",
+    image_column: o.ImageColumn = "",
+    label_column: o.LabelColumn = "",
+    convert: o.Convert = "",
+    resize: o.Resize = 0,
+    skip_corrupt: o.SkipCorrupt = False,
     run_code: o.RunCode = False,
+    output: o.ModelOutput = "",
+    classes: o.ModelClasses = "",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -54,11 +61,13 @@ def explain(
 
     own = {
         "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
-        "input-layout": input_layout, "loss": loss,
+        "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
     }  # fmt: skip
+    reading = reading_of(image_column, label_column, convert, resize, skip_corrupt)
     folder = out or default_folder(run, "explain-THREAT", threat)
+    subject = subject_of(run, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     answer = run_evaluation(
-        subject_of(run, own, limit=limit, seed=seed, quiet=quiet, run_code=run_code), threat, "explain", folder,
+        subject, threat, "explain", folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json,
     )  # fmt: skip
     if answer is None:

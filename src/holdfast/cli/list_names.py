@@ -17,7 +17,7 @@ def list_names(
     quiet: Annotated[bool, option("Print names only.", "--quiet", "-q")] = False,
     as_json: o.AsJson = False,
 ) -> None:
-    """List losses, heads, attacks, objectives, sources of s, models, data sets, checks and recipes."""
+    """List losses, heads, attacks, corruptions, objectives, sources of s, models, data sets, checks and recipes."""
     from .catalogue import catalogue
 
     kinds = catalogue()

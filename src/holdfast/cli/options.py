@@ -9,7 +9,8 @@ import typer
 
 OWN_MODEL = "Your own model"
 NETWORK = (
-    "A run folder of `holdfast train` or `compare`; or your own model: mymodel.py:build, a .onnx, a .pt2, with --data."
+    "A run folder of `holdfast train` or `compare`; or your own model with --data: mymodel.py:build, a .onnx, a .pt2, "
+    "timm:NAME, hf:NAME or hf:FOLDER."
 )
 RUN = "A run folder: the --out of `holdfast train`, or a folder in DIR/runs of `holdfast compare`."
 
@@ -39,6 +40,13 @@ OneLoss = Annotated[
     str, option("Loss spec: isce:s=10; with another head after @: isce:s=2@cosine; a loss of yours: mine.py:hinge.")
 ]
 OneThreat = Annotated[str, option(THREAT + "Examples: linf:0.1, linf:8/255, l2:1.5.")]
+AnyThreat = Annotated[
+    str,
+    option(
+        THREAT + "Examples: linf:0.1, linf:8/255, l2:1.5. Or corruptions:3, rotation:30,translation:3, patch:5x5: see "
+        "above."
+    ),
+]
 Threats = Annotated[str, option(THREAT + "Comma-separated for several: linf:0.1,l2:1.5.")]
 Suite = Annotated[
     str,
@@ -46,6 +54,15 @@ Suite = Annotated[
         "Attack suite, by strength: quick, standard, paranoid. Also standard+loss (attacks the training loss too), "
         "per-attack (each attack on all images), explain (one change at a time), as-coded (the attack of the public "
         "code of I-SCE, in the ball)."
+    ),
+]
+AddedAttacks = Annotated[
+    str,
+    option(
+        "Attacks that come after the suite, on what it left: an attack of yours, mine.py:step; one of `holdfast list`; "
+        "one of foolbox or torchattacks, foolbox:LinfPGD. Settings after a colon, comma-separated: "
+        "mine.py:step:steps=20,fab.",
+        "--attack",
     ),
 ]
 Proofs = Annotated[
@@ -75,8 +92,8 @@ NoPgd50 = Annotated[bool, option("Leave PGD-50 and its column out.", "--no-pgd50
 Objective = Annotated[
     str,
     option(
-        "Training objective: standard, adversarial:steps=10, fast, trades:beta=6, mart, interval. Those that attack "
-        "also take awp=0.01 (adversarial weight perturbation)."
+        "Training objective: standard, adversarial:steps=10, fast, free:replays=4, friendly, trades:beta=6, mart, "
+        "interval. Those with an attack, but free, also take awp=0.01 (adversarial weight perturbation)."
     ),
 ]
 Information = Annotated[
@@ -110,7 +127,11 @@ Folds = Annotated[
     int, option("Cross-validation folds. 0: the default of the data, 5 for digits and a single test set for others.")
 ]
 Network = Annotated[
-    str, option("A model of `holdfast list`, or mymodel.py:backbone. Default: by image size and device")
+    str,
+    option(
+        "A model of `holdfast list`; mymodel.py:backbone; or a pretrained one without its last layer, timm:NAME, "
+        "hf:NAME or hf:FOLDER. Default: by image size and device."
+    ),
 ]
 BatchSize = Annotated[int | None, option("Training batch size. Default: by data set.")]
 Optimizer = Annotated[str | None, option("adam, sgd (Nesterov) or momentum (classical). Default: by data set.")]
@@ -225,6 +246,10 @@ OwnData = Annotated[
 ]
 Weights = Annotated[
     str, option("A .safetensors file, or a .pt file (only its tensors are read).", rich_help_panel=OWN_MODEL)
+]
+Average = Annotated[
+    str,
+    option("Of several networks: probabilities, or logits. Default: probabilities.", rich_help_panel=OWN_MODEL),
 ]
 InputRange = Annotated[
     str,

@@ -175,7 +175,7 @@ def standardisation(data: Data) -> tuple[Tensor, Tensor]:
     mean = total / data.x[:, 0].numel()
     variance = squares / data.x[:, 0].numel() - mean.square()
     std = variance.clamp(min=0).sqrt().clamp(min=1 / 255)
-    return mean.float().to(data.x.device), std.float().to(data.x.device)
+    return mean.float().to(data.y.device), std.float().to(data.y.device)
 
 
 def augment(x: Tensor, rng: torch.Generator, *, pad: int, flip: bool) -> Tensor:

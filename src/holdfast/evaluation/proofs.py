@@ -30,7 +30,7 @@ PART, PART_SECONDS = 16, 10.0  # samples that the stronger methods take at first
 # Of what is left of the budget: what the stronger bounds may take at most, and with branch and bound the attacks after
 # them. Branch and bound gets the rest, and what it leaves goes to further attacks.
 SHARE = 0.5
-LEAST_SHARE = 4.0  # times what the bounds of the sample before took: the least time that branch and bound gets for one
+LEAST_SHARE = 4.0  # times what the bounds of a sample took: the least time that branch and bound gets for one
 MORE = 1.2  # times as much time as before is worth another try of branch and bound, which begins anew
 STOPPED = 0.9  # of its time: what ends sooner has no ReLU left to split, or no memory, and more time is of no use
 
@@ -54,10 +54,12 @@ def certified(task: Task, rows: Tensor, method: str, seconds: float = math.inf) 
         return None
 
     size = min(ROWS, task.batches.size)
-    if is_mapped(task.data.x):  # bounds hold many copies of the images, in float64
+    in_a_file = is_mapped(task.data.x)
+    if in_a_file:  # bounds hold many copies of the images, in float64
         size = min(size, max(1, CHUNK // (8 * data.x[:1].numel())))
+    cache = None if in_a_file or task.proofs == CHEAP else task.cache  # no later call would take the boxes from it
     try:
-        found = certify(model, data, task.threat, method=method, seconds=seconds, batch_size=size)
+        found = certify(model, data, task.threat, method=method, seconds=seconds, batch_size=size, cache=cache)
     except CannotBound:
         return None
     task.model.forwards += found.forwards  # a hook that counts would make the model another one
@@ -123,8 +125,8 @@ def _share(task: Task, state: State) -> float:
 def branch_survivors(task: Task, state: State, save: Callable[[State], None], processes: Processes) -> None:
     """Branch and bound on what is open, for all that is left of the budget, saving after each sample.
 
-    Each sample gets an equal share of what is left, but no less than its bounds need. What it proves is certified, and
-    an adversarial example that it meets is judged as any other candidate.
+    Each sample gets an equal share of what is left, but no less than a few times what its bounds took. What it proves
+    is certified, and an adversarial example that it meets is judged as any other candidate.
     """
     waits, columns = waits_for_branch(task, state), state.columns
     state.branched = True
@@ -133,13 +135,14 @@ def branch_survivors(task: Task, state: State, save: Callable[[State], None], pr
     every = torch.nonzero(state.open & (columns.tried < rank("branch")))[:, 0]
     every = every[columns.margin_adv[every].argsort(descending=True, stable=True)]  # the likeliest proofs first
     waiting = mine = processes.mine(every, 1)
+    least = LEAST_SHARE * sum(cost.seconds / max(1, cost.tried) for cost in state.proofs if cost.method == "alpha")
     while len(waiting):
         share = (task.budget.seconds - seconds_spent(state)) / len(waiting)
         again = waiting[MORE * columns.given[waiting] < share]
         for turn, row in enumerate(again):
             left = task.budget.seconds - seconds_spent(state)
             if left > 0:
-                _branch(task, state, row[None], min(left, max(left / (len(again) - turn), LEAST_SHARE * state.bounds)))
+                _branch(task, state, row[None], min(left, max(left / (len(again) - turn), least)))
                 save(state)
                 task.progress("proof: branch and bound", turn + 1, len(again))
         if not len(again) or task.budget.seconds <= seconds_spent(state):
@@ -159,7 +162,6 @@ def _branch(task: Task, state: State, row: Tensor, seconds: float) -> None:
     if found is None:
         columns.tried[row] = rank("branch")
     else:
-        state.bounds = sum(cost.seconds for cost in found.costs if cost.method != "branch")
         costs = tuple(replace(cost, tried=min(cost.tried, first), broken=0) for cost in found.costs)
         for image in [] if bool(found.proved[0]) else found.x_adv.values():
             x, y = task.data.pixels(row), task.data.y[row]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import mapped
 from ..attacks import ATTACKS
+from ..bounds import ProofCache
 from ..data import Data, pixels
 from ..errors import UserError, unknown
 from ..losses import Loss
@@ -64,6 +65,7 @@ class Task:
         pgd50: how many samples PGD-50 attacks; None for all, 0 where it is left out.
         candidates: (N, C, H, W), images that may be adversarial, tried on the survivors; None for none.
         grid: whether the images are 8-bit: candidates are then judged on the 8-bit grid as well.
+        cache: what the proofs of this process computed, for the stronger ones.
         batches: the batch size in use, which shrinks where memory runs out.
         progress: see ``evaluate``.
         x_adv_file: where adversarial images go that are not held in memory; None for a temporary file.
@@ -85,6 +87,7 @@ class Task:
     pgd50: int | None = None
     candidates: Tensor | None = None
     grid: bool = False
+    cache: ProofCache = field(default_factory=ProofCache)
     x_adv_file: Path | None = None
 
     @property
@@ -108,9 +111,9 @@ class Task:
     def placed(self, x_adv: Tensor) -> Tensor:
         """Stored adversarial images as ``Columns`` hold them: in a file where the data is, else on the device."""
         if mapped.is_mapped(x_adv) == mapped.is_mapped(self.data.x):
-            return x_adv if mapped.is_mapped(x_adv) else x_adv.to(self.data.x.device)
+            return x_adv if mapped.is_mapped(x_adv) else x_adv.to(self.data.y.device)
         if mapped.is_mapped(x_adv):
-            return x_adv.to(self.data.x.device, copy=True)
+            return x_adv.to(self.data.y.device, copy=True)
         return mapped.stored(x_adv, self.x_adv_file)
 
     def stages(self, differs_off_grid: bool) -> tuple[Stage, ...]:
@@ -200,7 +203,6 @@ class State:
         given: cost of trying the candidates.
         tried: whether they have been tried.
         branched: whether it has had its share of the budget, in this run.
-        bounds: seconds that the bounds before it took for one sample, the last one; 0 before the first.
         until: seconds spent at which the share of the budget of bounds, and then of attacks, ends; infinite at first.
         budget_spent: whether the budget has ended the evaluation.
         settled: whether images in a file are those that the columns are about; not while stages run.
@@ -222,7 +224,6 @@ class State:
     given: StageCost = field(default_factory=lambda: StageCost(CANDIDATES))
     tried: bool = False
     branched: bool = False
-    bounds: float = 0.0
     until: float = math.inf
     budget_spent: bool = field(default=False)
     settled: bool = True

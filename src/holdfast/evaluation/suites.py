@@ -293,7 +293,7 @@ SUITES: dict[str, tuple[Stage, ...]] = {
     "standard": (
         Stage("sweep", "apgd", settings={"steps": 10}),
         Stage("targets", "apgd", "dlr", targets=3, settings={"steps": 10}),
-        Stage("longer", "apgd", settings={"steps": 50}, subset="nearest", fraction=0.5),
+        Stage("relaxed ball", "cr", settings={"steps": 45}, subset="nearest", fraction=0.5),
         Stage("margin", "apgd", "margin", settings={"steps": 20}, subset="nearest", fraction=0.5),
         Stage("all targets", "apgd", "dlr", targets=9, settings={"steps": 20}, subset="nearest", fraction=0.3),
         *_round(1),

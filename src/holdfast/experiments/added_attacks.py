@@ -1,4 +1,4 @@
-"""Attacks that a user adds to a suite: ``mine.py:step``, or one of ``ATTACKS``, with settings after a colon."""
+"""Attacks that a user adds to a suite: ``mine.py:step``, ``foolbox:LinfPGD``, or one of ``ATTACKS``, with settings."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ..outputs import Model
 from ..spec import parse
 from ..threat import Threat
 from ..user_input import typed
+from .package_attacks import is_package_attack, register
 
 
 @typed
@@ -30,15 +31,17 @@ def added_stages(references: Sequence[str]) -> tuple[tuple[Stage, ...], dict[str
     """The stages of attacks that come after a suite, on what it left. An attack of a file is put into ``ATTACKS``.
 
     Args:
-        references: ``mine.py:step`` with settings, ``mine.py:step:steps=20``, or a key of ATTACKS with settings. A file
-            is executed. It names a function (model, x, y, threat, *, score, noise, ...) -> x_adv, or an AttackEntry.
+        references: ``mine.py:step`` with settings, ``mine.py:step:steps=20``; an attack of foolbox or torchattacks,
+            ``torchattacks:PGD:steps=50``; or a key of ATTACKS with settings. A file is executed. It names a function
+            (model, x, y, threat, *, score, noise, ...) -> x_adv, or an AttackEntry.
 
     Returns:
-        (the stages, the hash of the code by the name of each stage; "" for attacks of holdfast).
+        (the stages; by the name of each stage the hash of its code, or the version of its package, or "" for attacks of
+        holdfast).
 
     Raises:
         UserError: an attack is named twice, an unknown attack or setting, a file that is missing, raises (the message
-            names the line) or names something else.
+            names the line) or names something else, a package that is not installed.
 
     >>> [stage.name for stage in added_stages(["fab:steps=20"])[0]]
     ['fab:steps=20']
@@ -47,11 +50,15 @@ def added_stages(references: Sequence[str]) -> tuple[tuple[Stage, ...], dict[str
     codes: dict[str, str] = {}
     for text in references:
         own = re.fullmatch(r"(.+\.py)(?::(\w*)(:.*)?)?", text.strip())
-        if own is None:
+        settings: dict[str, Any]
+        if is_package_attack(text):
+            name, code = register(text)
+            label, settings = name, {}
+        elif own is None:
             name, settings = parse(text)
             code, label = "", text.strip()
             if name not in ATTACKS:
-                raise unknown("attack", name, [*ATTACKS, "mine.py:step"])
+                raise unknown("attack", name, [*ATTACKS, "mine.py:step", "foolbox:LinfPGD", "torchattacks:PGD"])
         else:
             name, code = _register(own[1], own[2] or "")
             label, settings = f"{name}{own[3] or ''}", parse(f"attack{own[3] or ''}")[1]
@@ -63,11 +70,11 @@ def added_stages(references: Sequence[str]) -> tuple[tuple[Stage, ...], dict[str
 
 
 def try_stages(stages: Sequence[Stage], codes: dict[str, str], model: Model, data: Data, threat: Threat) -> None:
-    """Run the attacks of the user's files on two images, so that one that fails does so before the suite.
+    """Run the attacks of files and packages on two images, so that one that fails does so before the suite.
 
     Args:
         stages: as ``added_stages`` returned them.
-        codes: the hash of the code by stage, likewise.
+        codes: what names the code by stage, likewise.
         model: the network under attack.
         data: its images.
         threat: the threat.

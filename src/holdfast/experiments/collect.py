@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +41,7 @@ from ..results import (
     total_proofs,
 )
 from ..threat import Threat
+from ..transforms import Transformed
 from ..witness_files import save_apart, witnesses_file
 from .config import DataCut
 from .loss_spec import LossSpec
@@ -103,7 +104,37 @@ def collect(
         groups.setdefault((network.loss, network.seed, network.result.evaluation.threat), []).append(network)
     runs = [_run(parts) for parts in groups.values()]
     splits = [part.split for part in next(iter(groups.values()))]
-    results = Results(
+    notes = [note for one in networks for note in (*one.split.notes, *one.notes)]
+    folders = [network.folder for network in networks]
+    results = results_of(runs, splits, notes, folders, out, data, settings, command)
+    _save_witnesses(networks, out)
+    save(results, out)
+    return results
+
+
+def results_of(
+    runs: Sequence[Run],
+    splits: Sequence[Split],
+    notes: Sequence[str],
+    folders: Sequence[Path],
+    out: Path,
+    data: str,
+    settings: dict[str, Any],
+    command: str,
+) -> Results:
+    """The runs with what is said of all of them.
+
+    Args:
+        runs: at least one.
+        splits: the data of one run: its folds, or one.
+        notes: what was assumed or converted.
+        folders: where the networks are.
+        out: the output folder.
+        data: the data set's name.
+        settings: the settings of the command, as JSON can hold them.
+        command: the command line.
+    """
+    return Results(
         runs=tuple(runs),
         data={
             "name": data,
@@ -111,17 +142,14 @@ def collect(
             "n": runs[0].n,
             "shape": list(splits[0].shape),
             "fingerprint": "+".join(split.fingerprint for split in splits),
-            "notes": list(dict.fromkeys(note for one in networks for note in (*one.split.notes, *one.notes))),
+            "notes": list(dict.fromkeys(notes)),
         },
         command=command,
         settings=json.loads(json.dumps(settings)),
-        environment=_environment(networks, out),
+        environment=_environment(folders, out),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         holdfast=__version__,
     )
-    _save_witnesses(networks, out)
-    save(results, out)
-    return results
 
 
 def _save_witnesses(networks: Sequence[TrainedNetwork], out: Path) -> None:
@@ -150,10 +178,10 @@ def _save_witnesses(networks: Sequence[TrainedNetwork], out: Path) -> None:
     save_tensors(path, WITNESSES, WITNESSES_VERSION, witnesses, {"networks": about}, packed=packed)
 
 
-def _environment(networks: Sequence[TrainedNetwork], out: Path) -> dict[str, Any]:
+def _environment(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     """This environment; and where work was done under others, in the folders' env.json, those too."""
     now = environment()
-    known = [one for folder in {out, *(n.folder for n in networks)} for one in run_folder.environments(folder)]
+    known = [one for folder in {out, *folders} for one in run_folder.environments(folder)]
     others = {json.dumps(one, sort_keys=True) for one in known if any(one.get(k) != now[k] for k in ENVIRONMENT)}
     return {**now, **({"earlier": [json.loads(one) for one in sorted(others)]} if others else {})}
 
@@ -210,18 +238,23 @@ def _run(parts: list[TrainedNetwork]) -> Run:
             proved_by=proved_by,
             prediction_adv=column("prediction_adv"),
         ),
-        examples=tuple(_examples(evaluations[0], parts[0].split)),
+        examples=tuple(examples(evaluations[0], parts[0].split, lambda rows: evaluations[0].x_adv[rows])),
         region=region.merge(measured) if measured else None,
         projection=networks[0].projection,
-        train=Training(
-            epochs=trained[0].epochs,
-            accuracy=_mean([t.accuracy for t in trained]),
-            val=_mean([t.val for t in trained]),
-            best_epoch=trained[0].best_epoch,
-            seconds=round(sum(t.seconds for t in trained), 2),
-            model=trained[0].model,
-            networks=len(trained),
-        ),
+        train=training_of(trained),
+    )
+
+
+def training_of(trained: Sequence[TrainSummary]) -> Training:
+    """How the networks of a row were trained: the mean over its folds."""
+    return Training(
+        epochs=trained[0].epochs,
+        accuracy=_mean([t.accuracy for t in trained]),
+        val=_mean([t.val for t in trained]),
+        best_epoch=trained[0].best_epoch,
+        seconds=round(sum(t.seconds for t in trained), 2),
+        model=trained[0].model,
+        networks=len(trained),
     )
 
 
@@ -280,34 +313,44 @@ def _share(correct: Tensor) -> Interval:
     return proportion(int(correct.sum()), len(correct))
 
 
-def _examples(evaluation: Evaluation, split: Split, most: int = 6) -> list[Example]:
+def examples(
+    evaluation: Evaluation | Transformed, split: Split, x_adv_of: Callable[[Tensor], Tensor], most: int = 6
+) -> list[Example]:
     """As pictures, the broken sample of each class with the largest clean margin, largest first.
 
     The perturbation is drawn around mid-grey, its largest change at full scale. A large margin says most: samples near
     the boundary fall to any attack.
+
+    Args:
+        evaluation: which samples are broken.
+        split: their images.
+        x_adv_of: the adversarial images of some rows.
+        most: at most so many.
     """
     broken = torch.nonzero(evaluation.broken_by > UNBROKEN)[:, 0]
     ranked = broken[evaluation.margin[broken].argsort(descending=True, stable=True)].tolist()
     chosen: dict[int, int] = {}
     for row in ranked:
         chosen.setdefault(int(evaluation.y[row]), row)
-    examples = []
-    for row in list(chosen.values())[:most]:
+    shown = list(chosen.values())[:most]
+    x_adv_of_shown = x_adv_of(torch.tensor(shown, dtype=torch.int64)) if shown else ()
+    pictures = []
+    for row, adversarial in zip(shown, x_adv_of_shown, strict=True):
         x = pixels(split.test.x[row])
-        delta = evaluation.x_adv[row] - x
+        delta = adversarial - x
         scale = float(delta.abs().max().clamp_min(1e-12))
-        examples.append(
+        pictures.append(
             Example(
                 index=int(evaluation.index[row]),
                 y=int(evaluation.y[row]),
                 prediction=int(evaluation.prediction[row]),
                 prediction_adv=int(evaluation.prediction_adv[row]),
                 x_png=_png(x),
-                x_adv_png=_png(evaluation.x_adv[row]),
+                x_adv_png=_png(adversarial),
                 delta_png=_png(0.5 + delta / (2 * scale)),
             )
         )
-    return examples
+    return pictures
 
 
 def _png(image: Tensor) -> str:

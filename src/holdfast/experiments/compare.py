@@ -5,6 +5,7 @@ Every network has a run folder of its own. What was finished when a command was 
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from .. import bounds, models, process_pool, run_folder
 from ..data import Split
 from ..errors import UserError
 from ..evaluation import load_x_adv
-from ..io import read_json
+from ..io import read_json, understood, write_atomic
 from ..progress import NETWORK_DONE, JobProgress, Progress, as_progress
 from ..results import Results
 from ..threat import Threat
@@ -35,6 +36,7 @@ from .pipeline import (
     NetworkResult,
     check_answers,
     evaluate_network,
+    lacks_transfer,
     note_size,
     result_key,
 )
@@ -61,7 +63,8 @@ def compare(
     """Train and evaluate every network of a comparison; write results.json and witnesses.safetensors.
 
     Stopped at any moment, the same call resumes: networks that are complete on disk are not touched again, and the one
-    under way continues from its checkpoint.
+    under way continues from its checkpoint. So does a call with more losses or more seeds, in the same folder: what is
+    there counts. Where it adds the SCE network, the other networks' audits are made again, now with the transfer check.
 
     Args:
         comparison: what is compared.
@@ -78,13 +81,13 @@ def compare(
         One run per loss, seed and threat, its folds put together.
 
     Raises:
-        UserError: ``out`` belongs to another comparison, a tracker is not installed or cannot start, or as
-            ``Comparison.checked`` does.
+        UserError: ``out`` belongs to another comparison, or to one with losses or seeds that this one lacks; a tracker
+            is not installed or cannot start; or as ``Comparison.checked`` does.
     """
     trackers = tracker_names(track)
     comparison, out, report = comparison.checked(), Path(out), as_progress(progress)
     split = _try_out(comparison, device)
-    run_folder.reserve(out, _config(comparison, split))
+    _reserve(out, _config(comparison, split))
 
     data = _Splits(comparison.data)
     jobs = comparison.jobs(out, device)
@@ -152,10 +155,53 @@ def _config(comparison: Comparison, split: Split) -> dict[str, Any]:
     if comparison.init_from:
         initial, place = initial_identity(comparison.init_from)
         config, paths = config | initial, paths | place
-    if models.is_own(comparison.model):
+    if models.is_own(comparison.model) or models.is_pretrained(comparison.model):
         config["model"], code, found = own_model_identity(comparison.model)
         config, paths = config | code, paths | found
     return {**config, **data, **({run_folder.PATHS: paths} if paths else {})}
+
+
+def _reserve(out: Path, config: dict[str, Any]) -> None:
+    """Make ``out`` the folder of this comparison, also where it is that of a smaller one.
+
+    Raises:
+        UserError: it belongs to something else, or holds losses or seeds that this comparison lacks.
+    """
+    path = out / "config.json"
+    there = read_json(path) if path.exists() else {}
+    if "losses" not in there or _settings(there) != _settings(config):
+        run_folder.reserve(out, config)
+        return
+    codes = config.get("loss_code", {})
+    with understood(path):
+        changed = [loss for loss, code in there.get("loss_code", {}).items() if codes.get(loss, code) != code]
+        lacking = [f"the loss '{loss}'" for loss in there["losses"] if loss not in config["losses"]]
+        lacking += [f"the seed {seed}" for seed in _seeds(there) if seed not in _seeds(config)]
+    if lacking and not changed:
+        raise UserError(
+            f"{out} holds a comparison with {', '.join(lacking)}, which this one lacks: a comparison goes on in its "
+            "folder with more losses or seeds, not with fewer. Name them too, or name another folder."
+        )
+    if changed:
+        raise UserError(
+            f"{out} holds networks of the loss '{changed[0]}', whose code has changed since (they differ in "
+            "loss_code). Name another folder."
+        )
+    run_folder.reserve(out, {**there, run_folder.PATHS: config.get(run_folder.PATHS, {})})
+    if there != config:
+        write_atomic(path, json.dumps(config, indent=1))
+
+
+_ROWS = ("losses", "loss_code", "seeds", "first_seed")  # of a comparison's config.json: which networks it has
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What a comparison does with each of its networks."""
+    return {key: value for key, value in config.items() if key not in (*_ROWS, run_folder.PATHS)}
+
+
+def _seeds(config: dict[str, Any]) -> range:
+    return range(config["first_seed"], config["first_seed"] + config["seeds"])
 
 
 class _Splits(dict[DataCut, Split]):
@@ -240,7 +286,7 @@ def stored_results(job: Job, split: Split) -> list[NetworkResult] | None:
             return None
         folder = cache_folder(job, threat)
         stored = load_result(folder / RESULT_FILE, folder / EVALUATION_FILE, _result_key(job, threat, split))
-        if stored is None:
+        if stored is None or (_transfer_job(job) is not None and lacks_transfer(stored)):
             return None
         results.append(stored)
     if models.is_own(job.model_arguments(split)["name"]):  # weights alone do not say how the user's code answers

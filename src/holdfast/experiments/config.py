@@ -16,6 +16,7 @@ from .. import data, models, run_folder, spec
 from ..errors import UserError, unknown
 from ..evaluation import check_proofs
 from ..evaluation.suites import SUITES
+from ..importers.pretrained import full_reference, pretrained_hash, short_reference
 from ..importers.python_code import split_reference
 from ..information.sources import source
 from ..io import decode, existing_file
@@ -85,6 +86,8 @@ class DataCut:
 @dataclass(frozen=True)
 class Comparison:
     """What is compared, and how. Equal comparisons share an output folder and resume each other's work.
+
+    One with more losses or more seeds goes on in the folder of a smaller one, where that is named.
 
     Args:
         data: a name or path for ``data.load``.
@@ -300,7 +303,7 @@ class Job:
         code: dict[str, str] = {}
         if self.loss.file:
             code, paths = {"loss_code": self.loss.code}, paths | {"loss": self.loss.file}
-        if models.is_own(model["name"]):
+        if models.is_own(model["name"]) or models.is_pretrained(model["name"]):
             model["name"], own, found = own_model_identity(model["name"])
             code, paths = code | own, paths | found
         return {
@@ -318,17 +321,22 @@ class Job:
 
 
 def own_model_identity(reference: str) -> tuple[str, dict[str, str], dict[str, str]]:
-    """What identifies a user's own backbone in config.json. Its file is executed.
+    """What identifies a user's own or a pretrained backbone in config.json. A user's file is executed.
 
     Args:
-        reference: path.py:name.
+        reference: path.py:name, timm:NAME, hf:NAME or hf:FOLDER.
 
     Returns:
-        (file.py:name, {"code": hash}, {"model": absolute path.py:name}).
+        (file.py:name, {"code": hash}, {"model": absolute path.py:name}); for a folder of weights also their hash, since
+        training begins with them.
 
     Raises:
         UserError: the file is missing, or raises.
     """
+    if models.is_pretrained(reference):
+        code, weights = pretrained_hash(reference)
+        identity = {"code": code, **({"pretrained": weights} if weights else {})}
+        return short_reference(reference), identity, {"model": full_reference(reference)}
     file, name = split_reference(reference)
     path = existing_file(file)
     return f"{path.name}:{name}", {"code": models.own_code_hash(reference)}, {"model": f"{path}:{name}"}

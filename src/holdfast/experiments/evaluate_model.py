@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,9 +22,11 @@ from ..errors import UserError, unknown
 from ..evaluation import Budget, check_proofs, evaluate
 from ..evaluation.distributed import Processes
 from ..evaluation.suites import SUITES
-from ..importers.model_file import ModelSource, class_order, code_hash, open_model
+from ..importers.model_file import ModelSource, class_order, code_hash, model_name, open_model
+from ..importers.pretrained import full_reference, is_pretrained, pretrained_classes
 from ..importers.python_code import split_reference
-from ..io import understood
+from ..io import understood, write_atomic
+from ..models import ensemble
 from ..outputs import frozen_eval
 from ..progress import Progress
 from ..queries import CountingModel
@@ -60,6 +63,7 @@ class ModelUnderTest:
         about: what identifies network and data by their content, for config.json; with where they were found.
         code: hash of the user's code in it; "" where there is none.
         trained: how training ended, where that is known.
+        members: the networks of an ensemble; none for a single network.
     """
 
     name: str
@@ -73,6 +77,7 @@ class ModelUnderTest:
     about: dict[str, Any]
     code: str = ""
     trained: TrainSummary = field(default_factory=TrainSummary)
+    members: tuple[ModelUnderTest, ...] = ()
 
     @property
     def row_name(self) -> str:
@@ -183,7 +188,8 @@ def from_file(
         seed: of the evaluation.
         device: where the model goes.
         reading: image_column, label_column, convert, resize and skip_corrupt, as for ``data.load``.
-        classes: the model's class names in the order of its logits; empty where they are the data's.
+        classes: the model's class names in the order of its logits; empty where they are the data's, or those that a
+            model of transformers names.
 
     Returns:
         The model and its data.
@@ -194,20 +200,22 @@ def from_file(
     _check_limit(limit)
     trained_with = loss_spec.parse(loss)
     # Absolute paths: the folder of results can then be read from anywhere.
-    source = replace(source, path=os.path.abspath(source.path))
+    pretrained = is_pretrained(source.path)
+    source = replace(source, path=full_reference(source.path) if pretrained else os.path.abspath(source.path))
     source = replace(source, weights=os.path.abspath(source.weights) if source.weights else "")
     cut = DataCut(limit=limit or None, whole=True, **(reading or {}))
     split = cut.load(data)
-    if classes:
-        source = replace(source, class_order=class_order(classes, split.classes))
+    named = pretrained_classes(source.path) if pretrained and not classes else ()
+    if classes or set(split.classes) <= set(named):
+        source = replace(source, class_order=class_order(classes or named, split.classes))
     model = open_model(source, device)
     identity, paths = run_folder.data_identity(data, split)
     settings = {key: value for key, value in _described(source).items() if key not in ("path", "weights")}
     found = {"model": source.path, **({"weights": source.weights} if source.weights else {}), **paths}
     code = code_hash(source)
-    settings["name"] = split_reference(source.path)[1]
+    settings["name"] = model_name(source.path) if pretrained else split_reference(source.path)[1]
     return ModelUnderTest(
-        name=Path(source.path).name,
+        name=model_name(source.path),
         model=model,
         loss=trained_with,
         seed=seed,
@@ -223,6 +231,49 @@ def from_file(
             run_folder.PATHS: found,
         },
         code=f"{code} {trained_with.code}".strip(),
+    )
+
+
+@typed
+def from_several(
+    openers: Sequence[Callable[..., ModelUnderTest]], mean: str = "probabilities", *, seed: int = 0, device: str = "cpu"
+) -> ModelUnderTest:
+    """Several networks as one, on the data that they share.
+
+    Args:
+        openers: each opens a network, as ``from_run`` or ``from_file`` does, when it is called with ``device=``.
+        mean: what is averaged, as for ``models.ensemble``.
+        seed: of the evaluation.
+        device: where the networks go.
+
+    Returns:
+        Their ensemble and the data. It counts as trained with the loss of its members, or with SCE where they differ.
+
+    Raises:
+        UserError: as the openers and ``models.ensemble`` do; or the networks are not for the same test samples.
+    """
+    members = tuple(opener(device=device) for opener in openers)
+    first = members[0]
+    for one in members[1:]:
+        if (one.split.fingerprint, one.split.classes) != (first.split.fingerprint, first.split.classes):
+            raise UserError(
+                f"an ensemble needs the same test samples for all its networks: those of {one.name} are not those of "
+                f"{first.name}. Networks of one fold and one data set can be averaged."
+            )
+    model = ensemble([one.model for one in members], mean)
+    loss = first.loss if all(one.loss.text == first.loss.text for one in members) else loss_spec.parse("sce")
+    name = f"ensemble({', '.join(one.name for one in members)})"
+    code = " ".join(filter(None, (one.code for one in members)))
+    identity, paths = run_folder.data_identity(first.data, first.split)
+    abouts = [{key: value for key, value in one.about.items() if key != run_folder.PATHS} for one in members]
+    about = {
+        run_folder.ENSEMBLE: {"mean": mean, "name": name, "members": abouts},
+        **_identity(model, first.split, code, loss),
+        **identity,
+        run_folder.PATHS: paths,
+    }
+    return ModelUnderTest(
+        name, model, loss, seed, first.data, first.cut, first.split, None, about, code, members=members
     )
 
 
@@ -382,6 +433,12 @@ def evaluate_model(
 
 def _network_folder(subject: ModelUnderTest, out: Path) -> Path:
     """Where ``replay`` finds the network: in ``out``, or in the run folder around it; else a copy goes to ``out``."""
+    for k, member in enumerate(subject.members):
+        place = out / run_folder.MEMBERS / str(k)
+        if member.folder is None:
+            write_atomic(place / "config.json", json.dumps(member.about, indent=1))
+        else:
+            run_folder.copy_network(member.folder, place)
     if subject.folder is None:
         return out
     run = subject.folder.resolve()

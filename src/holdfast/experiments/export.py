@@ -205,7 +205,7 @@ def _code(subject: ModelUnderTest, weights: str) -> str:
     """A Python file whose ``build()`` returns the network without its weights."""
     config = run_folder.read_config(subject.folder or "")
     arguments = dict(config["model"])
-    if models.is_own(arguments["name"]):
+    if models.is_own(arguments["name"]) or models.is_pretrained(arguments["name"]):
         arguments["name"] = config[run_folder.PATHS]["model"]
     name, shape, classes = arguments.pop("name"), tuple(arguments.pop("shape")), arguments.pop("classes")
     arguments.pop("seed", None)

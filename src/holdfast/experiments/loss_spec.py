@@ -19,7 +19,7 @@ import torch
 from ..errors import UserError, unknown
 from ..information.sources import SOURCES
 from ..losses import LOSSES, Loss, LossEntry, OwnLoss, load_own_loss
-from ..models import is_own
+from ..models import is_own, is_pretrained
 from ..models.heads import HEADS
 from ..objectives import OBJECTIVES
 from ..outputs import Outputs
@@ -171,7 +171,8 @@ def _parts(text: str, parts: list[str]) -> tuple[str, str, dict[str, Any]]:
     """(objective, model, training settings) from the parts after the plus signs."""
     objective, model, fit = "", "", {}
     for part in parts:
-        name, settings = ("", {}) if is_own(part.strip()) else parse_spec(part)
+        external = is_own(part.strip()) or is_pretrained(part)
+        name, settings = ("", {}) if external else parse_spec(part)
         if name == "fit":
             fit = settings
         elif name in OBJECTIVES and not objective:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .. import __version__, region, run_folder
 from ..checks import Audit, audit, identity_of_checks, with_later_witnesses
 from ..checks.cache import load_audit, save_audit
+from ..checks.strength import NO_TRANSFER_SOURCE
 from ..data import Data, DataWarning, pixels
 from ..data.arguments import AnyData, as_data
 from ..errors import UserError
@@ -103,8 +104,7 @@ def evaluate_network(
     Raises:
         UserError: as ``evaluate`` and ``audit`` do; and for a cache that belongs to other data or weights.
     """
-    report, threat, trained_with = as_progress(progress), as_threat(threat), as_loss(trained_with)
-    data = as_data(data)
+    report, threat, trained_with, data = as_progress(progress), as_threat(threat), as_loss(trained_with), as_data(data)
     cache = None if cache is None else Path(cache)
     if cache is not None and not key:
         if not isinstance(model, nn.Module):
@@ -117,7 +117,8 @@ def evaluate_network(
     known = None if smaller is None else smaller.evaluation
     result_id = result_key(threat, suite, key=key, s=s, smaller=None if known is None else known.threat, **asked)
     processes = Processes.current()
-    if cache is not None and (finished := _finished(model, data, cache, result_id, batch_size)):
+    finished = None if cache is None else _finished(model, data, cache, result_id, batch_size)
+    if finished and (transfer_source is None or not lacks_transfer(finished)):
         return finished
     evaluation = evaluate(
         model,
@@ -160,6 +161,11 @@ def _finished(model: Model, data: Data, cache: Path, result_id: str, batch_size:
     elif (cache / EVALUATION_FILE).exists():
         check_answers(model, data, load_clean_answers(cache / EVALUATION_FILE), cache, batch_size)
     return finished
+
+
+def lacks_transfer(result: NetworkResult) -> bool:
+    """Whether the transfer check did not run for want of an SCE network: such an audit is made again with one."""
+    return any(finding.why == NO_TRANSFER_SOURCE for finding in result.audit.findings)
 
 
 def witnesses_of(evaluation: Evaluation, data: Data) -> Tensor:

@@ -162,6 +162,25 @@ def mnist_linf(data: str = "mnist") -> Recipe:
     )
 
 
+def mnist_fast(data: str = "mnist") -> Recipe:
+    """MNIST at linf 0.3 in minutes: adversarial training with two steps, behind a step on every pixel."""
+    row = "sce+adversarial:steps=2,ramp=0.3,factor=1.25"
+    return Recipe(
+        about="linf 0.3 on MNIST in minutes: adversarial training with two steps, behind a step on every pixel",
+        comparison=Comparison(
+            data=data,
+            losses=(row,),
+            threat="linf:0.3",
+            model="stepnet:width=2",
+            limit=500,
+            fit=FitConfig(epochs=8, lr=4e-3, schedule="onecycle", checkpoint="best"),
+        ),
+        cost="3 minutes of training and 2 of attacks on 2 cores",
+        expects={(row, "clean"): (0.98, 1.0), (row, "robust"): (0.905, 0.96)},
+        note="MNIST's pixels are nearly black or white, and the step exploits that: the data helps, not a loss.",
+    )
+
+
 def mnist_certified(data: str = "mnist") -> Recipe:
     """MNIST at linf 0.3: the record's network for certificates, trained on interval bounds."""
     row = "sce+interval:kappa=0,ramp=0.5"
@@ -284,6 +303,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "losses": losses,
     "mnist": mnist,
     "mnist-linf": mnist_linf,
+    "mnist-fast": mnist_fast,
     "mnist-certified": mnist_certified,
     "mnist-l2": mnist_l2,
     "cifar10-small": cifar10_small,

@@ -1,4 +1,4 @@
-"""A user's own network, opened from a file: Python code, a torch.export program, or ONNX."""
+"""A user's own network: Python code, a torch.export program, ONNX, or a model of timm or transformers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,21 +19,26 @@ from ..user_input import of_type, text, typed
 from .exported import load_exported
 from .layout import check_layout
 from .onnx import load_onnx
+from .pretrained import is_pretrained, open_pretrained, preprocessed, pretrained_hash, short_reference
 from .python_code import build_model, source_hash, split_reference
 from .weights import WEIGHT_SUFFIXES, load_weights
 from .wrapped import check_order, check_preprocessing, wrap
 
-FORMS = "mymodel.py:build (a function without arguments), model.pt2 (torch.export) or model.onnx"
+FORMS = (
+    "mymodel.py:build (a function without arguments), model.pt2 (torch.export), model.onnx, timm:NAME, or hf:PATH of "
+    "transformers"
+)
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """Which file a network comes from, and which input it expects; JSON can hold it (lists become tuples).
 
-    The network receives ``(low + (high - low) x - mean) / std`` for an image x in [0, 1], in its own layout.
+    The network receives ``(low + (high - low) x - mean) / std`` for an image x in [0, 1], in its own layout. A model of
+    timm or transformers brings these numbers and its size; those given here take their place.
 
     Args:
-        path: mymodel.py:build, model.pt2 or model.onnx.
+        path: mymodel.py:build, model.pt2, model.onnx, timm:NAME, hf:NAME or hf:FOLDER.
         weights: for a network that Python code builds: a .safetensors file, or a .pt, .pth, .bin or .ckpt file that
             holds tensors only; "" for none.
         input_range: (low, high), the pixel range that the network expects before mean and std; low < high.
@@ -74,20 +80,31 @@ class ModelSource:
 
 @typed
 def is_model_file(text: str | Path) -> bool:
-    """Whether a text names a model file, by its suffix, and not a run folder.
+    """Whether a text names a model file, by its suffix, or a model of timm or transformers, and not a run folder.
 
     Args:
-        text: what the user gave: a path, or path.py:name.
+        text: what the user gave: a path, path.py:name, timm:NAME or hf:NAME.
 
     Returns:
-        True for a known suffix, unless there is a folder of that name.
+        True for a known suffix or library, unless there is a folder of that name.
 
-    >>> [is_model_file(text) for text in ("nets/mine.py:build", "a.onnx", "a.pt2", "a.pth", "out/sce-seed0-fold0")]
+    >>> [is_model_file(text) for text in ("nets/mine.py:build", "a.onnx", "a.pt2", "hf:vit", "out/sce-seed0-fold0")]
     [True, True, True, True, False]
     """
+    if is_pretrained(str(text)) and not Path(text).is_dir():
+        return True
     path, name = split_reference(str(text))
     known = (".py", ".onnx", ".pt2", *WEIGHT_SUFFIXES)
     return (bool(name) or Path(path).suffix.lower() in known) and not Path(text).is_dir()
+
+
+def model_name(reference: str) -> str:
+    """What tables call a user's own model: its file without the folder, or timm:NAME or hf:NAME.
+
+    >>> model_name("nets/mine.py:build"), model_name("hf:nets/vit")
+    ('mine.py:build', 'hf:vit')
+    """
+    return short_reference(reference) if is_pretrained(reference) else Path(reference).name
 
 
 def class_order(network: Sequence[str], data: Sequence[str]) -> tuple[int, ...]:
@@ -122,7 +139,7 @@ def class_order(network: Sequence[str], data: Sequence[str]) -> tuple[int, ...]:
 
 @typed
 def code_hash(source: ModelSource) -> str:
-    """Hash the file that a network comes from, with what it imports: a changed forward pass does not show in weights.
+    """Hash what a network comes from, with what it imports: a changed forward pass does not show in weights.
 
     Args:
         source: where the network comes from.
@@ -133,13 +150,15 @@ def code_hash(source: ModelSource) -> str:
     Raises:
         UserError: the file does not exist.
     """
+    if is_pretrained(source.path):
+        return pretrained_hash(source.path)[0]
     path = existing_file(split_reference(source.path)[0])
     return source_hash(path) if path.suffix == ".py" else hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 @typed
 def open_model(source: ModelSource, device: str | torch.device = "cpu") -> nn.Module:
-    """Open a network from its file. Python code is executed: open only files that you trust.
+    """Open a network from its file or library. Python code is executed: open only files that you trust.
 
     Args:
         source: the file, its weights, and the input that the network expects.
@@ -151,14 +170,20 @@ def open_model(source: ModelSource, device: str | torch.device = "cpu") -> nn.Mo
 
     Raises:
         UserError: a file is missing or damaged, the code raises (the message names file and line), the weights do not
-            fit (the message names the first difference), or the device cannot be used.
+            fit (the message names the first difference), a library is not installed or does not know the model, or the
+            device cannot be used.
     """
     path, name = split_reference(source.path)
     suffix, notes = Path(path).suffix.lower(), []
     if source.weights and suffix in (".onnx", ".pt2"):
         raise UserError(f"{path} holds its own weights: leave out {source.weights}.")
     model: Model
-    if suffix == ".onnx":
+    given: dict[str, Any] = {"input_range": source.input_range, "mean": source.mean, "std": source.std}
+    if is_pretrained(source.path):
+        opened = open_pretrained(source.path, weights=not source.weights)
+        notes = [*opened.notes, *(load_weights(opened.network, source.weights) if source.weights else ())]
+        model, given = preprocessed(opened, source.path, **given), {}
+    elif suffix == ".onnx":
         model = load_onnx(path)
     elif suffix == ".pt2":
         model = load_exported(path, device)
@@ -175,9 +200,7 @@ def open_model(source: ModelSource, device: str | torch.device = "cpu") -> nn.Mo
         raise UserError(f"'{source.path}' is not a network file: expected {FORMS}.")
     wrapped = wrap(
         model,
-        input_range=source.input_range,
-        mean=source.mean,
-        std=source.std,
+        **given,
         input_layout=source.input_layout,
         output=source.output,
         class_order=source.class_order,

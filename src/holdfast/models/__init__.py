@@ -16,12 +16,14 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .. import spec
 from ..errors import UserError, unknown
+from ..importers.pretrained import is_pretrained, open_backbone, preprocessed, split_pretrained
 from ..outputs import Outputs
 from ..user_input import MOST, any_seed, typed, whole
 from ..user_input import text as checked_text
 from .cifar_preactresnet import CifarPreActResNet, with_statistics
 from .convnets import ConvNet, Linear, Madry, Mlp, SmallCnn, SmallConvNet, StepNet
 from .densenet import DenseNet
+from .ensemble import Ensemble, ensemble
 from .fastconvnet import FastConvNet
 from .fractalnet import FractalNet
 from .heads import HEADS
@@ -29,12 +31,12 @@ from .inception import Inception
 from .lipschitz import LipConv, LipMlp
 from .logits_only import LogitsOnly, logits_only
 from .resnets import PreActResNet8, PreActResNet18, ResNet, ResNet18
-from .user_backbone import is_own, own_backbone, own_code_hash
+from .user_backbone import is_own, measured, own_backbone, own_code_hash
 from .wideresnet import WideResNet
 
 __all__ = [
-    "MODELS", "Classifier", "LogitsOnly", "build", "check", "default_model", "is_own", "logits_only", "own_code_hash",
-    "with_statistics",
+    "MODELS", "Classifier", "Ensemble", "LogitsOnly", "build", "check", "default_model", "ensemble", "is_own",
+    "is_pretrained", "logits_only", "own_code_hash", "with_statistics",
 ]  # fmt: skip
 
 MOST_PARAMETERS = 10**9  # 4 GB of weights, and three times that to train them
@@ -118,7 +120,9 @@ def check(text: str) -> None:
     Traceback (most recent call last):
     holdfast.errors.UserError: unknown setting of model 'wideresnet' 'dept'. Did you mean 'depth'? Known: depth, width.
     """
-    if not is_own(checked_text("the model", text)):
+    if is_pretrained(checked_text("the model", text)):
+        split_pretrained(text)
+    elif not is_own(text):
         _chosen(text)
 
 
@@ -169,14 +173,15 @@ def build(
     """A fresh network with weights drawn from ``seed`` alone (torch's own generator is left as it was).
 
     Args:
-        name: a key of MODELS, with settings after a colon, as in wideresnet:depth=16,width=4; or mymodel.py:backbone, a
-            function of the shape that returns a module from images to (N, D) features. The file is executed.
+        name: a key of MODELS, with settings after a colon, as in wideresnet:depth=16,width=4; mymodel.py:backbone, a
+            function of the shape that returns a module from images to (N, D) features (the file is executed); or
+            timm:NAME, hf:NAME or hf:FOLDER, a pretrained classifier of these libraries without its last layer.
         shape: (C, H, W) of the images; classes: K >= 2.
         head: a key of HEADS; head_settings: its keyword arguments, such as scale or radius.
         mean, std: (C,), default 0 and 1: no normalisation, and none for a backbone whose ``normalised`` is False.
 
     Raises UserError for an unknown name, setting or head, a setting that the head does not take, fewer than two
-    classes, images too small for the network, or a file that does not make a backbone.
+    classes, images too small for the network, a file that does not make a backbone, or a library that is not there.
 
     >>> build("smallconv", (1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).logits.shape
     torch.Size([2, 10])
@@ -195,7 +200,10 @@ def build(
             raise UserError(f"{key} must hold one number a channel ({channels}), got {value.numel()}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if is_own(name):
+        if is_pretrained(name):
+            opened = open_backbone(name)
+            backbone, features = measured(preprocessed(opened, name), (channels, height, width), name)
+        elif is_own(name):
             backbone, features = own_backbone(name, (channels, height, width))
         else:
             _check_size(name, (channels, height, width), head, classes)

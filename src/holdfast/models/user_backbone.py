@@ -86,8 +86,23 @@ def own_backbone(text: str, shape: Shape) -> tuple[nn.Module, int]:
             raise UserError(
                 f"{what} must return an nn.Module from images to (N, D) features, it returned {type_of(backbone)}."
             )
-        with user_code_errors(f"the backbone of {what}", path), frozen_eval(backbone), torch.no_grad():
-            out = backbone(torch.zeros(2, *shape))
+        with user_code_errors(f"the backbone of {what}", path):
+            return measured(backbone, shape, what)
+
+
+def measured(backbone: nn.Module, shape: Shape, what: str) -> tuple[nn.Module, int]:
+    """(a backbone, its number of features), measured on two images of zeros in eval mode.
+
+    Args:
+        backbone: images to features.
+        shape: (C, H, W) of an image.
+        what: how the user named it, for errors.
+
+    Raises:
+        UserError: it does not return (N, D) features, or declares another D. Its own errors are passed on.
+    """
+    with frozen_eval(backbone), torch.no_grad():
+        out = backbone(torch.zeros(2, *shape))
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != 2 or not out.is_floating_point():
         got = f"shape {tuple(out.shape)}, {out.dtype}" if isinstance(out, Tensor) else type_of(out)
         raise UserError(f"the backbone of {what} must return (N, D) features, for two images it returned {got}.")

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .attacked import adversarial, divergence, fast, mart, mart_terms, standard, trades
+from .attacked import adversarial, divergence, fast, friendly, mart, mart_terms, standard, trades
 from .bounded import interval
+from .free import free
 from .problem import Objective, Schedule
 
 OBJECTIVES: dict[str, Callable[..., Schedule]] = {
     "standard": standard,
     "adversarial": adversarial,
     "fast": fast,
+    "free": free,
+    "friendly": friendly,
     "trades": trades,
     "mart": mart,
     "interval": interval,
@@ -31,6 +34,8 @@ __all__ = [
     "adversarial",
     "divergence",
     "fast",
+    "free",
+    "friendly",
     "interval",
     "mart",
     "mart_terms",

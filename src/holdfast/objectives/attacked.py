@@ -1,4 +1,4 @@
-"""Objectives on clean images and on adversarial examples: standard, adversarial, fast, TRADES, MART."""
+"""Objectives on clean images and on adversarial examples: standard, adversarial, friendly, fast, TRADES, MART."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def adversarial(
     score: Loss | str | None = None,
     ramp: float = 0.0,
     factor: float = 1.0,
+    curriculum: float = 0.0,
     batch_norm: str = "eval",
     awp: float = 0.0,
 ) -> Schedule:
@@ -76,6 +77,8 @@ def adversarial(
         ramp: the fraction of training, in [0, 1], over which eps increases from 1% to all of it. With a large eps from
             the first step (MNIST, 0.2 and more) small networks learn a constant output.
         factor: the eps of training over the threat's, > 0.
+        curriculum: the fraction of training, in [0, 1], over which the steps increase from 1 to all of them (Cai et al.
+            2018): an attack that is cheap while it need not be strong. step_size follows, unless it is given.
         batch_norm: "eval" attacks with running statistics, "train" with those of the attack's own batch, as the outer
             loss uses.
         awp: gamma of adversarial weight perturbation, >= 0; 0 is none. See ``_perturbed_weights``.
@@ -86,8 +89,56 @@ def adversarial(
     Raises:
         UserError: for a setting out of range, and for a loss without a known score where none is given.
     """
+    attack = InnerAttack(as_threat(threat), steps, step_size, ramp, factor, batch_norm, curriculum=curriculum)
+    return _at_last_iterate(loss, attack, s, score, awp)
+
+
+@typed
+def friendly(
+    loss: Loss | str,
+    threat: Threat | str,
+    *,
+    s: Source | None = None,
+    steps: int = 10,
+    extra: int = 1,
+    step_size: float | None = None,
+    score: Loss | str | None = None,
+    ramp: float = 0.0,
+    factor: float = 1.0,
+    curriculum: float = 0.0,
+    batch_norm: str = "eval",
+    awp: float = 0.0,
+) -> Schedule:
+    """Friendly adversarial training: PGD that leaves a sample ``extra`` steps after it is misclassified.
+
+    Samples that are easy to break take few steps, and those that hold take all of them. It keeps more clean accuracy
+    than ``adversarial``, and its examples are weaker. On the CPU samples that are done leave the batch, which saves
+    their passes; on other devices they are computed along, because to drop them the host would wait at every step.
+    Arguments that are not listed here are those of ``adversarial``.
+
+    Args:
+        steps: the most steps of a sample, >= 1.
+        extra: steps after a misclassified point, >= 0 (tau of the paper, which increases it during training).
+
+    Returns:
+        The schedule.
+
+    Raises:
+        UserError: for a setting out of range, and for a loss without a known score where none is given.
+
+    Source: Zhang et al. 2020 (FAT).
+    """
+    attack = InnerAttack(
+        as_threat(threat), steps, step_size, ramp, factor, batch_norm, curriculum=curriculum, extra=extra
+    )
+    return _at_last_iterate(loss, attack, s, score, awp)
+
+
+def _at_last_iterate(
+    loss: Loss | str, attack: InnerAttack, s: Source | None, score: Loss | str | None, awp: float
+) -> Schedule:
+    """The loss at the end of the inner attack."""
     score_fn = required_loss(score) if score is not None else score_of(required_loss(loss))
-    attack = InnerAttack(as_threat(threat), steps, step_size, ramp, factor, batch_norm)
     at_least("awp", awp)
     outer_loss = outer_loss_of(required_loss(loss), s)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attacks import Model
-from ..bounds import box_of, interval_growth, logit_difference_bounds
+from ..bounds import box_of, crown_ibp_bounds
 from ..errors import at_least, unknown
 from ..information.sources import check_fraction, ramp_fraction
 from ..losses import Loss, required_loss, score_of
@@ -19,6 +19,7 @@ from ..user_input import typed
 from .inner_attack import InnerAttack
 from .problem import Objective, Schedule
 
+TOLERANCE = 0.5  # of ``bounds.interval_growth``, as Shi et al. chose it
 CROWN_SHARE: dict[str, Callable[[float], float]] = {  # fraction of eps -> share of crown's bounds
     "interval": lambda fraction: 0.0,
     "crown": lambda fraction: 1.0,
@@ -111,24 +112,9 @@ def interval(
             network: Any = getattr(model, "module", model)  # without the wrapper of distributed training
             lo, hi = box_of(x, current)
             share, weight = CROWN_SHARE[bound](fraction), regulariser * (1 - fraction)
-            worst, growth = _bounds(network, lo, hi, y, share, regularised=weight > 0)
+            worst, growth = crown_ibp_bounds(network, lo, hi, y, share, tolerance=TOLERANCE if weight else None)
             return k * beside + (1 - k) * loss_fn(worst, y) + weight * growth
 
         return Objective(perturb, outer)
 
     return schedule
-
-
-def _bounds(
-    model: nn.Module, lo: Tensor, hi: Tensor, y: Tensor, share: float, *, regularised: bool
-) -> tuple[Tensor, Tensor | float]:
-    """share * bounds by lines + (1 - share) * bounds by intervals; and the regulariser, 0.0 where none is asked for."""
-    growth: Tensor | float = 0.0
-    if regularised:
-        by_intervals, growth = interval_growth(model, lo, hi, y)
-    elif share < 1:
-        by_intervals = logit_difference_bounds(model, lo, hi, y)
-    if share == 0:
-        return by_intervals, growth
-    by_lines = logit_difference_bounds(model, lo, hi, y, "crown")
-    return by_lines if share == 1 else share * by_lines + (1 - share) * by_intervals, growth

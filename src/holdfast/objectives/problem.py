@@ -16,6 +16,10 @@ from ..noise import Noise
 from ..outputs import as_outputs
 
 
+def _stays(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    return x_adv
+
+
 def _no_weight_context(model: Model, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
@@ -29,11 +33,15 @@ class Objective:
         loss: (model, x, x_adv, y) -> (N,) with a graph, the outer loss.
         weight_context: (model, x, x_adv, y) -> a context manager in which the loss and its gradient are computed; it
             may perturb the weights.
+        replays: steps of the optimiser on each batch, >= 1.
+        advance: (x_adv, gradient of the loss there, x) -> the x_adv of the next of these steps.
     """
 
     perturb: Callable[[Model, Tensor, Tensor, Noise], Tensor]
     loss: Callable[[Model, Tensor, Tensor, Tensor], Tensor]
     weight_context: Callable[[Model, Tensor, Tensor, Tensor], AbstractContextManager[Any]] = _no_weight_context
+    replays: int = 1
+    advance: Callable[[Tensor, Tensor, Tensor], Tensor] = _stays
 
 
 Schedule = Callable[[float], Objective]

@@ -17,10 +17,11 @@ from .figures import (
     WIDTH,
     axes,
     percent_axis,
+    short,
     style,
     write_figure,
 )
-from .panels import draw_eps
+from .panels import draw_eps, fading
 from .render import figure, figures, identity, latex_tables, merged, render
 from .summary import (
     ClassAccuracy,
@@ -37,6 +38,6 @@ from .summary import (
 __all__ = [
     "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PGD50", "ROBUST", "RULE",
     "WIDTH", "ClassAccuracy", "EpsCurve", "PerClass", "RegionTable", "axes", "confusion", "draw_eps", "eps_curves",
-    "figure", "figures", "finding", "identity", "latex_tables", "merged", "per_class", "percent_axis", "region_table",
-    "render", "style", "write_figure",
+    "fading", "figure", "figures", "finding", "identity", "latex_tables", "merged", "per_class", "percent_axis",
+    "region_table", "render", "short", "style", "write_figure",
 ]  # fmt: skip

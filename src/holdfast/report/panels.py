@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..results import Results, rows
+from ..results import Results, corruption_tables, rows
 from ..user_input import typed
 from .figures import INK, MUTED, PGD50, RULE, WIDTH, legend, short
 from .summary import EpsCurve, class_name, confusion, eps_curves
@@ -68,7 +68,7 @@ def draw_confusion(results: Results) -> Figure | None:
     most = max(0.01, float(np.nanmax(shares)))
 
     def draw(i: int, ax: Axes) -> None:
-        ax.imshow(100 * shares[i], cmap=_fading(PGD50), vmin=0, vmax=100 * most)
+        ax.imshow(100 * shares[i], cmap=fading(PGD50), vmin=0, vmax=100 * most)
         step = 1 if k <= 10 else 2
         ax.set_xticks(range(0, k, step), names[::step], fontsize=6, rotation=90 * (k > 10))
         ax.set_yticks(range(0, k, step), names[::step], fontsize=6)
@@ -88,10 +88,35 @@ def draw_confusion(results: Results) -> Figure | None:
     return figure
 
 
-def _fading(colour: str) -> Any:
+def fading(colour: str) -> Any:
     """A colour map from transparent to a colour, for light and dark pages; NaN is transparent."""
     r, g, b, _ = to_rgba(colour)
     return ListedColormap([(r, g, b, a) for a in np.linspace(0, 1, 64)])
+
+
+@typed
+def draw_corruptions(results: Results) -> Figure | None:
+    """Accuracy under each kind of corruption at each severity, a panel for each row, the errors shaded; else None."""
+    tables = corruption_tables(results)[:MOST_PANELS]
+    if not tables:
+        return None
+
+    def draw(i: int, ax: Axes) -> None:
+        table = tables[i]
+        values = 100 * np.array(list(table.accuracy.values()))
+        ax.imshow(100 - values, cmap=fading(PGD50), vmin=0, vmax=140, aspect="auto")  # faint below the numbers
+        for (line, column), value in np.ndenumerate(values):
+            ax.text(column, line, f"{value:.0f}", ha="center", va="center", fontsize=6, color=INK)
+        ax.set_xticks(range(len(table.severities)), [str(severity) for severity in table.severities], fontsize=6)
+        names = [kind.replace("_", " ") for kind in table.accuracy] if i % ACROSS == 0 else [""] * len(values)
+        ax.set_yticks(range(len(values)), names, fontsize=6)
+        ax.tick_params(length=0, pad=1)
+        ax.set_title(short(table.label, 30), fontsize=7, fontweight="bold", color=INK)
+        ax.set_xlabel("severity", fontsize=7, labelpad=1)
+        for spine in ax.spines.values():
+            spine.set_color(RULE)
+
+    return panels(len(tables), draw, 0.6 + 0.17 * max(len(table.accuracy) for table in tables))
 
 
 @typed

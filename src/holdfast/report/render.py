@@ -21,16 +21,17 @@ from ..results import (
     Row,
     Run,
     any_certified,
+    attack_columns,
     caption_notes,
     cells,
     compare_rows,
+    corruption_tables,
     csv,
     has_row,
     heading,
     latex,
     load,
     markdown,
-    other_attacks,
     percent,
     pgd50_verdict_text,
     remaining_text,
@@ -39,6 +40,7 @@ from ..results import (
     significance,
     status_text,
 )
+from ..results.corruptions import CORRUPTIONS
 from ..user_input import typed
 from .figures import (
     DEAD_ALL,
@@ -51,7 +53,7 @@ from .figures import (
     style,
     write_figure,
 )
-from .panels import draw_confusion, draw_eps, draw_features
+from .panels import draw_confusion, draw_corruptions, draw_eps, draw_features
 from .summary import (
     RegionTable,
     class_name,
@@ -119,6 +121,7 @@ def render(
 FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     "accuracy": draw_accuracy, "stages": draw_stages, "margins": draw_margins, "classes": draw_classes,
     "confusion": draw_confusion, "eps": draw_eps, "features": draw_features, "sweep": draw_sweeps,
+    "corruptions": draw_corruptions,
 }  # fmt: skip
 
 
@@ -128,7 +131,7 @@ def figure(results: Results, kind: str = "accuracy") -> Figure | None:
 
     Args:
         results: of one data set.
-        kind: "accuracy", "stages", "margins", "classes", "confusion", "eps", "features" or "sweep".
+        kind: "accuracy", "stages", "margins", "classes", "confusion", "eps", "features", "sweep" or "corruptions".
 
     Returns:
         A matplotlib figure; None where the results do not hold what it shows.
@@ -227,8 +230,11 @@ def _part(results: Results, prefix: str, baseline: str) -> dict[str, Any]:
         "notes": caption_notes(shown),
         "certified": any_certified(shown),
         "pgd50": any(row.pgd50 for row in shown),
-        "attacks": cells(shown) if other_attacks(shown) else [],
+        "searched": any(row.norm != CORRUPTIONS for row in shown),
+        "attacks": cells(shown) if attack_columns(shown) else [],
         "proofs": proof_table(results),
+        "corruptions": inline(draw_corruptions, results, prefix + "k"),
+        "corruption_tables": corruption_tables(results),
         "accuracy": inline(draw_accuracy, results, prefix + "a"),
         "sweep": inline(draw_sweeps, results, prefix + "v"),
         "stages": inline(draw_stages, results, prefix + "s"),

@@ -15,12 +15,15 @@ from ..results import (
     Run,
     StageCost,
     any_certified,
+    corruption_sentence,
+    corruption_tables,
     percent,
     proved_text,
     rows,
     seconds_text,
     total_cost,
 )
+from ..results.corruptions import CORRUPTIONS
 from ..user_input import typed
 
 
@@ -31,7 +34,11 @@ def finding(results: Results) -> str:
     >>> finding(Results(runs=(), data={}))
     'No robust accuracy can be reported: every measurement is void.'
     """
-    valid = [(r, r.robust) for r in rows(results) if r.robust is not None]
+    corrupted = [corruption_sentence(table) for table in corruption_tables(results)]
+    shown = [row for row in rows(results) if row.norm != CORRUPTIONS]
+    valid = [(r, r.robust) for r in shown if r.robust is not None]
+    if corrupted and not shown:
+        return " ".join(corrupted)
     if not valid:
         return "No robust accuracy can be reported: every measurement is void."
     reported = [(r, r.pgd50, robust) for r, robust in valid if r.pgd50 is not None]
@@ -55,7 +62,7 @@ def finding(results: Results) -> str:
         proved = max((row.certified.value for row, r in here if r.value == best.value and row.certified), default=0.0)
         least = f", and {percent(proved)}% is certified" if proved else ""
         sentences.append(f"Most robust{where}: {names}, at most {percent(best.value)}% ({interval}){least}.")
-    return " ".join(sentences)
+    return " ".join(sentences + corrupted)
 
 
 @dataclasses.dataclass(frozen=True)

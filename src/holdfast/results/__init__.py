@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .corruptions import CorruptionTable, corruption_sentence, corruption_tables
 from .differences import CLAIM_SEEDS, RowDifference, compare_rows, has_row, p_text, significance
 from .export import csv, latex, markdown
 from .frame import frame
@@ -63,9 +64,10 @@ from .statistics import (
     paired_t,
     proportion,
 )
-from .terminal import table
+from .terminal import corruption_prints, table
 from .text import (
     any_certified,
+    attack_columns,
     bracket_text,
     caption,
     caption_notes,
@@ -89,14 +91,15 @@ Results.frame = frame  # type: ignore[attr-defined]
 
 __all__ = [
     "CLAIM_SEEDS", "CLOPPER_PEARSON", "FILE", "OLDEST", "PRECISION", "PROOF_METHODS", "SCHEMA", "Calibration",
-    "CalibrationBins", "CheckResult", "CleanMeasures", "Cost", "DecisionGrid", "Distances", "EpsCheck", "Example",
-    "FeatureShift", "Finding", "Interval", "Outcome", "Paired", "Passes", "Projection", "ProofCost", "RegionMeasures",
-    "Reliability", "Remaining", "RemainingVulnerable", "Requirement", "Results", "Row", "RowDifference", "Run",
-    "Samples", "SpotCheck", "Spread", "StageCost", "Training", "TwoSample", "TwoSamplePerClass", "Verdict",
-    "any_certified", "bracket_text", "caption", "caption_notes", "cells", "check_requirements", "check_rows",
-    "compare_rows", "csv", "doubts", "frame", "has_row", "heading", "holm", "junit", "latex", "load", "markdown",
-    "mcnemar", "notebook", "notebook_counts", "other_attacks", "over_seeds", "p_text", "paired_t", "parse_requirement",
-    "percent", "pgd50_heading", "pgd50_verdict_text", "precision_text", "proportion", "proved_text", "remaining_text",
+    "CalibrationBins", "CheckResult", "CleanMeasures", "CorruptionTable", "Cost", "DecisionGrid", "Distances",
+    "EpsCheck", "Example", "FeatureShift", "Finding", "Interval", "Outcome", "Paired", "Passes", "Projection",
+    "ProofCost", "RegionMeasures", "Reliability", "Remaining", "RemainingVulnerable", "Requirement", "Results", "Row",
+    "RowDifference", "Run", "Samples", "SpotCheck", "Spread", "StageCost", "Training", "TwoSample", "TwoSamplePerClass",
+    "Verdict", "any_certified", "attack_columns", "bracket_text", "caption", "caption_notes", "cells",
+    "check_requirements", "check_rows", "compare_rows", "corruption_prints", "corruption_sentence", "corruption_tables",
+    "csv", "doubts", "frame", "has_row", "heading", "holm", "junit", "latex", "load", "markdown", "mcnemar", "notebook",
+    "notebook_counts", "other_attacks", "over_seeds", "p_text", "paired_t", "parse_requirement", "percent",
+    "pgd50_heading", "pgd50_verdict_text", "precision_text", "proportion", "proved_text", "remaining_text",
     "remaining_vulnerable", "robust_text", "rows", "sample_size", "save", "seconds_text", "significance", "status_text",
     "sum_remaining", "table", "threat_text", "to_json", "total_cost", "total_proofs",
-]  # fmt: skip
+]  # fmt: skip  # fmt: skip

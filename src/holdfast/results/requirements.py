@@ -12,6 +12,7 @@ from ..user_input import read_number, typed
 from ..user_input import text as checked_text
 from .rows import WORST_FIRST, Row
 from .schema import Interval
+from .statistics import proportion
 
 COLUMNS = ("clean", "pgd50", "robust", "certified")
 VERDICT = "verdict"
@@ -139,8 +140,9 @@ def check_rows(requirements: Sequence[Requirement], names: Iterable[str]) -> Non
 def check_requirements(requirements: Sequence[Requirement], shown: Sequence[Row]) -> list[Outcome]:
     """Hold requirements against rows.
 
-    ">=" asks for the lower end of the 95% interval, "<=" for the upper one. A row with a void measurement meets no
-    requirement, and a row without the figure meets none on it.
+    ">=" asks for the lower end of the 95% interval, "<=" for the upper one. An interval over seeds says nothing about
+    other samples, and equal seeds give it no width: it is widened to hold the interval over the samples of one run.
+    A row with a void measurement meets no requirement, and a row without the figure meets none on it.
 
     Args:
         requirements: what is required.
@@ -177,8 +179,13 @@ def _is_void(row: Row) -> bool:
 
 
 def _figure(column: str, row: Row) -> Interval | None:
+    """A figure of a row with the interval that a requirement holds against; None where it was not measured."""
     figures = {"clean": row.clean, "pgd50": row.attacks.get("pgd50"), "robust": row.robust, "certified": row.certified}
-    return figures[column]
+    figure, n = figures[column], (row.pgd50_n if column == "pgd50" else None) or row.n
+    if figure is None or len(row.runs) < 2:
+        return figure
+    one_run = proportion(round(figure.value * n), n)
+    return Interval(figure.value, min(figure.low, one_run.low), max(figure.high, one_run.high))
 
 
 def _measured(one: Requirement, row: Row) -> str:

@@ -44,6 +44,7 @@ class Row:
         pgd50_status_seeds: the same of ``pgd50_status``.
         between: samples of all runs that are neither broken nor proved; None where that is not known, and when void.
         proofs: what each method of proof did and cost in all runs; empty where that was not recorded.
+        norm: of the threat; "corruptions", "rotation", "translation" or "patch" where it is none.
     """
 
     label: str
@@ -67,6 +68,7 @@ class Row:
     pgd50_status_seeds: int = 1
     between: int | None = None
     proofs: tuple[ProofCost, ...] = ()
+    norm: str = ""
 
     @property
     def pgd50(self) -> Interval | None:
@@ -141,6 +143,7 @@ def _merged(runs: Sequence[Run], members: Sequence[int]) -> Row:
         pgd50_status_seeds=pgd50_status_seeds,
         between=_sum([r.between for r in group]),
         proofs=total_proofs([cost for r in group for cost in r.proofs]),
+        norm=str(first.threat["norm"]),
     )
 
 

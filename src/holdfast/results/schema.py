@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError, unknown
+from ..user_input import eps_text
 from .region import Passes, Projection, RegionMeasures
 from .remaining import Remaining
 
@@ -339,7 +340,8 @@ class Run:
         name: tells runs apart.
         loss: the loss spec as given, such as "isce:s=100".
         seed: training seed; None where unknown.
-        threat: {"norm", "eps", "lo", "hi"}.
+        threat: {"norm", "eps", "lo", "hi"}; for corruptions, rotations, translations and patches the norm is their
+            name, eps the severity, degrees, pixels or area, and "text" says all of it.
         n: number of samples.
         clean: clean accuracy.
         attacks: attack name -> accuracy under that attack alone. Has "pgd50" unless it was left out.
@@ -461,15 +463,14 @@ def threat_text(threat: dict[str, Any]) -> str:
     """The threat in words.
 
     Args:
-        threat: a dict with "norm" and "eps".
+        threat: a dict with "norm" and "eps"; with "text" where that is no norm.
 
     Returns:
-        Norm and eps; eps as a fraction of 255 where it is one and its decimals are long.
+        Norm and eps, eps as a fraction of 255 where it is one and its decimals are long; else the text.
 
     >>> threat_text({"norm": "linf", "eps": 0.1}), threat_text({"norm": "linf", "eps": 8 / 255})
     ('linf 0.1', 'linf 8/255')
     """
-    eps = float(threat["eps"])
-    short, whole = f"{eps:g}", round(eps * 255)
-    pixels = len(short) > 5 and abs(eps * 255 - whole) < 1e-5
-    return f"{threat['norm']} {f'{whole}/255' if pixels else short}"
+    if isinstance(threat.get("text"), str):
+        return threat["text"]
+    return f"{threat['norm']} {eps_text(float(threat['eps']))}"

@@ -11,9 +11,10 @@ from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 from ..user_input import typed
+from .corruptions import corruption_tables
 from .rows import rows
 from .schema import Results
-from .text import caption, cells
+from .text import caption, cells, percent
 
 _COLOURS = {"exact": "green", "tight": "green", "loose": "yellow", "refuted": "red", "void": "bold red"}
 _COLUMN = 16  # with this much room for names, columns stay two apart although fewer names then fit
@@ -70,6 +71,29 @@ def table(results: Results) -> Printed:
             before = row.threat
         lines.append((label, *rest))
     return Printed(head, tuple(lines), caption(results, shown) if shown else "")
+
+
+@typed
+def corruption_prints(results: Results) -> list[Printed]:
+    """Accuracy under each kind of corruption at each severity, in percent, for a terminal: one table for each row.
+
+    Args:
+        results: the results.
+
+    Returns:
+        Objects that ``rich`` prints; none where there are no corruptions.
+    """
+    return [
+        Printed(
+            (f"{one.label}, severity", *map(str, one.severities)),
+            (
+                *((kind, *map(percent, values)) for kind, values in one.accuracy.items()),
+                ("mean", *map(percent, one.means)),
+                ("right under every kind", *map(percent, one.every)),
+            ),
+        )
+        for one in corruption_tables(results)
+    ]
 
 
 def _widths(head: _Line, lines: Sequence[_Line]) -> list[int]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from ..user_input import typed
+from .corruptions import CORRUPTIONS, mean_corrupted
 from .rows import Row, name_text, rows
 from .schema import Interval, ProofCost, Results, Run, total_proofs
 
@@ -83,11 +84,17 @@ def other_attacks(shown: Sequence[Row]) -> list[str]:
 
 
 @typed
+def attack_columns(shown: Sequence[Row]) -> list[str]:
+    """The names of ``other_attacks`` that have a column: kinds of corruption have a table of their own."""
+    return other_attacks([row for row in shown if row.norm != CORRUPTIONS])
+
+
+@typed
 def cells(shown: Sequence[Row]) -> list[tuple[str, ...]]:
     """The table as text: a head, then a line for each row. Every output format shows these columns.
 
-    loss, clean, PGD-50 and its verdict, the other attacks, certified, robust with its interval and its verdict. PGD-50,
-    the verdict on it, an attack, or certified has a column only where some row has a value for it.
+    loss, clean, PGD-50 and its verdict, the other attacks, the mean over kinds of corruption, certified, robust with
+    its interval and its verdict. Each but loss, clean and robust has a column only where some row has a value for it.
 
     Args:
         shown: the rows of the table.
@@ -95,15 +102,19 @@ def cells(shown: Sequence[Row]) -> list[tuple[str, ...]]:
     Returns:
         The head and the lines, all of one length.
     """
-    names, certified = other_attacks(shown), any_certified(shown)
+    names, certified = attack_columns(shown), any_certified(shown)
+    means = [mean_corrupted(row) for row in shown]
+    corrupted = any(mean is not None for mean in means)
     pgd50_verdict, verdict = any(row.pgd50_status for row in shown), any(row.status for row in shown)
     pgd50 = any(row.pgd50 for row in shown)
     head = ["loss", "clean", *[pgd50_heading(shown)] * pgd50, *["verdict"] * pgd50_verdict, *map(heading, names)]
+    head += ["corrupted, mean"] * corrupted
     lines = [(*head, *["certified"] * certified, "robust, 95%", *["verdict"] * verdict)]
-    for row in shown:
+    for row, mean in zip(shown, means, strict=True):
         line = [re.sub(r"\s+", " ", row.label), _percent_or_dash(row.clean), *[_percent_or_dash(row.pgd50)] * pgd50]
         line += [pgd50_verdict_text(row)] * pgd50_verdict
         line += [_percent_or_dash(row.attacks.get(name)) for name in names]
+        line += ["-" if mean is None else percent(mean)] * corrupted
         line += [_percent_or_dash(row.certified)] * certified
         word = status_text(row.status, row.status_seeds, len(row.runs))
         lines.append((*line, robust_text(row), *[word] * verdict))
@@ -134,6 +145,8 @@ def caption(results: Results, shown: Sequence[Row]) -> str:
 def caption_notes(shown: Sequence[Row]) -> list[str]:
     """How to read the verdicts of these rows: what the number before a verdict is, and which seeds it counts."""
     notes = []
+    if any(row.norm == CORRUPTIONS for row in shown):
+        notes.append("robust of corruptions: right as it is and under every kind")
     if any(row.pgd50_status and row.pgd50_excess for row in shown):
         notes.append("verdict on PGD-50: after the points that other attacks take off it")
     counts = [(count, len(row.runs)) for row in shown for count in (row.status_seeds, row.pgd50_status_seeds)]

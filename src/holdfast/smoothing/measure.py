@@ -25,7 +25,7 @@ from ..bounds.votes import (
     samples_of,
     settings_of,
 )
-from ..data import Data, pixels
+from ..data import Data
 from ..data.arguments import AnyData, as_data
 from ..errors import UserError, type_of
 from ..io import content_hash
@@ -161,7 +161,7 @@ def smooth(
     noise = Noise(int(seed), data.index)
     with exact_float32(), frozen_eval(model):
         for place, radius in enumerate(radii):
-            rows = torch.nonzero(broken_at == math.inf)[:, 0].to(data.x.device)
+            rows = torch.nonzero(broken_at == math.inf)[:, 0].to(data.y.device)
             if not len(rows):
                 costs.append(Cost())
                 continue
@@ -194,7 +194,7 @@ def _broken(
     identity: dict[str, Any],
 ) -> tuple[Tensor, Cost]:
     """Which of these samples the attack at a radius breaks, (N,) bool, and what that took."""
-    threat, shape, device = Threat("l2", radius), tuple(data.x.shape[1:]), data.x.device
+    threat, shape, device = Threat("l2", radius), tuple(data.x.shape[1:]), data.y.device
     fresh = noise.fold(SmoothingStream.ATTACKED.numbered(place))  # of votes that no attack has seen
     with torch.no_grad():
         probe = Probe(model, data, vote, fresh, Batches(size), occurring)
@@ -211,7 +211,7 @@ def _broken(
     starts = noise.fold(SmoothingStream.START, place)
 
     def attack(rows: Tensor) -> None:
-        x = pixels(data.x[rows]).float()
+        x = data.pixels(rows).float()
         found = smoothadv(expected, x, data.y[rows], threat, noise=starts[rows], steps=steps)
         work.tensors["x_adv"][rows] = found
 
@@ -232,7 +232,7 @@ def _broken(
         cost = work.finish()
         probe.repeat()
     other = (counted.selected != data.y).cpu() & outvoted(counted.votes, counted.votes_y, vote.alpha)
-    inside = threat.violation(x_adv, pixels(data.x).float()) == 0
+    inside = threat.violation(x_adv, data.pixels(slice(None)).float()) == 0
     return other & inside.cpu(), Cost(
         spent.forwards + cost.forwards, spent.backwards + cost.backwards, spent.seconds + cost.seconds
     )

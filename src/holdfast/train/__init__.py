@@ -5,7 +5,7 @@ No test data enters here.
 
 from __future__ import annotations
 
-from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config, fit_to_json
+from .config import SCHEDULES, CollapseWarning, FitConfig, Fitted, best_epoch, expected_config, fit_to_json
 from .freeze import frozen_names
 from .initialise import initialise_for_bounds
 from .loop import fit
@@ -15,6 +15,7 @@ from .validation import accuracy, robust_accuracy
 __all__ = [
     "SCHEDULES",
     "TRACKERS",
+    "CollapseWarning",
     "FitConfig",
     "Fitted",
     "Tracking",

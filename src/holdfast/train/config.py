@@ -13,7 +13,12 @@ from ..threat import Threat
 from ..user_input import flag, number, of_type, text, whole
 
 MOST_SIGMA = 10.0  # of noise on pixels in [0, 1]: more hides every image
+LEAST_FALL = 0.2  # robust accuracy from which training can collapse
 MOST_SEED = 2**43  # torch's generator takes 1,000,003 times as much
+
+
+class CollapseWarning(UserWarning):
+    """Robust validation accuracy fell to less than half from one epoch to the next."""
 
 
 @dataclass(frozen=True)
@@ -188,3 +193,32 @@ def best_epoch(history: Sequence[dict[str, Any]]) -> int | None:
     accuracies = [line.get("val_robust", line["val"]) for line in history]
     known = [accuracy for accuracy in accuracies if accuracy is not None]
     return 1 + accuracies.index(max(known)) if known else None
+
+
+def collapse(history: Sequence[dict[str, Any]]) -> str | None:
+    """Say that robust validation accuracy has collapsed in the last epoch: to less than half of the best one's.
+
+    Args:
+        history: one log line per epoch. An accuracy below 20% has nowhere to fall from.
+
+    Returns:
+        The warning; None where it has not collapsed, or had in the epoch before.
+
+    >>> print(collapse([{"val_robust": 0.5}, {"val_robust": 0.02}])[:88])
+    robust validation accuracy collapsed in epoch 2 to 2.0%, from 50.0% in epoch 1 (catastro
+    """
+    robust = [line.get("val_robust") or 0.0 for line in history]
+    best = _fallen(robust)
+    if best is None or _fallen(robust[:-1]) is not None:
+        return None
+    return (
+        f"robust validation accuracy collapsed in epoch {len(robust)} to {robust[-1]:.1%}, from {robust[best]:.1%} in "
+        f"epoch {best + 1} (catastrophic overfitting): take the weights of the best epoch (checkpoint=best), or more "
+        "steps, a smaller step or a lower learning rate."
+    )
+
+
+def _fallen(robust: Sequence[float]) -> int | None:
+    """The best epoch, counted from 0, where the last one has less than half of its accuracy."""
+    best = max(robust, default=0.0)
+    return robust.index(best) if best >= LEAST_FALL and robust[-1] < best / 2 else None

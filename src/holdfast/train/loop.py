@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from ..progress import Progress, as_progress
 from ..run_folder import reserve
 from ..threat import Threat
 from .checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint, save_final, write_log
-from .config import SCHEDULES, FitConfig, Fitted, best_epoch, expected_config
+from .config import SCHEDULES, CollapseWarning, FitConfig, Fitted, best_epoch, collapse, expected_config
 from .distributed import accelerator_on, group_errors
 from .fast_kernels import InBfloat16, fast_input_gradients
 from .freeze import frozen_parts
@@ -65,7 +66,7 @@ def fit(
         objective: the min-max problem, as a function of training progress in [0, 1).
         config: hyperparameters.
         val_threat: measure robust accuracy on val after each epoch (PGD-10 on the margin, first 1,000 images), log it
-            as val_robust, and choose the best epoch by it.
+            as val_robust, and choose the best epoch by it. CollapseWarning: it fell to less than half of the best.
         out: the run folder; without one nothing is written and nothing can be resumed.
         about: further entries of config.json, such as how the model is built (``run_folder.load`` reads "model").
         progress: None, or called after each epoch with its log line in words, the epochs done and all epochs.
@@ -112,8 +113,8 @@ def fit(
             lr = config.lr * SCHEDULES[config.schedule](epoch / config.epochs)
             line = {"epoch": epoch + 1, "loss": float(means.mean()), "lr": lr, **measured}
             line["seconds"] = round(time.perf_counter() - epoch_start - measured.get("val_seconds", 0.0), 3)
-            line["best_epoch"] = best_epoch([*history, line])
             history.append(line)
+            line["best_epoch"] = best_epoch(history)
             if line["best_epoch"] == epoch + 1:
                 state.best.update(state.validated_weights())
             last = epoch + 1 == config.epochs
@@ -124,15 +125,13 @@ def fit(
             if accelerator.is_main_process:
                 tracked.epoch(line)
                 progress(_in_words(line), epoch + 1, config.epochs)
+                _warn_of_collapse(history, out)
         best = best_epoch(history)
-        weights = {"last": state.validated_weights(), **({"best": state.best} if best else {})}
-        epochs = {"last": config.epochs, "best": best or config.epochs}
-        state.model.load_state_dict(weights[config.checkpoint])
-        state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as a loaded model is
+        kept, weights = _keep(state, best, config)
         if out is not None and accelerator.is_main_process:
-            save_final(out, weights[config.checkpoint], epochs[config.checkpoint], seconds())
+            save_final(out, weights, kept, seconds())
         accelerator.wait_for_everyone()
-        return Fitted(out, tuple(history), seconds(), best, epochs[config.checkpoint])
+        return Fitted(out, tuple(history), seconds(), best, kept)
 
 
 @dataclass(frozen=True)
@@ -183,6 +182,22 @@ def _resumed(out: Path | None, settings: dict[str, Any], state: _TrainingState) 
     return history, seconds
 
 
+def _keep(state: _TrainingState, best: int | None, config: FitConfig) -> tuple[int, dict[str, Tensor]]:
+    """Load the weights that ``config.checkpoint`` chooses: (their epoch, the weights)."""
+    kept, weights = config.epochs, state.validated_weights()
+    if best is not None and config.checkpoint == "best":
+        kept, weights = best, state.best
+    state.model.load_state_dict(weights)
+    state.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as a loaded model is
+    return kept, weights
+
+
+def _warn_of_collapse(history: Sequence[dict[str, Any]], out: Path | None) -> None:
+    fallen = collapse(history)
+    if fallen is not None:
+        warnings.warn(f"{out.name}: {fallen}" if out else fallen, CollapseWarning, stacklevel=3)
+
+
 def _in_words(line: dict[str, Any]) -> str:
     """An epoch's log line, for a progress display."""
     text = f"epoch {line['epoch']}, loss {line['loss']:.4g}"
@@ -212,7 +227,8 @@ def _epoch(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One pass over the data; every random number depends on (seed, epoch) only.
 
-    Returns, without synchronising: (steps,) mean losses; and for each step its samples' losses and their numbers.
+    Returns, without synchronising: (steps,) mean losses; and for each step of the optimiser its samples' losses and
+    their numbers.
     """
     accelerator, optimizer = state.accelerator, state.optimizer
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -235,20 +251,25 @@ def _epoch(
         attacked, perturbed, parallel = _with_noise(state, config.noise_sigma, x, noise)
         with fast_input_gradients(device):
             x_adv = problem.perturb(attacked, x, y, noise)
-        with problem.weight_context(perturbed, x, x_adv, y):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = problem.loss(parallel, x, x_adv, y)
-            mean = loss.sum() * world / len(batch)  # gradients are averaged over processes: this is the batch's mean
-            if config.l1:
-                mean = mean + config.l1 * sum(p.abs().sum() for p in _decayed(state.model))
-            optimizer.zero_grad()
-            mean.backward()  # bf16 needs no loss scaling
-        optimizer.step()
-        if state.ema:
-            _update_ema(state.ema, state.model, config.ema)
-        means.append(mean.detach())
-        losses.append(loss.detach())
-        indices.append(index)
+        for replay in range(problem.replays):
+            if problem.replays > 1:  # its gradient comes with the weights'
+                x_adv = x_adv.detach().requires_grad_()
+            with problem.weight_context(perturbed, x, x_adv, y):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss = problem.loss(parallel, x, x_adv, y)
+                mean = loss.sum() * world / len(batch)  # gradients are averaged over processes: the batch's mean
+                if config.l1:
+                    mean = mean + config.l1 * sum(p.abs().sum() for p in _decayed(state.model))
+                optimizer.zero_grad()
+                mean.backward()  # bf16 needs no loss scaling
+            optimizer.step()
+            if state.ema:
+                _update_ema(state.ema, state.model, config.ema)
+            means.append(mean.detach())
+            losses.append(loss.detach())
+            indices.append(index)
+            if replay + 1 < problem.replays and x_adv.grad is not None:
+                x_adv = problem.advance(x_adv.detach(), x_adv.grad, x)
     stacked = torch.stack(means)
     return stacked.to(torch.promote_types(stacked.dtype, torch.float32)), losses, indices  # bf16 is too coarse to log
 
