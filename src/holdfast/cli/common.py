@@ -100,6 +100,12 @@ def run_comparison(
     folder, where = out or default_out(comparison), best_device(device)
     own_folder(folder)
     check_names(gate, comparison.row_names)
+    if comparison.folds > 1 and comparison.limit not in (0, type(comparison).limit) and not quiet:
+        errors.print(
+            f"note: --limit {comparison.limit} is not used: {comparison.folds} folds test on every image once. With "
+            "--folds 1 it is.",
+            soft_wrap=True,
+        )
     with aside(as_json), Display(quiet, comparison.networks) as display:
         if gate.needs("certified"):
             check_bounds(gate, why_uncertifiable(comparison, where))

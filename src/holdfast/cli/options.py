@@ -118,8 +118,8 @@ Epochs = Annotated[int | None, option("Training epochs. Default: 30 for digits a
 Limit = Annotated[
     int,
     option(
-        "Maximum number of test images, a fixed random subset balanced over classes; 0: all. Ignored under "
-        "cross-validation, which tests on every image once."
+        "Maximum number of test images, a fixed random subset balanced over classes; 0: all. `holdfast compare` tests "
+        "on every image once where it cross-validates, whatever the limit."
     ),
 ]
 LimitTrain = Annotated[int, option("Maximum number of training images; 0: all.")]
