@@ -82,7 +82,7 @@ def train(
         return
     screen.print(
         f"{job.loss.text}: train accuracy {percent_text(trained.accuracy)}, validation {percent_text(trained.val)}, "
-        f"{trained.epochs} epochs in {trained.seconds} s.",
+        f"{trained.epochs} epoch{'s' if trained.epochs != 1 else ''} in {trained.seconds} s.",
         soft_wrap=True,
     )
     if not quiet:
