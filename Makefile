@@ -28,7 +28,7 @@ bench: .venv/ready-test
 	$(PYTHON) -m venv .venv
 
 .venv/ready: .venv/bin/python pyproject.toml constraints.txt
-	@echo "installing torch and 12 other packages, pinned in constraints.txt, into .venv: a few minutes, about 1 GB"
+	@echo "installing torch and 12 other packages, pinned in constraints.txt, into .venv: a few minutes, 1 to 2 GB"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
