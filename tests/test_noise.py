@@ -208,6 +208,7 @@ def test_streams_keep_their_values():
         "AuditStream": [
             *range(1, 10), *range(11, 15), (15, 2), 20, 30, 31, 32, (40, 9), 90, 91, 92,
         ],
+        "StageStream": [0],
         "BracketStream": [0, 1],
         "StartStream": [1, 2],
         "GridStream": [3],

@@ -76,6 +76,19 @@ class Noise:
             seed = _mix_int(_mix_int(seed + _GAMMA) ^ (key + 1))
         return replace(self, seed=seed)
 
+    def fold_each(self, keys: Tensor) -> Noise:
+        """An independent stream for each sample's own key; a key of 0 gives this noise.
+
+        Args:
+            keys: (N,) int64, from 0 to 2^20. The samples' indices are below 2^40.
+
+        >>> noise = Noise(0, torch.zeros(3, dtype=torch.int64)).fold_each(torch.tensor([0, 1, 1]))
+        >>> one, two, three = noise.uniform()
+        >>> bool(one == two), bool(two == three)
+        (False, True)
+        """
+        return replace(self, index=self.index + (keys << 40))
+
     def bits(self, shape: Sequence[int], draw: Tensor | None = None) -> Tensor:
         """(N, *shape) int64, all 64 bits uniform; with ``draw``, (N,) int64 >= 0, each sample's draw of that number."""
         count = math.prod(shape)
@@ -156,6 +169,12 @@ class EvaluationStream(Stream):
     GRID = 31_000
     PGD50_SAMPLE = 32_000
     TRANSFORMS = 33_000
+
+
+class StageStream(Stream):
+    """Of the noise of a stage."""
+
+    TARGETS = 0  # one stream for each target, by ``Noise.fold_each``
 
 
 class AuditStream(Stream):

@@ -201,15 +201,14 @@ def ask(
     Raises:
         Exception: the model's own about the type of the images, where no type helps.
     """
-    own = own_dtype(model)
-    first = x.dtype if dtype is None or own not in (None, dtype) else dtype
+    first = x.dtype if dtype is None or own_dtype(model) not in (None, dtype) else dtype
     try:
         return _answer(model, x, first, output)
     except Exception as error:
         if isinstance(error, UserError) or out_of_memory(error):
             raise
         guesses = OTHER_DTYPES if guess and x.dtype == torch.float32 else ()
-        for other in dict.fromkeys((own, x.dtype, *guesses)):
+        for other in dict.fromkeys((own_dtype(model), x.dtype, *guesses)):
             try:
                 if other not in (None, first):
                     return _answer(model, x, other, output)

@@ -48,9 +48,9 @@ def shortened(stage):
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_gives_the_same_answer_for_every_sample(suite, on_both, few, monkeypatch):
     """Beside the attacks' own the host waits four times a batch: for its rows, what broke, NaNs, those off the grid."""
-    batches = []
-    attack_batch = cascade.attack_batch
-    monkeypatch.setattr(cascade, "attack_batch", lambda *args: batches.append(1) or attack_batch(*args))
+    batches = []  # of candidates: a stage that attacks several targets at once judges each by itself
+    verify = cascade.verify_candidates
+    monkeypatch.setattr(cascade, "verify_candidates", lambda *args: batches.append(1) or verify(*args))
     stages = tuple(shortened(stage) for stage in SUITES[suite])
     net, there = on_both
     with synchronisations() as seen:

@@ -13,9 +13,11 @@ from tests.evaluation.helpers import (
     case,
     differing_columns,
     interrupt_after,
+    numbers,
     toy,
 )
 
+from holdfast.attacks import ATTACKS, AttackEntry
 from holdfast.errors import UserError
 from holdfast.evaluation import Budget, checkpoint, evaluate, load_x_adv, proofs
 from holdfast.evaluation.suites import Stage
@@ -43,6 +45,30 @@ def test_an_interrupted_evaluation_resumes_from_its_checkpoint(unproved, save_ev
         assert (a.name, a.attacked, a.broken, a.forwards, a.backwards, a.outside) == (
             b.name, b.attacked, b.broken, b.forwards, b.backwards, b.outside,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [(16, 4), (4, 16), (4, 7)])
+def test_a_batch_size_that_changes_leaves_no_target_out(monkeypatch, unproved, save_every_batch, tmp_path, sizes):
+    """A stage attacks as many targets at once as a batch has room for."""
+    seen = set()
+
+    def probe(model, x, y, threat, *, score, noise, target):
+        seen.update(zip(y.tolist(), target.tolist(), strict=True))
+        return x
+
+    monkeypatch.setitem(ATTACKS, "probe", AttackEntry(probe, "a test"))
+    data, logits = numbers([0.1, 0.3, 0.5, 0.7], [0, 1, 2, 3]), 9 * torch.eye(4)
+
+    def model(x):
+        return logits[(x.flatten(1)[:, 0] * 5).long()]
+
+    suite, path = (Stage("probe", "probe", targets=9),), tmp_path / "checkpoint.safetensors"
+    resume = {"pgd50": 0, "checkpoint": path, "key": "k"}
+    for batches in (1, 1):
+        with pytest.raises(Interrupt):
+            evaluate(model, data, THREAT, suite, **resume, batch_size=sizes[0], progress=interrupt_after(batches))
+    evaluate(model, data, THREAT, suite, **resume, batch_size=sizes[1])
+    assert seen == {(y, target) for y in range(4) for target in range(4) if target != y}
 
 
 def test_many_interruptions_give_the_same_result(unproved, save_every_batch, tmp_path):

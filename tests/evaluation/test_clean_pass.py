@@ -230,6 +230,11 @@ def test_targets_are_the_likeliest_wrong_classes_in_turn(monkeypatch):
     evaluate(model, x, THREAT, (Stage("probe", "probe", targets=2),))
     assert targets == [[2, 3], [3, 1]]
     targets.clear()
-    e = evaluate(model, x, THREAT, (Stage("probe", "probe", targets=9),))  # as many as there are
+    every = (Stage("probe", "probe", targets=9),)  # as many as there are
+    e = evaluate(model, x, THREAT, every, batch_size=2)
     assert targets == [[2, 3], [3, 1], [1, 0]]
-    assert e.stages[-1].attacked == 2
+    targets.clear()
+    with_room = evaluate(model, x, THREAT, every, batch_size=4)
+    assert targets == [[2, 3], [3, 1, 1, 0]], "further targets share a batch"
+    for one in (e, with_room):
+        assert (one.stages[-1].attacked, one.stages[-1].candidates) == (2, 6)

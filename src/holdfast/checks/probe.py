@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import ATTACKS, cross_entropy, matched_score
-from ..attacks.base import predict, score_and_grad
+from ..attacks.base import all_rows, predict, score_and_grad
 from ..data import Data
 from ..errors import UserError
 from ..evaluation import Evaluation
@@ -164,19 +164,21 @@ class Probe:
         model: Model | None = None,
         dtype: torch.dtype | None = None,
         target: Tensor | None = None,
+        draw: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
         """Run an attack and verify its candidates on the model itself, in its own precision.
 
         Args:
             name: a key of ATTACKS.
-            rows: (n,) samples.
+            rows: (n,) samples; one may occur several times.
             score: what the attack maximises.
             noise_stream: a key of AuditStream.
             threat: if not that of the evaluation; nothing is kept as a witness then.
             model: what the attack queries, if not the model.
             dtype: of the images given to the attack.
             target: (n,) classes, for attacks that take them.
+            draw: (n,) int64, a number for each time that a sample occurs, so that its noise differs.
             settings: other keyword arguments of the attack.
 
         Returns:
@@ -184,22 +186,24 @@ class Probe:
         """
         if len(rows) == 0:
             return torch.zeros(0, dtype=torch.bool, device=rows.device)
+        noise = self.noise[rows].fold(noise_stream)
+        noise = noise if draw is None else noise.fold_each(draw)
 
-        def broken(rows: Tensor, *target: Tensor) -> Tensor:
-            x = self.x(rows)
+        def broken(some: Tensor) -> Tensor:
+            x = self.x(rows[some])
             x_adv = ATTACKS[name].attack(
                 model or self.attack_model,
                 x if dtype is None else x.to(dtype),
-                self.y(rows),
+                self.y(rows[some]),
                 threat or self.threat,
                 score=score,
-                noise=self.noise[rows].fold(noise_stream),
-                **({"target": target[0]} if target else {}),
+                noise=noise[some],
+                **({} if target is None else {"target": target[some]}),
                 **settings,
             )
-            return self.verify_candidates(rows, x, x_adv.to(x.dtype), threat)
+            return self.verify_candidates(rows[some], x, x_adv.to(x.dtype), threat)
 
-        return self.batches.cat(broken, rows, *([] if target is None else [target]))
+        return self.batches.cat(broken, all_rows(rows))
 
     def verify_candidates(self, rows: Tensor, x: Tensor, x_adv: Tensor, threat: Threat | None = None) -> Tensor:
         """Query the model at the candidates. Those in the evaluation's threat that break a survivor become witnesses.
@@ -210,6 +214,7 @@ class Probe:
         judged = judge_candidates(self.model, x_adv, x, self.y(rows), threat or self.threat, self.votes)
         new = judged.broken & ~self.broken[rows]
         if threat is None and bool(new.any()):
+            new = _first_of_each(rows, torch.nonzero(new)[:, 0])
             self.witnesses.append(Witnesses(rows[new], x_adv[new], judged.margin[new], judged.prediction[new]))
             self.broken[rows[new]] = True
         return judged.broken
@@ -286,6 +291,12 @@ class Probe:
     def pgd10(self, score: Loss, **settings: Any) -> Tensor:
         """Which of ``rows`` ten PGD steps of eps/4 on a score break, from the same start for every score."""
         return self.attack("pgd", self.rows, score, AuditStream.PGD10, **{**self.pgd10_settings, **settings})
+
+
+def _first_of_each(rows: Tensor, places: Tensor) -> Tensor:
+    """Of these places, the first one of each sample."""
+    samples, which = rows[places].unique(return_inverse=True)
+    return places.new_full(samples.shape, len(rows)).scatter_reduce(0, which, places, "amin")
 
 
 def rescaled_cross_entropy(out: Outputs | Tensor, y: Tensor) -> Tensor:

@@ -139,12 +139,27 @@ def decomposing_the_margin_breaks_no_survivor(probe: Probe) -> CheckCount | str:
 def _towards_each(
     probe: Probe, name: str, rows: Tensor, score: Loss, stream: AuditStream, targets: int, *, steps: int
 ) -> Tensor:
-    """Which samples an attack breaks towards their likeliest wrong classes, one after the other."""
+    """Which samples an attack breaks towards their likeliest wrong classes: the first, then a batch of others."""
     broken = torch.zeros_like(rows, dtype=torch.bool)
     logits = probe.logits_at(probe.x, rows).scatter(1, probe.y(rows)[:, None], -torch.inf)
-    for number, target in enumerate(logits.topk(min(targets, logits.shape[1] - 1), dim=1).indices.unbind(1)):
+    ranked = logits.topk(min(targets, logits.shape[1] - 1), dim=1).indices
+    place = 0
+    while place < ranked.shape[1]:
         left = torch.nonzero(~broken)[:, 0]
-        broken[left] = probe.attack(name, rows[left], score, stream.numbered(number), steps=steps, target=target[left])
+        several = max(1, probe.batches.size // max(1, len(left))) if place else 1
+        target = ranked[left, place : place + several].T  # (T, n)
+        draw = torch.arange(len(target), device=rows.device)[:, None].expand_as(target) + place
+        found = probe.attack(
+            name,
+            rows[left].repeat(len(target)),
+            score,
+            stream,
+            target=target.flatten(),
+            draw=draw.flatten(),
+            steps=steps,
+        )
+        broken[left] = found.view(len(target), -1).any(0)
+        place += several
     return broken
 
 

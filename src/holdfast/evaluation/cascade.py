@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import mapped
 from ..attacks import ATTACKS
+from ..noise import StageStream
 from ..progress import silent
 from ..threat import check_images
 from .checkpoint import Checkpoint
@@ -61,60 +62,81 @@ def run(task: Task, path: Path | None, key: str) -> Evaluation:
 
 
 def run_stage(task: Task, state: State, number: int, checkpoint: Checkpoint, processes: Processes) -> None:
-    """Run one stage on its samples, smallest margins first, once per target."""
+    """Run one stage on its samples, smallest margins first, once per target.
+
+    The likeliest target comes alone, since it breaks most, and what it breaks needs no other. Further targets share a
+    batch as far as it has room: a small batch takes as long as a larger one.
+    """
     if number < state.chosen_for:  # finished before the checkpoint was written
         return
     choose(task, state, number)
-    limit = affordable(task, state, number, processes.count)
-    for target in range(state.stages[number].n_targets(state.n_classes)):
-        rows = torch.nonzero(_waiting(state, number, target))[:, 0]
+    last, start = state.stages[number].n_targets(state.n_classes), 0
+    chosen = max(1, int(state.columns.chosen.sum()))
+    while start < last and not state.budget_spent:
+        room = max(1, task.batches.size // chosen) if start else 1
+        targets = range(start, min(last, start + room))
+        rows = torch.nonzero(_waiting(state, number, targets))[:, 0]
         if len(rows):
             rows = rows[state.columns.margin_adv[rows].argsort(stable=True)]
             mine = processes.mine(rows, task.batch_size)
-            work = partial(attack_batch, task, state, checkpoint, number, target)
+            work = partial(attack_batch, task, state, checkpoint, number, targets)
+            limit = affordable(task, state, number, len(targets), processes.count)
             state.budget_spent = sum(task.batches.map(mine, work, limit)) < len(mine)
             if processes.count > 1:
                 exchange_results(task, state, processes, rows)
-        if state.budget_spent:
-            break
+        start = targets.stop
 
 
-def _waiting(state: State, number: int, target: int) -> Tensor:
-    """(N,) bool: samples that the stage has not attacked yet at this target."""
-    return state.due(number) & (state.columns.done <= number * MAX_TARGETS + target)
+def _waiting(state: State, number: int, targets: range) -> Tensor:
+    """(N,) bool: samples that the stage has not attacked at each of these targets yet; these are attacked at all."""
+    return state.due(number) & (state.columns.done < number * MAX_TARGETS + targets.stop)
 
 
-def attack_batch(task: Task, state: State, checkpoint: Checkpoint, number: int, target: int, rows: Tensor) -> int:
-    """Attack one batch at one target, verify the candidates, and save. Returns the number of samples."""
+def attack_batch(task: Task, state: State, checkpoint: Checkpoint, number: int, targets: range, rows: Tensor) -> int:
+    """Attack one batch of samples at some targets at once, verify the candidates, and save.
+
+    A sample that one target breaks is not judged at later ones, as if each had been attacked by itself.
+
+    Returns:
+        The number of samples.
+    """
     stage, columns = state.stages[number], state.columns
-    began = time.perf_counter()
-    x, y = task.data.pixels(rows), task.data.y[rows]
-    targets: dict[str, Tensor] = {}
+    began, several = time.perf_counter(), rows.repeat(len(targets))
+    places = torch.arange(targets.start, targets.stop, device=rows.device).repeat_interleave(len(rows))
+    x, y = task.data.pixels(several), task.data.y[several]
+    target: dict[str, Tensor] = {}
     if stage.target and columns.random_target is not None:
-        targets["target"] = columns.random_target[rows]
+        target["target"] = columns.random_target[several]
     elif stage.targets:
-        targets["target"] = columns.targets[rows, target]
+        target["target"] = columns.targets[several, places]
+    stream = number if stage.noise_stream is None else stage.noise_stream
     x_adv = ATTACKS[stage.attack].attack(
         attack_model(task.model, state.channels_last, state.randomised, stage.on_grid),
         x,
         y,
         whole_levels(task.threat) if stage.on_grid else task.threat,
         score=task.scores[stage.score],
-        noise=task.noise[rows].fold(number if stage.noise_stream is None else stage.noise_stream, target),
+        noise=task.noise[several].fold(stream, StageStream.TARGETS).fold_each(places),
         **stage.keywords(task.threat.eps),
-        **targets,
+        **target,
     )
-    broken, outside = verify_candidates(task, state, number, rows, x, y, x_adv)
-    columns.done[rows] = number * MAX_TARGETS + target + 1
-    attacked = len(rows) if target == 0 else 0
-    counts = {"attacked": attacked, "broken": broken, "outside": outside, "candidates": len(rows)}
+    counts = {"attacked": len(rows) if targets.start == 0 else 0, "broken": 0, "outside": 0, "candidates": 0}
+    for first in range(0, len(several), len(rows)):
+        candidates = [column[first : first + len(rows)] for column in (several, x, y, x_adv)]
+        if first:
+            left = torch.nonzero(state.due(number)[rows])[:, 0]
+            candidates = [column[left] for column in candidates]
+        broken, outside = verify_candidates(task, state, number, *candidates)
+        for name, count in (("broken", broken), ("outside", outside), ("candidates", len(candidates[0]))):
+            counts[name] += count
+    columns.done[rows] = number * MAX_TARGETS + targets.stop
     add_cost(task, state, number + 1, began, **counts)
     checkpoint.save(state)
     if task.progress is not silent:
-        spent, waiting = passes_spent(state), int(_waiting(state, number, target).sum())
+        spent, waiting = passes_spent(state), int(_waiting(state, number, targets).sum())
         robust = float(state.survivors.double().mean())
         what = f"{stage.name}, at most {robust:.1%} robust"
-        task.progress(what, spent, spent + planned_passes(task, state, number, waiting, target))
+        task.progress(what, spent, spent + planned_passes(task, state, number, waiting, targets))
     return len(rows)
 
 

@@ -41,15 +41,15 @@ def waits_for_branch(task: Task, state: State) -> bool:
     return task.proofs == "branch" and not state.branched
 
 
-def affordable(task: Task, state: State, number: int, n_processes: int) -> Callable[[], float]:
-    """How many more samples of a stage the rest of the budget pays for.
+def affordable(task: Task, state: State, number: int, n_targets: int, n_processes: int) -> Callable[[], float]:
+    """How many more samples of a stage, each at so many targets, the rest of the budget pays for.
 
     Individual attacks have no limit: half a column would be a wrong accuracy.
     """
     stage, budget = state.stages[number], task.budget
     if budget is None or stage.individual:
         return unlimited
-    each = stage.passes(state.n_classes) / stage.n_targets(state.n_classes) * state.eot_samples
+    each = stage.passes(state.n_classes) / stage.n_targets(state.n_classes) * n_targets * state.eot_samples
 
     def limit() -> float:
         spent, seconds = passes_spent(state), seconds_spent(state)
@@ -60,20 +60,21 @@ def affordable(task: Task, state: State, number: int, n_processes: int) -> Calla
     return limit
 
 
-def planned_passes(task: Task, state: State, number: int, waiting: int, target: int) -> int:
+def planned_passes(task: Task, state: State, number: int, waiting: int, targets: range) -> int:
     """Passes still to come if no more samples are broken.
 
     Args:
         task: the evaluation.
         state: of the evaluation.
         number: of the current stage.
-        waiting: samples that the current stage has not attacked yet at its current target.
-        target: rank of that target.
+        waiting: samples that the current stage has not attacked yet at its current targets.
+        targets: places of these targets.
     """
     survivors, clean = int(state.open.sum()), int(state.columns.clean.sum())
     stage, classes = state.stages[number], state.n_classes
     each = stage.passes(classes) / stage.n_targets(classes)
-    planned = each * (waiting + int(state.due(number).sum()) * (stage.n_targets(classes) - target - 1))
+    left = stage.n_targets(classes) - targets.stop
+    planned = each * (waiting * len(targets) + int(state.due(number).sum()) * left)
     near, far = spot_check_sizes(survivors, len(state.open), task.precision)
     for later in state.stages[number + 1 :]:
         expected = {
