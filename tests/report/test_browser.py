@@ -38,7 +38,7 @@ def browse(page, folder, *flags):
 
 
 def words(dom):
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style.*?</style>", "", dom, flags=re.S)))
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<(style|script).*?</\1>", "", dom, flags=re.S)))
 
 
 def test_the_page_opens_from_disk_and_asks_for_nothing(tmp_path):
@@ -66,7 +66,7 @@ def test_markup_in_class_names_is_text_to_a_browser(tmp_path):
     dom, console, asked = browse(report.render(results, tmp_path / "report.html"), tmp_path)
     assert console == []
     assert asked == set()
-    assert "<script" not in dom
+    assert dom.count("<script") == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in dom
 
 

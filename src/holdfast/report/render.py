@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+from base64 import b64encode
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jinja2
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from ..errors import UserError, plain, printable, unknown
+from ..errors import UserError, plain, unknown
 from ..io import write_atomic
 from ..results import (
     CheckResult,
@@ -41,6 +42,7 @@ from ..results import (
     status_text,
 )
 from ..results.corruptions import CORRUPTIONS
+from ..results.rows import WORST_FIRST
 from ..user_input import typed
 from .figures import (
     DEAD_ALL,
@@ -53,15 +55,16 @@ from .figures import (
     style,
     write_figure,
 )
+from .opening import answers, assumed, facts
 from .panels import draw_confusion, draw_corruptions, draw_eps, draw_features
 from .summary import (
-    RegionTable,
     class_name,
     eps_curves,
     finding,
     frequent_confusions,
     per_class,
     proof_table,
+    region_parts,
     region_table,
     runs_of,
     stage_totals,
@@ -69,9 +72,7 @@ from .summary import (
 from .sweep import draw_sweeps
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
-ASSUMED = 20  # sentences on data and network that a page shows
 WHOLE = 12  # a name of at most this length stays on one line
-REGION_COLUMNS = 5  # a page has room for this many
 
 
 @typed
@@ -110,10 +111,12 @@ def render(
         "verdict": lambda row: status_text(row.status, row.status_seeds, len(row.runs)),
         "p": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}",
         "name": breakable,
+        "names": breakable_words,
         "points": lambda v: f"{100 * v:+.1f}".replace("-", "−"),
     }
     html = page.get_template("report.html.j2").render(
-        parts=parts, sources=[_source(r) for r in sources], dead=(f"{DEAD_TRUE:.1f}", f"{DEAD_ALL:.0f}"))  # fmt: skip
+        parts=parts, sources=[_source(r) for r in sources], dead=(f"{DEAD_TRUE:.1f}", f"{DEAD_ALL:.0f}"),
+        script=_script(), ranks={"": -1, **{word: rank for rank, word in enumerate(WORST_FIRST)}})  # fmt: skip
     path = Path(path)
     return write_atomic(path / "report.html" if path.is_dir() or not path.suffix else path, html)
 
@@ -216,15 +219,24 @@ def merged(sources: Sequence[Results]) -> list[Results]:
     return list(groups.values())
 
 
+def _script() -> dict[str, Markup | str]:
+    """The page's script, and its hash for the policy of the page, which allows no other."""
+    text = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    return {"text": Markup(text), "hash": "sha256-" + b64encode(sha256(text.encode()).digest()).decode()}
+
+
 def _part(results: Results, prefix: str, baseline: str) -> dict[str, Any]:
     """What the template shows of one data set; ``prefix`` keeps the ids of its figures apart."""
-    shown = rows(results)
+    shown, base = rows(results), _in(results, baseline)
     classes = per_class(results)
     lowest = sorted(classes.classes, key=lambda one: sum(v or 0 for v in one.robust))[:CLASSES]
     return {
         "title": str(results.data.get("name", "not recorded")),
-        "facts": _facts(results, shown),
-        "assumed": _assumed(results),
+        "prefix": prefix,
+        "contents": [],
+        "answers": answers(results, shown),
+        "facts": facts(results, shown),
+        "assumed": assumed(results),
         "finding": finding(results),
         "rows": shown,
         "notes": caption_notes(shown),
@@ -247,12 +259,17 @@ def _part(results: Results, prefix: str, baseline: str) -> dict[str, Any]:
         "eps_notes": _eps_notes(results),
         "features": inline(draw_features, results, prefix + "f"),
         "exact": any(run.projection is not None and run.projection.exact for run in results.runs),
-        "regions": _fitting(region_table(results)),
+        "regions": region_parts(region_table(results)),
         "confusion": inline(draw_confusion, results, prefix + "w"),
         "frequent_confusions": frequent_confusions(results),
         "examples": _examples(results, shown),
-        "comparisons": compare_rows(results, _in(results, baseline)),
-        "significance": significance(results, _in(results, baseline)),
+        "comparisons": compare_rows(results, base),
+        "significance": significance(results, base),
+        "texts": [
+            ("LaTeX", latex(results, base)),
+            ("CSV", csv(results, base)),
+            ("Markdown", markdown(results)),
+        ],
         "runs": [
             {
                 "run": r,
@@ -283,42 +300,15 @@ def breakable(name: str) -> Markup:
     return Markup("<wbr>").join(map(escape, parts))
 
 
-def _fitting(table: RegionTable) -> list[RegionTable]:
-    """A wide table as several of equal width, with at most REGION_COLUMNS columns each."""
-    count = len(table.columns)
-    if not count:
-        return []
-    wide = math.ceil(count / math.ceil(count / REGION_COLUMNS))
-    cuts = [slice(start, start + wide) for start in range(0, count, wide)]
-    return [
-        RegionTable(table.columns[cut], {measure: cells[cut] for measure, cells in table.lines.items()}) for cut in cuts
-    ]
+def breakable_words(text: str) -> Markup:
+    """A sentence that holds names of losses: the long ones are ``breakable``.
 
-
-def _facts(results: Results, shown: Sequence[Row]) -> list[tuple[str, str]]:
-    """The lines below the title; those that are not recorded are left out."""
-    shape, classes = results.data.get("shape"), results.data.get("classes")
-    samples = " or ".join(f"{n:,}" for n in dict.fromkeys(r.n for r in results.runs))
-    facts = [
-        ("data", str(results.data.get("name", "not recorded"))),
-        ("samples", samples + (f", {' × '.join(map(str, shape))}" if isinstance(shape, list | tuple) else "")),
-        ("classes", str(len(classes)) if isinstance(classes, list) else ""),
-        ("threat", ", ".join(dict.fromkeys(r.threat_text for r in results.runs))),
-        ("losses", ", ".join(dict.fromkeys(r.loss for r in results.runs))),
-        ("seeds", ", ".join(dict.fromkeys(str(r.seed) for r in results.runs if r.seed is not None))),
-        ("certified", _certified(shown)),
-        ("intervals", "; ".join(dict.fromkeys(r.interval for r in shown))),
-        ("cost of the evaluation", _cost(results)),
-    ]
-    return [(k, v) for k, v in facts if v]
-
-
-def _assumed(results: Results) -> list[str]:
-    """What was assumed, converted or skipped when data and network were read; the last line counts those left out."""
-    notes = results.data.get("notes")
-    notes = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
-    more = [f"and {len(notes) - ASSUMED:,} more, in results.json"] if len(notes) > ASSUMED else []
-    return [printable(note) for note in notes[:ASSUMED]] + more
+    >>> breakable_words("Most robust: isce:s=10+fit:lr=1.")
+    Markup('Most robust: isce:<wbr>s=10+<wbr>fit:<wbr>lr=1.')
+    """
+    words = plain(text).split(" ")
+    is_name = re.compile(r"\S[=:@+]\S").search
+    return Markup(" ").join(breakable(word) if len(word) > WHOLE and is_name(word) else escape(word) for word in words)
 
 
 def _eps_notes(results: Results) -> list[tuple[str, str]]:
@@ -328,25 +318,6 @@ def _eps_notes(results: Results) -> list[tuple[str, str]]:
         if curve.notes:
             labels.setdefault("; ".join(curve.notes), []).append(curve.row.label)
     return [(", ".join(names), reasons) for reasons, names in labels.items()]
-
-
-def _certified(shown: Sequence[Row]) -> str:
-    """A line where bounds were computed but prove nothing, since the table then has no column for them; else empty."""
-    if not any(row.certified for row in shown) or any_certified(shown):
-        return ""
-    proofs = [cost for row in shown for cost in row.proofs]
-    took = f", in {seconds_text(sum(cost.seconds for cost in proofs))}" if proofs else ""
-    return f"no sample: the bounds that were computed prove none{took}"
-
-
-def _cost(results: Results) -> str:
-    """Passes and time of all evaluations together; empty where none was recorded."""
-    costs = [run.cost for run in results.runs if run.cost is not None]
-    if not costs:
-        return ""
-    passes, seconds = sum(cost.passes for cost in costs), sum(cost.seconds for cost in costs)
-    time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-    return f"{passes / 1e6:.1f} million passes, {time}" if passes >= 1e5 else f"{passes:,} passes, {time}"
 
 
 def _accuracies(run: Run) -> list[tuple[str, str]]:
