@@ -43,6 +43,7 @@ from ..results import (
 )
 from ..results.corruptions import CORRUPTIONS
 from ..results.rows import WORST_FIRST
+from ..results.text import holds_words
 from ..user_input import typed
 from .figures import (
     DEAD_ALL,
@@ -111,6 +112,7 @@ def render(
         "verdict": lambda row: status_text(row.status, row.status_seeds, len(row.runs)),
         "p": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}",
         "name": breakable,
+        "words": holds_words,
         "names": breakable_words,
         "points": lambda v: f"{100 * v:+.1f}".replace("-", "−"),
     }
