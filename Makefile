@@ -28,10 +28,12 @@ bench: .venv/ready-test
 	$(PYTHON) -m venv .venv
 
 .venv/ready: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing torch and 12 other packages, pinned in constraints.txt, into .venv: a few minutes, 1 to 2 GB"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
 .venv/ready-test: .venv/ready
+	@echo "installing what lint, tests and documentation need into .venv: a few minutes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	@touch $@
 

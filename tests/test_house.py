@@ -286,6 +286,12 @@ def test_importing_it_is_fast(module):
     assert run(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])") == "[]"
 
 
+def test_parts_are_found_in_the_package_without_an_import_of_their_own():
+    assert run("import holdfast; print(holdfast.run_folder.load.__name__, holdfast.transforms.__name__)").split() == [
+        "load", "holdfast.transforms",
+    ]  # fmt: skip
+
+
 def test_every_room_can_be_imported_first():
     """No module works only because another one was imported before it. A file's room is always imported before it."""
     rooms = [dotted(path) for path in FILES if path.parent == SOURCE or path.parent.parent == SOURCE]

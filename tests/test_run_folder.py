@@ -112,6 +112,17 @@ def test_the_code_that_a_run_folder_names_runs_only_if_asked(code, tmp_path, cap
     assert all(one.holds for one in replay(tmp_path / "run" / "evaluation", run_code=True))
 
 
+def test_a_limit_takes_a_part_of_the_fold_that_a_run_left_out(tmp_path):
+    comparison = Comparison(losses=("sce",), folds=5, fit=FIT, limit_train=100).checked()
+    train_network(Job(comparison, comparison.loss_specs[0], 0, 1, tmp_path / "run"))
+    fold, few = from_run(tmp_path / "run", limit=0), from_run(tmp_path / "run", limit=20)
+    assert (len(fold.split.test), len(few.split.test)) == (360, 20)
+    assert set(few.split.test.index.tolist()) < set(fold.split.test.index.tolist())
+    assert few.split.test.y.bincount().tolist() == [2] * 10
+    evaluate_model(few, "linf:0.1", "tiny", tmp_path / "run" / "evaluation")
+    assert all(one.holds for one in replay(tmp_path / "run" / "evaluation"))
+
+
 def test_the_code_that_an_evaluation_names_runs_only_if_asked(code, tmp_path):
     evaluate_own(code, tmp_path / "out")
     evaluate_own(code, tmp_path / "out")  # the same command resumes

@@ -44,6 +44,10 @@ _LAZY = {
     "models": ("models", ""),
     "objectives": ("objectives", ""),
 }
+_LAZY |= {name: (name, "") for name in (
+    "attacks", "bounds", "bracket", "importers", "region", "report", "results", "run_folder", "smoothing", "targeted",
+    "transforms",
+)}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

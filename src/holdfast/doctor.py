@@ -146,7 +146,9 @@ def _optional() -> tuple[Finding, ...]:
             found = f"not installed: {', '.join(lacking)}{purpose}"
             findings.append(Finding("optional", name, found, "missing", advice))
         else:
-            findings.append(Finding("optional", name, f"installed{purpose}"))
+            reason = "" if purpose else next(filter(None, map(_import_error, packages)), "")
+            found = f"installed, but {reason}" if reason else f"installed{purpose}"
+            findings.append(Finding("optional", name, found, "missing" if reason else "ok"))
     return tuple(findings)
 
 

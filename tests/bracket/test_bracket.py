@@ -102,7 +102,7 @@ def test_a_network_without_an_exact_answer_has_attacks_and_bounds(brief, digits)
     plain = bracket(lambda x: model(x), data, THREAT)  # a function has no layers to bound
     assert plain.s_cert is None
     assert torch.equal(plain.s_att, found.s_att)
-    assert "Attacks reach" not in sentence(plain)
+    assert "attacks reach" not in sentence(plain)
     assert torch.allclose(found.margin.float(), -negative_margin(model(data.x), data.y))
 
 
@@ -225,10 +225,12 @@ def test_the_sentence_says_how_much_is_known():
     found = dataclasses.replace(made(**COLUMNS, **TRUTH), trained_s=2.2)
     said = sentence(found)
     assert said.startswith("Of 4 samples 1 certified, 1 robust (exact), 1 broken by an attack, 1 misclassified.")
-    assert "Attacks reach a median 100.0% of the worst-case margin drop; the bound allows 1.60 times it." in said
+    assert (
+        "attacks reach 100.0% of the worst-case margin drop, and the certified bound is 1.60 times that drop." in said
+    )
     assert said.endswith("Training used s = 2.2, which covers s* of 33.3% of the correctly classified samples.")
     late = dataclasses.replace(found, solved=torch.tensor([False] * 4))
-    assert "Attacks reach" not in sentence(late)
+    assert "attacks reach" not in sentence(late)
     assert json.loads(json.dumps(late.describe()))["columns"]["solved"] == [False] * 4
 
 

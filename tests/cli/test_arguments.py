@@ -6,6 +6,8 @@ import json
 import os
 import re
 import time
+from dataclasses import fields
+from inspect import signature
 
 import pytest
 import torch
@@ -14,6 +16,12 @@ from sklearn.datasets import load_digits
 from tests.results.factory import make_results, make_run
 
 from holdfast import results
+from holdfast.cli.bracket import bracket
+from holdfast.cli.evaluate import evaluate
+from holdfast.cli.explain import explain
+from holdfast.cli.own_model import OwnModel
+from holdfast.cli.smooth import smooth
+from holdfast.cli.targeted import targeted
 from holdfast.evaluation.suites import SUITES, Stage
 
 LONG = "x" * 100_000
@@ -295,3 +303,10 @@ def test_names_in_results_cannot_drive_a_terminal(holdfast_, tmp_path):
         status, out, err = holdfast_(*words)
         assert status == 0, err
         assert "\x1b" not in out + err
+
+
+def test_five_commands_take_the_same_options_of_an_own_model():
+    names = {one.name for one in fields(OwnModel)}
+    for command in (evaluate, bracket, explain, smooth, targeted):
+        assert names <= set(signature(command).parameters)
+        assert "own_model" not in signature(command).parameters

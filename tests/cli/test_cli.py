@@ -23,6 +23,7 @@ import holdfast
 from holdfast import cli, results
 from holdfast.attacks import ATTACKS
 from holdfast.data import DATASETS, load
+from holdfast.errors import UserError
 from holdfast.evaluation.suites import SUITES, Stage
 from holdfast.experiments.config import Comparison
 from holdfast.experiments.recipes import RECIPES, Recipe
@@ -291,6 +292,24 @@ def test_the_default_folder_is_found_again(parquet, holdfast_, tmp_path):
     assert again == first
     holdfast_(*words, "--seeds", "2")
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_limit_that_cross_validation_does_not_use_is_named(holdfast_, monkeypatch):
+    def stopped(*_, **__):
+        raise UserError("stopped")
+
+    monkeypatch.setattr("holdfast.experiments.compare.compare", stopped)
+    assert "note: --limit 40 is not used: 5 folds test on every image once" in holdfast_("compare", "--limit", "40")[2]
+    for words in ((), ("--limit", "40", "--folds", "1"), ("--limit", "0")):
+        assert "note" not in holdfast_("compare", *words)[2]
+
+
+def test_the_threat_that_is_suggested_for_photographs_is_small(holdfast_, tmp_path):
+    data = write_parquet(tmp_path / "photographs", photographs=True)
+    words = ("train", "--data", data, "--model", "mlp", "--epochs", "1", "--device", "cpu", "--out")
+    assert "next: holdfast evaluate a --threat linf:8/255" in holdfast_(*words, "a")[1]
+    assert "--threat linf:0.05" in holdfast_(*words, "b", "--threat", "linf:0.05")[1]
+    assert "--threat linf:0.1" in holdfast_(*words, "c", "--objective", "adversarial:steps=1")[1]
 
 
 def test_options_reach_the_training(parquet, holdfast_, tmp_path):

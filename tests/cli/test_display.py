@@ -296,10 +296,27 @@ def test_a_log_has_a_line_after_ten_seconds_and_then_every_minute(clock, capsys)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "10 s · 0 of 3 networks done · sce-seed0 · training · 3%",
-        "1 min · 0 of 3 networks done · sce-seed0 · training · 19%",
+        "10 s · 0 of 3 networks done · sce-seed0 · training · 3%, about 5 min more for this part",
+        "1 min · 0 of 3 networks done · sce-seed0 · training · 19%, about 4 min more for this part",
         "network 1 of 3 done: sce-seed0, about 3 min left",
-        "2 min · 1 of 3 networks done · sce-seed0 · training · 36%",
+        "2 min · 1 of 3 networks done · sce-seed0 · training · 36%, about 3 min more for this part",
+    ]
+
+
+def test_a_log_counts_the_rest_of_each_part_at_its_own_rate(clock, capsys):
+    """Passes of the attacks, then checks: a count that starts again is another part."""
+    with Display() as shown:
+        for second in range(0, 100, 10):
+            clock[0] = 1000.0 + second
+            shown.progress("net", "linf 0.1, longer", 1000 * second, 180_000 - 500 * second)
+        for number in range(1, 13):
+            clock[0] += 10
+            shown.progress("net", "checking: noise", number, 20)
+    assert capsys.readouterr().err.splitlines() == [
+        "10 s · net · linf 0.1, longer · 6%, about 2 min more for this part",
+        "1 min · net · linf 0.1, longer · 48%, about 1 min more for this part",
+        "2 min · net · checking: noise · 20%, about 2 min more for this part",
+        "3 min · net · checking: noise · 50%, about 1 min more for this part",
     ]
 
 

@@ -83,6 +83,15 @@ def test_an_extra_that_is_not_installed_is_named_with_its_command(monkeypatch, h
     assert "missing onnxruntime not installed: onnxruntime; pip install onnxruntime" in lines
 
 
+def test_an_extra_that_is_installed_and_cannot_be_imported_is_not_ok(monkeypatch, holdfast_):
+    monkeypatch.setattr(doctor, "_import_error", lambda name: "cannot be imported: why" if name == "onnx" else "")
+    status, out, _ = holdfast_("doctor")
+    assert status == 0, "holdfast works without it"
+    assert "missing onnx installed, but cannot be imported: why" in [
+        " ".join(line.split()) for line in out.splitlines()
+    ]
+
+
 def test_a_cache_that_cannot_be_written_is_broken(tmp_path, monkeypatch, holdfast_):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "file" / "cache"))

@@ -105,6 +105,13 @@ class Broken(Pictures):
         raise KeyError("x")
 
 
+class Missing(Pictures):
+    def __getitem__(self, i):
+        if i > 2:
+            raise IndexError
+        return super().__getitem__(i)
+
+
 class Sizes(Pictures):
     def __getitem__(self, i):
         return torch.zeros(1, 8 + i, 8), i % 2
@@ -125,6 +132,7 @@ class Palette(Pictures):
         (DataLoader(Augmented()), "random augmentation"),
         (Broken(), "cannot be read: KeyError"),
         (DataLoader(Broken()), "cannot be read: KeyError"),
+        (Missing(), "cannot be read: IndexError. Has it fewer samples than its length says?"),
         (Sizes(), "different sizes"),
         (Palette(), "mode P"),
         (TensorDataset(X.float() / 127.5 - 1, Y), "normalises"),

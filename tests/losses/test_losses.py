@@ -775,3 +775,10 @@ def test_the_score_of_a_center_head_is_half_the_difference_of_distances(name):
     torch.testing.assert_close(
         score_of(name)(Outputs(-d / 2, None, d), y), (d.gather(1, y[:, None])[:, 0] - nearest) / 2
     )
+
+
+@pytest.mark.parametrize("loss", ["sce", "isce", "isce_b", "cosface", "arcface"])
+def test_probabilities_as_labels_are_refused_with_the_module_that_takes_them(loss):
+    z = torch.randn(4, 5)
+    with pytest.raises(UserError, match=r"class indices \(N,\), got torch.float32 of shape \(4, 5\).*losses.ISCELoss"):
+        LOSSES[loss].loss(z, torch.softmax(z, 1))

@@ -45,10 +45,10 @@ def sentence(bracket: Bracket) -> str:
     if exact is not None and bool((right & ~exact.isnan()).any()):
         rows = right & ~exact.isnan()
         reached = (bracket.s_att / exact.clamp_min(TINY))[rows].median()
-        sentences.append(f"Attacks reach a median {percent(float(reached))}% of the worst-case margin drop")
+        sentences.append(f"In the median, attacks reach {percent(float(reached))}% of the worst-case margin drop")
         if bracket.s_cert is not None:
             times = float((bracket.s_cert / exact.clamp_min(TINY))[rows].median())
-            sentences[-1] += f"; the bound allows {times:.2f} times it"
+            sentences[-1] += f", and the certified bound is {times:.2f} times that drop"
         sentences[-1] += "."
     if bracket.trained_s is not None:
         worst, name = (bracket.s_att, "s_att") if exact is None else (exact, "s*")

@@ -114,7 +114,8 @@ def clean_accuracy_is_above_chance(probe: Probe) -> CheckCount:
         n,
         0.0,
         f"{correct} of {n} clean images are classified correctly, which is not significantly above chance "
-        f"({chance:.1%}): the accuracy under attack says nothing of robustness",
+        f"({chance:.1%}): the accuracy under attack says nothing of robustness; look first at the normalisation (mean, "
+        "std, input range) and at the order of the classes",
     )
 
 

@@ -20,7 +20,7 @@ ABOUT = (
     "Train image classifiers with robust losses, attack them, and report how far each robustness figure can be trusted."
 )
 START = """\
-Start here: seven losses on handwritten digits, 4 minutes, nothing to download
+Start here: seven losses on handwritten digits, 2 to 4 minutes on 2 cores, nothing to download
   holdfast compare
 
 Other data, losses and threats; or a named experiment
@@ -71,7 +71,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help=f"{ABOUT}\n\nStart with **holdfast compare**: 4 minutes, nothing to download.",
+    help=f"{ABOUT}\n\nStart with **holdfast compare**: 2 to 4 minutes on 2 cores, nothing to download.",
     epilog=exits("a check failed (`replay`, `recipe`)")
     + "\n\nNO_COLOR disables colours; FORCE_COLOR keeps them in a pipe.",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,20 +13,18 @@ import typer
 from ..errors import UserError
 from . import options as o
 from .app import app, exits
-from .common import best_device, print_json, reading_of, say_files
+from .common import best_device, print_json, say_files
 from .display import Display, aside, errors, screen
 from .evaluate import default_folder, subject_of
 from .gate import THREE, apply_gate, check_bounds, check_names, read_gate
 from .options import NETWORK, option
 from .output_files import own_folder, write_files, written
+from .own_model import OwnModel, takes_own_model
 
 EXITS = exits("sat", zero="success, with --vnnlib unsat", three=f"{THREE}; with --vnnlib timeout or unknown")
 STATUS = {"unsat": 0, "sat": 1, "timeout": 3, "unknown": 3}
 # Which options each way of the command takes, beside those that all of them do.
-DATA = {
-    "threat", "limit", "device", "data", "weights", "input_range", "mean", "std", "input_layout", "loss", "run_code",
-    "image_column", "label_column", "convert", "resize", "skip_corrupt", "output", "classes",
-}  # fmt: skip
+DATA = {"threat", "limit", "device", "run_code", *(one.name for one in fields(OwnModel))}
 ALL = {"run", "seed", "out", "quiet", "as_json"}
 WAYS = {
     "vnnlib": ALL | {"vnnlib", "budget"},
@@ -35,8 +34,10 @@ WAYS = {
 
 
 @app.command(rich_help_panel="Look", epilog=EXITS)
+@takes_own_model
 def bracket(
     run: Annotated[str, typer.Argument(help=NETWORK)],
+    own_model: OwnModel,
     threat: o.OneThreat = "linf:0.1",
     budget: Annotated[str, option("Wall-clock time in all: 90s, 10min, 2h. Open samples share it evenly.")] = "10min",
     method: Annotated[
@@ -65,21 +66,7 @@ def bracket(
             "-o",
         ),
     ] = None,
-    data: o.OwnData = "",
-    weights: o.Weights = "",
-    input_range: o.InputRange = "",
-    mean: o.Mean = "",
-    std: o.Std = "",
-    input_layout: o.InputLayout = "",
-    loss: o.TrainedWith = "",
-    image_column: o.ImageColumn = "",
-    label_column: o.LabelColumn = "",
-    convert: o.Convert = "",
-    resize: o.Resize = 0,
-    skip_corrupt: o.SkipCorrupt = False,
     run_code: o.RunCode = False,
-    output: o.ModelOutput = "",
-    classes: o.ModelClasses = "",
     require: o.Require = None,
     junit: o.Junit = None,
     quiet: o.Quiet = False,
@@ -101,7 +88,7 @@ def bracket(
     --margins brackets each sample's worst-case margin drop: s_att by attacks, s_cert by bounds, s* exactly (linf and a
     small fully connected ReLU network). Writes bracket.json, .svg and .png.
     """
-    given = dict(locals())
+    given = {**locals(), **asdict(own_model)}
     from ..experiments.evaluate_model import why_unbounded
 
     way = "vnnlib" if vnnlib is not None else "margins" if margins else ""
@@ -110,13 +97,8 @@ def bracket(
     if vnnlib is not None:
         _property(run, vnnlib, budget, out, seed, quiet, as_json)
         return
-    own = {
-        "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
-        "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
-    }  # fmt: skip
-    reading = reading_of(image_column, label_column, convert, resize, skip_corrupt)
     allowed = _seconds(budget)
-    open_subject = subject_of(run, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
+    open_subject = subject_of(run, own_model, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     folder = out or default_folder(run, f"{way or 'bracket'}-THREAT", threat)
     own_folder(folder)
     bracketed = _margins if margins else _accuracy
@@ -189,8 +171,6 @@ def _margins(subject: Any, threat: str, folder: Path, **settings: Any) -> Any:
 
 def _property(model: str, vnnlib: Path, budget: str, out: Path | None, seed: int, quiet: bool, as_json: bool) -> None:
     """Decide a property, print the answer, and end with its status."""
-    from dataclasses import asdict
-
     from ..bracket.solve import check_precision, check_property
     from ..bracket.vnnlib import read_property
     from ..importers import load_onnx

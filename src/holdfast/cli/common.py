@@ -68,16 +68,6 @@ def print_json(value: Any) -> None:
     print(value.rstrip("\n") if isinstance(value, str) else json.dumps(value, indent=1), flush=True)
 
 
-def reading_of(
-    image_column: str, label_column: str, convert: str, resize: int, skip_corrupt: bool
-) -> dict[str, str | int | bool]:
-    """How files are read, from the options under the names that ``data.load`` has for them."""
-    return {
-        "image_column": image_column, "label_column": label_column, "convert": convert, "resize": resize,
-        "skip_corrupt": skip_corrupt,
-    }  # fmt: skip
-
-
 def command_line() -> str:
     """The command as it was typed."""
     return shlex.join(["holdfast", *sys.argv[1:]])
@@ -110,6 +100,12 @@ def run_comparison(
     folder, where = out or default_out(comparison), best_device(device)
     own_folder(folder)
     check_names(gate, comparison.row_names)
+    if comparison.folds > 1 and comparison.limit not in (0, type(comparison).limit) and not quiet:
+        errors.print(
+            f"note: --limit {comparison.limit} is not used: {comparison.folds} folds test on every image once. With "
+            "--folds 1 it is.",
+            soft_wrap=True,
+        )
     with aside(as_json), Display(quiet, comparison.networks) as display:
         if gate.needs("certified"):
             check_bounds(gate, why_uncertifiable(comparison, where))

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -139,6 +140,38 @@ def short(name: str, most: int = 20) -> str:
     return name if len(name) <= most else f"{name[: most - 14]}…{name[-13:]}"
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a job whose reports count the same units: training, attacks, checks.
+
+    Attributes:
+        began: when its first report came, in seconds.
+        first: units that were done then.
+        done: units that are done.
+        total: units in all, as far as is known.
+    """
+
+    began: float
+    first: int
+    done: int
+    total: int
+
+    def goes_on(self, done: int, total: int) -> bool:
+        """Whether a report belongs to this part: counts grow, and totals, which are estimates, stay alike."""
+        return done >= self.done and total <= 2 * self.total and self.total <= 2 * total
+
+    def ahead(self, now: float) -> str:
+        """How long the rest will take at the rate so far; "" where no rate is known, or nothing is left.
+
+        >>> Part(0.0, 0, 25, 100).ahead(60.0), Part(0.0, 0, 100, 100).ahead(60.0), Part(0.0, 5, 5, 100).ahead(60.0)
+        (', about 3 min more for this part', '', '')
+        """
+        worked, left = self.done - self.first, self.total - self.done
+        if worked < 1 or left < 1 or now <= self.began:
+            return ""
+        return f", about {duration((now - self.began) / worked * left)} more for this part"
+
+
 class Display:
     """Shows progress: bars on a terminal, one line that is updated in a notebook, occasional lines in a log.
 
@@ -167,6 +200,7 @@ class Display:
         self.work_began: float | None = None  # when the first network that was not found done was reported on
         self.found_done = 0
         self.last_line = self.began + FIRST - EVERY
+        self.parts: dict[str, Part] = {}
 
     def __enter__(self) -> Display:
         self.bars.start()
@@ -211,12 +245,17 @@ class Display:
 
     def _line(self, job: str, what: str, done: int, total: int) -> None:
         now = time.monotonic()
+        part = self.parts.get(job)
+        if part is None or not part.goes_on(done, total):
+            part = Part(now, done, done, total)
+        self.parts[job] = part = replace(part, done=done, total=total)
         announced = done == 0 and EXPECTED in what
         if now < self.last_line + (EVERY if self.cell is None else CELL) and not announced:
             return
         self.last_line = now
         networks = [f"{self.networks_done} of {self.networks} networks done"] if self.networks > 1 else []
-        self.say(" · ".join([duration(now - self.began), *networks, job, what, f"{done / max(total, 1):.0%}"]))
+        ahead = f"{done / max(total, 1):.0%}{part.ahead(now)}"
+        self.say(" · ".join([duration(now - self.began), *networks, job, what, ahead]))
 
     def _network_done(self, job: str, done: int, total: int) -> None:
         self.networks, self.networks_done = total, done

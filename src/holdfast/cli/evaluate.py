@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,13 +15,18 @@ from ..spec import name_list, numbers, share, split, threat_file_name
 from ..user_input import path
 from . import options as o
 from .app import app, exits
-from .common import asked_of_pgd50, reading_of, run_evaluation, run_transforms, say_files, show
+from .common import asked_of_pgd50, run_evaluation, run_transforms, say_files, show
 from .display import errors, screen
 from .gate import THREE, apply_gate, read_gate
 from .options import option
+from .own_model import OwnModel, takes_own_model
+
+if TYPE_CHECKING:
+    from ..experiments.evaluate_model import ModelUnderTest
 
 
 @app.command(rich_help_panel="Step by step", epilog=exits(three=THREE))
+@takes_own_model
 def evaluate(
     model: Annotated[
         list[str],
@@ -30,6 +35,7 @@ def evaluate(
             "timm:NAME, hf:NAME or hf:FOLDER. Several are evaluated as one, their average.",
         ),
     ],
+    own_model: OwnModel,
     threat: o.AnyThreat = "linf:0.1",
     suite: o.Suite = "standard",
     attack: o.AddedAttacks = "",
@@ -59,22 +65,8 @@ def evaluate(
             "-o",
         ),
     ] = None,
-    data: o.OwnData = "",
-    weights: o.Weights = "",
     average: o.Average = "",
-    input_range: o.InputRange = "",
-    mean: o.Mean = "",
-    std: o.Std = "",
-    input_layout: o.InputLayout = "",
-    loss: o.TrainedWith = "",
-    image_column: o.ImageColumn = "",
-    label_column: o.LabelColumn = "",
-    convert: o.Convert = "",
-    resize: o.Resize = 0,
-    skip_corrupt: o.SkipCorrupt = False,
     run_code: o.RunCode = False,
-    output: o.ModelOutput = "",
-    classes: o.ModelClasses = "",
     require: o.Require = None,
     junit: o.Junit = None,
     quiet: o.Quiet = False,
@@ -101,12 +93,7 @@ def evaluate(
 
     run, what, lacks = search_of(threat, suite, attack, budget, proofs, precision, pgd50, no_pgd50)
     gate = read_gate("evaluate", require, junit, lacks=lacks)
-    own = {
-        "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
-        "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
-    }  # fmt: skip
-    reading = reading_of(image_column, label_column, convert, resize, skip_corrupt)
-    subject = subjects_of(model, average, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
+    subject = subjects_of(model, average, own_model, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     folder = out or default_folder(model, what, threat)
     settings = {"batch_size": batch_size, "gate": gate, "quiet": quiet, "as_json": as_json}
     answer = run(subject, threat, folder=folder, seed=seed, device=device, **settings)
@@ -156,15 +143,8 @@ def search_of(
 
 
 def subject_of(
-    model: str,
-    options: dict[str, str],
-    reading: dict[str, Any] | None = None,
-    *,
-    limit: int,
-    seed: int,
-    quiet: bool,
-    run_code: bool,
-) -> Any:
+    model: str, own_model: OwnModel, *, limit: int, seed: int, quiet: bool, run_code: bool
+) -> Callable[..., ModelUnderTest]:
     """What opens a network, given a device: that of a run folder, or the user's own with its options.
 
     Raises:
@@ -174,34 +154,35 @@ def subject_of(
     from ..importers.model_file import ModelSource, is_model_file
     from ..importers.pretrained import is_pretrained
 
-    reading = {name: value for name, value in (reading or {}).items() if value}
     if not is_model_file(model):
-        for name in (*options, *reading):
-            if {**options, **reading}[name]:
-                option_name = name.replace("_", "-")
-                raise UserError(
-                    f"--{option_name} is for your own model; {model} is a run folder with its own settings."
-                )
+        for name in own_model.given():
+            option_name = name.replace("_", "-")
+            raise UserError(f"--{option_name} is for your own model; {model} is a run folder with its own settings.")
         return partial(from_run, path("the run folder", model), limit=limit, run_code=run_code)
-    if not options["data"]:
+    if not own_model.data:
         raise UserError("your own model needs --data: an image folder, a parquet file, or a hub name.")
     input_range, mean, std = (
-        numbers(name, options[name] or default) for name, default in (("input-range", "0,1"), ("mean", ""), ("std", ""))
+        numbers(name, value)
+        for name, value in (
+            ("input-range", own_model.input_range or "0,1"),
+            ("mean", own_model.mean),
+            ("std", own_model.std),
+        )
     )
-    output = options.get("output", "")
-    source = ModelSource(model, options["weights"], input_range, mean, std, options["input-layout"], output)
+    source = ModelSource(model, own_model.weights, input_range, mean, std, own_model.input_layout, own_model.output)
     if not quiet and not is_pretrained(model):
         errors.print(f"opening {model}: code in it is executed.", soft_wrap=True)
-    loss, classes = options["loss"] or "sce", name_list("--classes", options.get("classes", ""))
+    loss, classes = own_model.loss or "sce", name_list("--classes", own_model.classes)
+    reading = own_model.reading()
     return partial(
-        from_file, source, options["data"], loss=loss, limit=limit, seed=seed, reading=reading, classes=classes
+        from_file, source, own_model.data, loss=loss, limit=limit, seed=seed, reading=reading, classes=classes
     )
 
 
 def subjects_of(
-    models: list[str], average: str, options: dict[str, str], *more: Any, seed: int, **settings: Any
-) -> Any:
-    """What opens one network, or the average of several; the options are those of each.
+    models: list[str], average: str, own_model: OwnModel, *, seed: int, **settings: Any
+) -> Callable[..., ModelUnderTest]:
+    """What opens one network, or the average of several; the options of an own model are those of each.
 
     Raises:
         UserError: as ``subject_of`` does; or weights for several networks, or what to average for a single one.
@@ -211,10 +192,10 @@ def subjects_of(
     if len(models) == 1:
         if average:
             raise UserError("--average is for several networks, and one is named: leave it out, or name more.")
-        return subject_of(models[0], options, *more, seed=seed, **settings)
-    if options["weights"]:
+        return subject_of(models[0], own_model, seed=seed, **settings)
+    if own_model.weights:
         raise UserError("--weights is for one network: write a build() for each that loads its own weights.")
-    opened = [subject_of(model, options, *more, seed=seed, **settings) for model in models]
+    opened = [subject_of(model, own_model, seed=seed, **settings) for model in models]
     return partial(from_several, opened, average or "probabilities", seed=seed)
 
 

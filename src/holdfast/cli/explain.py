@@ -11,16 +11,19 @@ import typer
 
 from . import options as o
 from .app import app, exits
-from .common import print_json, reading_of, run_evaluation, say_files
+from .common import print_json, run_evaluation, say_files
 from .display import screen
 from .evaluate import default_folder, subject_of
 from .options import NETWORK, option
 from .output_files import write_files
+from .own_model import OwnModel, takes_own_model
 
 
 @app.command(rich_help_panel="Look", epilog=exits())
+@takes_own_model
 def explain(
     run: Annotated[str, typer.Argument(help=NETWORK)],
+    own_model: OwnModel,
     threat: o.OneThreat = "linf:0.1",
     limit: o.Limit = 500,
     seed: o.NoiseSeed = 0,
@@ -33,21 +36,7 @@ def explain(
             "-o",
         ),
     ] = None,
-    data: o.OwnData = "",
-    weights: o.Weights = "",
-    input_range: o.InputRange = "",
-    mean: o.Mean = "",
-    std: o.Std = "",
-    input_layout: o.InputLayout = "",
-    loss: o.TrainedWith = "",
-    image_column: o.ImageColumn = "",
-    label_column: o.LabelColumn = "",
-    convert: o.Convert = "",
-    resize: o.Resize = 0,
-    skip_corrupt: o.SkipCorrupt = False,
     run_code: o.RunCode = False,
-    output: o.ModelOutput = "",
-    classes: o.ModelClasses = "",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -59,13 +48,8 @@ def explain(
     """
     from ..report import waterfall
 
-    own = {
-        "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
-        "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
-    }  # fmt: skip
-    reading = reading_of(image_column, label_column, convert, resize, skip_corrupt)
     folder = out or default_folder(run, "explain-THREAT", threat)
-    subject = subject_of(run, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
+    subject = subject_of(run, own_model, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     answer = run_evaluation(
         subject, threat, "explain", folder,
         seed=seed, device=device, quiet=quiet, as_json=as_json,

@@ -118,8 +118,8 @@ Epochs = Annotated[int | None, option("Training epochs. Default: 30 for digits a
 Limit = Annotated[
     int,
     option(
-        "Maximum number of test images, a fixed random subset balanced over classes; 0: all. Ignored under "
-        "cross-validation, which tests on every image once."
+        "Maximum number of test images, a fixed random subset balanced over classes; 0: all. `holdfast compare` tests "
+        "on every image once where it cross-validates, whatever the limit."
     ),
 ]
 LimitTrain = Annotated[int, option("Maximum number of training images; 0: all.")]
@@ -235,68 +235,7 @@ SkipCorrupt = Annotated[
         rich_help_panel=OWN_DATA,
     ),
 ]
-# Of `holdfast evaluate` for a network of the user's own.
-OwnData = Annotated[
-    str,
-    option(
-        "Its data set: a name, a parquet file or folder, or an image folder. Without a test split, all of it is "
-        "evaluated.",
-        rich_help_panel=OWN_MODEL,
-    ),
-]
-Weights = Annotated[
-    str, option("A .safetensors file, or a .pt file (only its tensors are read).", rich_help_panel=OWN_MODEL)
-]
 Average = Annotated[
     str,
     option("Of several networks: probabilities, or logits. Default: probabilities.", rich_help_panel=OWN_MODEL),
-]
-InputRange = Annotated[
-    str,
-    option("Range of the pixels that it expects: 0,1 or 0,255 or -1,1. Default: 0,1.", rich_help_panel=OWN_MODEL),
-]
-Mean = Annotated[
-    str,
-    option(
-        "Mean to subtract after rescaling to --input-range: one number, or one per channel. Default: 0.",
-        rich_help_panel=OWN_MODEL,
-    ),
-]
-Std = Annotated[
-    str,
-    option(
-        "Standard deviation to divide by after subtracting --mean: one number, or one per channel. Default: 1.",
-        rich_help_panel=OWN_MODEL,
-    ),
-]
-InputLayout = Annotated[
-    str,
-    option(
-        "Layout of its images: nchw, nhwc, flat (channel by channel) or flat-nhwc (pixel by pixel). Default: what the "
-        "input shape of a .onnx or .pt2 file leaves, else nchw.",
-        rich_help_panel=OWN_MODEL,
-    ),
-]
-ModelOutput = Annotated[
-    str,
-    option(
-        "Which of several outputs are the logits: a name, or a number from 0. Default: .logits, or the only possible "
-        "one.",
-        rich_help_panel=OWN_MODEL,
-    ),
-]
-ModelClasses = Annotated[
-    str,
-    option(
-        "Its class names in the order of its logits, comma-separated or one a line in a text file, where they are not "
-        "the data's classes in alphabetical order.",
-        rich_help_panel=OWN_MODEL,
-    ),
-]
-TrainedWith = Annotated[
-    str,
-    option(
-        "The loss it was trained with. It decides which score the attacks maximise. Default: sce.",
-        rich_help_panel=OWN_MODEL,
-    ),
 ]

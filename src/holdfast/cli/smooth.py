@@ -12,16 +12,19 @@ from ..errors import UserError
 from ..user_input import read_number
 from . import options as o
 from .app import app, exits
-from .common import best_device, print_json, reading_of, say_files
+from .common import best_device, print_json, say_files
 from .display import Display, aside, screen
 from .evaluate import default_folder, subject_of
 from .options import NETWORK, option
 from .output_files import own_folder
+from .own_model import OwnModel, takes_own_model
 
 
 @app.command(rich_help_panel="Look", epilog=exits())
+@takes_own_model
 def smooth(
     model: Annotated[str, typer.Argument(help=NETWORK)],
+    own_model: OwnModel,
     sigma: Annotated[
         str, option("Standard deviation of the Gaussian noise, for pixels in [0, 1]. Examples: 0.25, 64/255.")
     ] = "0.25",
@@ -48,21 +51,7 @@ def smooth(
             "-o",
         ),
     ] = None,
-    data: o.OwnData = "",
-    weights: o.Weights = "",
-    input_range: o.InputRange = "",
-    mean: o.Mean = "",
-    std: o.Std = "",
-    input_layout: o.InputLayout = "",
-    loss: o.TrainedWith = "",
-    image_column: o.ImageColumn = "",
-    label_column: o.LabelColumn = "",
-    convert: o.Convert = "",
-    resize: o.Resize = 0,
-    skip_corrupt: o.SkipCorrupt = False,
     run_code: o.RunCode = False,
-    output: o.ModelOutput = "",
-    classes: o.ModelClasses = "",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -81,16 +70,11 @@ def smooth(
     """
     from ..smoothing import radii_of, sentence, smooth_subject, table
 
-    own = {
-        "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
-        "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
-    }  # fmt: skip
-    reading = reading_of(image_column, label_column, convert, resize, skip_corrupt)
     value = read_number(sigma.strip())
     if value is None:
         raise UserError(f"cannot read --sigma '{sigma}': expected a number such as 0.25 or 64/255.")
     radii = radii_of(radius)
-    open_subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
+    open_subject = subject_of(model, own_model, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     folder = out or default_folder(model, "smoothing-THREAT", f"sigma{value:g}-{radius}")
     own_folder(folder)
     with aside(as_json), Display(quiet) as display:

@@ -10,16 +10,19 @@ import typer
 
 from . import options as o
 from .app import app, exits
-from .common import best_device, print_json, reading_of, say_files
+from .common import best_device, print_json, say_files
 from .display import Display, aside, screen
 from .evaluate import default_folder, subject_of
 from .options import NETWORK, option
 from .output_files import own_folder
+from .own_model import OwnModel, takes_own_model
 
 
 @app.command(rich_help_panel="Look", epilog=exits())
+@takes_own_model
 def targeted(
     model: Annotated[str, typer.Argument(help=NETWORK)],
+    own_model: OwnModel,
     threat: o.OneThreat = "linf:0.1",
     steps: Annotated[int, option("Steps of Auto-PGD towards each class.")] = 50,
     limit: Annotated[int, option("Maximum number of test images; 0: all.")] = 100,
@@ -37,21 +40,7 @@ def targeted(
             "-o",
         ),
     ] = None,
-    data: o.OwnData = "",
-    weights: o.Weights = "",
-    input_range: o.InputRange = "",
-    mean: o.Mean = "",
-    std: o.Std = "",
-    input_layout: o.InputLayout = "",
-    loss: o.TrainedWith = "",
-    image_column: o.ImageColumn = "",
-    label_column: o.LabelColumn = "",
-    convert: o.Convert = "",
-    resize: o.Resize = 0,
-    skip_corrupt: o.SkipCorrupt = False,
     run_code: o.RunCode = False,
-    output: o.ModelOutput = "",
-    classes: o.ModelClasses = "",
     quiet: o.Quiet = False,
     as_json: o.AsJson = False,
 ) -> None:
@@ -66,12 +55,7 @@ def targeted(
     """
     from ..targeted import sentence, table, targeted_subject
 
-    own = {
-        "data": data, "weights": weights, "input-range": input_range, "mean": mean, "std": std,
-        "input-layout": input_layout, "loss": loss, "output": output, "classes": classes,
-    }  # fmt: skip
-    reading = reading_of(image_column, label_column, convert, resize, skip_corrupt)
-    open_subject = subject_of(model, own, reading, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
+    open_subject = subject_of(model, own_model, limit=limit, seed=seed, quiet=quiet, run_code=run_code)
     folder = out or default_folder(model, "targeted-THREAT", threat)
     own_folder(folder)
     with aside(as_json), Display(quiet) as display:

@@ -76,15 +76,17 @@ def train(
     own_folder(out)
     job = Job(comparison, comparison.loss_specs[0], seed, fold, out, best_device(device))
     with aside(as_json), Display(quiet) as display, tracking_of(job, trackers) as tracked:
-        _, trained, _ = train_network(job, progress=partial(display.progress, out.name), track=tracked)
+        _, trained, split = train_network(job, progress=partial(display.progress, out.name), track=tracked)
     if as_json:
         print_json({"run": str(out), "loss": job.loss.text, **asdict(trained)})
         return
     screen.print(
         f"{job.loss.text}: train accuracy {percent_text(trained.accuracy)}, validation {percent_text(trained.val)}, "
-        f"{trained.epochs} epochs in {trained.seconds} s.",
+        f"{trained.epochs} epoch{'s' if trained.epochs != 1 else ''} in {trained.seconds} s.",
         soft_wrap=True,
     )
     if not quiet:
         code = " --run-code" if models.is_own(trained.model or "") or job.loss.file else ""
-        screen.print(f"next: holdfast evaluate {shlex.quote(str(out))} --threat {threat}{code}", soft_wrap=True)
+        free = threat == Comparison.threat and (job.loss.objective or objective) == "standard" and not job.loss.source
+        usual = "linf:8/255" if free and split.shape[0] == 3 else threat  # 0.1 is a lot on photographs
+        screen.print(f"next: holdfast evaluate {shlex.quote(str(out))} --threat {usual}{code}", soft_wrap=True)

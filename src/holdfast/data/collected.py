@@ -207,7 +207,9 @@ def _guarded(read: Callable[[], list[Any]], name: str) -> list[Any]:
     except UserError:
         raise
     except Exception as error:  # a user's code may raise anything
-        raise UserError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
+        why = f"{type(error).__name__}: {error}".rstrip(": .")
+        short = " Has it fewer samples than its length says?" if isinstance(error, IndexError) else ""
+        raise UserError(f"{name} cannot be read: {why}.{short}") from error
 
 
 def _class_names(dataset: Any) -> Any:

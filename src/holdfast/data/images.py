@@ -321,7 +321,7 @@ def decode(
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         first, wanted = next(((i, kind) for i in range(len(x)) if (kind := read(i)) is not None), (0, None))
         if wanted is None:
-            raise _refusal(bad, name)
+            raise _refusal(bad, name, skip)
         mode, (width, height) = wanted
         channels = {"L": 1, "RGB": 3}[mode]
         shape = (len(x), channels, height, width)
@@ -335,7 +335,7 @@ def decode(
             parts = list(pool.map(fill, (range(i, min(i + 256, len(out))) for i in range(0, len(out), 256))))
     damaged = sorted(i for i, one in bad.items() if skip and one.cause == "file")
     if len(damaged) < len(bad) or len(damaged) == len(x):
-        raise _refusal(bad, name)
+        raise _refusal(bad, name, skip)
     for i in damaged:
         kinds[i] = wanted
     _same_kind(kinds, wanted, name, reading)
@@ -347,16 +347,16 @@ def decode(
     return Decoded(kept, notes, damaged)
 
 
-def _refusal(bad: dict[int, _Bad], name: Callable[[int], str]) -> UserError:
+def _refusal(bad: dict[int, _Bad], name: Callable[[int], str], skip: bool) -> UserError:
     """One sentence about the images that cannot be used, with the first three names."""
     cause = next(cause for cause in ("file", "mode", "alpha") if any(one.cause == cause for one in bad.values()))
     rows = sorted(i for i, one in bad.items() if one.cause == cause)
     first = name(rows[0])
     more = f", and {len(rows) - 1:,} more: {', '.join(map(name, rows[1:3]))}" if len(rows) > 1 else ""
     if cause == "file":
-        return UserError(
-            f"{first} cannot be decoded ({bad[rows[0]].reason}){more}: replace or remove {'them' if more else 'it'}."
-        )
+        them = "them" if more else "it"
+        leave = "" if skip else f", or leave {them} out with --skip-corrupt (in Python skip_corrupt=True)"
+        return UserError(f"{first} cannot be decoded ({bad[rows[0]].reason}){more}: replace or remove {them}{leave}.")
     fix = "--convert rgb or --convert grey (in Python convert='rgb')"
     if cause == "alpha":
         return UserError(f"{first} is transparent in part{more}: {fix} drops the transparency.")

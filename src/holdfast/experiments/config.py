@@ -102,7 +102,7 @@ class Comparison:
         seeds: networks per loss, 1 to 10,000.
         first_seed: the seed of the first one, >= 0.
         folds: cross-validation folds, >= 0; 0 for the data's own number.
-        limit: at most so many test images, >= 0; 0 for all.
+        limit: at most so many test images, >= 0; 0 for all. Unused with folds > 1, which test every image once.
         limit_train: at most so many training images, >= 0; 0 for all.
         eval_split: "test", or "val" to evaluate on the validation images, for model selection.
         image_column: of a table of images; "" to find it. This and the next four as for ``data.load``.

@@ -114,7 +114,7 @@ def from_run(run: str | Path, *, limit: int = 1000, device: str = "cpu", run_cod
 
     Args:
         run: a run folder that ``holdfast train`` or ``compare`` wrote.
-        limit: at most so many test images, >= 0; 0 for all. A fold of cross-validated data is used whole.
+        limit: at most so many test images, >= 0; 0 for all; of cross-validated data, from the run's fold.
         device: where the model goes.
         run_code: as for ``run_folder.load``.
 
@@ -135,8 +135,7 @@ def from_run(run: str | Path, *, limit: int = 1000, device: str = "cpu", run_cod
     with understood(run / "config.json"):
         cut = replace(DataCut.from_json(config["cut"]), eval_split="test")  # chosen on val, evaluated on test
         loss = loss_spec.parse(reference)
-    if cut.fold is None:
-        cut = replace(cut, limit=limit or None)
+    cut = replace(cut, limit=limit or None)
     split = cut.load(data)
     run_folder.check_data(run, config, split)
     run_folder.environments(run)  # what collect reads at the end is checked before the work

@@ -7,8 +7,18 @@ from functools import partial
 
 from torch import Tensor
 
+from ..errors import UserError
 from ..outputs import Outputs, logits_of
 from .types import Loss
+
+
+def need_class_indices(y: Tensor) -> None:
+    """Raise UserError for labels that are probabilities, which losses as functions do not take."""
+    if y.is_floating_point():
+        raise UserError(
+            f"y must be class indices (N,), got {y.dtype} of shape {tuple(y.shape)}. The losses as modules, such "
+            "as losses.ISCELoss, take probabilities (mixup), ignore_index, weight, reduction, as nn.CrossEntropyLoss."
+        )
 
 
 def negative_margin(out: Outputs | Tensor, y: Tensor) -> Tensor:
@@ -28,6 +38,7 @@ def negative_margin(out: Outputs | Tensor, y: Tensor) -> Tensor:
     >>> negative_margin(torch.tensor([[2.0, 1.0, 0.1]]), torch.tensor([0]))
     tensor([-1.])
     """
+    need_class_indices(y)
     z = logits_of(out)
     y = y[:, None]
     return z.scatter(1, y, -math.inf).amax(1) - z.gather(1, y)[:, 0]

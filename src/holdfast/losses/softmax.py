@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError, at_least
 from ..outputs import Outputs, logits_of
+from .scores import need_class_indices
 
 _LINEAR_FROM = 50.0  # beyond it softplus(x) = x to the last bit of float64
 
@@ -80,6 +81,7 @@ def negative_log_odds(out: Outputs | Tensor, y: Tensor) -> Tensor:
     >>> negative_log_odds(torch.tensor([[2.0, 1.0, 1.0]]), torch.tensor([0]))  # log(2e) - 2 = log 2 - 1
     tensor([-0.3069])
     """
+    need_class_indices(y)
     z = _full(logits_of(out))
     if torch.compiler.is_compiling():  # which knows no function with a jvp of its own, and fuses this one by itself
         others = z.scatter(1, y[:, None], -math.inf)
@@ -351,6 +353,7 @@ def arcface(out: Outputs | Tensor, y: Tensor, *, m: float = 0.5, scale: float = 
     """
     if not 0 < scale < math.inf or not 0 <= m <= math.pi / 2:
         raise UserError(f"ArcFace needs scale > 0 and m in [0, pi/2] radians, got scale={scale}, m={m}.")
+    need_class_indices(y)
     z = _full(logits_of(out))
     cos = z.gather(1, y[:, None]) / scale
     sin = (1 - cos.square()).clamp_min(1e-12).sqrt()

@@ -31,6 +31,11 @@ CHANGES = {
     "region": "the smallest perturbation, FMN",
 }
 
+CAPTION = (
+    "correct: % of all samples that nothing so far broke; points: what the change took; passes each: forward and "
+    "backward passes for each sample; audit: the trust checks; region: the smallest perturbations, for the report"
+)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -94,7 +99,7 @@ def table(run: Run, bar: int = 24) -> Table:
     Raises:
         UserError: as :func:`steps` raises.
     """
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=CAPTION, caption_justify="left")
     out.add_column("change", no_wrap=True)
     out.add_column("correct", justify="right", no_wrap=True)
     out.add_column("points", justify="right", no_wrap=True)
