@@ -265,10 +265,8 @@ def test_protocols_have_a_table_of_their_own(tmp_path):
     runs = [proved(None, make_run("<b>", status="loose"), **{"pgd10": 0.55, "<i>x-y": 0.5}), make_run("mmc")]
     page = Page(report.render(make_results(runs), tmp_path / "r.html"))
     assert "Attack by attack" in page.text
-    assert (
-        "loss clean PGD-50 pgd10 <i>x-y robust, 95% robust verdict <b> 97.0 40.0 55.0 50.0 ≤ 30.0 23.7 to 36.9 loose mmc"
-        in page.text
-    )
+    assert "loss clean PGD-50 pgd10 <i>x-y robust, 95% robust verdict <b> 97.0 40.0 55.0 50.0 ≤ 30.0" in page.text
+    assert "≤ 30.0 23.7 to 36.9 loose mmc" in page.text
     assert "pgd10 55.0%" in page.text  # run by run
 
 
