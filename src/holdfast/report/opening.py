@@ -21,6 +21,14 @@ MEANING = {
 }
 
 
+def page_title(results: Results, shown: Sequence[Row]) -> str:
+    """The title given by the user; else the data, after the row where there is one only."""
+    title, data = results.data.get("title"), str(results.data.get("name", "data not recorded"))
+    if isinstance(title, str) and title:
+        return title
+    return f"{shown[0].label} on {data}" if len(shown) == 1 else data
+
+
 def answers(results: Results, shown: Sequence[Row]) -> list[tuple[str, str]]:
     """What was tested, which number to quote, and what it is worth: (question, answer)."""
     return [("tested", _tested(results, shown)), ("quote", _quoted(shown)), ("worth", _worth(shown))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -56,7 +57,8 @@ from .figures import (
     style,
     write_figure,
 )
-from .opening import answers, assumed, facts
+from .merge import merged
+from .opening import answers, assumed, facts, page_title
 from .panels import draw_confusion, draw_corruptions, draw_eps, draw_features
 from .summary import (
     class_name,
@@ -99,6 +101,9 @@ def render(
     parts = [_part(r, f"p{i}-", baseline) for i, r in enumerate(merged(sources)) if r.runs]
     if not parts:
         raise UserError("there are no runs to report. Give results that hold at least one.")
+    titles = Counter(part["title"] for part in parts)
+    for part in parts:
+        part["title"] += f": {part['data']}" if titles[part["title"]] > 1 and part["data"] != part["title"] else ""
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -201,26 +206,6 @@ def _in(part: Results, baseline: str) -> str:
     return baseline if has_row(part, baseline) else ""
 
 
-@typed
-def identity(results: Results) -> str:
-    """A key that is equal for results of the same data set: name, fingerprint and class names."""
-    return repr([results.data.get(key) for key in ("name", "fingerprint", "classes")])
-
-
-@typed
-def merged(sources: Sequence[Results]) -> list[Results]:
-    """One Results per data set; a run that is given twice counts once."""
-    groups: dict[str, Results] = {}
-    for r in sources:
-        key = identity(r)
-        before = groups.get(key)
-        new = r.runs if before is None else (*before.runs, *(run for run in r.runs if run not in before.runs))
-        notes = [one for part in (before, r) if part for one in part.data.get("notes") or ()]
-        data = {**(before or r).data, **({"notes": list(dict.fromkeys(map(str, notes)))} if notes else {})}
-        groups[key] = dataclasses.replace(before or r, runs=new, data=data)
-    return list(groups.values())
-
-
 def _script() -> dict[str, Markup | str]:
     """The page's script, and its hash for the policy of the page, which allows no other."""
     text = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
@@ -233,7 +218,8 @@ def _part(results: Results, prefix: str, baseline: str) -> dict[str, Any]:
     classes = per_class(results)
     lowest = sorted(classes.classes, key=lambda one: sum(v or 0 for v in one.robust))[:CLASSES]
     return {
-        "title": str(results.data.get("name", "not recorded")),
+        "title": page_title(results, shown),
+        "data": str(results.data.get("name", "")),
         "prefix": prefix,
         "contents": [],
         "answers": answers(results, shown),
@@ -393,7 +379,7 @@ def _source(r: Results) -> dict[str, Any]:
         "holdfast": r.holdfast,
         "settings": _flat(r.settings),
         "environment": _flat(r.environment),
-        "data": _flat({k: v for k, v in r.data.items() if k not in ("classes", "notes")}),
+        "data": _flat({k: v for k, v in r.data.items() if k not in ("classes", "notes", "title", "labels")}),
         "seeds": ", ".join(dict.fromkeys(str(run.seed) for run in r.runs)),
     }
 

@@ -57,7 +57,8 @@ def finding(results: Results) -> str:
     for threat in threats if named else ():  # accuracies under different threats are not compared
         here = [v for v in valid if v[0].threat == threat]
         best = max((r for _, r in here), key=lambda r: r.value)
-        names = " and ".join(row.label for row, r in here if r.value == best.value)
+        first, *others = [row.label for row, r in here if r.value == best.value]
+        names = " and ".join([", ".join([first, *others[:-1]]), *others[-1:]])
         where = f" under {threat}" if len(threats) > 1 else ""
         interval = f"95% interval {percent(best.low)} to {percent(best.high)}"
         proved = max((row.certified.value for row, r in here if r.value == best.value and row.certified), default=0.0)

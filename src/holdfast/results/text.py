@@ -138,8 +138,9 @@ def _percent_or_dash(figure: Interval | None) -> str:
 def caption(results: Results, shown: Sequence[Row]) -> str:
     """What a table shows: data set, number of samples, threat if there is only one, intervals, how to read verdicts."""
     threats = list(dict.fromkeys(row.threat for row in shown))
+    title = results.data.get("title")
     parts = [
-        name_text(str(results.data.get("name", ""))),
+        name_text(": ".join(str(one) for one in (title, results.data.get("name")) if one)),
         " or ".join(f"{n:,}" for n in dict.fromkeys(row.n for row in shown)) + " samples",
         *(threats if len(threats) == 1 else []),
         "in percent",
