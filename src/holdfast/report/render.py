@@ -46,9 +46,8 @@ from ..results.corruptions import CORRUPTIONS
 from ..results.rows import WORST_FIRST
 from ..results.text import holds_words
 from ..user_input import typed
+from .captions import captions, captions_text
 from .figures import (
-    DEAD_ALL,
-    DEAD_TRUE,
     draw_accuracy,
     draw_classes,
     draw_margins,
@@ -122,7 +121,7 @@ def render(
         "points": lambda v: f"{100 * v:+.1f}".replace("-", "−"),
     }
     html = page.get_template("report.html.j2").render(
-        parts=parts, sources=[_source(r) for r in sources], dead=(f"{DEAD_TRUE:.1f}", f"{DEAD_ALL:.0f}"),
+        parts=parts, sources=[_source(r) for r in sources],
         script=_script(), ranks={"": -1, **{word: rank for rank, word in enumerate(WORST_FIRST)}})  # fmt: skip
     path = Path(path)
     return write_atomic(path / "report.html" if path.is_dir() or not path.suffix else path, html)
@@ -157,7 +156,10 @@ def figure(results: Results, kind: str = "accuracy") -> Figure | None:
 
 @typed
 def figures(results_list: Results | Sequence[Results], dir: str | Path, baseline: str = "") -> list[Path]:
-    """Write each figure that the data allow as SVG (text stays text) and PNG, and the table as CSV, LaTeX and Markdown.
+    """Write each figure that the data allow, their captions, and the table as CSV, LaTeX and Markdown.
+
+    Figures are 5.6 inches wide: SVG (text stays text), PNG (300 dpi) and PDF (fonts embedded). captions.md has a
+    caption for each that stands alone.
 
     Args:
         results_list: one or several Results. Those of different data sets get subfolders named after the data.
@@ -175,11 +177,12 @@ def figures(results_list: Results | Sequence[Results], dir: str | Path, baseline
     for i, part in enumerate(parts):
         name = re.sub(r"\W+", "-", str(part.data.get("name", "data"))).strip("-")
         folder = Path(dir) if len(parts) == 1 else Path(dir) / f"{i + 1}-{name}"
-        for kind in FIGURES:
-            drawn = figure(part, kind)
-            if drawn is not None:
-                written += write_figure(drawn, folder, kind)
+        figures_drawn = {kind: drawn for kind in FIGURES if (drawn := figure(part, kind)) is not None}
+        for kind, drawn in figures_drawn.items():
+            written += write_figure(drawn, folder, kind)
         if part.runs:
+            text = captions_text(part, rows(part), list(figures_drawn))
+            written.append(write_atomic(folder / "captions.md", text))
             base = _in(part, baseline)
             texts = {"csv": csv(part, base), "tex": latex(part, base), "md": markdown(part)}
             written += [write_atomic(folder / f"table.{end}", text) for end, text in texts.items()]
@@ -228,6 +231,7 @@ def _part(results: Results, prefix: str, baseline: str) -> dict[str, Any]:
         "finding": finding(results),
         "rows": shown,
         "notes": caption_notes(shown),
+        "captions": captions(results, shown),
         "certified": any_certified(shown),
         "pgd50": any(row.pgd50 for row in shown),
         "searched": any(row.norm != CORRUPTIONS for row in shown),
