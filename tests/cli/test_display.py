@@ -558,7 +558,7 @@ def test_curves_answer_in_json_and_say_what_they_replace(trained, holdfast_):
     status, out, err = holdfast_("curves", folder, "--out", "drawn", "--json")
     assert (status, err) == (0, "")
     answer = json.loads(out)
-    assert answer["files"] == ["drawn/curves.svg", "drawn/curves.png"]
+    assert answer["files"] == ["drawn/curves.svg", "drawn/curves.png", "drawn/curves.pdf"]
     assert answer["replaced"] == []
     assert len(answer["curves"][0]["history"]) == 1
     status, out, err = holdfast_("curves", folder, "--out", "drawn", "-q")

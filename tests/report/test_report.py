@@ -160,13 +160,19 @@ def test_the_same_data_make_the_same_bytes(tmp_path):
 def test_figures_are_files(tmp_path):
     written = report.figures(make_results(classes=["α", "日本", "🙂", *"0123456"]), tmp_path / "figures")
     names = ("accuracy", "stages", "margins", "classes")
-    pictures = [f"{n}.{form}" for n in names for form in ("svg", "png")]
-    assert [p.name for p in written] == [*pictures, "table.csv", "table.tex", "table.md"]
+    pictures = [f"{n}.{form}" for n in names for form in ("svg", "png", "pdf")]
+    assert [p.name for p in written] == [*pictures, "captions.md", "table.csv", "table.tex", "table.md"]
+    captions = written[len(pictures)].read_text()
+    assert re.findall(r"^\*\*(\w+)\*\*", captions, re.M) == list(names)
+    assert captions.count("(digits, 200 samples, linf 0.1).") == len(names)
     for path in written[: len(pictures)]:
         if path.suffix == ".svg":
             assert "isce:s=100" in "".join(ET.parse(path).getroot().itertext())
         else:
-            assert path.read_bytes().startswith(b"\x89PNG")
+            assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
+    assert b"/FontFile2" in written[2].read_bytes()
+    again = report.figures(make_results(classes=["α", "日本", "🙂", *"0123456"]), tmp_path / "again")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
 
 
 def test_several_seeds_are_compared_by_pairs_of_seeds(tmp_path):
@@ -284,7 +290,7 @@ def test_the_barest_results_render(tmp_path):
     assert (tmp_path / "report.html").exists()
     assert "not audited" in page.text
     assert {path.name for path in report.figures(results, tmp_path)} == {
-        "accuracy.svg", "accuracy.png", "table.csv", "table.tex", "table.md"
+        "accuracy.svg", "accuracy.png", "accuracy.pdf", "captions.md", "table.csv", "table.tex", "table.md"
     }  # fmt: skip
 
 
@@ -420,13 +426,15 @@ def test_accuracy_over_eps_is_the_share_that_lies_farther(tmp_path):
     runs = [surveyed(make_run("sce", robust=0.5)), surveyed(make_run("l2", threat={**THREAT, "norm": "l2"}))]
     figure = report.draw_eps(make_results(runs))
     assert [ax.get_xlabel() for ax in figure.axes] == ["eps, linf", "eps, l2"]
-    line, dot = figure.axes[0].lines
+    line, marks, dot = figure.axes[0].lines
     at, left = line.get_data()
     eps = THREAT["eps"]
     assert at.tolist() == [0, *(d for d in (0.05, 0.15) if d < 2 * eps), 2 * eps]  # 0: one was wrong already
     assert left[:2].tolist() == [75, 50]
     assert left[-1] == (25 if eps > 0.075 else 50)
     assert dot.get_data()[1] == [50]
+    shown = report.eps_curves(make_results(runs))[0]
+    assert marks.get_ydata().tolist() == [100 * shown.at(at) for at in marks.get_xdata()]
 
 
 def checked(*counts, eps=THREAT["eps"]):
@@ -437,7 +445,7 @@ def checked(*counts, eps=THREAT["eps"]):
 
 def dashes(figure):
     """(from, to, whether dashed) of each part of the first curve."""
-    return [(*line.get_xdata()[[0, -1]], line.get_linestyle() != "-") for line in figure.axes[0].lines[:-1]]
+    return [(*line.get_xdata()[[0, -1]], line.get_linestyle() != "-") for line in figure.axes[0].lines[:-2]]
 
 
 def test_a_curve_that_other_attacks_confirm_is_solid(tmp_path):
@@ -492,7 +500,7 @@ def test_checks_of_several_seeds_are_counted_together_and_end_where_they_end():
 def test_a_void_row_has_no_curve_and_what_was_wrong_already_no_step():
     runs = [surveyed(make_run("void", status="void")), surveyed(make_run("sce"), distances=(0.0, 0.0, 0.05, None))]
     figure = report.draw_eps(make_results(runs))
-    curve, _ = figure.axes[0].lines
+    curve, *_ = figure.axes[0].lines
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["sce, tight at 0.1"]
     assert curve.get_data()[1].tolist()[:2] == [50, 25]
     assert report.draw_eps(make_results(runs[:1])) is None

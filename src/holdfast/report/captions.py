@@ -43,8 +43,8 @@ def captions(results: Results, shown: Sequence[Row]) -> dict[str, str]:
         "eps": "At each eps, the share of samples for which no attack found a perturbation of that size: the "
         "minimal-norm attack (fast minimum norm, 50 steps), the evaluation at its own eps (the filled marker, over all "
         "samples), and short attacks at half, one and a half times and twice that eps; at most 256 samples per "
-        "network. Curves and markers are upper bounds. A curve is dashed where it may be too high: there another attack "
-        "broke more than the minimal-norm attack, or none was run.",
+        "network. Curves and markers are upper bounds. A curve is dashed where it may be too high: there another "
+        "attack broke more than the minimal-norm attack, or none was run.",
         "stages": "Each stage attacks only the survivors of the earlier ones"
         + " that are not certified" * certified
         + ", except the attacks whose own accuracy is reported, which attack every correctly classified sample"

@@ -14,14 +14,14 @@ from .merge import merged
 
 @typed
 def named(
-    results_list: Results | Sequence[Results], title: str = "", labels: Mapping[str, str] | None = None
+    results_list: Results | Sequence[Results], title: str = "", names: Mapping[str, str] | None = None
 ) -> list[Results]:
     """Results under names of your own: every page, figure and table made of them shows these.
 
     Args:
         results_list: one or several Results.
         title: of the page and of the captions; "": the name of the data.
-        labels: label or loss of a row -> the text to show for it. Where the loss is given and its rows differ in the
+        names: label or loss of a row -> the text to show for it. Where the loss is given and its rows differ in the
             threat, each keeps its threat in brackets.
 
     Returns:
@@ -31,15 +31,15 @@ def named(
         UserError: no row has the name, a text is empty, or two rows would have the same text.
     """
     given = [results_list] if isinstance(results_list, Results) else list(results_list)
-    labels = dict(labels or {})
+    names = dict(names or {})
     shown = [row for part in merged(given) for row in rows(part)]
     known = {name for row in shown for name in (row.label, row.loss)}
-    for name, text in labels.items():
+    for name, text in names.items():
         if name not in known:
             raise unknown("row", name, known)
         if not text.strip():
             raise UserError(f"the label of the row '{name}' is empty. Give the text to show.")
-    own = {**({"title": title} if title else {}), **({"labels": labels} if labels else {})}
+    own = {**({"title": title} if title else {}), **({"labels": names} if names else {})}
     out = [dataclasses.replace(one, data={**one.data, **own}) for one in given]
     for part in merged(out):
         for text, count in Counter(row.label for row in rows(part)).items():

@@ -23,7 +23,7 @@ MOST_CLASSES, MOST_PANELS, MOST_POINTS, ACROSS = 20, 24, 120, 3
 # Okabe and Ito's eight, in an order that keeps neighbours apart.
 LINES = ("#0072b2", "#d98200", "#009e73", "#cc79a7", "#56b4e9", "#6b7684", "#4a3aa7", "#b8a400")
 CLASSES = (*LINES, "#d55e00", "#8c564b")
-EACH, MARKERS = 5, "osD^vP*"  # of curves: how many on each; colour and marker together differ up to 70 curves
+EACH, MARKERS = 5, "osD^vP*"  # of curves: how many on each; colour and marker together differ up to 56 curves
 DASHED = (0, (2.5, 1.6))  # where a curve is in doubt
 
 
@@ -138,8 +138,8 @@ def draw_eps(results: Results) -> Figure | None:
     for ax, (norm, curves) in zip(figure.subplots(len(norms), 1, squeeze=False)[:, 0], norms.items(), strict=True):
         most = 2 * max(curve.eps for curve in curves)
         handles = []
-        for i, (curve, rgba) in enumerate(zip(curves, class_colours(len(curves)), strict=True)):
-            colour, marker = to_hex(rgba), MARKERS[i % len(MARKERS)]
+        for i, curve in enumerate(curves):
+            colour, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
             styles = [_draw_curve(ax, curve, *part, colour) for part in _parts_of(curve, most)]
             handles.append(Line2D([], [], color=colour, label=_with_verdict(curve), linewidth=1.2,
                                   marker=marker, markersize=4, linestyle="-" if "-" in styles else DASHED))  # fmt: skip
