@@ -262,6 +262,9 @@ def _part(results: Results, prefix: str, baseline: str) -> dict[str, Any]:
             ("CSV", csv(results, base)),
             ("Markdown", markdown(results)),
         ],
+        "check_sources": list(
+            dict.fromkeys((c.name, c.source, c.track_record) for r in results.runs for c in r.checks)
+        ),
         "runs": [
             {
                 "run": r,
@@ -367,8 +370,6 @@ def _check(check: CheckResult) -> dict[str, str]:
         "name": check.name,
         "status": check.status,
         "why": check.why,
-        "source": check.source,
-        "track_record": check.track_record,
         "claims": ", ".join(heading(claim) for claim in check.claims) or "none",
         "share": f"{100 * check.k / check.n:.1f}%" if ran else "–",
         "threshold": f"{100 * check.threshold:.0f}%" if ran else "–",
