@@ -77,7 +77,8 @@ def columns(line):
 
 def test_a_long_name_stands_whole_above_its_figures():
     runs = [proved(0.6, make_run(loss, robust=0.3)) for loss in LONG]
-    head, _, *lines = printed(make_results([*runs, proved(0.6, make_run("sce"))])).splitlines()
+    above, head, _, *lines = printed(make_results([*runs, proved(0.6, make_run("sce"))])).splitlines()
+    assert above.split() == ["robust"]
     for loss, name, figures in zip(LONG, lines[:6:2], lines[1:6:2], strict=True):
         assert name.rstrip() == loss
         assert re.match(r" +97\.0 +40\.0 +60\.0 +30\.0 \[23\.7, 36\.9\] +tight", figures)
@@ -858,3 +859,20 @@ def test_a_note_is_printed_once_and_other_warnings_as_they_are(monkeypatch, caps
     note(UserWarning("theirs"), UserWarning, "file.py", 1)
     assert capsys.readouterr().err.splitlines() == ["note: one", "note: two"]
     assert len(others) == 1
+
+
+@pytest.mark.parametrize(
+    ("terminal", "lines"), [(True, ["the last word is", "whole"]), (False, ["the last word is whole"])]
+)
+def test_a_sentence_is_broken_between_words_on_a_terminal_alone(terminal, lines):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    display.PlainConsole(file=stream, width=18).sentence("the last word is whole")
+    assert [line.rstrip() for line in stream.getvalue().splitlines()] == lines
+
+
+def test_a_list_of_one_kind(holdfast_):
+    status, out, _ = holdfast_("list", "heads", "models", "-q")
+    assert (status, [line for line in out.splitlines() if not line.startswith(" ")]) == (0, ["heads", "models"])
+    assert json.loads(holdfast_("list", "heads", "--json")[1]).keys() == {"heads"}
+    assert "Did you mean 'heads'?" in refused(holdfast_("list", "head"))
