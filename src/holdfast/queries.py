@@ -309,10 +309,13 @@ def device_of(model: Model, data: Data) -> torch.device:
 
 
 def default_batch_size(x: Tensor) -> int:
-    """A batch size for these images: on a CPU 64 to 512, by the image size, to fit its caches; elsewhere 512."""
+    """A batch size for these images: on a CPU 16 to 512, by the image size, to fit its caches; elsewhere 512.
+
+    16 photographs of 224 x 224 take half the time of 64: larger activations are mapped and given back at every step.
+    """
     if x.device.type != "cpu":
         return 512
-    return max(64, min(512, 200_000 // max(1, x[0].numel())))
+    return max(16, min(512, 200_000 // max(1, x[0].numel())))
 
 
 def unlimited() -> float:
@@ -358,3 +361,18 @@ class Batches:
                 continue
             rows = rows[size:]
         return results
+
+    def cat(self, work: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+        """work(columns), computed a batch of rows at a time and catenated.
+
+        Args:
+            work: columns to a tensor with one row per sample, whatever the other samples of its batch are.
+            columns: (N, ...) each, at least one.
+
+        >>> Batches(2).cat(lambda x, y: x + y, torch.arange(3), torch.ones(3, dtype=torch.int64)).tolist()
+        [1, 2, 3]
+        """
+        if len(columns[0]) == 0:
+            return work(*columns)
+        rows = torch.arange(len(columns[0]), device=columns[0].device)
+        return torch.cat(self.map(rows, lambda some: work(*(column[some] for column in columns))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
@@ -23,8 +23,10 @@ from ..noise import AuditStream, EvaluationStream, Noise
 from ..outputs import Model, Outputs, logits_of, out_of_memory
 from ..queries import (
     EOT_SAMPLES,
+    Batches,
     CountingModel,
     EOTModel,
+    default_batch_size,
     differs_off_data,
     judge_candidates,
     logits_differ,
@@ -54,7 +56,7 @@ class Points(NamedTuple):
     Attributes:
         x: (P, ...): clean images, random points of the threat, the stored x_adv of survivors, and last iterates of an
             ascent, in this order.
-        logits: (P, K), without a graph, all in one batch.
+        logits: (P, K), without a graph.
         sizes: how many there are of each kind.
         rows: (P,) the samples they belong to.
     """
@@ -88,6 +90,7 @@ class Probe:
         witnesses: what the audit itself has broken so far.
         broken: (N,) bool, broken by the evaluation or by the audit so far, or misclassified.
         recapture: counts of the two independent runs, once they have been made.
+        batches: how many of these samples are worked on at a time.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class Probe:
         self.witnesses: list[Witnesses] = []
         self.broken = ~robust
         self.recapture: Recapture | None = None
+        self.batches = Batches(default_batch_size(data.x))
 
     def x(self, rows: Tensor) -> Tensor:
         """Clean images of these samples, float."""
@@ -138,12 +142,16 @@ class Probe:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits of images, without a graph."""
-        return predict(self.model, x).logits
+        return self.batches.cat(lambda some: predict(self.model, some).logits, x)
+
+    def logits_at(self, x: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """Logits of some samples at x(rows), which is computed a batch at a time."""
+        return self.batches.cat(lambda some: predict(self.model, x(some)).logits, rows)
 
     @cached_property
     def clean_logits(self) -> Tensor:
         """Logits of ``rows``, queried once."""
-        return self.logits(self.x(self.rows))
+        return self.logits_at(self.x, self.rows)
 
     def attack(
         self,
@@ -155,6 +163,7 @@ class Probe:
         threat: Threat | None = None,
         model: Model | None = None,
         dtype: torch.dtype | None = None,
+        target: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
         """Run an attack and verify its candidates on the model itself, in its own precision.
@@ -167,24 +176,30 @@ class Probe:
             threat: if not that of the evaluation; nothing is kept as a witness then.
             model: what the attack queries, if not the model.
             dtype: of the images given to the attack.
-            settings: keyword arguments of the attack.
+            target: (n,) classes, for attacks that take them.
+            settings: other keyword arguments of the attack.
 
         Returns:
             (n,) bool, which samples it broke.
         """
         if len(rows) == 0:
             return torch.zeros(0, dtype=torch.bool, device=rows.device)
-        x, y = self.x(rows), self.y(rows)
-        x_adv = ATTACKS[name].attack(
-            model or self.attack_model,
-            x if dtype is None else x.to(dtype),
-            y,
-            threat or self.threat,
-            score=score,
-            noise=self.noise[rows].fold(noise_stream),
-            **settings,
-        )
-        return self.verify_candidates(rows, x, x_adv.to(x.dtype), threat)
+
+        def broken(rows: Tensor, *target: Tensor) -> Tensor:
+            x = self.x(rows)
+            x_adv = ATTACKS[name].attack(
+                model or self.attack_model,
+                x if dtype is None else x.to(dtype),
+                self.y(rows),
+                threat or self.threat,
+                score=score,
+                noise=self.noise[rows].fold(noise_stream),
+                **({"target": target[0]} if target else {}),
+                **settings,
+            )
+            return self.verify_candidates(rows, x, x_adv.to(x.dtype), threat)
+
+        return self.batches.cat(broken, rows, *([] if target is None else [target]))
 
     def verify_candidates(self, rows: Tensor, x: Tensor, x_adv: Tensor, threat: Threat | None = None) -> Tensor:
         """Query the model at the candidates. Those in the evaluation's threat that break a survivor become witnesses.
@@ -206,7 +221,7 @@ class Probe:
         return self.y(torch.cat([rows, *(one.rows for one in self.witnesses)])), x_adv
 
     def gradient(self, score: Loss, x: Tensor, rows: Tensor) -> Tensor:
-        """d score / d x at images x that belong to these samples."""
+        """d score / d x at images x that belong to these samples; all at once."""
         return score_and_grad(self.model, x, score, self.y(rows))[2]
 
     @cached_property
@@ -214,12 +229,15 @@ class Probe:
         """Points of the threat at which the model is queried in several ways, with its first answers."""
         rows, survivors = self.rows[:POINTS], self.survivors[:POINTS]
         attacked = torch.cat([survivors, rows])[:POINTS]
-        ascended = ATTACKS["pgd"].attack(
-            self.attack_model, self.x(attacked), self.y(attacked), self.threat, score=self.matched, iterate="last",
-            noise=self.noise[attacked].fold(AuditStream.POINTS_ASCENT), steps=10, step_size=self.threat.eps / 4,
-        )  # fmt: skip
+
+        def ascended(rows: Tensor) -> Tensor:
+            return ATTACKS["pgd"].attack(
+                self.attack_model, self.x(rows), self.y(rows), self.threat, score=self.matched, iterate="last",
+                noise=self.noise[rows].fold(AuditStream.POINTS_ASCENT), steps=10, step_size=self.threat.eps / 4,
+            )  # fmt: skip
+
         start = self.threat.random_start(self.x(rows), self.noise[rows].fold(AuditStream.POINTS_START))
-        parts = [self.x(rows), start, self.stored_x_adv(survivors), ascended]
+        parts = [self.x(rows), start, self.stored_x_adv(survivors), self.batches.cat(ascended, attacked)]
         x = torch.cat(parts)
         return Points(x, self.logits(x), [len(part) for part in parts], torch.cat([rows, rows, survivors, attacked]))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..attacks import cross_entropy
 from ..attacks.base import predict
 from ..noise import AuditStream
+from ..outputs import Model
 from ..queries import OFF_DATA_TOLERANCE, CountingModel, copied, default_batch_size, logits_differ, margin_moved
 from ..threat import Threat
 from .findings import CheckCount, lower_bound_99
@@ -33,7 +34,7 @@ def outputs_are_repeatable(probe: Probe) -> CheckCount:
     majority votes, its figures are valid but uncertain.
     """
     evaluation = probe.evaluation
-    again = probe.logits(probe.x(probe.rows))
+    again = probe.logits_at(probe.x, probe.rows)
     moved = margin_moved(again, probe.y(probe.rows), evaluation.margin[probe.rows.cpu()])
     k = int((logits_differ(probe.clean_logits, again) | moved).sum())
     n, votes = len(again), ""
@@ -41,7 +42,7 @@ def outputs_are_repeatable(probe: Probe) -> CheckCount:
         votes = f"; predictions are the majority of {probe.votes} outputs"
     else:
         rows = torch.cat([probe.rows, probe.survivors]).unique()
-        at_x_adv = probe.logits(probe.stored_x_adv(rows))
+        at_x_adv = probe.logits_at(probe.stored_x_adv, rows)
         k += int(margin_moved(at_x_adv, probe.y(rows), evaluation.margin_adv[rows.cpu()], OFF_DATA_TOLERANCE).sum())
         k += int(probe.points.differs(probe.logits(probe.points.x)).sum())
         n += len(at_x_adv) + len(probe.points.x)
@@ -74,15 +75,23 @@ def outputs_do_not_depend_on_the_gradient_mode(probe: Probe) -> CheckCount | str
     if probe.votes > 1:
         return RANDOMISED
     points = probe.points
-    with_graph = probe.model(points.x.clone().requires_grad_()).logits.detach()
-    differs = points.differs(with_graph) | points.differs(probe.model(points.x).logits.detach())
+
+    def answers(model: Model, requires_grad: bool = False) -> Tensor:
+        """The logits at the points."""
+
+        def one(x: Tensor) -> Tensor:
+            return model(x.clone().requires_grad_(requires_grad)).logits.detach().clone()
+
+        return probe.batches.cat(one, points.x)
+
+    differs = points.differs(answers(probe.model, requires_grad=True)) | points.differs(answers(probe.model))
     cached, trainable = copied(probe.raw_model), copied(probe.raw_model)  # what a mode leaves behind stays in its copy
     if cached is not None and trainable is not None:
         with torch.inference_mode():
-            answer = CountingModel(cached, probe.model)(points.x).logits
-        differs |= points.differs(answer.clone())
+            in_inference_mode = answers(CountingModel(cached, probe.model))
+        differs |= points.differs(in_inference_mode.clone())
         trainable.requires_grad_()
-        differs |= points.differs(CountingModel(trainable, probe.model)(points.x).logits.detach())
+        differs |= points.differs(answers(CountingModel(trainable, probe.model)))
     k, n = int(differs.sum()), len(differs)
     return CheckCount(k, n, 0.0, f"the logits at {k} of {n} points depend on whether gradients are recorded")
 
@@ -96,7 +105,8 @@ def a_copy_that_was_never_queried_answers_alike(probe: Probe) -> CheckCount | st
     points, parts = probe.points, []
     for part in points.x.split(points.sizes):  # a copy for each kind of point: it has not been asked about the others
         fresh = copied(probe.evaluation.pristine)
-        parts.append(probe.logits(part) if fresh is None else predict(CountingModel(fresh, probe.model), part).logits)
+        model = probe.model if fresh is None else CountingModel(fresh, probe.model)
+        parts.append(probe.batches.cat(lambda x, model=model: predict(model, x).logits, part))
     k, n = int(points.differs(torch.cat(parts)).sum()), len(points.x)
     return CheckCount(k, n, 0.0, f"a copy of the network that was never queried has other logits at {k} of {n} points")
 

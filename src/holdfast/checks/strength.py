@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import ATTACKS, SCORES, cross_entropy
-from ..attacks.base import all_rows, score_and_grad
+from ..attacks.base import all_rows, predict, score_and_grad
 from ..evaluation import differs_off_grid, is_8bit
 from ..importers.onnx import runtime_predictions
 from ..losses import Loss, negative_log_odds, negative_margin
-from ..mapped import is_mapped, take
+from ..mapped import take
 from ..noise import AuditStream
 from ..outputs import Model, Outputs, as_outputs
 from ..threat import Threat, column
 from .findings import CheckCount
-from .probe import BATCH, Probe, Recapture, rescaled_cross_entropy
+from .probe import Probe, Recapture, rescaled_cross_entropy
 
 NO_SURVIVOR = "there is no survivor without a certificate to try it on"
 FEW = 20  # survivors that a costly check looks at
@@ -141,7 +141,7 @@ def _towards_each(
 ) -> Tensor:
     """Which samples an attack breaks towards their likeliest wrong classes, one after the other."""
     broken = torch.zeros_like(rows, dtype=torch.bool)
-    logits = probe.logits(probe.x(rows)).scatter(1, probe.y(rows)[:, None], -torch.inf)
+    logits = probe.logits_at(probe.x, rows).scatter(1, probe.y(rows)[:, None], -torch.inf)
     for number, target in enumerate(logits.topk(min(targets, logits.shape[1] - 1), dim=1).indices.unbind(1)):
         left = torch.nonzero(~broken)[:, 0]
         broken[left] = probe.attack(name, rows[left], score, stream.numbered(number), steps=steps, target=target[left])
@@ -170,7 +170,13 @@ def answers_agree_on_and_off_the_8_bit_grid(probe: Probe) -> CheckCount | str:
         return "the images are not 8-bit, or the box is not [0, 1]"
     if probe.votes > 1:
         return "the model is randomised: an image gives other logits at every call"
-    differs = differs_off_grid(probe.model, data, probe.threat, probe.noise[probe.rows].fold(AuditStream.GRID))
+
+    def differs_at(rows: Tensor) -> Tensor:
+        return differs_off_grid(
+            probe.model, probe.data.take(rows), probe.threat, probe.noise[rows].fold(AuditStream.GRID)
+        )
+
+    differs = probe.batches.cat(differs_at, probe.rows)
     k, n = int(differs.sum()), len(differs)
     return CheckCount(k, n, 0.02, f"the logits of {k} of {n} samples change once pixels leave the 8-bit grid")
 
@@ -219,17 +225,20 @@ def transfer_is_not_stronger(probe: Probe) -> CheckCount | str:
     """Adversarial images of the SCE network of the same seed break no survivor."""
     if probe.transfer_source is None:
         return NO_TRANSFER_SOURCE
-    source, device, parts = probe.transfer_source, probe.data.y.device, []
-    in_a_file, survivors = is_mapped(source), torch.nonzero(~probe.broken)[:, 0]
-    source = source if in_a_file else source.to(device)
-    for rows in survivors.split(BATCH if in_a_file else max(1, len(survivors))):
-        x, x_adv = probe.x(rows), take(source, rows, device)
+    source, survivors = probe.transfer_source, torch.nonzero(~probe.broken)[:, 0]
+
+    def tried(rows: Tensor) -> Tensor:
+        """(n, 2) bool: whether the image differs from the sample's own, and whether it breaks it."""
+        x, x_adv = probe.x(rows), take(source, rows.to(source.device), rows.device).to(rows.device)
         moved = (x_adv != x).flatten(1).any(1)
-        if bool(moved.any()):
-            parts.append(probe.verify_candidates(rows[moved], x[moved], x_adv[moved]))
-    if not parts:
+        broken = moved.clone()
+        broken[moved] = probe.verify_candidates(rows[moved], x[moved], x_adv[moved])
+        return torch.stack([moved, broken], 1)
+
+    moved, broken = probe.batches.cat(tried, survivors).unbind(1)
+    if not bool(moved.any()):
         return NO_SURVIVOR
-    broken = torch.cat(parts)
+    broken = broken[moved]
     k, n = int(broken.sum()), len(broken)
     return CheckCount(k, n, 0.02, f"adversarial images of an SCE network break {k} of {n} survivors")
 
@@ -242,9 +251,12 @@ def the_ascent_has_converged(probe: Probe) -> CheckCount | str:
     rows = probe.survivors[: len(probe.survivors) // 2]
     if len(rows) == 0:
         return NO_SURVIVOR
-    best = _ascend(probe, rows, probe.x(rows), probe.matched, [0.5] * 10 + [0.25] * 10 + [0.1] * 20)
-    gained, late = best[40] - best[0], best[40] - best[30]
-    k, n = int((late > 0.05 * gained).sum()), len(rows)
+
+    def is_rising(rows: Tensor) -> Tensor:
+        best = _ascend(probe, rows, probe.x(rows), probe.matched, [0.5] * 10 + [0.25] * 10 + [0.1] * 20)
+        return best[40] - best[30] > 0.05 * (best[40] - best[0])
+
+    k, n = int(probe.batches.cat(is_rising, rows).sum()), len(rows)
     return CheckCount(k, n, 0.25, f"the score of {k} of {n} survivors was still rising at the last step")
 
 
@@ -268,38 +280,43 @@ def hidden_adversarial_examples_are_found(probe: Probe, inner: int = 24) -> Chec
     maxima in a threat of few pixels, and missing one of them says nothing of the gradient.
     """
     threat, rows = probe.threat, probe.rows[: max(1, len(probe.rows) // 2)]
-    x = probe.x(rows)
 
     def features(points: Tensor) -> Tensor:
         out: Outputs = as_outputs(probe.model(points))
         return out.logits if out.features is None else out.features
 
-    direction = probe.noise[rows].fold(AuditStream.SURFACE_POINT).sign(tuple(x.shape[1:]), x.dtype)
-    planted = threat.project(x + 2 * threat.eps * direction / column(threat.size(direction), x), x)
-    parts = []
-    with torch.no_grad():
-        surface = features(planted).double()
-        batch = max(1, MOST_FEATURES // ((inner + 1) * surface.shape[1]))
-        for some in all_rows(rows).split(batch):
-            points = [features(x[some])]
-            for number in range(inner):
-                start = threat.random_start(x[some], probe.noise[rows[some]].fold(AuditStream.INSIDE_POINT, number))
-                points.append(features(x[some] + 0.9 * (start - x[some])))
-            parts.append(_separate(torch.stack(points, 1).double(), surface[some]))
-    w, bias, separable = (torch.cat(part) for part in zip(*parts, strict=True))
+    def hidden(rows: Tensor) -> Tensor:
+        """(n, 2) bool: whether the planted point can be separated, and whether an ascent reaches it."""
+        x = probe.x(rows)
+        direction = probe.noise[rows].fold(AuditStream.SURFACE_POINT).sign(tuple(x.shape[1:]), x.dtype)
+        planted = threat.project(x + 2 * threat.eps * direction / column(threat.size(direction), x), x)
+        parts = []
+        with torch.no_grad():
+            surface = features(planted).double()
+            batch = max(1, MOST_FEATURES // ((inner + 1) * surface.shape[1]))
+            for some in all_rows(rows).split(batch):
+                points = [features(x[some])]
+                for number in range(inner):
+                    start = threat.random_start(x[some], probe.noise[rows[some]].fold(AuditStream.INSIDE_POINT, number))
+                    points.append(features(x[some] + 0.9 * (start - x[some])))
+                parts.append(_separate(torch.stack(points, 1).double(), surface[some]))
+        w, bias, separable = (torch.cat(part) for part in zip(*parts, strict=True))
+
+        def head(out: Outputs, _: Tensor) -> Tensor:
+            z = out.logits if out.features is None else out.features
+            return (w * z.double()).sum(1) + bias
+
+        found = torch.zeros_like(separable)
+        for restart in range(4):
+            if bool((found | ~separable).all()):
+                break
+            start = threat.random_start(x, probe.noise[rows].fold(AuditStream.ASCENT_START, restart))
+            found |= _ascend(probe, rows, start, head, [0.5] * 7 + [0.25] * 7 + [0.1] * 6)[-1] > 0
+        return torch.stack([separable, found], 1)
+
+    separable, found = probe.batches.cat(hidden, rows).unbind(1)
     if not bool(separable.any()):
         return "no linear head on the features separates the surface of the threat from its inside"
-
-    def head(out: Outputs, _: Tensor) -> Tensor:
-        z = out.logits if out.features is None else out.features
-        return (w * z.double()).sum(1) + bias
-
-    found = torch.zeros_like(separable)
-    for restart in range(4):
-        start = threat.random_start(x, probe.noise[rows].fold(AuditStream.ASCENT_START, restart))
-        found |= _ascend(probe, rows, start, head, [0.5] * 7 + [0.25] * 7 + [0.1] * 6)[-1] > 0
-        if bool((found | ~separable).all()):
-            break
     k, n = int((~found & separable).sum()), int(separable.sum())
     return CheckCount(k, n, 0.25, f"the gradient misses {k} of {n} planted adversarial examples")
 
@@ -345,20 +362,24 @@ def margins_are_continuous(probe: Probe, bisections: int = 10) -> CheckCount | s
     rows, partner = probe.rows[: len(others)][differ], probe.rows[partner][differ]
     if len(rows) == 0:
         return "all samples have one label"
-    y, low, high = probe.y(rows), probe.x(rows), probe.x(partner)
 
-    def margin(x: Tensor) -> Tensor:
-        return -negative_margin(probe.logits(x), y)
+    def jumps(rows: Tensor, partner: Tensor) -> Tensor:
+        y, low, high = probe.y(rows), probe.x(rows), probe.x(partner)
 
-    at_low, at_high = margin(low), margin(high)
-    least = torch.minimum(at_low.abs(), at_high.abs())
-    for _ in range(bisections):
-        middle = (low + high) / 2
-        at_middle = margin(middle)
-        right = at_middle > 0
-        low, high = torch.where(column(right, low), middle, low), torch.where(column(right, high), high, middle)
-        at_low, at_high = torch.where(right, at_middle, at_low), torch.where(right, at_high, at_middle)
-    k = int((at_low - at_high >= least).sum())
+        def margin(x: Tensor) -> Tensor:
+            return -negative_margin(predict(probe.model, x).logits, y)
+
+        at_low, at_high = margin(low), margin(high)
+        least = torch.minimum(at_low.abs(), at_high.abs())
+        for _ in range(bisections):
+            middle = (low + high) / 2
+            at_middle = margin(middle)
+            right = at_middle > 0
+            low, high = torch.where(column(right, low), middle, low), torch.where(column(right, high), high, middle)
+            at_low, at_high = torch.where(right, at_middle, at_low), torch.where(right, at_high, at_middle)
+        return at_low - at_high >= least
+
+    k = int(probe.batches.cat(jumps, rows, partner).sum())
     return CheckCount(
         k, len(rows), 0.25, f"the margin jumps where the prediction changes, on {k} of {len(rows)} samples"
     )

@@ -109,13 +109,12 @@ def measure_distances(
     Returns:
         The MeasuredDistances.
     """
-    progress, total = as_progress(progress), len(samples.y)
+    progress, total, done = as_progress(progress), len(samples), 0
     none = samples.take(slice(0))
     found = [Witnesses(none.rows, none.x.cpu(), none.x.new_zeros(0).cpu(), none.y.cpu())]
     parts: list[tuple[Tensor, ...]] = []
-    radii = [min(share * threat.eps, _box_size(samples.x, threat)) for share in EPS_CHECKS]
-    for start in range(0, total, batch_size):
-        x, x_adv, y, indices, rows = samples.take(slice(start, start + batch_size))
+    radii = [min(share * threat.eps, _box_size(samples.one, threat)) for share in EPS_CHECKS]
+    for x, x_adv, y, indices, rows in samples.batches(batch_size):
         nearest, by_fmn = smallest_perturbation(model, x, y, threat, steps=steps)
         nearest, distance = _nearer(model, x, y, threat, nearest, by_fmn, x_adv)
         for stream, radius in enumerate(radii):
@@ -128,7 +127,8 @@ def measure_distances(
             points, margin, prediction = _clearest_point(model, x[missed], nearest[missed], y[missed], threat)
             found.append(Witnesses(rows[missed.cpu()], points.cpu(), margin.cpu(), prediction.cpu()))
         parts.append(tuple(map(to_float64, (by_fmn, distance, local_lipschitz(model, x, y, threat)))))
-        progress("measuring distances", min(start + batch_size, total), total)
+        done += len(y)
+        progress("measuring distances", done, total)
     by_fmn, distance, lipschitz = (torch.cat(columns) for columns in zip(*parts, strict=True))
     for radius in radii:  # a point on the edge of a ball lies in it: float32 says so to seven digits alone
         by_fmn, distance = (

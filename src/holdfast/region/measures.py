@@ -89,16 +89,16 @@ def measure(
     """
     progress = as_progress(progress)
     samples = choose_samples(model, x, y, x_adv, index, limit, seed)
-    batch_size = default_batch_size(samples.x) if batch_size is None else whole("batch_size", batch_size, 1)
+    batch_size = default_batch_size(samples.one) if batch_size is None else whole("batch_size", batch_size, 1)
     with counted(model) as counting:
         columns, space = _outputs(counting, samples, threat, batch_size, progress)
         found = measure_distances(
-            counting, samples.take(slice(N_DISTANCES)), threat,
+            counting, samples.first(N_DISTANCES), threat,
             steps=steps, seed=seed, batch_size=batch_size, progress=progress,
         )  # fmt: skip
     if on_witnesses is not None:
         on_witnesses(found.witnesses)
-    labels, z, margin = samples.y.cpu(), columns["z"], columns["margin"]
+    labels, z, margin = samples.y, columns["z"], columns["margin"]
     finite = torch.stack([columns[key].isfinite().all(1) for key in ("z", "z_adv", "h", "h_adv")]).all(0)
     right = finite & (margin > 0)
     h, h_adv, y_right = columns["h"][right], columns["h_adv"][right], labels[right]
@@ -143,9 +143,8 @@ def _outputs(
 ) -> tuple[dict[str, Tensor], str]:
     """The model's outputs on clean and adversarial samples, as float64 columns on the CPU, and the feature space."""
     parts: dict[str, list[Tensor]] = {}
-    space, total = "logits", len(samples.y)
-    for start in range(0, total, batch_size):
-        batch = samples.take(slice(start, start + batch_size))
+    space, done = "logits", 0
+    for batch in samples.batches(batch_size):
         out, negative, grad = score_and_grad(model, batch.x, negative_margin, batch.y)
         out_adv = predict(model, batch.x_adv)
         space = "logits" if out.features is None else "features"
@@ -158,10 +157,10 @@ def _outputs(
         }
         for key, value in values.items():
             parts.setdefault(key, []).append(value)
-        progress("measuring features", min(start + batch_size, total), total)
+        done += len(batch.y)
+        progress("measuring features", done, len(samples))
     columns = {key: torch.cat(values) for key, values in parts.items()}
-    y = samples.y.cpu()
-    columns["margin"], columns["margin_adv"] = (-negative_margin(columns[key], y) for key in ("z", "z_adv"))
+    columns["margin"], columns["margin_adv"] = (-negative_margin(columns[key], samples.y) for key in ("z", "z_adv"))
     return columns, space
 
 

@@ -63,16 +63,15 @@ def projection(
     """
     whole("grid", grid, 2)
     samples = choose_samples(model, x, y, x_adv, index, limit, seed)
-    batch_size = default_batch_size(samples.x) if batch_size is None else whole("batch_size", batch_size, 1)
+    batch_size = default_batch_size(samples.one) if batch_size is None else whole("batch_size", batch_size, 1)
     with counted(model) as counting, torch.no_grad():
-        outputs, outputs_adv = (
-            [predict(counting, batch) for batch in images.split(batch_size)] for images in (samples.x, samples.x_adv)
-        )
+        both = [(predict(counting, batch.x), predict(counting, batch.x_adv)) for batch in samples.batches(batch_size)]
+        outputs, outputs_adv = zip(*both, strict=True)
         z, z_adv = (torch.cat([to_float64(out.logits) for out in outs]) for outs in (outputs, outputs_adv))
-        if samples.x[0].numel() == 2:
-            space = "pixels"
-            points, points_adv = (to_float64(images.flatten(1)) for images in (samples.x, samples.x_adv))
-            logits_at: LogitsAt | None = _network(counting, samples.x, batch_size)
+        if samples.one.numel() == 2:
+            space, batch = "pixels", samples.take(slice(None))
+            points, points_adv = (to_float64(images.flatten(1)) for images in (batch.x, batch.x_adv))
+            logits_at: LogitsAt | None = _network(counting, samples.one, batch_size)
         else:
             space = "logits" if outputs[0].features is None else "features"
             points, points_adv = (torch.cat([features_of(out) for out in outs]) for outs in (outputs, outputs_adv))
@@ -80,7 +79,7 @@ def projection(
             if logits_at is not None and bool(logits_differ(z, logits_at(points)).any()):
                 logits_at = None  # the head needs more than these features
         finite = torch.cat([z, z_adv, points, points_adv], 1).isfinite().all(1)
-        z, z_adv, points, points_adv, labels = (v[finite] for v in (z, z_adv, points, points_adv, samples.y.cpu()))
+        z, z_adv, points, points_adv, labels = (v[finite] for v in (z, z_adv, points, points_adv, samples.y))
         explained, decisions = None, None
         if space == "pixels":
             origin, axes = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ def choose(y: Tensor, index: Tensor, limit: int, seed: int) -> Tensor:
     return shuffled[rank[shuffled].argsort(stable=True)][:limit]
 
 
-class Samples(NamedTuple):
+class Batch(NamedTuple):
     """Samples on the model's device.
 
     Attributes:
@@ -63,9 +64,58 @@ class Samples(NamedTuple):
     indices: Tensor
     rows: Tensor
 
-    def take(self, rows: slice) -> Samples:
-        """The samples in these rows."""
-        return Samples(*(values[rows] for values in self))
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples whose images stay where they are, and are taken a batch at a time.
+
+    Args:
+        data: all samples.
+        x_adv: (N, C, H, W), the adversarial images of all of them.
+        rows: (n,) int64 on the CPU, which ones.
+        device: the model's.
+    """
+
+    data: Data
+    x_adv: Tensor
+    rows: Tensor
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def y(self) -> Tensor:
+        """(n,) labels on the CPU."""
+        return self.data.y.cpu()[self.rows]
+
+    @property
+    def indices(self) -> Tensor:
+        """(n,) int64 on the CPU, the samples' own indices."""
+        return self.data.index[self.rows]
+
+    @property
+    def one(self) -> Tensor:
+        """(1, C, H, W), the first clean image, which has the shape, the type and the device of all."""
+        return self.take(slice(1)).x
+
+    def first(self, count: int) -> Samples:
+        """The first ones, at most ``count``."""
+        return replace(self, rows=self.rows[:count])
+
+    def take(self, place: slice) -> Batch:
+        """The samples in these places."""
+        rows = self.rows[place]
+        with torch.inference_mode(False):  # gradients are needed, whatever mode the caller is in
+            x, x_adv, y = (
+                take(part, rows.to(part.device)).to(self.device) for part in (self.data.x, self.x_adv, self.data.y)
+            )
+            return Batch(pixels(x), pixels(x_adv), y, self.data.index[rows], rows)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All samples, ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
 
 
 def choose_samples(
@@ -80,11 +130,8 @@ def choose_samples(
             f"x, y and x_adv must be of the same samples, got {tuple(x.shape)}, {tuple(y.shape)}, {tuple(x_adv.shape)}."
         )
     index = torch.arange(len(y)) if index is None else index.cpu()
-    rows = choose(y, index, limit, seed)
-    device = device_of(model, Data(x, y, index))
-    with torch.inference_mode(False):  # gradients are needed, whatever mode the caller is in
-        clean, adversarial, labels = (take(part, rows.to(part.device)).to(device) for part in (x, x_adv, y))
-        return Samples(pixels(clean), pixels(adversarial), labels, index[rows], rows)
+    data = Data(x, y, index)
+    return Samples(data, x_adv, choose(y, index, limit, seed), device_of(model, data))
 
 
 @contextmanager
