@@ -117,7 +117,7 @@ def _curves(ax: Axes, bracket: Bracket) -> None:
     hollow: dict[str, Any] = {"color": report.MUTED, "markerfacecolor": "none", "linestyle": "none", "markersize": 4}
     handles.append(Line2D([], [], marker="o", label="margin (colours: below)", **hollow))
     if (margin < floor).any():
-        handles.append(Line2D([], [], marker="v", label="margin below the axis", **hollow))
+        handles.append(Line2D([], [], marker="v", label="below the axis", **hollow))
     ax.set_xlim(0, len(bracket) + 1)
     ax.set_xlabel("samples, by worst-case margin drop")
     ax.set_ylabel("logit margin")

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from .. import report, run_folder
 from ..errors import UserError
@@ -164,7 +164,8 @@ def figure(curves: Sequence[Curve]) -> Figure:
         shown = shown if any(v is not None for curve in curves for v in curve.robust) else shown[:1]
         handles = [Line2D([], [], color=colour, label=name) for name, colour in shown]
         bottom.legend(handles=handles, loc="lower right", frameon=False, ncols=2)
-        bottom.set_xlabel("epoch (dot: the best by robust accuracy)")
+        bottom.set_xlabel("epoch" + " (dot: the best by robust accuracy)" * (len(shown) > 1))
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         for ax in (top, bottom):
             ax.spines[["right", "top"]].set_visible(False)
             ax.set_axisbelow(True)
