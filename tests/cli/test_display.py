@@ -876,3 +876,25 @@ def test_a_list_of_one_kind(holdfast_):
     assert (status, [line for line in out.splitlines() if not line.startswith(" ")]) == (0, ["heads", "models"])
     assert json.loads(holdfast_("list", "heads", "--json")[1]).keys() == {"heads"}
     assert "Did you mean 'heads'?" in refused(holdfast_("list", "head"))
+
+
+def test_a_report_under_names_of_the_users(holdfast_, tmp_path):
+    results.save(make_results([make_run("sce"), make_run("isce:s=10"), make_run("mmc")]), tmp_path)
+    asked = (
+        "report",
+        tmp_path,
+        "--latex",
+        tmp_path / "t.tex",
+        "--title",
+        "Worth",
+        "--label",
+        "isce:s=10=I-SCE, s = 10",
+    )
+    status, _, err = holdfast_(*map(str, asked), "--baseline", "isce:s=10", "--require", "isce:s=10: robust>=0.01")
+    assert status == 0, err
+    assert "<h1>Worth</h1>" in (tmp_path / "report.html").read_text()
+    table = (tmp_path / "t.tex").read_text()
+    assert "I-SCE, s = 10 & " in table
+    assert "difference in robust accuracy to I-SCE, s = 10" in table
+    assert "isce" not in table
+    assert "unknown row 'scr'" in refused(holdfast_("report", str(tmp_path), "--label", "scr=x"))
