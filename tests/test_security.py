@@ -60,10 +60,23 @@ def test_no_code_of_the_hub_is_asked_for():
     ]
 
 
-def test_the_page_loads_nothing():
-    template = (ROOT / "src" / "holdfast" / "report" / "report.html.j2").read_text()
-    assert "default-src 'none'" in template
-    assert "<script" not in template
+def test_the_page_loads_nothing_and_runs_its_own_script_alone():
+    folder = ROOT / "src" / "holdfast" / "report"
+    template, script = (folder / "report.html.j2").read_text(), (folder / "page.js").read_text()
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src '{{ script.hash }}'" in template
+    assert template.count("<script") == 1  # its text is page.js, which holds nothing of a results file
+    assert "{{" not in script
+    for word in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval",
+        "Function(",
+        "fetch",
+        "import",
+    ):
+        assert word not in script, word
 
 
 @pytest.mark.parametrize("place", ["../secret", "/etc/hostname"])

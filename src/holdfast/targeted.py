@@ -358,7 +358,7 @@ def figure(found: TargetedMatrix, name: str = "") -> Figure:
 
 @typed
 def save(found: TargetedMatrix, folder: str | Path, name: str = "", about: dict[str, Any] | None = None) -> list[Path]:
-    """Write targeted.json, targeted.csv, targeted.svg and targeted.png.
+    """Write targeted.json, targeted.csv, targeted.svg, targeted.png and targeted.pdf.
 
     Args:
         found: the matrix.

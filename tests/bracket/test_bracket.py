@@ -207,7 +207,7 @@ def test_the_figure_shows_what_there_is(steep, truth, s, tmp_path):
     cert = None if found.s_cert is None else steep * found.s_cert
     found = dataclasses.replace(found, s_cert=cert, trained_s=s)
     files = save(found, tmp_path, "mine")
-    assert [file.name for file in files] == ["bracket.json", "bracket.svg", "bracket.png"]
+    assert [file.name for file in files] == ["bracket.json", "bracket.svg", "bracket.png", "bracket.pdf"]
     svg = files[1].read_text()
     assert "mine, linf 0.1" in svg
     for words, there in (("s_att", True), ("s*, exact", truth), ("s_cert, proved", truth), ("s = 2.2 in training", s)):
@@ -305,7 +305,7 @@ def test_it_is_written_whole_and_drawn(found, tmp_path):
     told = json.loads(files[0].read_text())
     assert told["sentence"] == sentence(found)
     assert all(path.stat().st_size > 1000 for path in files)
-    assert {path.suffix for path in files} == {".json", ".svg", ".png"}
+    assert {path.suffix for path in files} == {".json", ".svg", ".png", ".pdf"}
 
 
 def test_without_the_truth_the_bracket_is_wide(found, subject):

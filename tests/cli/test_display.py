@@ -77,7 +77,8 @@ def columns(line):
 
 def test_a_long_name_stands_whole_above_its_figures():
     runs = [proved(0.6, make_run(loss, robust=0.3)) for loss in LONG]
-    head, _, *lines = printed(make_results([*runs, proved(0.6, make_run("sce"))])).splitlines()
+    above, head, _, *lines = printed(make_results([*runs, proved(0.6, make_run("sce"))])).splitlines()
+    assert above.split() == ["robust"]
     for loss, name, figures in zip(LONG, lines[:6:2], lines[1:6:2], strict=True):
         assert name.rstrip() == loss
         assert re.match(r" +97\.0 +40\.0 +60\.0 +30\.0 \[23\.7, 36\.9\] +tight", figures)
@@ -558,7 +559,7 @@ def test_curves_answer_in_json_and_say_what_they_replace(trained, holdfast_):
     status, out, err = holdfast_("curves", folder, "--out", "drawn", "--json")
     assert (status, err) == (0, "")
     answer = json.loads(out)
-    assert answer["files"] == ["drawn/curves.svg", "drawn/curves.png"]
+    assert answer["files"] == ["drawn/curves.svg", "drawn/curves.png", "drawn/curves.pdf"]
     assert answer["replaced"] == []
     assert len(answer["curves"][0]["history"]) == 1
     status, out, err = holdfast_("curves", folder, "--out", "drawn", "-q")
@@ -858,3 +859,42 @@ def test_a_note_is_printed_once_and_other_warnings_as_they_are(monkeypatch, caps
     note(UserWarning("theirs"), UserWarning, "file.py", 1)
     assert capsys.readouterr().err.splitlines() == ["note: one", "note: two"]
     assert len(others) == 1
+
+
+@pytest.mark.parametrize(
+    ("terminal", "lines"), [(True, ["the last word is", "whole"]), (False, ["the last word is whole"])]
+)
+def test_a_sentence_is_broken_between_words_on_a_terminal_alone(terminal, lines):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    display.PlainConsole(file=stream, width=18).sentence("the last word is whole")
+    assert [line.rstrip() for line in stream.getvalue().splitlines()] == lines
+
+
+def test_a_list_of_one_kind(holdfast_):
+    status, out, _ = holdfast_("list", "heads", "models", "-q")
+    assert (status, [line for line in out.splitlines() if not line.startswith(" ")]) == (0, ["heads", "models"])
+    assert json.loads(holdfast_("list", "heads", "--json")[1]).keys() == {"heads"}
+    assert "Did you mean 'heads'?" in refused(holdfast_("list", "head"))
+
+
+def test_a_report_under_names_of_the_users(holdfast_, tmp_path):
+    results.save(make_results([make_run("sce"), make_run("isce:s=10"), make_run("mmc")]), tmp_path)
+    asked = (
+        "report",
+        tmp_path,
+        "--latex",
+        tmp_path / "t.tex",
+        "--title",
+        "Worth",
+        "--label",
+        "isce:s=10=I-SCE, s = 10",
+    )
+    status, _, err = holdfast_(*map(str, asked), "--baseline", "isce:s=10", "--require", "isce:s=10: robust>=0.01")
+    assert status == 0, err
+    assert "<h1>Worth</h1>" in (tmp_path / "report.html").read_text()
+    table = (tmp_path / "t.tex").read_text()
+    assert "I-SCE, s = 10 & " in table
+    assert "difference in robust accuracy to I-SCE, s = 10" in table
+    assert "isce" not in table
+    assert "unknown row 'scr'" in refused(holdfast_("report", str(tmp_path), "--label", "scr=x"))

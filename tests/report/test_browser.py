@@ -38,7 +38,7 @@ def browse(page, folder, *flags):
 
 
 def words(dom):
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style.*?</style>", "", dom, flags=re.S)))
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<(style|script).*?</\1>", "", dom, flags=re.S)))
 
 
 def test_the_page_opens_from_disk_and_asks_for_nothing(tmp_path):
@@ -66,8 +66,47 @@ def test_markup_in_class_names_is_text_to_a_browser(tmp_path):
     dom, console, asked = browse(report.render(results, tmp_path / "report.html"), tmp_path)
     assert console == []
     assert asked == set()
-    assert "<script" not in dom
+    assert dom.count("<script") == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in dom
+
+
+def used(page, folder, script):
+    """The DOM after a script that acts as a reader does; the page's policy allows none but its own."""
+    acted = folder / "acted.html"
+    html = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    acted.write_text(html.replace("</body>", f"<script>{script}</script></body>"))
+    dom, console, _ = browse(acted, folder)
+    assert console == []
+    return dom
+
+
+def shown_rows(dom):
+    """Labels of the rows that the main table shows, in order."""
+    table = re.search(r'<table class="main.*?</table>', dom, re.S)[0]
+    return [re.search('data-row="([^"]*)"', tag)[1] for tag in re.findall("<tr[^>]*>", table) if "data-row" in tag
+            and "hidden" not in tag]  # fmt: skip
+
+
+def test_a_click_on_a_heading_sorts_and_what_is_void_stays_last(tmp_path):
+    runs = [make_run("b", robust=0.2), make_run("void", status="void"), make_run("a", robust=0.35)]
+    page = report.render(make_results([*runs, make_run("c", robust=0.05)]), tmp_path / "report.html")
+    robust = "[...document.querySelectorAll('.main th button')].find(b => b.textContent == 'robust').click();"
+    assert shown_rows(used(page, tmp_path, "")) == ["b", "void", "a", "c"]
+    assert shown_rows(used(page, tmp_path, robust)) == ["a", "b", "c", "void"]
+    assert shown_rows(used(page, tmp_path, 2 * robust)) == ["c", "b", "a", "void"]
+    assert shown_rows(used(page, tmp_path, "document.querySelector('.main th button').click()"))[0] == "a"
+
+
+def test_words_in_the_box_leave_the_rows_that_have_them(tmp_path):
+    losses = ["sce", *(f"isce:s={i}" for i in (1, 3, 10)), *(f"isce:s={i}@cosine" for i in (1, 3, 10))]
+    type_in = "const box = document.querySelector('input'); box.value = 'COSINE s=1'; "
+    type_in += "box.dispatchEvent(new Event('input'));"
+    many = report.render(make_results([make_run(loss) for loss in [*losses, "mmc"]]), tmp_path / "many.html")
+    dom = used(many, tmp_path, type_in)
+    assert shown_rows(dom) == ["isce:s=1@cosine", "isce:s=10@cosine"]
+    assert "2 of 8 rows in all tables" in words(dom)
+    few = report.render(make_results([make_run(loss) for loss in losses]), tmp_path / "few.html")
+    assert "<input" not in browse(few, tmp_path)[0]
 
 
 def test_print_shows_every_run_and_no_table_is_cut_off(tmp_path):

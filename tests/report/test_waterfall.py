@@ -125,7 +125,7 @@ def test_the_table_fits_a_terminal(faulty):
 
 def test_the_figure_shows_every_step_with_its_number(faulty, tmp_path):
     paths = waterfall.save(faulty[0], tmp_path)
-    assert [path.name for path in paths] == ["waterfall.svg", "waterfall.png"]
+    assert [path.name for path in paths] == ["waterfall.svg", "waterfall.png", "waterfall.pdf"]
     svg = paths[0].read_text()
     for step in waterfall.steps(faulty[0]):
         assert heading(step.name) in svg

@@ -242,7 +242,7 @@ def test_pgd50_on_a_sample_says_how_many(tmp_path):
     assert (row.pgd50_n, row.pgd50.value) == (50, sum(column) / 50)
     robust = whole.runs[0].samples.robust[:50]
     assert row.pgd50_excess.value == sum(p and not r for p, r in zip(column, robust, strict=True)) / 50
-    assert R.markdown(whole).startswith("| loss | clean | PGD-50, n=50 | verdict |")
+    assert R.markdown(whole).startswith("| loss | clean | PGD-50, n=50 | PGD-50 verdict |")
     table = list(csv_module.DictReader(R.csv(whole).splitlines()))
     assert (table[0]["pgd50_n"], table[0]["n"]) == ("50", "200")
 
@@ -250,7 +250,7 @@ def test_pgd50_on_a_sample_says_how_many(tmp_path):
 def test_pgd50_left_out_has_no_column(tmp_path):
     whole = make_results([sampled(make_run(), 0)])
     assert R.load(R.save(whole, tmp_path)) == whole
-    assert R.markdown(whole).startswith("| loss | clean | robust, 95% | verdict |")
+    assert R.markdown(whole).startswith("| loss | clean | robust, 95% | robust verdict |")
     table = list(csv_module.DictReader(R.csv(whole).splitlines()))
     assert (table[0]["pgd50"], table[0]["pgd50_verdict"]) == ("", "")
     assert "pgd50_n" not in table[0]
@@ -494,7 +494,7 @@ def test_load_refuses_an_older_schema_and_says_what_to_rerun(tmp_path, schema, c
 def test_certified_has_a_column_before_robust_where_a_run_has_it():
     runs = [proved(0.12), make_run("mmc")]
     head, _, first, second = R.markdown(make_results(runs)).splitlines()
-    assert head == "| loss | clean | PGD-50 | certified | robust, 95% | verdict |"
+    assert head == "| loss | clean | PGD-50 | certified | robust, 95% | robust verdict |"
     assert first == "| sce | 97.0 | 40.0 | 12.0 | 30.0 [23.7, 36.9] | tight |"
     assert "| 40.0 | - | 30.0 [23.7, 36.9] |" in second
     assert "certified" in _printed(make_results(runs))
@@ -568,7 +568,7 @@ def test_cells_have_a_column_for_each_attack():
     runs = [proved(0.05, **PROTOCOLS), proved(None, make_run("isce:s=4.6", status="loose"), **PROTOCOLS)]
     head, *lines = R.cells(R.rows(make_results(runs)))
     others = [name for name in PROTOCOLS if name != "pgd50"]
-    assert head == ("loss", "clean", "PGD-50", *others, "certified", "robust, 95%", "verdict")
+    assert head == ("loss", "clean", "PGD-50", *others, "certified", "robust, 95%", "robust verdict")
     figures = (R.percent(PROTOCOLS["pgd50"]), *(R.percent(PROTOCOLS[name]) for name in others))
     assert lines[0] == ("sce", "97.0", *figures, "5.0", "30.0 [23.7, 36.9]", "tight")
     assert lines[1][-3:] == ("-", "<= 30.0 [23.7, 36.9]", "loose")
@@ -589,12 +589,12 @@ def test_cells_show_a_column_only_where_a_row_has_a_value():
         "loss",
         "clean",
         "PGD-50",
-        "verdict",
+        "PGD-50 verdict",
         "cw",
         "PGD-50, train loss",
         "certified",
         "robust, 95%",
-        "verdict",
+        "robust verdict",
     )
     assert first == ("sce", "97.0", "40.0", "-10.0 refuted", "41.0", "35.0", "10.0", "30.0 [23.7, 36.9]", "tight")
     assert second[3:] == ("-", "-", "-", "-", "30.0 [23.7, 36.9]", "-")

@@ -74,5 +74,5 @@ def test_the_figure_draws_every_number_of_the_log(tmp_path):
     assert list(robust.get_ydata()) == pytest.approx([30, 60, 45])
     assert (list(best.get_xdata()), list(best.get_ydata())) == ([2], pytest.approx([60]))
     files = curves.save([curve], tmp_path)
-    assert [path.name for path in files] == ["curves.svg", "curves.png"]
+    assert [path.name for path in files] == ["curves.svg", "curves.png", "curves.pdf"]
     assert "mathdefault" not in files[0].read_text()

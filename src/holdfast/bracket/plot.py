@@ -114,10 +114,13 @@ def _curves(ax: Axes, bracket: Bracket) -> None:
         for rows, mark in ((here & (margin >= floor), "o"), (here & (margin < floor), "v")):  # v: below the axis
             dots: dict[str, Any] = {"s": size, "color": colour, "edgecolors": report.PAPER, "linewidths": 0.5}
             ax.scatter(at[rows], np.maximum(margin[rows], floor), marker=mark, clip_on=False, zorder=3, **dots)
-    handles.append(Line2D([], [], color=report.CLEAN, marker="o", linestyle="none", markersize=4, label="margin"))
+    hollow: dict[str, Any] = {"color": report.MUTED, "markerfacecolor": "none", "linestyle": "none", "markersize": 4}
+    handles.append(Line2D([], [], marker="o", label="margin (colours: below)", **hollow))
+    if (margin < floor).any():
+        handles.append(Line2D([], [], marker="v", label="below the axis", **hollow))
     ax.set_xlim(0, len(bracket) + 1)
     ax.set_xlabel("samples, by worst-case margin drop")
-    ax.set_ylabel("units of the logits")
+    ax.set_ylabel("logit margin")
     ax.spines[["right", "top"]].set_visible(False)
     ax.tick_params(length=3, width=0.8)
     ax.tick_params(axis="y", which="minor", length=2, width=0.6, color=RULE)
@@ -162,7 +165,7 @@ def _shares(ax: Axes, bracket: Bracket) -> None:
 
 @typed
 def save(bracket: Bracket, folder: str | Path, name: str = "") -> list[Path]:
-    """Write bracket.json, bracket.svg and bracket.png.
+    """Write bracket.json, bracket.svg, bracket.png and bracket.pdf.
 
     Args:
         bracket: The result of ``holdfast.bracket.bracket``.
@@ -170,7 +173,7 @@ def save(bracket: Bracket, folder: str | Path, name: str = "") -> list[Path]:
         name: The network's name, for the figure's title.
 
     Returns:
-        The three files.
+        The four files.
     """
     text = json.dumps(without_nan({**bracket.describe(), "sentence": sentence(bracket)}))
     drawn = report.write_figure(figure(bracket, name), folder, "bracket")

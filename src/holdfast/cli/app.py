@@ -100,7 +100,7 @@ def main() -> None:
                 sys.exit(130)
             raise
         except UserError as error:
-            errors.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+            errors.sentence(Text.assemble(("error:", "bold red"), f" {error}"))
             sys.exit(2)
 
 
@@ -113,7 +113,7 @@ def _notes(show: Callable[..., None]) -> Callable[..., None]:
             show(message, category, *where, **stream)
         elif str(message) not in said:
             said.add(str(message))
-            errors.print(Text.assemble(("note:", "bold yellow"), f" {message}"), soft_wrap=True)
+            errors.sentence(Text.assemble(("note:", "bold yellow"), f" {message}"))
 
     return note
 

@@ -147,7 +147,7 @@ def _accuracy(subject: Any, threat: str, folder: Path, **settings: Any) -> Any:
             print_json(files[0].read_text())
             return
         screen.print(table(found), soft_wrap=True)
-        screen.print(sentence(found), soft_wrap=True)
+        screen.sentence(sentence(found))
         say_files([*files], quiet, as_json)
 
     return show, [row(found, subject.row_name)]
@@ -163,7 +163,7 @@ def _margins(subject: Any, threat: str, folder: Path, **settings: Any) -> Any:
         if as_json:
             print_json(files[0].read_text())
             return
-        screen.print(sentence(answer), soft_wrap=True)
+        screen.sentence(sentence(answer))
         say_files([*files], quiet, as_json)
 
     return show, []
@@ -190,7 +190,7 @@ def _property(model: str, vnnlib: Path, budget: str, out: Path | None, seed: int
     if as_json:
         print_json(asdict(answer))
     else:
-        screen.print(answer.text(), soft_wrap=True)
+        screen.sentence(answer.text())
     if answer.why:
-        errors.print(answer.why, soft_wrap=True)
+        errors.sentence(answer.why)
     raise typer.Exit(STATUS[answer.verdict])

@@ -187,7 +187,7 @@ def run_evaluation(
             check_names(gate, [subject.row_name])
             check_bounds(gate, why_unbounded(subject) if gate.needs("certified") else "")
         for note in getattr(subject.model, "notes", ()) if first and not quiet else ():
-            errors.print(note, soft_wrap=True)
+            errors.sentence(note)
         results = evaluate_model(
             subject,
             threat,
@@ -233,7 +233,7 @@ def run_transforms(
         subject = open_subject(device=best_device(device))
         check_names(gate, [subject.row_name])
         for note in getattr(subject.model, "notes", ()) if not quiet else ():
-            errors.print(note, soft_wrap=True)
+            errors.sentence(note)
         results = evaluate_transforms(
             subject, threat, folder, seed=seed, batch_size=batch_size,
             progress=partial(display.progress, subject.name), command=command_line(),
@@ -246,7 +246,7 @@ def say_precision(results: Results, precision: float) -> None:
     from ..results import precision_text
 
     if said := precision_text(results, precision):
-        errors.print(said, soft_wrap=True)
+        errors.sentence(said)
 
 
 def say_files(files: list[Path | OutputFile], quiet: bool, as_json: bool) -> None:
@@ -269,12 +269,12 @@ def show(results: Results, as_json: bool) -> None:
         screen.print()
     screen.print(table(results))
     for line in doubts(results):
-        screen.print(line, soft_wrap=True)
-    screen.print(reporting.finding(results), soft_wrap=True)
+        screen.sentence(line)
+    screen.sentence(reporting.finding(results))
     for line in significance(results):
-        screen.print(line, soft_wrap=True)
+        screen.sentence(line)
     if proved := bracket_text(results):
-        screen.print(proved, soft_wrap=True)
+        screen.sentence(proved)
 
 
 def percent_text(value: float | None) -> str:

@@ -39,5 +39,5 @@ def curves(
         print_json({"curves": plain, **file_lists(placed)})
         return
     for curve in curves:
-        screen.print(training.sentence(curve), soft_wrap=True)
+        screen.sentence(training.sentence(curve))
     say(placed, quiet)

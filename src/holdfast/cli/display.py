@@ -58,8 +58,12 @@ class PlainConsole(Console):
         """Print as ``Console.print``, each text made plain."""
         super().print(*(plain(one) if isinstance(one, str) else one for one in objects), **more)
 
+    def sentence(self, text: Any) -> None:
+        """Print a sentence: broken between words on a terminal, elsewhere one line, so that it can be searched."""
+        self.print(text, soft_wrap=not is_terminal(self.file))
 
-def console(stderr: bool = False) -> Console:
+
+def console(stderr: bool = False) -> PlainConsole:
     """A console without markup (text may contain users' paths and names), with colours as ``coloured`` decides.
 
     rich on its own takes FORCE_COLOR for a terminal and draws bars into a log, and keeps bold text under NO_COLOR.

@@ -102,7 +102,7 @@ def evaluate(
     results, page, uncertified = answer
     show(results, as_json)
     if uncertified and not as_json:
-        screen.print(uncertified, soft_wrap=True)
+        screen.sentence(uncertified)
     say_files([folder / "results.json", page], quiet, as_json)
     apply_gate(gate, rows(results), quiet, as_json)
 

@@ -63,7 +63,7 @@ def explain(
         print_json([{**asdict(step), "accuracy": step.accuracy} for step in waterfall.steps(explained)])
     else:
         screen.print(waterfall.table(explained))
-        screen.print(waterfall.sentence(explained), soft_wrap=True)
+        screen.sentence(waterfall.sentence(explained))
         if uncertified:
-            screen.print(uncertified, soft_wrap=True)
+            screen.sentence(uncertified)
     say_files([*figures, page], quiet, as_json)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import textwrap
 from typing import Annotated
 
+import typer
+
+from ..errors import unknown
 from . import options as o
 from .app import app, exits
 from .common import print_json
@@ -14,17 +17,24 @@ from .options import option
 
 @app.command(name="list", rich_help_panel="Look", epilog=exits())
 def list_names(
+    kinds: Annotated[
+        list[str] | None, typer.Argument(help="Only these: losses, attacks, models. Default: all.")
+    ] = None,
     quiet: Annotated[bool, option("Print names only.", "--quiet", "-q")] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """List losses, heads, attacks, corruptions, objectives, sources of s, models, data sets, checks and recipes."""
     from .catalogue import catalogue
 
-    kinds = catalogue()
+    known = catalogue()
+    for kind in kinds or ():
+        if kind not in known:
+            raise unknown("kind", kind, known)
+    chosen = {kind: known[kind] for kind in kinds or known}
     if as_json:
-        print_json({kind: sorted(names) for kind, names in kinds.items()})
+        print_json({kind: sorted(names) for kind, names in chosen.items()})
         return
-    for kind, names in kinds.items():
+    for kind, names in chosen.items():
         screen.print(kind, style="bold")
         width = max((len(name) for name in names), default=0)
         for name, about in names.items():

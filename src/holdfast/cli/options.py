@@ -205,7 +205,8 @@ Page = Annotated[
     option("An .html file, or a folder. Default: report.html beside the first results file.", "--out", "-o"),
 ]
 Figures = Annotated[
-    Path | None, option("Folder for every figure as SVG and PNG, and the tables as CSV, LaTeX and Markdown.")
+    Path | None,
+    option("Folder for every figure as SVG, PNG and PDF, their captions, and the tables as CSV, LaTeX and Markdown."),
 ]
 OWN_DATA = "Your own data"
 ImageColumn = Annotated[

@@ -46,6 +46,11 @@ def report(
     baseline: Annotated[
         str, option("The row that others are tested against, by its loss or label. Default: the first row.")
     ] = "",
+    title: Annotated[str, option("Title of the page and of the table's caption. Default: the name of the data.")] = "",
+    label: Annotated[
+        list[str] | None,
+        option("Show TEXT for a row, ROW=TEXT: 'isce:s=10=I-SCE, s = 10'. ROW is its loss or label. Repeatable."),
+    ] = None,
     require: o.Require = None,
     junit: o.Junit = None,
     quiet: o.Quiet = False,
@@ -79,14 +84,16 @@ def report(
         names = {name for row in measured for name in (row.label, row.loss)}
         if baseline and baseline not in names:
             raise unknown("row of --baseline", baseline, names)
+        shown = reporting.named(loaded, title, dict(reporting.parse_label(one, sorted(names)) for one in label or ()))
+        baseline = _new_name(loaded, shown, baseline)
     with working("drawing", quiet or as_json), read():
         repeats, by_data = describe_repeats(results, loaded), parts(results, loaded)
-        placed = [page(loaded, target, baseline)]
+        placed = [page(shown, target, baseline)]
         if figures is not None:
-            draw = partial(reporting.figures, loaded, baseline=baseline)
+            draw = partial(reporting.figures, shown, baseline=baseline)
             placed += write_files(draw, figures, "--figures")
         if latex is not None:
-            text = reporting.latex_tables(loaded, baseline)
+            text = reporting.latex_tables(shown, baseline)
             placed += write_files(lambda stage: [written(stage / latex.name, text)], latex.parent, "--latex")
     if as_json:
         print_json({"page": str(target), **file_lists(placed), "parts": by_data, "repeated": repeats})
@@ -111,6 +118,16 @@ def _rows(loaded: Sequence[Results]) -> list[Row]:
     found = [(row, str(part.data.get("name", ""))) for part in reporting.merged(loaded) for row in rows(part)]
     taken = Counter(row.label for row, _ in found)
     return [replace(row, label=f"{row.label} ({name})") if taken[row.label] > 1 else row for row, name in found]
+
+
+def _new_name(before: Sequence[Results], after: Sequence[Results], name: str) -> str:
+    """The label of a row after its renaming; other names are as they were."""
+    from .. import report as reporting
+    from ..results import rows
+
+    both = zip(reporting.merged(before), reporting.merged(after), strict=True)
+    renamed = {old.label: new.label for a, b in both for old, new in zip(rows(a), rows(b), strict=True)}
+    return renamed.get(name, name)
 
 
 def _check(gate: Gate, measured: Sequence[Row]) -> None:

@@ -68,5 +68,5 @@ def targeted(
         print_json(files[0].read_text())
     else:
         screen.print(table(found, subject.name))
-        screen.print(sentence(found), soft_wrap=True)
+        screen.sentence(sentence(found))
         say_files([*files], quiet, as_json)

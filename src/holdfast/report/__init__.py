@@ -21,8 +21,10 @@ from .figures import (
     style,
     write_figure,
 )
+from .merge import identity, merged
+from .naming import named, parse_label
 from .panels import draw_eps, fading
-from .render import figure, figures, identity, latex_tables, merged, render
+from .render import figure, figures, latex_tables, render
 from .summary import (
     ClassAccuracy,
     EpsCurve,
@@ -38,6 +40,6 @@ from .summary import (
 __all__ = [
     "CERTIFIED", "CLEAN", "DEAD_ALL", "DEAD_TRUE", "INK", "LOST", "MUTED", "PAPER", "PGD50", "ROBUST", "RULE",
     "WIDTH", "ClassAccuracy", "EpsCurve", "PerClass", "RegionTable", "axes", "confusion", "draw_eps", "eps_curves",
-    "fading", "figure", "figures", "finding", "identity", "latex_tables", "merged", "per_class", "percent_axis",
-    "region_table", "render", "short", "style", "write_figure",
+    "fading", "figure", "figures", "finding", "identity", "latex_tables", "merged", "named", "parse_label",
+    "per_class", "percent_axis", "region_table", "render", "short", "style", "write_figure",
 ]  # fmt: skip

@@ -45,8 +45,9 @@ WIDTH = 5.6
 def style() -> Iterator[None]:
     """A context in which figures are drawn and written: fonts, colours, reproducible SVG."""
     settings: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": "holdfast", "text.parse_math": False, "font.family": "sans-serif",
-        "font.size": 8, "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": INK,
+        "svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "holdfast", "text.parse_math": False,
+        "font.family": "sans-serif", "font.size": 8, "text.color": INK, "axes.labelcolor": MUTED,
+        "xtick.color": MUTED, "ytick.color": INK,
         "axes.edgecolor": RULE, "axes.linewidth": 0.8, "axes.facecolor": "none",
     }  # fmt: skip
     with mpl.rc_context(settings), warnings.catch_warnings():
@@ -91,9 +92,28 @@ def percent_axis(ax: Axes, what: str, most: float = 100) -> None:
 
 
 def short(text: str, most: int = 64) -> str:
-    """Text on one line, cut to ``most`` characters; what cannot be printed becomes a question mark."""
+    """Text on one line, its middle cut out beyond ``most`` characters; what cannot be printed is a question mark.
+
+    >>> short("isce:s=10+adversarial:steps=5", 20)
+    'isce:s=10+…l:steps=5'
+    """
     text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    end = (most - 1) // 2
+    return text if len(text) <= most else text[: most - 1 - end] + "…" + text[len(text) - end :]
+
+
+def two_lines(text: str, most: int = 26) -> str:
+    """A name for a narrow panel: on two lines where it is longer than ``most``, broken after a separator.
+
+    >>> two_lines("isce:s=10+adversarial:steps=5,ramp=0.3")
+    'isce:s=10+adversarial:\\nsteps=5,ramp=0.3'
+    """
+    text = short(text, 2 * most - 4)  # lines break before they are full
+    ends = [found.end() for found in re.finditer("[-+@,:/ ]+", text) if len(text) - most <= found.end() <= most]
+    if len(text) <= most:
+        return text
+    end = max(ends, default=most)
+    return f"{text[:end].rstrip()}\n{text[end:]}"
 
 
 def draw_accuracy(results: Results) -> Figure:
@@ -141,7 +161,8 @@ def draw_stages(results: Results) -> Figure | None:
     shown = [(row, stages) for row, stages in shown if stages]
     if not shown:
         return None
-    names = list(dict.fromkeys(stage.name for _, stages in shown for stage in stages if stage.broken))
+    broken = {stage.name for _, stages in shown for stage in stages if stage.broken}
+    names = [name for name in dict.fromkeys(s.name for _, stages in shown for s in stages) if name in broken]
     ramp = mpl.colormaps["YlOrRd"](np.linspace(0.25, 0.95, max(2, len(names))))
     colours = {"misclassified": CLEAN, **{n: to_hex(c) for n, c in zip(names, ramp, strict=False)}, "robust": ROBUST}
     figure, ax = axes(len(shown), 0.5, 0.1 + 0.17 * math.ceil((len(names) + 2) / 3))
@@ -150,7 +171,7 @@ def draw_stages(results: Results) -> Figure | None:
         wrong = round((1 - row.clean.value) * n)
         parts = {"misclassified": wrong, **{stage.name: stage.broken for stage in stages if stage.broken}}
         parts["robust"] = max(0, n - sum(parts.values()))
-        ax.text(0, i + 0.3, short(row.label, 34), va="center", fontweight="bold")
+        ax.text(0, i + 0.3, short(row.label, 48), va="center", fontweight="bold")
         cost = f"{sum(stage.passes for stage in stages) / n:,.0f} passes per sample"
         ax.text(100, i + 0.3, cost, va="center", ha="right", color=MUTED)
         left = 0.0
@@ -185,17 +206,17 @@ def draw_margins(results: Results) -> Figure | None:
     low = min(-1.0, *(c[1].min() for c in columns))
     high = max(2 * DEAD_ALL, *(c[1].max() for c in columns))
     edges = np.linspace(_log(low), _log(high), 81)
-    figure, ax = axes(len(columns), 0.62, 0.2)
+    figure, ax = axes(len(columns), 0.72, 0.2)
     for i, (row, margins, missing) in enumerate(columns):
         heights, _ = np.histogram(_log(margins), edges)
-        base, scale = i + 1.0, 0.62 / max(1, heights.max())
+        base, scale = i + 1.0, 0.5 / max(1, heights.max())
         ax.stairs(base - heights * scale, edges, baseline=base, fill=True, color=ROBUST, alpha=0.75, linewidth=0)
         ax.axhline(base, color=RULE, linewidth=0.8)
         some, every_one = (percent((margins > dead).mean()) for dead in (DEAD_TRUE, DEAD_ALL))
         infinite = f", {missing:,} without a finite margin" if missing else ""
         beyond = f"{some}% beyond {DEAD_TRUE:.1f}, {every_one}% beyond {DEAD_ALL:.0f}{infinite}"
-        ax.text(edges[0], i + 0.2, short(row.label, 36), va="center", fontweight="bold")
-        ax.text(edges[0], i + 0.45, beyond, va="center", color=MUTED, fontsize=7)
+        ax.text(edges[0], i + 0.16, short(row.label), va="center", fontweight="bold")
+        ax.text(edges[0], i + 0.37, beyond, va="center", color=MUTED, fontsize=7)
     for dead in (DEAD_TRUE, DEAD_ALL):
         ax.axvline(_log(dead), color=PGD50, linewidth=1, linestyle=(0, (4, 2)), zorder=3)
         name = f"{dead:.1f}" if dead < 100 else f"{dead:.0f}"
@@ -219,7 +240,7 @@ def draw_classes(results: Results) -> Figure | None:
     grid = np.array([[np.nan if v is None else 100 * v for v in one.robust] for one in classes])
     mesh = ax.pcolormesh(grid, cmap="Blues", vmin=0, vmax=100, edgecolors=PAPER, linewidth=1)
     ax.set_xticks(
-        [j + 0.5 for j in range(len(labels))], [short(label, 16) for label in labels], rotation=30, ha="right"
+        [j + 0.5 for j in range(len(labels))], [short(label, 24) for label in labels], rotation=30, ha="right"
     )
     ax.set_yticks([i + 0.5 for i in range(len(classes))], [short(one.name, 24) for one in classes])
     ax.invert_yaxis()
@@ -228,7 +249,7 @@ def draw_classes(results: Results) -> Figure | None:
 
 
 def write_figure(figure: Figure, dir: str | Path, name: str) -> list[Path]:
-    """Write a figure as SVG and PNG.
+    """Write a figure as SVG (its text stays text), PNG (300 dpi) and PDF (fonts embedded).
 
     Args:
         figure: what to write.
@@ -236,17 +257,16 @@ def write_figure(figure: Figure, dir: str | Path, name: str) -> list[Path]:
         name: file name without suffix.
 
     Returns:
-        The paths of ``name.svg`` and ``name.png``.
+        The paths of ``name.svg``, ``name.png`` and ``name.pdf``.
 
     Raises:
         UserError: a file cannot be written.
     """
     written = []
     with style():
-        for form in ("svg", "png"):
-            buffer = BytesIO()
-            meta = {"Date": None} if form == "svg" else {"Software": None}
-            figure.savefig(buffer, format=form, dpi=200, facecolor="white", metadata=meta)
+        for form, date in (("svg", "Date"), ("png", "Software"), ("pdf", "CreationDate")):
+            buffer = BytesIO()  # without its date, so that equal figures are equal files
+            figure.savefig(buffer, format=form, dpi=300, facecolor="white", metadata={date: None})
             written.append(write_atomic(Path(dir) / f"{name}.{form}", buffer.getvalue()))
     return written
 

@@ -16,13 +16,14 @@ from matplotlib.lines import Line2D
 
 from ..results import Results, corruption_tables, rows
 from ..user_input import typed
-from .figures import INK, MUTED, PGD50, RULE, WIDTH, legend, short
+from .figures import INK, MUTED, PAPER, PGD50, RULE, WIDTH, legend, short, two_lines
 from .summary import EpsCurve, class_name, confusion, eps_curves
 
 MOST_CLASSES, MOST_PANELS, MOST_POINTS, ACROSS = 20, 24, 120, 3
 # Okabe and Ito's eight, in an order that keeps neighbours apart.
 LINES = ("#0072b2", "#d98200", "#009e73", "#cc79a7", "#56b4e9", "#6b7684", "#4a3aa7", "#b8a400")
 CLASSES = (*LINES, "#d55e00", "#8c564b")
+EACH, MARKERS = 5, "osD^vP*"  # of curves: how many on each; colour and marker together differ up to 56 curves
 DASHED = (0, (2.5, 1.6))  # where a curve is in doubt
 
 
@@ -73,7 +74,7 @@ def draw_confusion(results: Results) -> Figure | None:
         ax.set_xticks(range(0, k, step), names[::step], fontsize=6, rotation=90 * (k > 10))
         ax.set_yticks(range(0, k, step), names[::step], fontsize=6)
         ax.tick_params(length=0, pad=1)
-        ax.set_title(short(shown[i][0], 30), fontsize=7, fontweight="bold", color=INK)
+        ax.set_title(two_lines(shown[i][0]), fontsize=7, fontweight="bold", color=INK)
         if i % ACROSS == 0:
             ax.set_ylabel("class", fontsize=7)
         ax.set_xlabel("prediction", fontsize=7, labelpad=1)
@@ -111,7 +112,7 @@ def draw_corruptions(results: Results) -> Figure | None:
         names = [kind.replace("_", " ") for kind in table.accuracy] if i % ACROSS == 0 else [""] * len(values)
         ax.set_yticks(range(len(values)), names, fontsize=6)
         ax.tick_params(length=0, pad=1)
-        ax.set_title(short(table.label, 30), fontsize=7, fontweight="bold", color=INK)
+        ax.set_title(two_lines(table.label), fontsize=7, fontweight="bold", color=INK)
         ax.set_xlabel("severity", fontsize=7, labelpad=1)
         for spine in ax.spines.values():
             spine.set_color(RULE)
@@ -137,13 +138,16 @@ def draw_eps(results: Results) -> Figure | None:
     for ax, (norm, curves) in zip(figure.subplots(len(norms), 1, squeeze=False)[:, 0], norms.items(), strict=True):
         most = 2 * max(curve.eps for curve in curves)
         handles = []
-        for curve, rgba in zip(curves, class_colours(len(curves)), strict=True):
-            colour = to_hex(rgba)
+        for i, curve in enumerate(curves):
+            colour, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
             styles = [_draw_curve(ax, curve, *part, colour) for part in _parts_of(curve, most)]
             handles.append(Line2D([], [], color=colour, label=_with_verdict(curve), linewidth=1.2,
-                                  linestyle="-" if "-" in styles else DASHED))  # fmt: skip
+                                  marker=marker, markersize=4, linestyle="-" if "-" in styles else DASHED))  # fmt: skip
+            at = [most * (k + (i + 0.5) / len(curves)) / EACH for k in range(EACH)]  # apart from those of other curves
+            ax.plot(at, [100 * curve.at(eps) for eps in at], marker, color=colour, markersize=3.5,
+                    markerfacecolor=PAPER, markeredgewidth=0.9, zorder=2.5)  # fmt: skip
             if curve.row.robust is not None:
-                ax.plot([curve.eps], [100 * curve.row.robust.value], "o", color=colour, markersize=4, zorder=3)
+                ax.plot([curve.eps], [100 * curve.row.robust.value], marker, color=colour, markersize=5, zorder=3)
         ax.set_xlim(0, most)
         ax.set_ylim(0, 100)
         ax.set_xlabel(f"eps, {norm}")
@@ -208,7 +212,7 @@ def draw_features(results: Results) -> Figure | None:
         for k in np.unique(y):
             ax.plot(*start[y == k].T, "o", color=to_hex(colours[k][:3]), markersize=2.4, markeredgewidth=0)
             ax.plot(*end[y == k].T, "x", color=to_hex(colours[k][:3]), markersize=2.6, markeredgewidth=0.7)
-        ax.set_title(short(row.label, 30), fontsize=7, fontweight="bold", color=INK)
+        ax.set_title(two_lines(row.label), fontsize=7, fontweight="bold", color=INK)
         ax.set_xticks([])
         ax.set_yticks([])
         if projection.exact:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import jinja2
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from ..errors import UserError, plain, printable, unknown
+from ..errors import UserError, plain, unknown
 from ..io import write_atomic
 from ..results import (
     CheckResult,
@@ -41,10 +43,11 @@ from ..results import (
     status_text,
 )
 from ..results.corruptions import CORRUPTIONS
+from ..results.rows import WORST_FIRST
+from ..results.text import holds_words
 from ..user_input import typed
+from .captions import captions, captions_text
 from .figures import (
-    DEAD_ALL,
-    DEAD_TRUE,
     draw_accuracy,
     draw_classes,
     draw_margins,
@@ -53,15 +56,17 @@ from .figures import (
     style,
     write_figure,
 )
+from .merge import merged
+from .opening import answers, assumed, facts, page_title
 from .panels import draw_confusion, draw_corruptions, draw_eps, draw_features
 from .summary import (
-    RegionTable,
     class_name,
     eps_curves,
     finding,
     frequent_confusions,
     per_class,
     proof_table,
+    region_parts,
     region_table,
     runs_of,
     stage_totals,
@@ -69,9 +74,7 @@ from .summary import (
 from .sweep import draw_sweeps
 
 EXAMPLES, EXAMPLE_BYTES, CLASSES = 6, 3_000_000, 20
-ASSUMED = 20  # sentences on data and network that a page shows
 WHOLE = 12  # a name of at most this length stays on one line
-REGION_COLUMNS = 5  # a page has room for this many
 
 
 @typed
@@ -97,6 +100,9 @@ def render(
     parts = [_part(r, f"p{i}-", baseline) for i, r in enumerate(merged(sources)) if r.runs]
     if not parts:
         raise UserError("there are no runs to report. Give results that hold at least one.")
+    titles = Counter(part["title"] for part in parts)
+    for part in parts:
+        part["title"] += f": {part['data']}" if titles[part["title"]] > 1 and part["data"] != part["title"] else ""
     page = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -110,10 +116,13 @@ def render(
         "verdict": lambda row: status_text(row.status, row.status_seeds, len(row.runs)),
         "p": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}",
         "name": breakable,
+        "words": holds_words,
+        "names": breakable_words,
         "points": lambda v: f"{100 * v:+.1f}".replace("-", "−"),
     }
     html = page.get_template("report.html.j2").render(
-        parts=parts, sources=[_source(r) for r in sources], dead=(f"{DEAD_TRUE:.1f}", f"{DEAD_ALL:.0f}"))  # fmt: skip
+        parts=parts, sources=[_source(r) for r in sources],
+        script=_script(), ranks={"": -1, **{word: rank for rank, word in enumerate(WORST_FIRST)}})  # fmt: skip
     path = Path(path)
     return write_atomic(path / "report.html" if path.is_dir() or not path.suffix else path, html)
 
@@ -147,7 +156,10 @@ def figure(results: Results, kind: str = "accuracy") -> Figure | None:
 
 @typed
 def figures(results_list: Results | Sequence[Results], dir: str | Path, baseline: str = "") -> list[Path]:
-    """Write each figure that the data allow as SVG (text stays text) and PNG, and the table as CSV, LaTeX and Markdown.
+    """Write each figure that the data allow, their captions, and the table as CSV, LaTeX and Markdown.
+
+    Figures are 5.6 inches wide: SVG (text stays text), PNG (300 dpi) and PDF (fonts embedded). captions.md has a
+    caption for each that stands alone.
 
     Args:
         results_list: one or several Results. Those of different data sets get subfolders named after the data.
@@ -165,11 +177,12 @@ def figures(results_list: Results | Sequence[Results], dir: str | Path, baseline
     for i, part in enumerate(parts):
         name = re.sub(r"\W+", "-", str(part.data.get("name", "data"))).strip("-")
         folder = Path(dir) if len(parts) == 1 else Path(dir) / f"{i + 1}-{name}"
-        for kind in FIGURES:
-            drawn = figure(part, kind)
-            if drawn is not None:
-                written += write_figure(drawn, folder, kind)
+        figures_drawn = {kind: drawn for kind in FIGURES if (drawn := figure(part, kind)) is not None}
+        for kind, drawn in figures_drawn.items():
+            written += write_figure(drawn, folder, kind)
         if part.runs:
+            text = captions_text(part, rows(part), list(figures_drawn))
+            written.append(write_atomic(folder / "captions.md", text))
             base = _in(part, baseline)
             texts = {"csv": csv(part, base), "tex": latex(part, base), "md": markdown(part)}
             written += [write_atomic(folder / f"table.{end}", text) for end, text in texts.items()]
@@ -196,38 +209,29 @@ def _in(part: Results, baseline: str) -> str:
     return baseline if has_row(part, baseline) else ""
 
 
-@typed
-def identity(results: Results) -> str:
-    """A key that is equal for results of the same data set: name, fingerprint and class names."""
-    return repr([results.data.get(key) for key in ("name", "fingerprint", "classes")])
-
-
-@typed
-def merged(sources: Sequence[Results]) -> list[Results]:
-    """One Results per data set; a run that is given twice counts once."""
-    groups: dict[str, Results] = {}
-    for r in sources:
-        key = identity(r)
-        before = groups.get(key)
-        new = r.runs if before is None else (*before.runs, *(run for run in r.runs if run not in before.runs))
-        notes = [one for part in (before, r) if part for one in part.data.get("notes") or ()]
-        data = {**(before or r).data, **({"notes": list(dict.fromkeys(map(str, notes)))} if notes else {})}
-        groups[key] = dataclasses.replace(before or r, runs=new, data=data)
-    return list(groups.values())
+def _script() -> dict[str, Markup | str]:
+    """The page's script, and its hash for the policy of the page, which allows no other."""
+    text = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
+    return {"text": Markup(text), "hash": "sha256-" + b64encode(sha256(text.encode()).digest()).decode()}
 
 
 def _part(results: Results, prefix: str, baseline: str) -> dict[str, Any]:
     """What the template shows of one data set; ``prefix`` keeps the ids of its figures apart."""
-    shown = rows(results)
+    shown, base = rows(results), _in(results, baseline)
     classes = per_class(results)
     lowest = sorted(classes.classes, key=lambda one: sum(v or 0 for v in one.robust))[:CLASSES]
     return {
-        "title": str(results.data.get("name", "not recorded")),
-        "facts": _facts(results, shown),
-        "assumed": _assumed(results),
+        "title": page_title(results, shown),
+        "data": str(results.data.get("name", "")),
+        "prefix": prefix,
+        "contents": [],
+        "answers": answers(results, shown),
+        "facts": facts(results, shown),
+        "assumed": assumed(results),
         "finding": finding(results),
         "rows": shown,
         "notes": caption_notes(shown),
+        "captions": captions(results, shown),
         "certified": any_certified(shown),
         "pgd50": any(row.pgd50 for row in shown),
         "searched": any(row.norm != CORRUPTIONS for row in shown),
@@ -247,12 +251,20 @@ def _part(results: Results, prefix: str, baseline: str) -> dict[str, Any]:
         "eps_notes": _eps_notes(results),
         "features": inline(draw_features, results, prefix + "f"),
         "exact": any(run.projection is not None and run.projection.exact for run in results.runs),
-        "regions": _fitting(region_table(results)),
+        "regions": region_parts(region_table(results)),
         "confusion": inline(draw_confusion, results, prefix + "w"),
         "frequent_confusions": frequent_confusions(results),
         "examples": _examples(results, shown),
-        "comparisons": compare_rows(results, _in(results, baseline)),
-        "significance": significance(results, _in(results, baseline)),
+        "comparisons": compare_rows(results, base),
+        "significance": significance(results, base),
+        "texts": [
+            ("LaTeX", latex(results, base)),
+            ("CSV", csv(results, base)),
+            ("Markdown", markdown(results)),
+        ],
+        "check_sources": list(
+            dict.fromkeys((c.name, c.source, c.track_record) for r in results.runs for c in r.checks)
+        ),
         "runs": [
             {
                 "run": r,
@@ -283,42 +295,15 @@ def breakable(name: str) -> Markup:
     return Markup("<wbr>").join(map(escape, parts))
 
 
-def _fitting(table: RegionTable) -> list[RegionTable]:
-    """A wide table as several of equal width, with at most REGION_COLUMNS columns each."""
-    count = len(table.columns)
-    if not count:
-        return []
-    wide = math.ceil(count / math.ceil(count / REGION_COLUMNS))
-    cuts = [slice(start, start + wide) for start in range(0, count, wide)]
-    return [
-        RegionTable(table.columns[cut], {measure: cells[cut] for measure, cells in table.lines.items()}) for cut in cuts
-    ]
+def breakable_words(text: str) -> Markup:
+    """A sentence that holds names of losses: the long ones are ``breakable``.
 
-
-def _facts(results: Results, shown: Sequence[Row]) -> list[tuple[str, str]]:
-    """The lines below the title; those that are not recorded are left out."""
-    shape, classes = results.data.get("shape"), results.data.get("classes")
-    samples = " or ".join(f"{n:,}" for n in dict.fromkeys(r.n for r in results.runs))
-    facts = [
-        ("data", str(results.data.get("name", "not recorded"))),
-        ("samples", samples + (f", {' × '.join(map(str, shape))}" if isinstance(shape, list | tuple) else "")),
-        ("classes", str(len(classes)) if isinstance(classes, list) else ""),
-        ("threat", ", ".join(dict.fromkeys(r.threat_text for r in results.runs))),
-        ("losses", ", ".join(dict.fromkeys(r.loss for r in results.runs))),
-        ("seeds", ", ".join(dict.fromkeys(str(r.seed) for r in results.runs if r.seed is not None))),
-        ("certified", _certified(shown)),
-        ("intervals", "; ".join(dict.fromkeys(r.interval for r in shown))),
-        ("cost of the evaluation", _cost(results)),
-    ]
-    return [(k, v) for k, v in facts if v]
-
-
-def _assumed(results: Results) -> list[str]:
-    """What was assumed, converted or skipped when data and network were read; the last line counts those left out."""
-    notes = results.data.get("notes")
-    notes = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
-    more = [f"and {len(notes) - ASSUMED:,} more, in results.json"] if len(notes) > ASSUMED else []
-    return [printable(note) for note in notes[:ASSUMED]] + more
+    >>> breakable_words("Most robust: isce:s=10+fit:lr=1.")
+    Markup('Most robust: isce:<wbr>s=10+<wbr>fit:<wbr>lr=1.')
+    """
+    words = plain(text).split(" ")
+    is_name = re.compile(r"\S[=:@+]\S").search
+    return Markup(" ").join(breakable(word) if len(word) > WHOLE and is_name(word) else escape(word) for word in words)
 
 
 def _eps_notes(results: Results) -> list[tuple[str, str]]:
@@ -328,25 +313,6 @@ def _eps_notes(results: Results) -> list[tuple[str, str]]:
         if curve.notes:
             labels.setdefault("; ".join(curve.notes), []).append(curve.row.label)
     return [(", ".join(names), reasons) for reasons, names in labels.items()]
-
-
-def _certified(shown: Sequence[Row]) -> str:
-    """A line where bounds were computed but prove nothing, since the table then has no column for them; else empty."""
-    if not any(row.certified for row in shown) or any_certified(shown):
-        return ""
-    proofs = [cost for row in shown for cost in row.proofs]
-    took = f", in {seconds_text(sum(cost.seconds for cost in proofs))}" if proofs else ""
-    return f"no sample: the bounds that were computed prove none{took}"
-
-
-def _cost(results: Results) -> str:
-    """Passes and time of all evaluations together; empty where none was recorded."""
-    costs = [run.cost for run in results.runs if run.cost is not None]
-    if not costs:
-        return ""
-    passes, seconds = sum(cost.passes for cost in costs), sum(cost.seconds for cost in costs)
-    time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-    return f"{passes / 1e6:.1f} million passes, {time}" if passes >= 1e5 else f"{passes:,} passes, {time}"
 
 
 def _accuracies(run: Run) -> list[tuple[str, str]]:
@@ -404,8 +370,6 @@ def _check(check: CheckResult) -> dict[str, str]:
         "name": check.name,
         "status": check.status,
         "why": check.why,
-        "source": check.source,
-        "track_record": check.track_record,
         "claims": ", ".join(heading(claim) for claim in check.claims) or "none",
         "share": f"{100 * check.k / check.n:.1f}%" if ran else "–",
         "threshold": f"{100 * check.threshold:.0f}%" if ran else "–",
@@ -420,7 +384,7 @@ def _source(r: Results) -> dict[str, Any]:
         "holdfast": r.holdfast,
         "settings": _flat(r.settings),
         "environment": _flat(r.environment),
-        "data": _flat({k: v for k, v in r.data.items() if k not in ("classes", "notes")}),
+        "data": _flat({k: v for k, v in r.data.items() if k not in ("classes", "notes", "title", "labels")}),
         "seeds": ", ".join(dict.fromkeys(str(run.seed) for run in r.runs)),
     }
 

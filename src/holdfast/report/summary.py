@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -56,7 +57,8 @@ def finding(results: Results) -> str:
     for threat in threats if named else ():  # accuracies under different threats are not compared
         here = [v for v in valid if v[0].threat == threat]
         best = max((r for _, r in here), key=lambda r: r.value)
-        names = " and ".join(row.label for row, r in here if r.value == best.value)
+        first, *others = [row.label for row, r in here if r.value == best.value]
+        names = " and ".join([", ".join([first, *others[:-1]]), *others[-1:]])
         where = f" under {threat}" if len(threats) > 1 else ""
         interval = f"95% interval {percent(best.low)} to {percent(best.high)}"
         proved = max((row.certified.value for row, r in here if r.value == best.value and row.certified), default=0.0)
@@ -226,14 +228,14 @@ SMALLEST = "smallest perturbation found, median (misclassified: 0)"
 _Value = float | None | tuple[float | None, ...]  # several: one for each class
 # The lines of the region table: the measure, clean and where there is one adversarial.
 MEASURES: dict[str, Callable[[RegionMeasures], tuple[_Value, ...]]] = {
-    "distance to the decision boundary, first-order estimate, median": lambda r: (r.input_margin.median,),
     SMALLEST: lambda r: (r.distance.median,),
+    "distance to the decision boundary, first-order estimate, median": lambda r: (r.input_margin.median,),
     "share with 0 < margin ≤ s": lambda r: (r.inference_region, r.inference_region_adv),
-    "feature shift, relative to the distance between class centers, median": lambda r: (r.movement.relative.median,),
     "share nearer to another class's center": lambda r: (r.movement.strayed_before, r.movement.strayed_after),
-    "scatter within / between classes": lambda r: (r.scatter, r.scatter_adv),
     "separability of clean and adversarial features, AUC": lambda r: (r.two_sample.auc,),
-    "the same within a class, mean AUC": lambda r: (r.per_class.auc,),
+    "feature shift, relative to the distance between class centers, median": lambda r: (r.movement.relative.median,),
+    "scatter within / between classes": lambda r: (r.scatter, r.scatter_adv),
+    "the same AUC within a class, mean": lambda r: (r.per_class.auc,),
     "MMD²": lambda r: (r.two_sample.mmd2,),
     "Fréchet distance, relative": lambda r: (r.two_sample.frechet_relative,),
     "local Lipschitz constant of the margin, median": lambda r: (r.lipschitz.median,),
@@ -241,6 +243,7 @@ MEASURES: dict[str, Callable[[RegionMeasures], tuple[_Value, ...]]] = {
         None if one is None else one.ece for one in (r.calibration.clean, r.calibration.adv)
     ),
 }
+DECIDING = 5  # the first measures: how near the boundary is, and whether an attack's features can be told from others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,20 +281,28 @@ def region_table(results: Results) -> RegionTable:
             label: [_mean(column) for column in zip(*map(figures_of, regions), strict=True)]
             for label, regions in columns.items()
         }
-        if any(figure is not None for cell in cells.values() for figure in cell):
+        if known := [figure for cell in cells.values() for figure in cell if figure is not None]:
+            digits = _decimals(known)
             lines[measure] = tuple(
-                _cell(cell, curves.get(label) if measure == SMALLEST else None) for label, cell in cells.items()
+                _cell(cell, curves.get(label) if measure == SMALLEST else None, digits) for label, cell in cells.items()
             )
     return RegionTable(tuple(columns), lines)
 
 
-def _cell(figures: Sequence[float | None], curve: EpsCurve | None) -> str:
+def region_parts(table: RegionTable) -> list[RegionTable]:
+    """The table in two: the measures that decide, and the others, which need a closer look; empty parts left out."""
+    deciding = set(list(MEASURES)[:DECIDING])
+    halves = [{name: cells for name, cells in table.lines.items() if (name in deciding) == first} for first in (1, 0)]
+    return [RegionTable(table.columns, lines) for lines in halves if lines]
+
+
+def _cell(figures: Sequence[float | None], curve: EpsCurve | None, digits: int) -> str:
     """Figures as text; after "≤" where they are distances, and the curve that these give is in doubt."""
     if all(figure is None for figure in figures):
         return "–"
     at = figures[0]
     doubtful = curve is not None and at is not None and curve.is_doubtful(at)
-    return "≤ " * doubtful + " → ".join(map(_figure, figures))
+    return "≤ " * doubtful + " → ".join(_figure(figure, digits) for figure in figures)
 
 
 def _mean(values: Sequence[_Value]) -> float | None:
@@ -301,9 +312,20 @@ def _mean(values: Sequence[_Value]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _figure(value: float | None) -> str:
-    """Two significant digits, never an exponent for size."""
-    return "–" if value is None else f"{value:.2g}" if abs(value) < 99.5 else f"{value:,.0f}"
+def _decimals(figures: Sequence[float]) -> int:
+    """How many decimals all figures of a measure have: two significant digits of their median size."""
+    sizes = [abs(figure) for figure in figures if math.isfinite(figure) and figure]
+    return max(0, 1 - math.floor(math.log10(statistics.median(sizes)))) if sizes else 0
+
+
+def _figure(value: float | None, digits: int) -> str:
+    """A figure with so many decimals, never an exponent for its size; one that would read as zero has a bound."""
+    if value is None:
+        return "–"
+    text = f"{value:,.{digits}f}"
+    if value and float(text.replace(",", "")) == 0:
+        return f"{'<' if value > 0 else '>'} {math.copysign(10.0**-digits, value):.{digits}f}"
+    return text
 
 
 @typed

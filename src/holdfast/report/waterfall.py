@@ -12,7 +12,7 @@ from rich.table import Table
 from ..errors import UserError
 from ..results import Run, heading, percent, proportion
 from ..user_input import typed
-from .figures import CLEAN, INK, LOST, MUTED, PAPER, PGD50, ROBUST, axes, percent_axis, style, write_figure
+from .figures import CLEAN, INK, LOST, MUTED, PAPER, PGD50, ROBUST, axes, percent_axis, short, style, write_figure
 
 # What each stage of the suite "explain" changes. Every stage attacks the survivors of those before it; the one on the
 # training loss attacks all correct samples, so that the accuracy under it alone is known too.
@@ -166,7 +166,9 @@ def figure(run: Run) -> Figure:
     """
     shown = steps(run)
     with style():
-        chart, ax = axes(len(shown), 0.5, 0.15)
+        chart, ax = axes(len(shown), 0.5, 0.35)
+        name = f"{short(run.name)}, {run.threat_text}, {run.n:,} samples"
+        ax.set_title(name, loc="left", fontsize=8, color=INK)
         for i, step in enumerate(shown):
             before = shown[i - 1].accuracy if i else step.accuracy
             ends = i == 0 or step.name == "pgd50" or i == len(shown) - 1
@@ -194,7 +196,7 @@ def figure(run: Run) -> Figure:
 
 @typed
 def save(run: Run, folder: str | Path) -> list[Path]:
-    """Write waterfall.svg and waterfall.png.
+    """Write waterfall.svg, waterfall.png and waterfall.pdf.
 
     Args:
         run: as for :func:`steps`.

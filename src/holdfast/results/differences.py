@@ -9,7 +9,7 @@ from ..errors import unknown
 from ..user_input import typed
 from .rows import Row, rows
 from .schema import Results
-from .statistics import holm, mcnemar, paired_t
+from .statistics import holm, mcnemar_of_counts, paired_t
 from .text import percent
 
 CLAIM_SEEDS = 8  # paired seeds that a claim about losses needs
@@ -95,7 +95,7 @@ def _compare(results: Results, row: Row, base: Row) -> RowDifference:
         won = sum(p > q for p, q in zip(a.robust, b.robust, strict=True))
         lost = sum(p < q for p, q in zip(a.robust, b.robust, strict=True))
         test = f"exact McNemar: robust on {won:,} samples where the baseline is not, the reverse on {lost:,}"
-        p = mcnemar(a.robust, b.robust)
+        p = mcnemar_of_counts(won, lost)
         return dataclasses.replace(plain, test=test, difference=(won - lost) / len(a), p=p)
     by_seed = [{r.seed: r.robust.value for r in side if r.robust is not None} for side in (ours, theirs)]
     seeds = [s for s in by_seed[0] if s in by_seed[1]]

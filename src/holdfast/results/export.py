@@ -12,7 +12,7 @@ from ..user_input import typed
 from .differences import RowDifference, compare_rows, p_text, points_text
 from .rows import Row, name_text, rows
 from .schema import Results, total_proofs
-from .text import any_certified, caption, cells, other_attacks
+from .text import any_certified, caption, cells, holds_words, other_attacks
 
 
 @typed
@@ -26,7 +26,7 @@ def markdown(results: Results) -> str:
         The text, special characters escaped.
     """
     head, *texts = cells(rows(results))
-    rules = ["---" if name in ("loss", "verdict") else "---:" for name in head]
+    rules = ["---" if holds_words(name) else "---:" for name in head]
     lines = ["| " + " | ".join(map(_plain, head)) + " |", "|" + "|".join(rules) + "|"]
     for label, *rest in texts:
         lines.append("| " + " | ".join([_plain(label), *rest]) + " |")
@@ -128,7 +128,7 @@ def latex(results: Results, baseline: str = "") -> str:
     shown = rows(results)
     head, *texts = cells(shown)
     compared = {one.label: one for one in compare_rows(results, baseline) if one.difference is not None}
-    columns = "".join("l" if name in ("loss", "verdict") else "r" for name in head) + "rr" * bool(compared)
+    columns = "".join("l" if holds_words(name) else "r" for name in head) + "rr" * bool(compared)
     names = [*map(_tex, head), *(["difference", "$p$, Holm"] if compared else [])]
     name = re.sub(r"\W+", "-", f"{results.data.get('name', '')} {' '.join(dict.fromkeys(r.threat for r in shown))}")
     lines = [

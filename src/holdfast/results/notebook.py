@@ -9,7 +9,7 @@ from ..user_input import typed
 from .rows import rows
 from .schema import Results, StageCost
 from .statistics import proportion
-from .text import caption, cells, doubts, heading, percent
+from .text import caption, cells, doubts, heading, holds_words, percent
 
 _CELL = "padding:.15em .6em;white-space:nowrap;text-align:"
 _RULE = "border-bottom:1px solid rgba(128,128,128,.5)"  # a grey that shows on white and on black; no other colour
@@ -77,7 +77,7 @@ def _html_row(head: Sequence[str], texts: Sequence[str], tag: str) -> str:
     """One line of a table: words to the left, numbers to the right."""
     out = []
     for name, text in zip(head, texts, strict=True):
-        css = _CELL + ("left" if name in (head[0], "verdict") else "right")
+        css = _CELL + ("left" if name == head[0] or holds_words(name) else "right")
         if name == head[0]:  # names may be long
             css = css.replace("nowrap", "normal;overflow-wrap:anywhere")
         out.append(f'<{tag} style="{css};{_RULE if tag == "th" else ""}">{escape(text)}</{tag}>')

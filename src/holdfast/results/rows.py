@@ -105,7 +105,17 @@ def rows(results: Results) -> list[Row]:
         extra = [pattern.format(r, results.runs[r.runs[0]]) for r in out]
         named = [f"{r.label} ({e})" if taken[r.label] > 1 else r.label for r, e in zip(out, extra, strict=True)]
         out = [dataclasses.replace(r, label=name) for r, name in zip(out, named, strict=True)]
+    given = results.data.get("labels")
+    labels = {k: v for k, v in given.items() if isinstance(v, str)} if isinstance(given, dict) else {}
+    out = [dataclasses.replace(r, label=_own_label(r, labels)) for r in out]
     return [dataclasses.replace(r, label=name_text(r.label), threat=name_text(r.threat)) for r in out]
+
+
+def _own_label(row: Row, labels: dict[str, str]) -> str:
+    """The text that the user gave for a row or for its loss, which keeps what tells rows of one loss apart."""
+    if row.loss in labels:
+        return labels.get(row.label, labels[row.loss] + row.label.removeprefix(row.loss))
+    return labels.get(row.label, row.label)
 
 
 def _merged(runs: Sequence[Run], members: Sequence[int]) -> Row:

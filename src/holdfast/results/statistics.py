@@ -110,6 +110,11 @@ def mcnemar(a: Sequence[Any], b: Sequence[Any]) -> float:
         raise UserError(f"mcnemar expects paired samples, got {len(a)} and {len(b)}.")
     only_a = sum(bool(p) and not q for p, q in zip(a, b, strict=True))
     only_b = sum(bool(q) and not p for p, q in zip(a, b, strict=True))
+    return mcnemar_of_counts(only_a, only_b)
+
+
+def mcnemar_of_counts(only_a: int, only_b: int) -> float:
+    """``mcnemar`` where it is known on how many samples only the first network is correct, and only the second."""
     m = only_a + only_b
     return min(1.0, 2 * float(stats.binom.cdf(min(only_a, only_b), m, 0.5))) if m else 1.0
 

@@ -39,7 +39,7 @@ class Printed:
         head, lines = _wrapped(self.head, self.lines, 11), self.lines
         if len(head[0]) + sum(1 + wide for wide in _widths(head, lines)) > options.max_width - 1:
             lines = tuple(_folded(self.head, line) for line in self.lines)
-            names = [name.replace("certified", "certi-fied") for name in self.head if name != "verdict"]
+            names = [name.replace("certified", "certi-fied") for name in self.head if not name.endswith("verdict")]
             head = _wrapped(tuple(names), lines, 8)
         yield from _laid_out(head, lines, options.max_width, "-" if options.ascii_only else "\u2500")
         if self.caption:
@@ -127,7 +127,7 @@ def _folded(head: _Line, line: _Line) -> _Line:
         return line
     out: list[str] = []
     for name, cell in zip(head, line, strict=True):
-        if name == "verdict":
+        if name.endswith("verdict"):
             figure, _, interval = out[-1].partition("\n")
             verdict = "" if cell in ("-", figure) else cell
             if interval:
@@ -147,7 +147,7 @@ def _laid_out(head: _Line, lines: Sequence[_Line], width: int, rule: str) -> Ite
     names_that_fit = {gap: sum(n <= room for n in labels) for gap, room in space_left.items()}
     gap = 2 if space_left[2] >= (_COLUMN if names_that_fit[2] < names_that_fit[1] else cell_len(head[0])) else 1
     column = max([cell_len(head[0]), *(n for n in labels if n <= space_left[gap])])
-    left_aligned = [name == "verdict" for name in head[1:]]
+    left_aligned = [name.split("\n")[-1].endswith("verdict") for name in head[1:]]
 
     def row(label: str, texts: Sequence[str], styles: tuple[str, str], at_bottom: bool = False) -> Iterator[Text]:
         parts = [cell.split("\n") for cell in texts]

@@ -70,6 +70,15 @@ def pgd50_heading(shown: Sequence[Row]) -> str:
     return heading("pgd50") + (f", n={' or '.join(map(str, counts))}" if counts else "")
 
 
+def holds_words(name: str) -> bool:
+    """Whether the column of this heading holds words, not numbers: names and verdicts.
+
+    >>> holds_words("PGD-50 verdict"), holds_words("PGD-50")
+    (True, False)
+    """
+    return name == "loss" or name.endswith("verdict")
+
+
 @typed
 def any_certified(shown: Sequence[Row]) -> bool:
     """Whether any sample is certified: a certificate that covers none needs no column."""
@@ -107,9 +116,9 @@ def cells(shown: Sequence[Row]) -> list[tuple[str, ...]]:
     corrupted = any(mean is not None for mean in means)
     pgd50_verdict, verdict = any(row.pgd50_status for row in shown), any(row.status for row in shown)
     pgd50 = any(row.pgd50 for row in shown)
-    head = ["loss", "clean", *[pgd50_heading(shown)] * pgd50, *["verdict"] * pgd50_verdict, *map(heading, names)]
+    head = ["loss", "clean", *[pgd50_heading(shown)] * pgd50, *["PGD-50 verdict"] * pgd50_verdict, *map(heading, names)]
     head += ["corrupted, mean"] * corrupted
-    lines = [(*head, *["certified"] * certified, "robust, 95%", *["verdict"] * verdict)]
+    lines = [(*head, *["certified"] * certified, "robust, 95%", *["robust verdict"] * verdict)]
     for row, mean in zip(shown, means, strict=True):
         line = [re.sub(r"\s+", " ", row.label), _percent_or_dash(row.clean), *[_percent_or_dash(row.pgd50)] * pgd50]
         line += [pgd50_verdict_text(row)] * pgd50_verdict
@@ -129,8 +138,9 @@ def _percent_or_dash(figure: Interval | None) -> str:
 def caption(results: Results, shown: Sequence[Row]) -> str:
     """What a table shows: data set, number of samples, threat if there is only one, intervals, how to read verdicts."""
     threats = list(dict.fromkeys(row.threat for row in shown))
+    title = results.data.get("title")
     parts = [
-        name_text(str(results.data.get("name", ""))),
+        name_text(": ".join(str(one) for one in (title, results.data.get("name")) if one)),
         " or ".join(f"{n:,}" for n in dict.fromkeys(row.n for row in shown)) + " samples",
         *(threats if len(threats) == 1 else []),
         "in percent",
@@ -148,7 +158,7 @@ def caption_notes(shown: Sequence[Row]) -> list[str]:
     if any(row.norm == CORRUPTIONS for row in shown):
         notes.append("robust of corruptions: right as it is and under every kind")
     if any(row.pgd50_status and row.pgd50_excess for row in shown):
-        notes.append("verdict on PGD-50: after the points that other attacks take off it")
+        notes.append("PGD-50 verdict: after the points that other attacks take off it")
     counts = [(count, len(row.runs)) for row in shown for count in (row.status_seeds, row.pgd50_status_seeds)]
     if mixed := [(count, runs) for count, runs in counts if count < runs]:
         count, runs = mixed[0]

@@ -49,7 +49,7 @@ def smooth_subject(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[SmoothedAccuracy, list[Path]]:
-    """Certify and attack the smoothed classifier of a network on its test images; write smoothing.json, .svg and .png.
+    """Certify and attack the smoothed classifier of a network on its test images; write smoothing.json and figures.
 
     After an interruption, the same call resumes.
 

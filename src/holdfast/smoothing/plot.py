@@ -63,7 +63,7 @@ def figure(found: SmoothedAccuracy, name: str = "") -> Figure:
 def save(
     found: SmoothedAccuracy, folder: str | Path, name: str = "", about: dict[str, Any] | None = None
 ) -> list[Path]:
-    """Write smoothing.json, smoothing.svg and smoothing.png.
+    """Write smoothing.json, smoothing.svg, smoothing.png and smoothing.pdf.
 
     Args:
         found: The result.
@@ -72,7 +72,7 @@ def save(
         about: What else the JSON says, such as network and data.
 
     Returns:
-        The three files.
+        The four files.
     """
     text = json.dumps({**(about or {}), **found.describe(), "sentence": sentence(found)})
     drawn = report.write_figure(figure(found, name), folder, "smoothing")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from .. import report, run_folder
 from ..errors import UserError
@@ -158,8 +159,13 @@ def figure(curves: Sequence[Curve]) -> Figure:
             top.yaxis.set_minor_formatter(lambda value, _: "")
         if len(curves) <= 8:
             top.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=6.5)
-        bottom.set_ylabel("validation, %: clean grey, robust blue")
-        bottom.set_xlabel("epoch (dot: the best by robust accuracy)")
+        bottom.set_ylabel("validation accuracy, %")
+        shown = [("clean", report.CLEAN), ("robust", report.ROBUST)]
+        shown = shown if any(v is not None for curve in curves for v in curve.robust) else shown[:1]
+        handles = [Line2D([], [], color=colour, label=name) for name, colour in shown]
+        bottom.legend(handles=handles, loc="lower right", frameon=False, ncols=2)
+        bottom.set_xlabel("epoch" + " (dot: the best by robust accuracy)" * (len(shown) > 1))
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         for ax in (top, bottom):
             ax.spines[["right", "top"]].set_visible(False)
             ax.set_axisbelow(True)
@@ -169,13 +175,13 @@ def figure(curves: Sequence[Curve]) -> Figure:
 
 @typed
 def save(curves: Sequence[Curve], folder: str | Path) -> list[Path]:
-    """Write curves.svg and curves.png to a folder.
+    """Write curves.svg, curves.png and curves.pdf to a folder.
 
     Args:
         curves: the runs.
         folder: where to write.
 
     Returns:
-        The paths of the two files.
+        The paths of the three files.
     """
     return report.write_figure(figure(curves), folder, "curves")
