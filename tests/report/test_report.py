@@ -223,6 +223,9 @@ def test_what_cannot_be_compared_says_why():
     [
         ([make_run(pgd50=0.3, robust=0.3)], "No PGD-50 accuracy exceeds the robust accuracy."),
         ([make_run(x, pgd50=0.3, robust=0.3) for x in "ab"], "Most robust: a and b, at most 30.0%"),
+        ([make_run(x, robust=0.3) for x in "abcde"] + [make_run("f", robust=0.4)], "Most robust: f, at most 40.0%"),
+        ([make_run(x, robust=0.7) for x in "abcde"] + [make_run("f")], "Most robust: 5 of 6 rows alike, at most 70.0%"),
+        ([make_run(x, robust=0.7) for x in "abc"] + [make_run("f")], "Most robust: a, b and c, at most 70.0%"),
         ([make_run(pgd50=0.2, robust=0.3)], "No PGD-50 accuracy exceeds"),
         ([make_run("a"), make_run("b", threat={**THREAT, "eps": 0.3})], "Most robust under linf 0.3: b, at most 30.0%"),
         ([make_run(status="void")], "No robust accuracy can be reported: every measurement is void."),
@@ -230,6 +233,17 @@ def test_what_cannot_be_compared_says_why():
 )
 def test_the_finding(runs, says):
     assert says in report.finding(make_results(runs))
+
+
+@pytest.mark.parametrize(
+    ("name", "title"), [("mnist", "mnist"), ("/a/photos", "photos"), ("./photos/", "photos"), ("hf:a/b", "hf:a/b")]
+)
+def test_data_of_your_own_are_titled_by_their_folder(tmp_path, name, title):
+    runs = [make_run(x) for x in "ab"]
+    html = report.render(dataclasses.replace(make_results(runs), data={"name": name}), tmp_path).read_text(
+        encoding="utf-8"
+    )
+    assert f"<h1>{title}</h1>" in html
 
 
 def test_certified_and_robust_are_drawn_as_a_bracket(tmp_path):

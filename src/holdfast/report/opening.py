@@ -22,8 +22,9 @@ MEANING = {
 
 
 def page_title(results: Results, shown: Sequence[Row]) -> str:
-    """The title given by the user; else the data, after the row where there is one only."""
+    """The title given by the user; else the data, by its last folder, after the row where there is one only."""
     title, data = results.data.get("title"), str(results.data.get("name", "data not recorded"))
+    data = data.rstrip("/").rpartition("/")[2] if data.startswith(("/", ".", "~")) else data
     if isinstance(title, str) and title:
         return title
     return f"{shown[0].label} on {data}" if len(shown) == 1 else data

@@ -27,6 +27,8 @@ from ..results import (
 from ..results.corruptions import CORRUPTIONS
 from ..user_input import typed
 
+TIED = 4  # from this many rows on, those that share the first place are counted, not named
+
 
 @typed
 def finding(results: Results) -> str:
@@ -57,8 +59,9 @@ def finding(results: Results) -> str:
     for threat in threats if named else ():  # accuracies under different threats are not compared
         here = [v for v in valid if v[0].threat == threat]
         best = max((r for _, r in here), key=lambda r: r.value)
-        first, *others = [row.label for row, r in here if r.value == best.value]
+        first, *others = [row.label.removesuffix(f" ({threat})") for row, r in here if r.value == best.value]
         names = " and ".join([", ".join([first, *others[:-1]]), *others[-1:]])
+        names = names if len(others) < TIED else f"{1 + len(others)} of {len(here)} rows alike"
         where = f" under {threat}" if len(threats) > 1 else ""
         interval = f"95% interval {percent(best.low)} to {percent(best.high)}"
         proved = max((row.certified.value for row, r in here if r.value == best.value and row.certified), default=0.0)
