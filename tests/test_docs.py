@@ -331,3 +331,11 @@ def test_every_function_on_the_path_of_the_data_is_where_the_page_says():
         module = importlib.import_module(f"holdfast.{name_of_module}")
         found = functools.reduce(getattr, name.split("."), module)
         assert Path(inspect.getsourcefile(inspect.unwrap(found))) == package / file
+
+
+def test_doctests_of_the_reference_are_code(site):
+    """Markdown alone takes their >>> for quotes."""
+    pages = list((site / "api").glob("*.html"))
+    assert len(pages) > 10
+    assert sum(page.read_text().count("language-pycon") for page in pages) > 50
+    assert not [page.name for page in pages if "<blockquote>" in page.read_text()]
