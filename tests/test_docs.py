@@ -337,5 +337,5 @@ def test_doctests_of_the_reference_are_code(site):
     """Markdown alone takes their >>> for quotes."""
     pages = list((site / "api").glob("*.html"))
     assert len(pages) > 10
-    assert sum(page.read_text().count("language-pycon") for page in pages) > 50
+    assert sum(page.read_text().count('class="gp"') for page in pages) > 50
     assert not [page.name for page in pages if "<blockquote>" in page.read_text()]
