@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +84,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Change links that are relative to the repository into links of the site, whose root is docs/."""
+    """Formulas as MathML, and links that are relative to the repository as links of the site, whose root is docs/."""
+    markdown = re.sub(r"^\$\$(.+)\$\$$", lambda found: convert(found[1], display="block"), markdown, flags=re.MULTILINE)
     if page.file.src_uri in PAPERS:
         return markdown.replace("](docs/", "](")
     return re.sub(r"\]\(\.\./((?:\.\./)*(?:records/|CHANGELOG|CONTRIBUTING))", r"](\1", markdown)

@@ -339,3 +339,10 @@ def test_doctests_of_the_reference_are_code(site):
     assert len(pages) > 10
     assert sum(page.read_text().count('class="gp"') for page in pages) > 50
     assert not [page.name for page in pages if "<blockquote>" in page.read_text()]
+
+
+def test_formulas_are_set(site):
+    """Written between $$, which the pages of a forge set as well."""
+    page = (site / "theory.html").read_text()
+    assert page.count("<math") == (ROOT / "docs" / "theory.md").read_text().count("$$") / 2 > 5
+    assert "$$" not in page
