@@ -152,8 +152,8 @@ class Stream(IntEnum):
     def numbered(self, number: int) -> int:
         """The key of the number-th stream of this name, 0 <= number < count.
 
-        >>> AuditStream.MARGIN_DECOMPOSITION.numbered(8)
-        48
+        >>> SmoothingStream.ATTACKED.numbered(8)
+        108
         """
         if not 0 <= number < self.count:
             raise ValueError(f"{self.name} has {self.count} streams, not one with the number {number}")
@@ -193,12 +193,12 @@ class AuditStream(Stream):
     INSIDE_POINT = 12
     SURFACE_POINT = 13
     ASCENT_START = 14
-    RECAPTURE_APGD = 15, 2
+    RECAPTURE_APGD = 15
     RECAPTURE_PGD = 20
     RAYS = 30
     DESCENT = 31
     GRID = 32
-    MARGIN_DECOMPOSITION = 40, 9
+    MARGIN_DECOMPOSITION = 40
     BATCH_ORDER = 90
     POINTS_ASCENT = 91
     POINTS_START = 92

@@ -311,7 +311,7 @@ def device_of(model: Model, data: Data) -> torch.device:
 def default_batch_size(x: Tensor) -> int:
     """A batch size for these images: on a CPU 16 to 512, by the image size, to fit its caches; elsewhere 512.
 
-    16 photographs of 224 x 224 take half the time of 64: larger activations are mapped and given back at every step.
+    16 photographs of 224 x 224 take half the memory of 64, and no more time (benchmarks/bench_batch.py).
     """
     if x.device.type != "cpu":
         return 512

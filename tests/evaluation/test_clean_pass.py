@@ -17,7 +17,7 @@ from holdfast.bracket import bracket
 from holdfast.checks import audit
 from holdfast.data import Data, DataWarning, from_arrays, load
 from holdfast.errors import UserError
-from holdfast.evaluation import evaluate
+from holdfast.evaluation import distributed, evaluate
 from holdfast.evaluation.suites import Stage
 from holdfast.importers.wrapped import wrap
 from holdfast.threat import Threat
@@ -236,5 +236,10 @@ def test_targets_are_the_likeliest_wrong_classes_in_turn(monkeypatch):
     targets.clear()
     with_room = evaluate(model, x, THREAT, every, batch_size=4)
     assert targets == [[2, 3], [3, 1, 1, 0]], "further targets share a batch"
+    monkeypatch.setattr(distributed.Processes, "current", staticmethod(lambda: distributed.Processes(0, 2)))
+    monkeypatch.setattr(distributed.Processes, "gather", lambda self, value: [value])
+    targets.clear()
+    evaluate(model, x, THREAT, every, batch_size=4)
+    assert targets == [[2, 3], [3, 1], [1, 0]], "memory may have run out on one process alone: steps would differ"
     for one in (e, with_room):
         assert (one.stages[-1].attacked, one.stages[-1].candidates) == (2, 6)

@@ -140,9 +140,9 @@ class Probe:
         """Labels of these samples."""
         return self.data.y[rows]
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Logits of images, without a graph."""
-        return self.batches.cat(lambda some: predict(self.model, some).logits, x)
+    def logits(self, x: Tensor, model: Model | None = None) -> Tensor:
+        """Logits of images, without a graph; of another model where one is given."""
+        return self.batches.cat(lambda some: predict(model or self.model, some).logits, x)
 
     def logits_at(self, x: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         """Logits of some samples at x(rows), which is computed a batch at a time."""

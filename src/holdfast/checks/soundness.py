@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import cross_entropy
-from ..attacks.base import predict
 from ..noise import AuditStream
 from ..outputs import Model
 from ..queries import OFF_DATA_TOLERANCE, CountingModel, copied, default_batch_size, logits_differ, margin_moved
@@ -105,8 +104,7 @@ def a_copy_that_was_never_queried_answers_alike(probe: Probe) -> CheckCount | st
     points, parts = probe.points, []
     for part in points.x.split(points.sizes):  # a copy for each kind of point: it has not been asked about the others
         fresh = copied(probe.evaluation.pristine)
-        model = probe.model if fresh is None else CountingModel(fresh, probe.model)
-        parts.append(probe.batches.cat(lambda x, model=model: predict(model, x).logits, part))
+        parts.append(probe.logits(part, None if fresh is None else CountingModel(fresh, probe.model)))
     k, n = int(points.differs(torch.cat(parts)).sum()), len(points.x)
     return CheckCount(k, n, 0.0, f"a copy of the network that was never queried has other logits at {k} of {n} points")
 

@@ -143,23 +143,17 @@ def _towards_each(
     broken = torch.zeros_like(rows, dtype=torch.bool)
     logits = probe.logits_at(probe.x, rows).scatter(1, probe.y(rows)[:, None], -torch.inf)
     ranked = logits.topk(min(targets, logits.shape[1] - 1), dim=1).indices
-    place = 0
-    while place < ranked.shape[1]:
-        left = torch.nonzero(~broken)[:, 0]
-        several = max(1, probe.batches.size // max(1, len(left))) if place else 1
+    place, left = 0, all_rows(rows)
+    while place < ranked.shape[1] and len(left):
+        several = max(1, probe.batches.size // len(left)) if place else 1
         target = ranked[left, place : place + several].T  # (T, n)
         draw = torch.arange(len(target), device=rows.device)[:, None].expand_as(target) + place
         found = probe.attack(
-            name,
-            rows[left].repeat(len(target)),
-            score,
-            stream,
-            target=target.flatten(),
-            draw=draw.flatten(),
-            steps=steps,
-        )
-        broken[left] = found.view(len(target), -1).any(0)
-        place += several
+            name, rows[left].repeat(len(target)), score, stream,
+            target=target.flatten(), draw=draw.flatten(), steps=steps,
+        )  # fmt: skip
+        broken[left] = found.view(target.shape).any(0)
+        place, left = place + several, torch.nonzero(~broken)[:, 0]
     return broken
 
 

@@ -101,10 +101,9 @@ def run_comparison(
     own_folder(folder)
     check_names(gate, comparison.row_names)
     if comparison.folds > 1 and comparison.limit not in (0, type(comparison).limit) and not quiet:
-        errors.print(
+        errors.sentence(
             f"note: --limit {comparison.limit} is not used: {comparison.folds} folds test on every image once. With "
-            "--folds 1 it is.",
-            soft_wrap=True,
+            "--folds 1 it is."
         )
     with aside(as_json), Display(quiet, comparison.networks) as display:
         if gate.needs("certified"):

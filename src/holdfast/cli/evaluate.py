@@ -171,7 +171,7 @@ def subject_of(
     )
     source = ModelSource(model, own_model.weights, input_range, mean, std, own_model.input_layout, own_model.output)
     if not quiet and not is_pretrained(model):
-        errors.print(f"opening {model}: code in it is executed.", soft_wrap=True)
+        errors.sentence(f"opening {model}: code in it is executed.")
     loss, classes = own_model.loss or "sce", name_list("--classes", own_model.classes)
     reading = own_model.reading()
     return partial(

@@ -117,9 +117,9 @@ def apply_gate(gate: Gate, shown: Sequence[Row], quiet: bool = False, as_json: b
         write_files(lambda stage: [written(stage / name, xml)], gate.junit.parent, "--junit")
     for one in outcomes:
         if not one.met:
-            errors.print(Text.assemble(("not met:", "bold red"), f" {one.reason}"), soft_wrap=True)
+            errors.sentence(Text.assemble(("not met:", "bold red"), f" {one.reason}"))
     unmet = sum(not one.met for one in outcomes)
     if not quiet and not as_json:
-        screen.print(f"requirements met: {len(outcomes) - unmet} of {len(outcomes)}", soft_wrap=True)
+        screen.sentence(f"requirements met: {len(outcomes) - unmet} of {len(outcomes)}")
     if unmet:
         raise typer.Exit(UNMET)

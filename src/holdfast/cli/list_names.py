@@ -18,7 +18,7 @@ from .options import option
 @app.command(name="list", rich_help_panel="Look", epilog=exits())
 def list_names(
     kinds: Annotated[
-        list[str] | None, typer.Argument(help="Only these: losses, attacks, models. Default: all.")
+        list[str] | None, typer.Argument(help="Only these kinds, such as losses or attacks. Default: all.")
     ] = None,
     quiet: Annotated[bool, option("Print names only.", "--quiet", "-q")] = False,
     as_json: o.AsJson = False,

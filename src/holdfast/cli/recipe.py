@@ -66,21 +66,18 @@ def recipe(
         proofs=proofs,
     ).checked()  # fmt: skip
     if not quiet:
-        errors.print(f"{name}: {chosen.about}. Takes {chosen.cost}.", soft_wrap=True)
+        errors.sentence(f"{name}: {chosen.about}. Takes {chosen.cost}.")
     results = run_comparison(comparison, out, device, jobs, quiet, as_json, gate)
     unchanged = comparison == chosen.comparison.checked()
     expected = recipes.compare_to_expected(chosen, results) if unchanged else []
-    say = errors.print if as_json else screen.print
+    say = errors.sentence if as_json else screen.sentence
     if chosen.expects and not unchanged:
         say("Nothing was compared with expected ranges: they hold without --seeds, --epochs, --limit and the like.")
     for one in expected:
         word = "as expected" if one.holds else "NOT as expected"
-        say(
-            f"{one.row}, {one.column}: {percent_text(one.value)}, expected {one.low:.1%} to {one.high:.1%}: {word}",
-            soft_wrap=True,
-        )
+        say(f"{one.row}, {one.column}: {percent_text(one.value)}, expected {one.low:.1%} to {one.high:.1%}: {word}")
     if chosen.note and not quiet:
-        say(chosen.note, soft_wrap=True)
+        say(chosen.note)
     apply_gate(gate, rows(results), quiet, as_json)
     if not all(one.holds for one in expected):
         raise typer.Exit(1)
@@ -94,4 +91,4 @@ def _list(quiet: bool, as_json: bool) -> None:
         print_json([{"name": name, "about": one.about, "cost": one.cost} for name, one in every.items()])
         return
     for name, one in every.items():
-        screen.print(name if quiet else f"{name}: {one.about}. Takes {one.cost}.", soft_wrap=True)
+        screen.sentence(name if quiet else f"{name}: {one.about}. Takes {one.cost}.")

@@ -40,9 +40,9 @@ def replay(
             counts = f"{one.misclassified} misclassified, {one.broken} broken by stored adversarial examples"
             proved = f"; {one.certified} proved robust" if one.certified else ""
             limit = "void" if one.reported is None else f"at most {one.bound:.1%} of {one.n} are robust"
-            screen.print(f"{one.run}: {limit} ({counts}{proved}): {word}", soft_wrap=True)
+            screen.sentence(f"{one.run}: {limit} ({counts}{proved}): {word}")
         for line in dict.fromkeys(f"not re-checked: {', '.join(one.not_rechecked)}" for one in checked if one.holds):
-            screen.print(line, soft_wrap=True)
+            screen.sentence(line)
         if not checked:
             screen.print("FAILS: results.json holds no runs, so there is nothing that could hold.")
     if not checked or not all(one.holds for one in checked):

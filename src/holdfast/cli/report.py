@@ -100,12 +100,12 @@ def report(
         apply_gate(gate, measured, quiet, as_json)
         return
     for line in repeats:
-        errors.print(line, soft_wrap=True)
+        errors.sentence(line)
     if quiet:
         screen.print(str(target), soft_wrap=True)
     else:
         for line in describe_parts(by_data):
-            screen.print(line, soft_wrap=True)
+            screen.sentence(line)
     say(placed, quiet)
     apply_gate(gate, measured, quiet)
 

@@ -80,10 +80,9 @@ def train(
     if as_json:
         print_json({"run": str(out), "loss": job.loss.text, **asdict(trained)})
         return
-    screen.print(
+    screen.sentence(
         f"{job.loss.text}: train accuracy {percent_text(trained.accuracy)}, validation {percent_text(trained.val)}, "
-        f"{trained.epochs} epoch{'s' if trained.epochs != 1 else ''} in {trained.seconds} s.",
-        soft_wrap=True,
+        f"{trained.epochs} epoch{'s' if trained.epochs != 1 else ''} in {trained.seconds} s."
     )
     if not quiet:
         code = " --run-code" if models.is_own(trained.model or "") or job.loss.file else ""

@@ -65,7 +65,8 @@ def run_stage(task: Task, state: State, number: int, checkpoint: Checkpoint, pro
     """Run one stage on its samples, smallest margins first, once per target.
 
     The likeliest target comes alone, since it breaks most, and what it breaks needs no other. Further targets share a
-    batch as far as it has room: a small batch takes as long as a larger one.
+    batch as far as it has room: a small batch takes as long as a larger one. Several processes attack one target at a
+    time, because memory may have run out on some of them, and all must take the same steps.
     """
     if number < state.chosen_for:  # finished before the checkpoint was written
         return
@@ -73,7 +74,7 @@ def run_stage(task: Task, state: State, number: int, checkpoint: Checkpoint, pro
     last, start = state.stages[number].n_targets(state.n_classes), 0
     chosen = max(1, int(state.columns.chosen.sum()))
     while start < last and not state.budget_spent:
-        room = max(1, task.batches.size // chosen) if start else 1
+        room = max(1, task.batches.size // chosen) if start and processes.count == 1 else 1
         targets = range(start, min(last, start + room))
         rows = torch.nonzero(_waiting(state, number, targets))[:, 0]
         if len(rows):

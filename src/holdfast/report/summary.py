@@ -27,7 +27,7 @@ from ..results import (
 from ..results.corruptions import CORRUPTIONS
 from ..user_input import typed
 
-TIED = 4  # from this many rows on, those that share the first place are counted, not named
+TIED = 5  # from this many rows on, those that share the first place are counted, not named
 
 
 @typed
@@ -59,9 +59,9 @@ def finding(results: Results) -> str:
     for threat in threats if named else ():  # accuracies under different threats are not compared
         here = [v for v in valid if v[0].threat == threat]
         best = max((r for _, r in here), key=lambda r: r.value)
-        first, *others = [row.label.removesuffix(f" ({threat})") for row, r in here if r.value == best.value]
-        names = " and ".join([", ".join([first, *others[:-1]]), *others[-1:]])
-        names = names if len(others) < TIED else f"{1 + len(others)} of {len(here)} rows alike"
+        tied = [row.label.removesuffix(f" ({threat})") for row, r in here if r.value == best.value]
+        names = " and ".join([", ".join(tied[:-1]), tied[-1]] if len(tied) > 1 else tied)
+        names = names if len(tied) < TIED else f"{len(tied)} of {len(here)} rows alike"
         where = f" under {threat}" if len(threats) > 1 else ""
         interval = f"95% interval {percent(best.low)} to {percent(best.high)}"
         proved = max((row.certified.value for row, r in here if r.value == best.value and row.certified), default=0.0)
